@@ -1,0 +1,48 @@
+# make train: the embedded default.   make test: the fast tests.   make test-all: every test.   make venv: set-up alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Two CPU ranks where there is no GPU, so that sharding is real; one process on a GPU.
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
+RANKS ?= $(if $(HAS_GPU),1,2)
+LAUNCH := DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/deepspeed --num_accelerators $(RANKS)
+
+.PHONY: train test test-all check bench clean venv
+
+train: $(VENV)/.ready
+	rm -rf runs/embedded
+	$(LAUNCH) launch/train.py --deepspeed ds_configs/zero3.json --output_dir runs/embedded
+
+test: check
+	$(BIN)/python -m pytest
+
+test-all: check
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python bench/overhead.py
+
+venv: $(VENV)/.ready
+
+# An installed CUDA torch is kept: the environment sees it, and nothing in it may replace it.
+$(VENV)/.ready: constraints.txt pyproject.toml
+	if $(PYTHON) -c 'import torch, sys; sys.exit(torch.version.cuda is None)' 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages $(VENV) && \
+		$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt && \
+		grep -v '^torch==' constraints.txt >> $(VENV)/constraints.txt; \
+	else \
+		$(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt; \
+	fi
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt torch
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

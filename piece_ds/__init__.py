@@ -1,0 +1,63 @@
+"""piece_ds: continual fine-tuning that trains only the most important weights, on DeepSpeed.
+
+In a DeepSpeed loop, PIECE is two calls:
+
+    mask = estimate_mask(engine, micro_batches, method="piece-s", ratio=0.001)
+    attach(engine, mask)
+
+In a transformers Trainer it is one: trainer.add_callback(PieceCallback(trainer)). Names are imported when they are
+used, so that `import piece_ds` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attach": "piece_ds.update",
+    "collect_statistics": "piece_ds.zero",
+    "estimate_mask": "piece_ds.estimate",
+    "layout_of": "piece_ds.state.partition",
+    "load_mask": "piece_ds.checkpoint",
+    "load_statistics": "piece_ds.checkpoint",
+    "Mask": "piece_ds.state.mask",
+    "MicroBatches": "piece_ds.stream.micro_batches",
+    "PieceCallback": "piece_ds.callback",
+    "save_mask": "piece_ds.checkpoint",
+    "save_statistics": "piece_ds.checkpoint",
+    "select": "piece_ds.selection",
+}
+
+__all__ = [
+    "Mask",
+    "MicroBatches",
+    "PieceCallback",
+    "__version__",
+    "attach",
+    "collect_statistics",
+    "estimate_mask",
+    "layout_of",
+    "load_mask",
+    "load_statistics",
+    "save_mask",
+    "save_statistics",
+    "select",
+]
+
+if TYPE_CHECKING:
+    from piece_ds.callback import PieceCallback
+    from piece_ds.checkpoint import load_mask, load_statistics, save_mask, save_statistics
+    from piece_ds.estimate import estimate_mask
+    from piece_ds.selection import select
+    from piece_ds.state.mask import Mask
+    from piece_ds.state.partition import layout_of
+    from piece_ds.stream.micro_batches import MicroBatches
+    from piece_ds.update import attach
+    from piece_ds.zero import collect_statistics
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'piece_ds' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,108 @@
+"""PieceCallback: PIECE in anybody's transformers Trainer.
+
+    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=collator)
+    trainer.add_callback(PieceCallback(trainer, method="piece-s", ratio=0.001))
+    trainer.train()
+
+When training begins, DeepSpeed's engine exists and nothing has been trained: that is when importance is estimated on
+the trainer's own data and the mask goes in.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from piece_ds.checkpoint import load_mask, save_mask
+from piece_ds.distributed import barrier
+from piece_ds.errors import UserError
+from piece_ds.estimate import estimate_mask
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import Layout, layout_of
+from piece_ds.stream.micro_batches import MicroBatches
+from piece_ds.update import MaskedUpdate, attach
+
+logger = logging.getLogger(__name__)
+
+MASK_NAME = "mask.safetensors"
+
+
+class PieceCallback(TrainerCallback):
+    """Selects weights when training begins, trains only them, and writes OUTPUT_DIR/mask.safetensors.
+
+    A run resumed from a checkpoint uses the mask that it began with, from the same file.
+
+    Attributes:
+        mask: after training has begun, the mask in use.
+        select_seconds: wall time of statistics and selection; None where the mask came from a file.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        method: str = "piece-s",
+        ratio: float = 0.001,
+        importance_batch_size: int = 4,
+        mask_file: str | Path | None = None,
+        estimate: Callable[[Any, MicroBatches, Layout], Mask] | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            trainer: whose engine, training data and collator are used.
+            method, ratio: as in estimate_mask().
+            importance_batch_size: rows in a micro-batch of the statistics pass.
+            mask_file: use this mask instead of estimating one.
+            estimate: called instead of estimate_mask() with (engine, micro-batches, layout).
+            options: more arguments of estimate_mask().
+        """
+        self.trainer = trainer
+        self.mask_file = mask_file
+        self.mask: Mask | None = None
+        self.select_seconds: float | None = None
+        self._batch_size = importance_batch_size
+        self._update: MaskedUpdate | None = None
+        self._estimate = estimate or (
+            lambda engine, batches, layout: estimate_mask(engine, batches, method, ratio, layout=layout, **options)
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        engine = self.trainer.model_wrapped
+        if type(engine).__name__ != "DeepSpeedEngine":
+            raise UserError(f"PieceCallback expected a DeepSpeed engine, got {type(engine).__name__}: start training "
+                            "with TrainingArguments(deepspeed=...)")  # fmt: skip
+        layout = layout_of(engine.module)
+        path = Path(args.output_dir) / MASK_NAME
+        if self.mask_file is not None:
+            self.mask = load_mask(self.mask_file, layout)
+        elif state.global_step > 0:
+            self.mask = load_mask(path, layout)
+        else:
+            self.mask = self._select(engine, layout)
+        if state.global_step == 0:
+            save_mask(path, self.mask)
+        logger.info("%d of %d weights selected (%s)", self.mask.num_selected, layout.total, self.mask.method)
+        self.on_mask(engine.module, self.mask, resumed=state.global_step > 0)
+        self._update = attach(engine, self.mask)
+        barrier()
+
+    def on_mask(self, model: nn.Module, mask: Mask, resumed: bool) -> None:
+        """Called on every rank with the mask, before the first step."""
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._update is not None:
+            self._update.detach()
+            self._update = None
+
+    def _select(self, engine: Any, layout: Layout) -> Mask:
+        begin = time.perf_counter()
+        rows, collate = self.trainer.train_dataset, self.trainer.data_collator
+        mask = self._estimate(engine, MicroBatches(rows, collate, self._batch_size), layout)
+        self.select_seconds = time.perf_counter() - begin
+        return mask

@@ -1,0 +1,15 @@
+"""Files that outlive a run: masks, task deltas, statistics."""
+
+from piece_ds.checkpoint.delta_file import read_selected, save_delta
+from piece_ds.checkpoint.mask_file import check_mask_file, load_mask, save_mask
+from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+
+__all__ = [
+    "check_mask_file",
+    "load_mask",
+    "load_statistics",
+    "read_selected",
+    "save_delta",
+    "save_mask",
+    "save_statistics",
+]

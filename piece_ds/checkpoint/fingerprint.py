@@ -1,0 +1,24 @@
+"""What a file's checksum and a model's fingerprint are made of."""
+
+import hashlib
+import json
+
+import torch
+from torch import Tensor
+
+from piece_ds.state.partition import Layout
+
+
+def model_fingerprint(layout: Layout) -> str:
+    """sha256 of every parameter's name and shape, in order: equal for equal architectures, whatever the weights."""
+    structure = [[info.name, list(info.shape)] for info in layout.parameters]
+    return hashlib.sha256(json.dumps(structure).encode()).hexdigest()
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and bytes of CPU tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

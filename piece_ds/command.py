@@ -1,0 +1,94 @@
+"""What every launch script shares: environment for one process, quiet logs, errors as one line and exit code 2."""
+
+import logging
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from piece_ds.errors import UserError
+
+# How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
+OTHER_RANKS_WAIT_SECONDS = 5.0
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero3.json"
+
+
+def run_command(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run main(argv) as a program: a UserError becomes one line on stderr and exit code 2.
+
+    deepspeed's launcher adds --local_rank=N to the arguments; ranks come from the environment.
+    """
+    argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
+    _one_process_environment()
+    try:
+        _quiet()
+        main(argv)
+    except UserError as error:
+        if int(os.environ["RANK"]) != 0:
+            time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(2)
+    _leave(0)
+
+
+def with_default_config(argv: list[str]) -> list[str]:
+    """argv with --deepspeed ds_configs/zero3.json where no configuration is named, here or in a YAML file."""
+    named = any(a.split("=")[0] in ("--deepspeed", "--config") for a in argv)
+    return argv if named else ["--deepspeed", str(DEFAULT_CONFIG), *argv]
+
+
+def start_distributed() -> None:
+    """Start torch.distributed through DeepSpeed, with the accelerator's backend; once per process.
+
+    transformers would start it too, but with --use_cpu not through DeepSpeed, which then counts one rank.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed()
+
+
+def _one_process_environment() -> None:
+    """Started with plain python, a script is rank 0 of 1."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _quiet() -> None:
+    """Warnings and our own progress on rank 0; on the CPU, threads shared out among the ranks of this machine."""
+    import torch
+
+    # Deprecations inside the libraries we call are not our users' business, four times a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if int(os.environ["RANK"]) != 0:
+        logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        )
+        num_threads = max(1, (os.cpu_count() or 1) // local_ranks)
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        torch.set_num_threads(num_threads)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit without waiting for peers that may never come."""
+    import torch.distributed as dist
+
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)

@@ -1,0 +1,120 @@
+"""Every setting of the project that transformers' TrainingArguments does not have, once: meaning, unit, range, default.
+
+The launch scripts turn these dataclasses into flags through HfArgumentParser; library code receives the dataclasses.
+Ranges are checked in __post_init__, so a bad value is refused before a model or a data file is touched.
+"""
+
+from dataclasses import dataclass, field
+
+from piece_ds.errors import UserError, nearest
+
+UPDATE_MODES = ["masked"]
+BUDGETS = ["model", "layer", "tensor"]
+SAVE_MODEL = ["last", "each", "never"]
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+
+def require_choice(name: str, value: str, choices: list[str]) -> None:
+    """Raise UserError naming the nearest choice when value is not one of choices."""
+    if value not in choices:
+        raise UserError(f"--{name} {value!r} is unknown; known: {', '.join(choices)}.{nearest(value, choices)}")
+
+
+def require_positive(name: str, value: int | float) -> None:
+    """Raise UserError unless value > 0."""
+    if not value > 0:
+        raise UserError(f"--{name} must be positive, got {value}")
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "local folder or Hub id; without it the embedded example model is made"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto (that of the files), float32, bfloat16 or float16"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "as in transformers: sdpa, eager, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run modelling code that comes with the model"})
+
+    def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class DataArguments:
+    """Which tasks, and how rows become tokens."""
+
+    train_file: str | None = field(default=None, metadata={"help": "one task: JSON, JSONL, CSV, Parquet or a Hub name"})
+    eval_file: str | None = field(default=None, metadata={"help": "held-out rows of --train_file"})
+    task_dir: str | None = field(default=None, metadata={"help": "a stream: folder with NAME/{train,eval,test}.json"})
+    tasks: str | None = field(default=None, metadata={"help": "comma-separated task names under --task_dir, in order"})
+    general_file: str | None = field(
+        default=None, metadata={"help": "text that no task trains; its loss is the general-ability column"}
+    )
+    max_prompt_len: int = field(default=1024, metadata={"help": "tokens; prompt and answer are each cut to the sum"})
+    max_ans_len: int = field(default=512, metadata={"help": "tokens; see max_prompt_len"})
+    chat_template: bool = field(default=False, metadata={"help": "wrap the prompt in the tokenizer's chat template"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N rows of each task"})
+    max_new_tokens: int = field(
+        default=16, metadata={"help": "tokens generated for an answer that is a letter or number"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_len", "max_ans_len", "max_new_tokens"):
+            require_positive(name, getattr(self, name))
+        if self.max_eval_samples is not None:
+            require_positive("max_eval_samples", self.max_eval_samples)
+        if self.train_file and self.task_dir:
+            raise UserError("give either --train_file (one task) or --task_dir with --tasks (a stream), not both")
+        if bool(self.task_dir) != bool(self.tasks):
+            raise UserError("--task_dir and --tasks belong together: a folder and the names of its tasks, in order")
+        if self.eval_file and not self.train_file:
+            raise UserError("--eval_file belongs to --train_file; a stream finds eval.json in each task's folder")
+
+    @property
+    def cutoff(self) -> int:
+        """Most tokens a prompt, and separately an answer, may keep."""
+        return self.max_prompt_len + self.max_ans_len
+
+
+@dataclass
+class MethodArguments:
+    """How the weights to train are chosen and updated."""
+
+    method: str = field(default="piece-s", metadata={"help": "piece-s, piece-f, random, magnitude, or seqft (no mask)"})
+    mask_ratio: float = field(default=0.001, metadata={"help": "selected elements / elements of the model, in (0, 1]"})
+    mask_file: str | None = field(default=None, metadata={"help": "use this mask instead of estimating one"})
+    update_mode: str = field(default="masked", metadata={"help": "masked: mask the reduced gradient"})
+    budget: str = field(default="model", metadata={"help": "what shares one top-k: model, layer or tensor"})
+    importance_batch_size: int = field(default=4, metadata={"help": "rows in a micro-batch of the statistics pass"})
+    importance_lambda: float = field(default=1.0, metadata={"help": "lambda in |sum g| / sqrt(sum g^2 + lambda)"})
+    statistics_device: str = field(default="auto", metadata={"help": "auto (the accelerator) or cpu"})
+    statistics_file: str | None = field(
+        default=None, metadata={"help": "folder of saved statistics: read when it exists, else written"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mask_ratio <= 1.0:
+            raise UserError(f"--mask_ratio must be in (0, 1], got {self.mask_ratio}")
+        require_choice("update_mode", self.update_mode, UPDATE_MODES)
+        require_choice("budget", self.budget, BUDGETS)
+        require_choice("statistics_device", self.statistics_device, ["auto", "cpu"])
+        require_positive("importance_batch_size", self.importance_batch_size)
+        require_positive("importance_lambda", self.importance_lambda)
+
+
+@dataclass
+class OutputArguments:
+    """What is written besides masks, deltas and results, and what happens at an epoch's end."""
+
+    incomplete_accumulation: str = field(
+        default="refuse",
+        metadata={"help": "an epoch's last step with fewer micro-batches than the others: refuse or smaller_step"},
+    )
+
+    save_model: str = field(default="last", metadata={"help": "transformers folder after: last task, each task, never"})
+
+    def __post_init__(self) -> None:
+        require_choice("save_model", self.save_model, SAVE_MODEL)
+        require_choice("incomplete_accumulation", self.incomplete_accumulation, ["refuse", "smaller_step"])

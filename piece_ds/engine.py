@@ -1,0 +1,157 @@
+"""The hall where the rooms meet: a stream of tasks, one after another, in one process group.
+
+For each task: statistics on the current model, selection, a fresh optimizer, training, evaluation of all tasks so
+far, files. The next task starts from these weights; nothing else goes back.
+"""
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from piece_ds.arguments import Settings
+from piece_ds.distributed import barrier, is_main
+from piece_ds.errors import UserError
+from piece_ds.judge import Scores, judge
+from piece_ds.ledger import Ledger
+from piece_ds.model import freeze_ineligible, load_model
+from piece_ds.run_folder import RunFolder
+from piece_ds.state.partition import layout_of
+from piece_ds.stream import Task
+from piece_ds.task_run import train_task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A run: what to do, on which data, where to."""
+
+    settings: Settings
+    tokenizer: PreTrainedTokenizerBase
+    tasks: list[Task]
+    general: datasets.Dataset | None
+    dtype: torch.dtype
+    folder: RunFolder
+    eval_batch_size: int
+
+    def model_folder(self, index: int) -> Path:
+        return self.folder.model(index, self.tasks[index].name)
+
+
+def run_stream(stream: Stream, resume: bool) -> Ledger:
+    """Train every task that is not finished yet and return what all of them left. A collective.
+
+    Args:
+        resume: continue from what is in the folder: finished tasks are not done again, and an unfinished one goes on
+            from its last checkpoint, where there is one.
+    """
+    names = [task.name for task in stream.tasks]
+    ledger = Ledger.open(stream.folder.results_file, stream.settings.method, names, resume)
+    first = ledger.num_finished
+    if first == len(stream.tasks):
+        return ledger
+    model = _load(stream, first)
+    for index in range(first, len(stream.tasks)):
+        checkpoint = _last_checkpoint(stream.folder.task(index, names[index])) if resume and index == first else None
+        ledger = _run_task(stream, model, index, ledger, checkpoint)
+    return ledger
+
+
+def _load(stream: Stream, first: int) -> nn.Module:
+    """The model that task `first` starts from."""
+    source = None
+    if first > 0:
+        source = stream.model_folder(first - 1)
+        if not (source / "config.json").is_file():
+            raise UserError(f"{source} is missing: with --save_model never a stream cannot go on after task {first}; "
+                            "begin again in another folder")  # fmt: skip
+    # ZeRO-3 partitions while loading only where TrainingArguments with its configuration exists.
+    arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
+    model = load_model(stream.settings.model, stream.dtype, source)
+    model.config.use_cache = False
+    freeze_ineligible(model, _masked_names(stream.settings.method.mask_file))
+    del arguments
+    return model
+
+
+def _masked_names(mask_file: str | None) -> set[str] | None:
+    if mask_file is None:
+        return None
+    from safetensors import safe_open
+
+    with safe_open(mask_file, framework="pt") as file:
+        return set(file.keys())
+
+
+def _run_task(stream: Stream, model: nn.Module, index: int, ledger: Ledger, checkpoint: str | None) -> Ledger:
+    settings, task = stream.settings, stream.tasks[index]
+    folder = stream.folder.task(index, task.name)
+    if is_main():
+        logger.warning("task %d of %d: %s (%d rows)", index + 1, len(stream.tasks), task.name, len(task.train))
+    scores: list[Scores] = []
+
+    def before(engine: Any) -> None:
+        nonlocal ledger
+        ledger = ledger.with_before(_judge(stream, engine, stream.tasks))
+        ledger.write(stream.folder.results_file)
+
+    def after(engine: Any) -> None:
+        scores.append(_judge(stream, engine, stream.tasks[: index + 1]))
+
+    result = train_task(
+        model,
+        stream.tokenizer,
+        task,
+        settings,
+        folder,
+        checkpoint,
+        before if index == 0 else None,
+        after,
+        None if settings.output.save_model == "never" else stream.model_folder(index),
+    )
+    numel = {info.name: info.numel for info in layout_of(model).parameters}
+    ledger = ledger.with_task(task.name, scores[0], asdict(result.cost), result.index, numel, result.log)
+    ledger = ledger.with_overlaps(_mask_files(stream, index + 1))
+    ledger.write(stream.folder.results_file)
+    if is_main():
+        _tidy(stream, index)
+    barrier()
+    return ledger
+
+
+def _judge(stream: Stream, engine: Any, tasks: list[Task]) -> Scores:
+    return judge(
+        engine,
+        stream.tokenizer,
+        tasks,
+        stream.general,
+        stream.eval_batch_size,
+        stream.settings.data.max_new_tokens,
+        engine.device,
+    )
+
+
+def _mask_files(stream: Stream, num_tasks: int) -> list[Path]:
+    paths = [stream.folder.task(i, task.name) / "mask.safetensors" for i, task in enumerate(stream.tasks[:num_tasks])]
+    return [path for path in paths if path.is_file()]
+
+
+def _tidy(stream: Stream, index: int) -> None:
+    """A finished task needs no trainer checkpoints, and under `last` the model before it is not kept."""
+    for checkpoint in stream.folder.task(index, stream.tasks[index].name).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    if stream.settings.output.save_model == "last" and index > 0:
+        shutil.rmtree(stream.model_folder(index - 1), ignore_errors=True)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of the trainer that is complete: trainer_state.json is the last file it writes."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None

@@ -1,0 +1,17 @@
+"""The one exception that means "the caller gave us something we cannot use".
+
+Launch scripts print its message as a single line on stderr and exit with code 2; everything else keeps its
+traceback, because everything else is a defect of the machine or of this package.
+"""
+
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Input that cannot be used. The message says what was expected, what came, which object, and what to do."""
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """' Did you mean X?' for the most similar of choices, or an empty string when none is similar."""
+    matches = get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,54 @@
+"""estimate_mask(): from an engine and data to a mask, the first of the two calls that PIECE is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piece_ds.importance import estimator
+from piece_ds.selection import select
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import Layout, layout_of
+from piece_ds.state.statistics import GradientStats
+from piece_ds.zero import MicroBatchSource, collect_statistics, read_weight
+
+
+def estimate_mask(
+    engine: Any,
+    micro_batches: MicroBatchSource,
+    method: str = "piece-s",
+    ratio: float = 0.001,
+    budget: str = "model",
+    lam: float = 1.0,
+    seed: int = 42,
+    device: torch.device | str | None = None,
+    layout: Layout | None = None,
+    stats: GradientStats | None = None,
+) -> Mask:
+    """Estimate importance on data and select the most important weights of the model. A collective.
+
+    Args:
+        engine: deepspeed.DeepSpeedEngine, ZeRO 0-3.
+        micro_batches: all of the task's micro-batches, the same on every rank (see stream.MicroBatches).
+        method: 'piece-s', 'piece-f', 'random' or 'magnitude'.
+        ratio: selected / all elements of the model, in (0, 1].
+        budget: 'model', 'layer' or 'tensor': what shares one top-k.
+        lam: lambda of piece-s.
+        seed: of 'random'.
+        device: where statistics live; None means where gradients are, 'cpu' saves accelerator memory.
+        layout: of the model; None means layout_of(engine.module).
+        stats: statistics taken before; None means that they are taken now, if the method needs them.
+    Returns:
+        Mask; give it to attach().
+    Cost: of collect_statistics() and select().
+    """
+    scorer = estimator(method)
+    layout = layout or layout_of(engine.module)
+    if stats is None and scorer.needs_squares:
+        stats = collect_statistics(engine, micro_batches, scorer.needs_sum, device, layout)
+    params = dict(engine.module.named_parameters())
+
+    def weight_of(name: str, start: int, numel: int) -> Tensor:
+        return read_weight(params[name], start, numel)
+
+    return select(layout, method, ratio, stats, weight_of, budget, lam, seed)

@@ -1,0 +1,82 @@
+"""Loading a causal LM and its tokenizer, and what is settled before the weights are read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from piece_ds.config import ModelArguments
+from piece_ds.errors import UserError
+from piece_ds.state.partition import Layout, input_embedding, layout_of
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_config(arguments: ModelArguments) -> Any:
+    """The model's configuration. Raises UserError where there is none."""
+    source = arguments.model_name_or_path
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model_name_or_path {source}: no model can be loaded from there ({reason})") from error
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises UserError where there is none."""
+    source = arguments.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model_name_or_path {source}: no tokenizer can be loaded from there ({reason})") from error
+
+
+def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
+    """The dtype to train in: --dtype, or that of the model's files."""
+    if arguments.dtype != "auto":
+        return _DTYPES[arguments.dtype]
+    stated = getattr(config, "dtype", None) or torch.float32
+    return _DTYPES[stated] if isinstance(stated, str) else stated
+
+
+def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str | None = None) -> nn.Module:
+    """The model in dtype; partitioned while loading where a ZeRO-3 TrainingArguments is alive.
+
+    Args:
+        folder: load from there instead of model_name_or_path (a later task of a resumed stream).
+    """
+    source = str(folder or arguments.model_name_or_path)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **options)
+    except OSError as error:
+        raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def empty_layout(arguments: ModelArguments, config: Any) -> Layout:
+    """The layout of the model from its configuration alone: no weight is read and no memory taken."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
+        model.tie_weights()
+    return layout_of(model)
+
+
+def freeze_ineligible(model: nn.Module, selected: set[str] | None = None) -> None:
+    """Freeze the input embeddings or, where the selected parameters are known already, every other parameter.
+
+    A frozen parameter costs no gradient, master or moment. Which weights train does not change: a mask that is yet
+    to be estimated selects none of the embeddings.
+    """
+    embedding = input_embedding(model)
+    for name, param in model.named_parameters():
+        if (name not in selected) if selected is not None else (param is embedding):
+            param.requires_grad_(False)
+    if embedding is not None and not embedding.requires_grad and hasattr(model, "enable_input_require_grads"):
+        # Reentrant checkpointing passes gradients through inputs: without one that requires it, blocks get none.
+        model.enable_input_require_grads()

@@ -1,0 +1,118 @@
+"""Results as rows of short texts, once for the console, Markdown and HTML."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from piece_ds.evaluation.measure import Measure
+from piece_ds.report.results import RunResults
+
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts.
+
+    Attributes:
+        title: what it shows.
+        header: names of the columns; the first names the rows.
+        rows: as long as the header.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def result_grids(run: RunResults) -> list[Grid]:
+    """The result matrix of a run: one grid of accuracies, where any task has them, and one of losses.
+
+    A row is a moment of the stream (before it, after each task), a column a task; the last columns are the overall
+    performance at that moment and the loss on general text.
+    """
+    grids = []
+    if "accuracy" in run.matrix.metrics:
+        grids.append(_matrix_grid(f"{run.name}: accuracy", run, run.matrix.accuracy, percent))
+    grids.append(_matrix_grid(f"{run.name}: loss (nats per answer token)", run, run.matrix.loss, nats, general=True))
+    return grids
+
+
+def summary_grid(runs: Sequence[RunResults]) -> Grid:
+    """Runs in rows, the derived figures in columns; figures that no run has are left out."""
+    columns: list[tuple[str, str, Callable[[float | None], str]]] = [
+        ("OP", "accuracy_overall", percent),
+        ("learned", "accuracy_learning", percent),
+        ("BWT", "accuracy_backward_transfer", points),
+        ("BWT (authors)", "accuracy_backward_transfer_authors", points),
+        ("forgetting", "accuracy_forgetting", points),
+        ("FWT", "accuracy_forward_transfer", points),
+        ("loss OP", "loss_overall", nats),
+        ("loss BWT", "loss_backward_transfer", signed_nats),
+        ("general loss change", "general_loss_change", signed_nats),
+    ]
+    summaries = [run.matrix.summary() for run in runs]
+    kept = [column for column in columns if any(summary[column[1]] is not None for summary in summaries)]
+    rows = [
+        (run.name, *(form(summary[key]) for _, key, form in kept)) for run, summary in zip(runs, summaries, strict=True)
+    ]
+    return Grid("Derived figures", ("run", *(label for label, _, _ in kept)), tuple(rows))
+
+
+def cost_grid(runs: Sequence[RunResults]) -> Grid:
+    """What each task of each run cost, with its mask's size."""
+    keys = list(dict.fromkeys(key for run in runs for cost in run.cost.values() for key in cost))
+    rows = []
+    for run in runs:
+        counts = run.selected_counts
+        for task, cost in run.cost.items():
+            selected, total = counts.get(task, (None, None))
+            mask = f"{selected:,} of {total:,}" if total else ABSENT
+            rows.append((run.name, task, mask, *(quantity(key, cost.get(key)) for key in keys)))
+    labels = [key.replace("num_", "").removesuffix("_seconds").removesuffix("_bytes").replace("_", " ") for key in keys]
+    return Grid("Cost", ("run", "task", "selected weights", *labels), tuple(rows))
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage: 62.5 %."""
+    return ABSENT if value is None else f"{100 * value:.1f} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return ABSENT if value is None else f"{100 * value:+.1f}"
+
+
+def nats(value: float | None) -> str:
+    """A loss."""
+    return ABSENT if value is None else f"{value:.3f}"
+
+
+def signed_nats(value: float | None) -> str:
+    """A difference of losses, with its sign."""
+    return ABSENT if value is None else f"{value:+.3f}"
+
+
+def quantity(name: str, value: object) -> str:
+    """A measured value in the unit that its name says."""
+    if not isinstance(value, int | float):
+        return ABSENT if value is None else str(value)
+    if name.endswith("_seconds"):
+        return f"{value:.1f} s"
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.2f} GiB"
+    return f"{value:,.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else f"{value:,}"
+
+
+def _matrix_grid(
+    title: str, run: RunResults, measure: Measure, form: Callable[[float | None], str], general: bool = False
+) -> Grid:
+    with_general = general and any(value is not None for value in run.matrix.general_loss)
+    header = ("", *run.tasks, "mean of seen", *(["general text"] if with_general else []))
+    rows = []
+    if measure.before is not None:
+        extra = (nats(run.matrix.general_loss_before),) if with_general else ()
+        rows.append(("before", *map(form, measure.before), ABSENT, *extra))
+    for stage, row in enumerate(measure.after):
+        extra = (nats(run.matrix.general_loss[stage]),) if with_general else ()
+        rows.append((f"after {run.tasks[stage]}", *map(form, row), form(measure.overall(stage)), *extra))
+    return Grid(title, header, tuple(rows))

@@ -1,0 +1,126 @@
+"""What one run found: the content of its results.json, which is all that a report is made from."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from piece_ds.errors import UserError
+from piece_ds.evaluation.matrix import ResultMatrix
+
+FORMAT = "piece-results"
+VERSION = 1
+
+Counts = Mapping[str, Mapping[str, Mapping[str, int]]]  # layer -> module type -> {"selected", "total"}
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """One run of a stream of tasks.
+
+    Attributes:
+        name: what tables and figures call the run, such as "piece-s 0.1 %".
+        method: the method's flag value.
+        ratio: selected elements / elements of the model, in (0, 1].
+        matrix: results on every task after every task; it also holds the tasks' names and order.
+        masks: task -> layer -> module type -> selected and total elements; tasks without a mask are left out.
+        overlaps: Jaccard index of every two masks, in [0, 1], in the order of masks.
+        logs: task -> the trainer's log; entries with "step" and "loss" make the training curve.
+        cost: task -> what was measured, by a name that says the unit ("train_seconds", "peak_bytes").
+        settings: flags worth showing, as JSON values.
+        notes: what a reader must know, a sentence each ("X was judged on its training rows").
+    """
+
+    name: str
+    method: str
+    ratio: float
+    matrix: ResultMatrix
+    masks: Mapping[str, Counts] = field(default_factory=dict)
+    overlaps: Sequence[Sequence[float]] = ()
+    logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of training."""
+        return self.matrix.tasks
+
+    @property
+    def selected_counts(self) -> dict[str, tuple[int, int]]:
+        """Task -> (selected, total) elements of its mask."""
+        cells = {
+            task: [cell for modules in counts.values() for cell in modules.values()]
+            for task, counts in self.masks.items()
+        }
+        return {
+            task: (sum(cell["selected"] for cell in of_task), sum(cell["total"] for cell in of_task))
+            for task, of_task in cells.items()
+        }
+
+    @property
+    def training_losses(self) -> dict[str, list[tuple[int, float]]]:
+        """Task -> (step, loss) points of its training curve, steps counted from the task's start."""
+        return {
+            task: [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry and "step" in entry]
+            for task, log in self.logs.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values; reading them back gives equal results."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "method": self.method,
+            "ratio": self.ratio,
+            "finished": len(self.matrix.loss.after),
+            "matrix": self.matrix.to_json(),
+            "masks": self.masks,
+            "overlaps": self.overlaps,
+            "cost": self.cost,
+            "logs": self.logs,
+            "settings": self.settings,
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], name: str | None = None) -> "RunResults":
+        """The results in the content of a results.json.
+
+        Args:
+            values: as to_json gives them; name, settings and notes may be absent.
+            name: what to call the run; None means its own name, or else its method.
+        Raises:
+            UserError: values are not of this format and version, or a part is missing.
+        """
+        if not isinstance(values, Mapping) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+            raise UserError(
+                f"results: expected format {FORMAT!r} version {VERSION}, got {str(values)[:60]!r}; run again"
+            )
+        try:
+            matrix = ResultMatrix.from_json(values["matrix"])
+            parts = {part: values[part] for part in ("method", "ratio", "masks", "overlaps", "logs", "cost")}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"results: a part is missing or of the wrong form ({error!r}); run again") from None
+        name = name or values.get("name") or str(values["method"])
+        optional = {part: values[part] for part in ("settings", "notes") if part in values}
+        return cls(name=name, matrix=matrix, **parts, **optional)
+
+
+def read_results(path: Path | str, name: str | None = None) -> RunResults:
+    """The results in a results.json.
+
+    Raises:
+        UserError: the file is missing, no JSON, or of another format; it is named.
+    """
+    try:
+        return RunResults.from_json(json.loads(Path(path).read_text(encoding="utf-8")), name)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a run writes it before its first task") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); the file is damaged, run again") from None

@@ -1,0 +1,103 @@
+"""The output folder of a run: what lies where, whose it is, and how far it has come."""
+
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import deepspeed
+import torch
+import transformers
+
+import piece_ds
+from piece_ds.distributed import barrier, broadcast_object, is_main, world_size
+from piece_ds.errors import UserError
+from piece_ds.files import write_json
+
+# Settings that may differ between the two halves of a resumed run.
+_FREE = {"output_dir", "resume_from_checkpoint", "logging_steps", "report_to", "disable_tqdm", "save_total_limit",
+         "save_steps", "save_strategy", "deepspeed", "local_rank", "run_name"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths under --output_dir."""
+
+    root: Path
+
+    @property
+    def run_file(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def results_file(self) -> Path:
+        return self.root / "results.json"
+
+    def task(self, index: int, name: str) -> Path:
+        """NN-task: everything that one task leaves behind."""
+        return self.root / f"{index:02d}-{name}"
+
+    def model(self, index: int, name: str) -> Path:
+        return self.task(index, name) / "model"
+
+    def claim(self, configuration: dict[str, Any], resume: bool) -> None:
+        """Make the folder this run's own, on all ranks.
+
+        Args:
+            configuration: what decides the results; compared with what the folder was made with.
+            resume: continue what is there.
+        Raises:
+            UserError: the folder belongs to another run, or to a finished or interrupted one and resume is not asked.
+        """
+        problem = broadcast_object(self._problem(configuration, resume) if is_main() else None)
+        if problem:
+            raise UserError(str(problem))
+        if is_main() and not self.run_file.exists():
+            write_json(self.run_file, {**configuration, "versions": versions(), "world_size": world_size()})
+        barrier()
+
+    def _problem(self, configuration: dict[str, Any], resume: bool) -> str | None:
+        if self.root.exists() and not self.root.is_dir():
+            return f"--output_dir {self.root} is a file, expected a folder"
+        if not self.run_file.exists():
+            foreign = next((p.name for p in self.root.glob("[0-9][0-9]-*")), None) if self.root.exists() else None
+            if foreign or self.results_file.exists():
+                return f"--output_dir {self.root} holds {foreign or 'results.json'} but no run.json: use another folder"
+            return None
+        try:
+            earlier = json.loads(self.run_file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, OSError) as error:
+            return f"{self.run_file} cannot be read ({error}): use another --output_dir"
+        difference = _first_difference(earlier, json.loads(json.dumps(configuration)))
+        if difference:
+            return (f"--output_dir {self.root} belongs to another run ({difference}): use another folder, "
+                    "or the settings it was begun with")  # fmt: skip
+        if not resume:
+            return f"--output_dir {self.root} holds a run already: add --resume_from_checkpoint True, or use another"
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    modules = {"piece_ds": piece_ds, "torch": torch, "deepspeed": deepspeed, "transformers": transformers,
+               "accelerate": accelerate}  # fmt: skip
+    found = {name: str(module.__version__) for name, module in modules.items()}
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {**found, "python": sys.version.split()[0], "device": device}
+
+
+def _first_difference(earlier: dict[str, Any], now: dict[str, Any], path: str = "") -> str | None:
+    """'key was X, is Y' for the first setting that differs, or None."""
+    for key in now:
+        if key in _FREE:
+            continue
+        if isinstance(now[key], dict) and isinstance(earlier.get(key), dict):
+            found = _first_difference(earlier[key], now[key], f"{path}{key}.")
+            if found:
+                return found
+        elif earlier.get(key) != now[key]:
+            return f"{path}{key} was {earlier.get(key)!r}, is {now[key]!r}"
+    return None

@@ -1,0 +1,83 @@
+"""Exact top-k over all ranks by radix select on histograms: only counts cross ranks, never scores.
+
+Legend: G budget groups, D digits of one pass, P eligible parameters, W ranks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from piece_ds import ops
+from piece_ds.distributed import all_reduce_sum_
+from piece_ds.state.mask import collective_device
+
+# The key of a non-negative fp32 score is its 31 low bits: 11 (exponent and 3 mantissa bits), then 10 and 10.
+DIGITS = ((20, 11), (10, 10), (0, 10))
+
+ScoreChunks = Callable[[], Iterator[tuple[int, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The k-th largest score of one group.
+
+    Attributes:
+        key: its 31-bit key; a score is above where its key is greater.
+        num_ties_to_take: elements with exactly this key that belong to the selection.
+    """
+
+    key: int
+    num_ties_to_take: int
+
+
+def find_thresholds(chunks: ScoreChunks, num_to_take: list[int], device: torch.device) -> list[Threshold]:
+    """For each group, the score that keeps exactly its k elements over all ranks.
+
+    Args:
+        chunks: called once per pass; yields (group, scores) for this rank's elements, in any order.
+        num_to_take: k of each group, between 1 and the group's number of elements over all ranks.
+        device: where scores live.
+    Cost: produces the scores three times; all-reduces G * (2048 + 1024 + 1024) int64 counts, whatever the model.
+    Source: radix select (Alabi et al. 2012), with the digit counts summed over ranks.
+    """
+    num_groups = len(num_to_take)
+    prefix = [0] * num_groups
+    remaining = list(num_to_take)
+    for shift, bits in DIGITS:
+        counts_GD = torch.zeros(num_groups, 1 << bits, dtype=torch.int64, device=device)
+        for group, score in chunks():
+            ops.digit_histogram_(counts_GD[group], score, shift, bits, prefix[group])
+        counts_GD = all_reduce_sum_(counts_GD.to(collective_device())).cpu()
+        above_GD = counts_GD.flip(1).cumsum(1).flip(1) - counts_GD  # elements with a greater digit
+        for group in range(num_groups):
+            # The digit of the k-th largest: the largest one that, with everything above it, reaches k.
+            digit = int((above_GD[group] < remaining[group]).nonzero()[0])
+            remaining[group] -= int(above_GD[group, digit])
+            prefix[group] = (prefix[group] << bits) | digit
+    return [Threshold(key, take) for key, take in zip(prefix, remaining, strict=True)]
+
+
+def tie_quotas(num_ties_P: Tensor, group_P: list[int], thresholds: list[Threshold], owner: int) -> list[int]:
+    """How many of its ties rank `owner` takes in each parameter: the first of each group in (parameter, index) order.
+
+    Args:
+        num_ties_P: this rank's elements at the threshold of their group, per eligible parameter, int64.
+        group_P: the group of each eligible parameter.
+        thresholds: of each group.
+        owner: this rank.
+    Cost: one all-gather of P int64 per rank.
+    """
+    num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    table = torch.zeros(num_ranks, num_ties_P.numel(), dtype=torch.int64)
+    table[owner] = num_ties_P
+    table_WP = all_reduce_sum_(table.to(collective_device())).cpu()
+    left = [threshold.num_ties_to_take for threshold in thresholds]
+    quotas = []
+    for parameter, group in enumerate(group_P):
+        counts_W = table_WP[:, parameter]
+        before = int(counts_W[:owner].sum())  # a lower rank owns lower flat indices of the same parameter
+        quotas.append(max(0, min(int(counts_W[owner]), left[group] - before)))
+        left[group] = max(0, left[group] - int(counts_W.sum()))
+    return quotas

@@ -1,0 +1,1 @@
+"""The nouns: who owns which element, the gradient statistics, the mask."""

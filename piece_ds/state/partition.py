@@ -1,0 +1,113 @@
+"""Which rank owns which element of which parameter: the canonical layout of statistics, scores and masks.
+
+It is ZeRO-3's layout, used at every stage and for every world size: a parameter of n elements over W ranks is cut
+into chunks of c = ceil(n / W), and rank r owns the flat range [r c, min((r + 1) c, n)). Only parameters change the
+order (that of named_parameters()), so a position is named by (parameter index, flat index) whatever the world size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from piece_ds.distributed import rank, world_size
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The flat range [start, stop) of one parameter that one rank owns; empty where start == stop."""
+
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+def partition_of(numel: int, owner: int, num_ranks: int) -> Partition:
+    """The range that rank `owner` of `num_ranks` owns in a parameter of numel elements."""
+    chunk = -(-numel // num_ranks)
+    return Partition(min(owner * chunk, numel), min((owner + 1) * chunk, numel))
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What selection needs to know of a parameter without holding it."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    eligible: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every parameter of a model, once, in named_parameters() order, and this rank's share of the eligible ones."""
+
+    parameters: tuple[ParameterInfo, ...]
+    rank: int
+    num_ranks: int
+
+    @property
+    def total(self) -> int:
+        """Elements of the model: every parameter counted once, embeddings and frozen ones included."""
+        return sum(info.numel for info in self.parameters)
+
+    @property
+    def num_eligible(self) -> int:
+        return sum(info.numel for info in self.parameters if info.eligible)
+
+    @property
+    def num_owned(self) -> int:
+        """Eligible elements that this rank owns: the length of a statistics buffer."""
+        return sum(part.numel for _, part, _ in self.owned())
+
+    def eligible(self) -> tuple[ParameterInfo, ...]:
+        return tuple(info for info in self.parameters if info.eligible)
+
+    def partition(self, info: ParameterInfo) -> Partition:
+        """This rank's range of one parameter."""
+        return partition_of(info.numel, self.rank, self.num_ranks)
+
+    def owned(self) -> Iterator[tuple[ParameterInfo, Partition, int]]:
+        """(parameter, range, offset of the range in this rank's flat buffer) for each eligible parameter."""
+        offset = 0
+        for info in self.eligible():
+            part = self.partition(info)
+            yield info, part, offset
+            offset += part.numel
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {info.name: info.shape for info in self.parameters}
+
+
+def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where ZeRO-3 has put it away."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of model for this rank of the default process group.
+
+    Not eligible: the input embeddings (and a head tied to them, which is the same parameter) and parameters that do
+    not require gradients.
+    """
+    embedding = input_embedding(model)
+    infos = []
+    for name, param in model.named_parameters():
+        shape = full_shape(param)
+        numel = int(torch.Size(shape).numel())
+        infos.append(ParameterInfo(name, shape, numel, param.requires_grad and param is not embedding))
+    return Layout(tuple(infos), rank(), world_size())
+
+
+def input_embedding(model: nn.Module) -> nn.Parameter | None:
+    """The input embedding's weight, or None for a model without get_input_embeddings()."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        module = getter() if getter is not None else None
+    except NotImplementedError:
+        return None
+    return getattr(module, "weight", None)

@@ -1,0 +1,166 @@
+"""The task stream: which rows are learned in which order, and which rows each task is judged on."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from piece_ds.config import DataArguments
+from piece_ds.errors import UserError, nearest
+from piece_ds.stream.encode import Encoder, split_prompt
+from piece_ds.stream.files import load_rows
+from piece_ds.stream.readers import READERS
+from piece_ds.stream.tokenize import tokenize_rows
+
+# A task that comes with training rows alone is judged on its first rows, so that its column is not empty;
+# Task.held_out says so. More of them would only tell the same about rows the model has seen.
+NUM_TRAINING_ROWS_JUDGED = 256
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the stream, tokenized.
+
+    Attributes:
+        name: folder name, or the file's stem.
+        train, eval, test: columns input_ids and labels. eval is for the loss during training, test for the result
+            matrix; where a file is absent the other stands in, and where both are, the first training rows.
+        answers: the gold answers of test, as text, in its order.
+        held_out: whether test holds rows other than the training file's.
+    """
+
+    name: str
+    train: datasets.Dataset
+    eval: datasets.Dataset
+    test: datasets.Dataset
+    answers: list[str] = field(repr=False)
+    held_out: bool = True
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids to generate an answer from, for each row of test, in its order."""
+        return [split_prompt(row["input_ids"], row["labels"])[0] for row in self.test]
+
+
+def load_task_stream(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
+    """The tasks that --train_file, or --task_dir and --tasks, name, in order.
+
+    Args:
+        arguments: checked settings; one of train_file and task_dir is set.
+        tokenizer: the model's.
+    Raises:
+        UserError: no data named, an unknown or repeated task, or a file that cannot be used.
+    """
+    encoder = Encoder(tokenizer, arguments.cutoff, arguments.chat_template)
+    return [
+        _load_task(name, files, encoder, arguments.max_eval_samples) for name, files in _task_files(arguments).items()
+    ]
+
+
+def load_general(
+    path_or_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    cutoff: int,
+    chat_template: bool = False,
+    max_rows: int | None = None,
+) -> datasets.Dataset:
+    """Rows whose loss tells how much general ability is left; no task trains them.
+
+    Args:
+        path_or_name: rows of prompt and answer (loss on the answer), of token ids, or of {"text"} (loss on all of
+            it, cut into windows), or a .txt file, which is one long text.
+        cutoff: as in Encoder.
+        max_rows: keep only the first so many encoded rows.
+    Returns:
+        Dataset of columns input_ids and labels.
+    """
+    encoder = Encoder(tokenizer, cutoff, chat_template)
+    if path_or_name.lower().endswith(".txt") and Path(path_or_name).is_file():
+        rows = _text_file_rows(Path(path_or_name))
+    else:
+        rows = load_rows(path_or_name, allow_text=True)
+    if max_rows is not None:
+        rows = _first_rows(rows, max_rows)  # a row makes at least one encoded row, so nothing needed is cut
+    return _first_rows(tokenize_rows(rows, encoder, path_or_name), max_rows)
+
+
+def _task_files(arguments: DataArguments) -> dict[str, dict[str, str]]:
+    """Task name -> split -> path or Hub name, in the order of the stream."""
+    if arguments.train_file:
+        files = {"train": arguments.train_file}
+        if arguments.eval_file:
+            files["eval"] = arguments.eval_file
+        return {Path(arguments.train_file.split(":")[0]).stem: files}
+    if not arguments.task_dir or not arguments.tasks:
+        raise UserError("no training data: give --train_file, or --task_dir with --tasks")
+    return {
+        name: _files_in(Path(arguments.task_dir) / name) for name in _task_names(arguments.tasks, arguments.task_dir)
+    }
+
+
+def _task_names(tasks: str, task_dir: str) -> list[str]:
+    names = [name.strip() for name in tasks.split(",")]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if "" in names or repeated:
+        what = f"{repeated!r} twice" if repeated else "an empty name"
+        raise UserError(f"--tasks {tasks!r} holds {what}; name each task once, separated by commas")
+    if not Path(task_dir).is_dir():
+        raise UserError(f"--task_dir {task_dir}: no such folder")
+    known = sorted(entry.name for entry in Path(task_dir).iterdir() if entry.is_dir())
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--tasks: no task {name!r} in {task_dir}; it has {', '.join(known)}.{nearest(name, known)}"
+            )
+    return names
+
+
+def _files_in(folder: Path) -> dict[str, str]:
+    """Split -> file of a task's folder, the first known suffix that exists; train.json where none does."""
+    found = {}
+    for split in ("train", "eval", "test"):
+        paths = [folder / f"{split}{suffix}" for suffix in READERS]
+        path = next((path for path in paths if path.exists()), None)
+        if path or split == "train":
+            found[split] = str(path or paths[0])
+    return found
+
+
+def _load_task(name: str, files: dict[str, str], encoder: Encoder, max_eval_samples: int | None) -> Task:
+    rows = {split: load_rows(path) for split, path in files.items()}
+    limits = {"train": None, "eval": max_eval_samples, "test": max_eval_samples}
+    splits = {split: tokenize_rows(_first_rows(rows[split], limits[split]), encoder, files[split]) for split in files}
+    held_out = len(files) > 1
+    judged = splits["train"] if held_out else _first_rows(splits["train"], max_eval_samples or NUM_TRAINING_ROWS_JUDGED)
+    test_split = "test" if "test" in files else "eval" if "eval" in files else "train"
+    test = splits[test_split] if held_out else judged
+    return Task(
+        name=name,
+        train=splits["train"],
+        eval=splits.get("eval", test),
+        test=test,
+        answers=_answers(_first_rows(rows[test_split], len(test)), encoder),
+        held_out=held_out,
+    )
+
+
+def _answers(rows: datasets.Dataset, encoder: Encoder) -> list[str]:
+    """Gold answers as text; for rows of token ids, what their labels decode to."""
+    if "answer" in rows.column_names:
+        return list(rows["answer"])
+    labels = [split_prompt(row["input_ids"], row["labels"])[1] for row in rows]
+    return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in labels]
+
+
+def _first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    return rows if limit is None or len(rows) <= limit else rows.select(range(limit))
+
+
+def _text_file_rows(path: Path) -> datasets.Dataset:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text ({error.reason}); re-encode the file") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; expected text")
+    return datasets.Dataset.from_dict({"text": [text]})

@@ -1,0 +1,214 @@
+"""One task of the stream: a fresh engine and optimizer, statistics, selection, training, and the task's files."""
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from piece_ds.arguments import Settings
+from piece_ds.callback import PieceCallback
+from piece_ds.checkpoint import read_selected, save_delta
+from piece_ds.checkpoint.delta_file import load_previous
+from piece_ds.distributed import barrier, is_main
+from piece_ds.estimate import estimate_mask
+from piece_ds.files import write_text
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import Layout
+from piece_ds.state.statistics import GradientStats
+from piece_ds.statistics_cache import statistics_of
+from piece_ds.stream import MicroBatches, Task, make_collator
+
+PREVIOUS_NAME = "previous.safetensors"
+DELTA_NAME = "delta.safetensors"
+METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a trained task leaves in memory.
+
+    Attributes:
+        cost: wall time and memory.
+        index: selected positions of the whole model per parameter; None without a mask.
+        log: the trainer's log.
+    """
+
+    cost: "TaskCost"
+    index: dict[str, Tensor] | None
+    log: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TaskCost:
+    """Wall time and memory of one task on rank 0.
+
+    Attributes:
+        select_seconds: statistics and selection; 0 where there was nothing to select.
+        train_seconds: optimizer steps.
+        num_steps: optimizer steps.
+        peak_bytes: most memory allocated on the accelerator; None on the CPU.
+    """
+
+    select_seconds: float
+    train_seconds: float
+    num_steps: int
+    peak_bytes: int | None
+
+
+class TaskTrainer(Trainer):
+    """transformers' Trainer; the loss is never the very tensor that the engine's forward returned.
+
+    DeepSpeed 0.19 divides such a loss by the accumulation steps although it is told not to, at ZeRO stage 0 and in
+    BF16_Optimizer, and the Trainer has divided already.
+    """
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(*args, **kwargs)
+        return (result[0] * 1.0, *result[1:]) if isinstance(result, tuple) else result * 1.0
+
+
+class TaskCallback(PieceCallback):
+    """PieceCallback that also keeps what the selected weights were before the task, across interruptions."""
+
+    previous: dict[str, Tensor]
+
+    def on_mask(self, model: nn.Module, mask: Mask, resumed: bool) -> None:
+        path = Path(self.trainer.args.output_dir) / PREVIOUS_NAME
+        if resumed:
+            self.previous = load_previous(path, mask)
+        else:
+            self.previous = read_selected(model, mask)
+            save_delta(path, model, mask, self.previous)
+
+
+def train_task(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    settings: Settings,
+    folder: Path,
+    checkpoint: str | None,
+    before_training: Callable[[Any], None] | None,
+    after_training: Callable[[Any], None],
+    save_model_to: Path | None,
+) -> TaskResult:
+    """Train one task and write its mask, delta, metrics and, if asked, model.
+
+    Args:
+        folder: of the task; the trainer's checkpoints go there too.
+        checkpoint: folder to resume from, or None.
+        before_training: called with the engine before anything is estimated (not after a resume).
+        after_training: called with the engine after the last step.
+        save_model_to: transformers folder for the trained model, or None.
+    """
+    arguments = settings.training_arguments(output_dir=folder)
+    trainer = TaskTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=task.train,
+        data_collator=make_collator(tokenizer),
+        processing_class=tokenizer,
+    )
+    if before_training is not None and checkpoint is None:
+        trainer.add_callback(_OnBegin(lambda: before_training(trainer.model_wrapped)))
+    callback = None
+    if settings.method.method != "seqft":
+        callback = TaskCallback(
+            trainer,
+            importance_batch_size=settings.method.importance_batch_size,
+            mask_file=settings.method.mask_file,
+            estimate=lambda engine, batches, layout: _estimate(settings, task, arguments.seed, engine, batches, layout),
+        )
+        trainer.add_callback(callback)
+    clock = _Clock()
+    trainer.add_callback(clock)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    engine = trainer.model_wrapped
+    index = None
+    if callback is not None and callback.mask is not None:
+        save_delta(folder / DELTA_NAME, engine.module, callback.mask, callback.previous)
+        index = callback.mask.whole()
+        if is_main():
+            (folder / PREVIOUS_NAME).unlink(missing_ok=True)
+    if save_model_to is not None:
+        trainer.save_model(str(save_model_to))
+        if is_main():
+            (save_model_to / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says more
+    if is_main():
+        write_text(folder / METRICS_NAME, "".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
+    after_training(engine)
+    cost = TaskCost(
+        select_seconds=(callback.select_seconds or 0.0) if callback else 0.0,
+        train_seconds=clock.seconds,
+        num_steps=trainer.state.global_step,
+        peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    )
+    log = list(trainer.state.log_history)
+    _release(trainer)
+    barrier()
+    return TaskResult(cost, index, log)
+
+
+def _estimate(settings: Settings, task: Task, seed: int, engine: Any, batches: MicroBatches, layout: Layout) -> Mask:
+    method = settings.method
+    device = "cpu" if method.statistics_device == "cpu" else None
+    stats: GradientStats | None = statistics_of(method, task.name, engine, batches, layout, device)
+    return estimate_mask(
+        engine,
+        batches,
+        method.method,
+        method.mask_ratio,
+        method.budget,
+        method.importance_lambda,
+        seed,
+        device,
+        layout,
+        stats,
+    )
+
+
+class _OnBegin(TrainerCallback):
+    """Calls a function when training begins: the engine exists, no weight has moved."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.function()
+
+
+class _Clock(TrainerCallback):
+    """Seconds between the first step's beginning and the last step's end."""
+
+    def __init__(self) -> None:
+        self._begin: float | None = None
+        self.seconds = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begin = self._begin or time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._begin is not None:
+            self.seconds = time.perf_counter() - self._begin
+
+
+def _release(trainer: Trainer) -> None:
+    """Free the engine: its hooks, buffers, masters and moments. The model stays, partitioned as it was."""
+    trainer.model_wrapped.empty_partition_cache()  # ZeRO-3 may still be gathering for a forward that never comes
+    trainer.model_wrapped.destroy()
+    trainer.deepspeed = None
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    for param in trainer.model.parameters():
+        param.grad = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

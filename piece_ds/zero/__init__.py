@@ -1,0 +1,11 @@
+"""The door to DeepSpeed: the only room that reads DeepSpeed's private names.
+
+DeepSpeed stays unpatched in memory and on disk; every hook is installed on one engine instance and can be removed.
+What has not been proven is refused at the door, with the reason.
+"""
+
+from piece_ds.zero.door import open_door, require_trainable
+from piece_ds.zero.statistics import MicroBatchSource, collect_statistics
+from piece_ds.zero.weights import read_weight
+
+__all__ = ["MicroBatchSource", "collect_statistics", "open_door", "read_weight", "require_trainable"]

@@ -1,0 +1,98 @@
+"""What every ZeRO stage must offer, whichever wrapper DeepSpeed uses for it.
+
+An adapter knows where one engine keeps reduced gradients and fp32 masters, and how to leave the engine as if a
+backward had not happened. It is made by open_door() and holds no tensor of its own but selected positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piece_ds import ops
+from piece_ds.zero.pieces import Piece, positions_in
+
+
+class Adapter(ABC):
+    """One engine's gradients, masters and micro-step state.
+
+    Attributes:
+        engine: the deepspeed.DeepSpeedEngine.
+        optimizer: engine.optimizer (DeepSpeed's wrapper, or the bare torch optimizer).
+        name_of: id(parameter) -> its name in engine.module.named_parameters().
+    """
+
+    private_names: tuple[str, ...] = ()
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        self.name_of = {id(param): name for name, param in engine.module.named_parameters()}
+        for name in self.private_names:
+            if not hasattr(self.optimizer, name):
+                raise RuntimeError(
+                    f"deepspeed's {type(self.optimizer).__name__} has no attribute {name!r}: this version keeps its "
+                    "gradients elsewhere; install a deepspeed between 0.19.2 and 0.19.8, which are known to work"
+                )
+
+    @abstractmethod
+    def masters(self) -> list[tuple[Tensor, list[Piece]]]:
+        """The flat tensors that the base optimizer updates on this rank, with the parameters' places in them."""
+
+    @abstractmethod
+    def bind(self, index: dict[str, Tensor]) -> None:
+        """Remember where the selected elements (positions over all ranks) lie in this rank's gradients."""
+
+    @abstractmethod
+    def mask_gradients_(self) -> None:
+        """Zero the reduced gradient outside the bound selection, before overflow check, norm, clip and step."""
+
+    def prepare(self) -> None:  # noqa: B027 - most stages have nothing to undo
+        """Undo what DeepSpeed's constructor did to masters and moments, if anything."""
+
+    def install(self, before_step: Callable[[], None]) -> Callable[[], None]:
+        """Call before_step at every accumulation boundary, before DeepSpeed looks at the gradients; returns remove."""
+        original = self.engine._take_model_step
+
+        def _take_model_step(*args: Any, **kwargs: Any) -> Any:
+            before_step()
+            return original(*args, **kwargs)
+
+        self.engine._take_model_step = _take_model_step
+        return lambda: self.engine.__dict__.pop("_take_model_step", None)
+
+    @abstractmethod
+    def local_backward(self) -> AbstractContextManager[None]:
+        """Inside, engine.backward leaves this rank's gradients on the parameters and reduces nothing."""
+
+    @abstractmethod
+    def forget_backward(self) -> None:
+        """Bring the engine back to the state before the backwards of local_backward()."""
+
+
+class BoundGradients:
+    """Selected positions for gradients that are lists of tensors whose concatenation is a flat buffer."""
+
+    def __init__(self) -> None:
+        self._positions: dict[Any, Tensor] = {}
+        self._on_device: dict[tuple[Any, int, int, torch.device], Tensor] = {}
+
+    def bind(self, key: Any, pieces: list[Piece], index: dict[str, Tensor]) -> None:
+        """Set the selection of buffer `key`."""
+        self._positions[key] = positions_in(pieces, index)
+        self._on_device = {}
+
+    def mask_(self, key: Any, grad: Tensor, offset: int = 0) -> None:
+        """Zero grad, which is [offset, offset + grad.numel()) of buffer `key`, outside the selection."""
+        ops.apply_mask_(grad.view(-1), self._local(key, offset, grad.numel(), grad.device))
+
+    def _local(self, key: Any, offset: int, numel: int, device: torch.device) -> Tensor:
+        where = (key, offset, numel, device)
+        if where not in self._on_device:  # copied to the device once, not at every step
+            positions = self._positions[key]
+            low, high = torch.searchsorted(positions, torch.tensor([offset, offset + numel])).tolist()
+            self._on_device[where] = (positions[low:high] - offset).to(device)
+        return self._on_device[where]

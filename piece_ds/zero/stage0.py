@@ -1,0 +1,64 @@
+"""Stage 0: whole gradients on every rank, in p.grad, whether DeepSpeed wraps the optimizer or not."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from piece_ds.zero.adapter import Adapter, BoundGradients
+from piece_ds.zero.pieces import Piece
+
+
+class Stage0(Adapter):
+    """fp32: the bare optimizer steps the parameters themselves. bf16: FP16_Optimizer (one flat master a group) or
+    FP16_UnfusedOptimizer (one master a parameter)."""
+
+    def masters(self) -> list[tuple[Tensor, list[Piece]]]:
+        flat_masters = getattr(self.optimizer, "fp32_groups_flat", None)
+        if flat_masters is not None:
+            return [(m, self._flat_pieces(g)) for m, g in zip(flat_masters, self.optimizer.fp16_groups, strict=True)]
+        pairs = self._unfused_pairs()
+        return [(m, [Piece(self.name_of[id(p)], 0, p.numel(), 0)]) for m, p in pairs]
+
+    def _flat_pieces(self, group: list[torch.nn.Parameter]) -> list[Piece]:
+        pieces, offset = [], 0
+        for param in group:
+            pieces.append(Piece(self.name_of[id(param)], 0, param.numel(), offset))
+            offset += param.numel()
+        return pieces
+
+    def _unfused_pairs(self) -> list[tuple[Tensor, torch.nn.Parameter]]:
+        """(master, parameter); in fp32 they are the same tensor."""
+        if hasattr(self.optimizer, "fp32_groups"):
+            groups = zip(self.optimizer.fp32_groups, self.optimizer.fp16_groups, strict=True)
+            return [pair for masters, params in groups for pair in zip(masters, params, strict=True)]
+        return [(p, p) for group in self.optimizer.param_groups for p in group["params"]]
+
+    def prepare(self) -> None:
+        """FP16_(Unfused)Optimizer steps once with zero gradients when built: with weight decay masters have moved."""
+        if hasattr(self.optimizer, "fp32_groups_flat"):
+            self.optimizer.refresh_fp32_params()
+        elif hasattr(self.optimizer, "fp32_groups"):
+            for master, param in self._unfused_pairs():
+                master.data.copy_(param.data)
+        else:
+            return
+        self.engine.basic_optimizer.state.clear()
+
+    def bind(self, index: dict[str, Tensor]) -> None:
+        self._params = [p for p in self.engine.module.parameters() if p.requires_grad]
+        self._bound = BoundGradients()
+        for param in self._params:
+            name = self.name_of[id(param)]
+            self._bound.bind(name, [Piece(name, 0, param.numel(), 0)], index)
+
+    def mask_gradients_(self) -> None:
+        for param in self._params:
+            if param.grad is not None:
+                self._bound.mask_(self.name_of[id(param)], param.grad)
+
+    def local_backward(self) -> AbstractContextManager[None]:
+        return self.engine.no_sync()
+
+    def forget_backward(self) -> None:
+        self.engine.zero_grad()

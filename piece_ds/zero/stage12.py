@@ -1,0 +1,89 @@
+"""Stages 1 and 2 (DeepSpeedZeroOptimizer): this rank's flat partition of the reduced gradient of each group.
+
+Without offload the partition is a list of tensors, padding included; with optimizer offload it is the fp32 gradient
+of the master on the CPU, and per-parameter norms were already taken during backward, so they are taken again.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch.distributed as dist
+from torch import Tensor
+
+from piece_ds.zero.adapter import Adapter, BoundGradients
+from piece_ds.zero.pieces import Piece, cut
+
+
+class Stage12(Adapter):
+    private_names = (
+        "averaged_gradients",
+        "all_grad_tensors",
+        "round_robin_bit16_groups",
+        "round_robin_bit16_offsets",
+        "single_partition_of_fp32_groups",
+        "real_dp_process_group",
+        "partition_size",
+        "params_in_partition",
+        "get_param_id",
+        "cpu_offload",
+        "micro_step_id",
+    )
+
+    def _partition(self, group: int) -> list[Piece]:
+        """The parameters' places in this rank's partition of a group."""
+        params = self.optimizer.round_robin_bit16_groups[group]
+        offsets = self.optimizer.round_robin_bit16_offsets[group]
+        pieces = [Piece(self.name_of[id(p)], 0, p.numel(), o) for p, o in zip(params, offsets, strict=True)]
+        size = int(self.optimizer.partition_size[group])
+        begin = dist.get_rank(group=self.optimizer.real_dp_process_group[group]) * size
+        return cut(pieces, begin, begin + size)
+
+    def masters(self) -> list[tuple[Tensor, list[Piece]]]:
+        return [(m, self._partition(i)) for i, m in enumerate(self.optimizer.single_partition_of_fp32_groups)]
+
+    def bind(self, index: dict[str, Tensor]) -> None:
+        self._bound = BoundGradients()
+        for group in range(len(self.optimizer.round_robin_bit16_groups)):
+            self._bound.bind(group, self._partition(group), index)
+
+    def mask_gradients_(self) -> None:
+        for group in range(len(self.optimizer.round_robin_bit16_groups)):
+            if self.optimizer.cpu_offload:
+                self._mask_offloaded_(group)
+            else:
+                offset = 0
+                for grad in self.optimizer.averaged_gradients[group]:
+                    self._bound.mask_(group, grad, offset)
+                    offset += grad.numel()
+
+    def _mask_offloaded_(self, group: int) -> None:
+        self.optimizer._wait_for_offload_copies()
+        grad = self.optimizer.single_partition_of_fp32_groups[group].grad
+        self._bound.mask_(group, grad)
+        for param in self.optimizer.params_in_partition[group]:
+            param_id = self.optimizer.get_param_id(param)
+            if param_id in self.optimizer.norm_for_param_grads:
+                _, _, offset, numel = self.optimizer.grad_position[param_id]
+                norm = grad.view(-1)[offset : offset + numel].double().norm(2)
+                self.optimizer.norm_for_param_grads[param_id] = norm
+
+    def local_backward(self) -> AbstractContextManager[None]:
+        return self.engine.coalesce_grad_reduction()
+
+    def forget_backward(self) -> None:
+        optimizer = self.optimizer
+        optimizer.zero_grad()
+        optimizer.micro_step_id = type(self)._initial_micro_step_id()
+        # A gradient partition left over would be accumulated onto by the next backward.
+        for group in list(optimizer.averaged_gradients):
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+            optimizer._offload_accumulated_param_ids = set()
+
+    @staticmethod
+    def _initial_micro_step_id() -> int:
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+        return INITIAL_MICRO_STEP_ID

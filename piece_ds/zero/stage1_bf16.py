@@ -1,0 +1,47 @@
+"""Stage 1 with bf16 parameters and fp32 gradient accumulation: DeepSpeed's BF16_Optimizer.
+
+It keeps the whole reduced gradient of a group, in fp32, on every rank and takes norm and clip over all of it; only the
+step is partitioned. So the whole buffer is masked.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch.distributed as dist
+from torch import Tensor
+
+from piece_ds.zero.adapter import Adapter, BoundGradients
+from piece_ds.zero.pieces import Piece, cut
+
+
+class Stage1BF16(Adapter):
+    private_names = ("fp32_groups_gradients_flat", "fp32_groups_flat_partition", "bf16_groups", "real_dp_process_group")
+
+    def _pieces(self, group: int) -> list[Piece]:
+        pieces, offset = [], 0
+        for param in self.optimizer.bf16_groups[group]:
+            pieces.append(Piece(self.name_of[id(param)], 0, param.numel(), offset))
+            offset += param.numel()
+        return pieces
+
+    def masters(self) -> list[tuple[Tensor, list[Piece]]]:
+        result = []
+        for group, master in enumerate(self.optimizer.fp32_groups_flat_partition):
+            begin = dist.get_rank(group=self.optimizer.real_dp_process_group[group]) * master.numel()
+            result.append((master, cut(self._pieces(group), begin, begin + master.numel())))
+        return result
+
+    def bind(self, index: dict[str, Tensor]) -> None:
+        self._bound = BoundGradients()
+        for group in range(len(self.optimizer.bf16_groups)):
+            self._bound.bind(group, self._pieces(group), index)
+
+    def mask_gradients_(self) -> None:
+        for group, grad in enumerate(self.optimizer.fp32_groups_gradients_flat):
+            self._bound.mask_(group, grad)
+
+    def local_backward(self) -> AbstractContextManager[None]:
+        return self.engine.no_sync()
+
+    def forget_backward(self) -> None:
+        self.optimizer.clear_hp_grads()
+        self.engine.zero_grad()

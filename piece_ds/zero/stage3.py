@@ -1,0 +1,85 @@
+"""Stage 3: each rank holds the chunk [r c, (r + 1) c) of every parameter's reduced gradient.
+
+Without optimizer offload the chunks wait, side by side, until the step. With it, norms are taken while chunks are
+copied out during backward, so each chunk is masked on arrival instead.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from piece_ds.state.partition import partition_of
+from piece_ds.zero.adapter import Adapter, BoundGradients
+from piece_ds.zero.pieces import Piece
+
+
+class Stage3(Adapter):
+    private_names = (
+        "averaged_gradients",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "offload_optimizer",
+        "partition_grads",
+        "grad_partitions_flat_buffer",
+        "ipg_buckets",
+        "_get_param_partition_rank",
+        "_offload_boundary_param_ids",
+    )
+
+    def _piece(self, param: nn.Parameter, offset: int = 0) -> Piece:
+        owner = self.optimizer._get_param_partition_rank(param)
+        num_ranks = -(-param.ds_numel // param.partition_numel())
+        part = partition_of(param.ds_numel, owner, num_ranks) if owner < num_ranks else partition_of(0, 0, 1)
+        return Piece(self.name_of[id(param)], part.start, part.numel, offset)
+
+    def masters(self) -> list[tuple[Tensor, list[Piece]]]:
+        result = []
+        for params, master in zip(self.optimizer.fp16_groups, self.optimizer.fp32_partitioned_groups_flat, strict=True):
+            pieces, offset = [], 0
+            for param in params:
+                pieces.append(self._piece(param, offset))
+                offset += param.partition_numel()  # the last rank's padding has a place too
+            result.append((master, pieces))
+        return result
+
+    def bind(self, index: dict[str, Tensor]) -> None:
+        self._bound = BoundGradients()
+        for params in self.optimizer.fp16_groups:
+            for param in params:
+                self._bound.bind(self.name_of[id(param)], [self._piece(param)], index)
+
+    def mask_gradients_(self) -> None:
+        if self.optimizer.offload_optimizer:
+            return  # done on arrival
+        for group, params in enumerate(self.optimizer.fp16_groups):
+            for param, grad in zip(params, self.optimizer.averaged_gradients[group], strict=True):
+                self._bound.mask_(self.name_of[id(param)], grad)
+
+    def install(self, before_step: Callable[[], None]) -> Callable[[], None]:
+        if not self.optimizer.offload_optimizer:
+            return super().install(before_step)
+        original = self.optimizer.partition_grads
+
+        def partition_grads(params: list[nn.Parameter], grads: list[Tensor]) -> Any:
+            for param, grad in zip(params, grads, strict=True):
+                self._bound.mask_(self.name_of[id(param)], grad)
+            return original(params, grads)
+
+        self.optimizer.partition_grads = partition_grads
+        return lambda: self.optimizer.__dict__.pop("partition_grads", None)
+
+    def local_backward(self) -> AbstractContextManager[None]:
+        return self.engine.coalesce_grad_reduction()
+
+    def forget_backward(self) -> None:
+        optimizer = self.optimizer
+        optimizer.zero_grad()
+        optimizer.averaged_gradients = {}
+        optimizer._offload_boundary_param_ids = set()
+        for bucket in optimizer.ipg_buckets.values():
+            bucket.clear_params()
+        if optimizer.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+        optimizer.grad_partitions_flat_buffer.zero_()

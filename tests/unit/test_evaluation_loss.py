@@ -1,0 +1,138 @@
+"""Evaluation loss in one process: the exact token-weighted mean, and a model left as it was found."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from piece_ds.embedded.tokenizer import make_tokenizer
+from piece_ds.evaluation import count_labels, evaluate_loss, generate_texts
+from piece_ds.evaluation import dealing as dealing_module
+from piece_ds.evaluation.dealing import deal_batches
+from piece_ds.evaluation.generate import greedy_config
+from piece_ds.stream import Collator
+
+
+class LabelMean(nn.Module):
+    """Its "loss" is the mean of the counted labels, so that sums can be worked out by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout()
+        self.frozen = nn.Dropout().eval()
+
+    def forward(self, labels: Tensor, **_: Any) -> SimpleNamespace:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        counted = labels[:, 1:]
+        return SimpleNamespace(loss=counted[counted != -100].double().mean())
+
+
+def row(*labels: int) -> dict[str, list[int]]:
+    return {"input_ids": [1] * len(labels), "labels": list(labels)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
+def test_loss_is_weighted_by_tokens_not_by_batches(batch_size: int) -> None:
+    rows = [row(-100, 4), row(-100, 1, 2, 3), row(-100, -100, 10), row(-100, -100)]
+    result = evaluate_loss(LabelMean(), rows, Collator(pad_id=0), batch_size, "cpu")
+    assert (result.sum_loss, result.num_tokens) == (pytest.approx(20.0), 5)
+    assert result.mean == pytest.approx(4.0)
+
+
+def test_first_position_without_padding_is_not_counted() -> None:
+    assert count_labels(torch.tensor([[5, 6, -100], [-100, 7, 8]])) == 3
+    result = evaluate_loss(LabelMean(), [row(*[3] * 8)], Collator(pad_id=0), 1, "cpu")
+    assert result.num_tokens == 7
+
+
+def test_no_rows_give_no_tokens_and_nan() -> None:
+    result = evaluate_loss(LabelMean(), [], Collator(pad_id=0), 4, "cpu")
+    assert result.num_tokens == 0
+    assert math.isnan(result.mean)
+
+
+def test_every_submodule_keeps_its_mode_also_after_an_error() -> None:
+    model = LabelMean()
+    evaluate_loss(model, [row(1, 2)], Collator(pad_id=0), 1, "cpu")
+    assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
+    with pytest.raises(KeyError):
+        evaluate_loss(model, [{"input_ids": [1]}], Collator(pad_id=0), 1, "cpu")
+    assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_rows", [0, 1, 4, 7])
+def test_rows_are_dealt_once_and_in_step(monkeypatch: pytest.MonkeyPatch, num_ranks: int, num_rows: int) -> None:
+    lengths = [3, 1, 4, 1, 5, 9, 2][:num_rows]
+    monkeypatch.setattr(dealing_module, "world_size", lambda: num_ranks)
+    dealt = []
+    for rank in range(num_ranks):
+        monkeypatch.setattr(dealing_module, "rank", lambda rank=rank: rank)
+        dealt.append(deal_batches(lengths, batch_size=2))
+    assert len({len(shares) for shares in dealt}) == 1
+    counted = [index for shares in dealt for share in shares if share.counted for index in share.indices]
+    assert sorted(counted) == list(range(num_rows))
+    assert all(share.indices for shares in dealt for share in shares)
+
+
+def test_batch_size_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        deal_batches([1], batch_size=0)
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=259, initializer_range=0.5, **shape)).train()
+
+
+def test_loss_of_a_real_model_is_that_of_each_row_alone(llama: LlamaForCausalLM) -> None:
+    rows = [row(-100, 4, 9), row(-100, 1, 2, 3, 5, 6, 7, 8, 9), row(7, -100, 10)]
+    by_hand = 0.0
+    for one in rows:
+        logits = llama(input_ids=torch.tensor([one["input_ids"]])).logits[0].double().log_softmax(dim=-1)
+        labels = enumerate(one["labels"][1:])
+        by_hand -= sum(logits[position, label].item() for position, label in labels if label != -100)
+    result = evaluate_loss(llama, rows, Collator(pad_id=0), 2, "cpu")
+    assert result.num_tokens == 11
+    assert result.sum_loss == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_generation_is_greedy_whatever_the_model_suggests(llama: LlamaForCausalLM) -> None:
+    tokenizer = make_tokenizer(64)
+    prompts = [[1, 60, 61], [1], [1, 99, 98, 97, 96]]
+    plain = generate_texts(llama, prompts, tokenizer, max_new_tokens=6, batch_size=2, device="cpu")
+    suggested = GenerationConfig(
+        repetition_penalty=5.0, do_sample=True, temperature=9.0, min_length=50, suppress_tokens=list(range(3, 130))
+    )
+    llama.generation_config = suggested
+    assert generate_texts(llama, prompts, tokenizer, max_new_tokens=6, batch_size=2, device="cpu") == plain
+    assert llama.generation_config is suggested
+    assert llama.training
+
+
+def test_generation_equals_the_likeliest_token_step_by_step(llama: LlamaForCausalLM) -> None:
+    tokenizer = make_tokenizer(64)
+    prompts = [[1, 60, 61], [1], [1, 99, 98, 97, 96]]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 5 and (len(ids) == len(prompt) or ids[-1] != 2):
+            ids.append(int(llama(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+    assert generate_texts(llama, prompts, tokenizer, max_new_tokens=5, batch_size=3, device="cpu") == expected
+
+
+def test_generation_edges(llama: LlamaForCausalLM) -> None:
+    tokenizer = make_tokenizer(64)
+    assert generate_texts(llama, [], tokenizer, max_new_tokens=5, batch_size=3, device="cpu") == []
+    with pytest.raises(ValueError, match="at least one token id"):
+        generate_texts(llama, [[1], []], tokenizer, max_new_tokens=5, batch_size=3, device="cpu")
+    llama.generation_config.eos_token_id = [7, 5]
+    assert greedy_config(llama, tokenizer, 3).eos_token_id == [2, 5, 7]

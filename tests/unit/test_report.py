@@ -1,0 +1,220 @@
+"""The report: results read back as written, tables with every number, a page that needs no other file."""
+
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from piece_ds.errors import UserError
+from piece_ds.evaluation import ResultMatrix
+from piece_ds.report import RunResults, markdown_results, print_results, read_results, write_report
+from piece_ds.report.cells import cost_grid, quantity, result_grids, summary_grid
+from piece_ds.report.figures import make_figures
+from piece_ds.report.heat_maps import mask_heat_map, overlap_heat_map, result_heat_map
+from piece_ds.report.lines import smoothed, stream_figure, training_figure
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_run(name: str = "piece-s 5 %", loss: float = 0.5) -> RunResults:
+    matrix = ResultMatrix(tasks=("qa|b", "摘要")).with_before({"qa|b": 0.1}, {"qa|b": 3.0, "摘要": 2.0}, 1.5)
+    matrix = matrix.with_row({"qa|b": 0.8}, {"qa|b": loss}, 1.6)
+    matrix = matrix.with_row({"qa|b": 0.6}, {"qa|b": loss + 0.25, "摘要": 1.25}, 1.75)
+    counts = {
+        "0": {"q_proj": {"selected": 3, "total": 100}, "norm": {"selected": 0, "total": 10}},
+        "other": {"lm_head": {"selected": 1, "total": 50}},
+    }
+    log = [{"step": 1, "loss": 2.0, "grad_norm": 1.0}, {"step": 2, "loss": 1.0}, {"step": 2, "train_runtime": 3.0}]
+    cost = {"select_seconds": 1.25, "train_seconds": 10.0, "num_steps": 2, "peak_bytes": None}
+    return RunResults(
+        name=name,
+        method="piece-s",
+        ratio=0.05,
+        matrix=matrix,
+        masks={"qa|b": counts, "摘要": counts},
+        overlaps=[[1.0, 0.25], [0.25, 1.0]],
+        logs={"qa|b": log, "摘要": []},
+        cost={"qa|b": cost, "摘要": {**cost, "peak_bytes": 2**30}},
+        settings={"learning_rate": 1e-3, "model": "<tiny> & small"},
+        notes=["qa|b was judged on its training rows."],
+    )
+
+
+def test_results_are_read_back_as_written(tmp_path: Path) -> None:
+    run = make_run()
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(run.to_json()))
+    assert read_results(path) == run
+    assert read_results(path, name="other").name == "other"
+
+
+def test_results_without_the_optional_parts_take_the_method_as_name() -> None:
+    values = {key: value for key, value in make_run().to_json().items() if key not in ("name", "settings", "notes")}
+    run = RunResults.from_json(values)
+    assert (run.name, run.settings, run.notes) == ("piece-s", {}, ())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("[]", "expected format 'piece-results' version 1"),
+        ('{"format": "piece-results", "version": 2}', "expected format 'piece-results' version 1"),
+        ('{"format": "piece-results", "version": 1}', r"a part is missing .*matrix"),
+    ],
+)
+def test_unusable_results_are_refused_in_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=rf"results\.json: .*{message}") as refusal:
+        read_results(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_derived_values_of_masks_and_logs() -> None:
+    run = make_run()
+    assert run.selected_counts == {"qa|b": (4, 160), "摘要": (4, 160)}
+    assert run.training_losses == {"qa|b": [(1, 2.0), (2, 1.0)], "摘要": []}
+
+
+def test_result_tables_hold_every_number() -> None:
+    accuracy, loss = result_grids(make_run())
+    assert accuracy.header == ("", "qa|b", "摘要", "mean of seen")
+    assert accuracy.rows == (
+        ("before", "10.0 %", "-", "-"),
+        ("after qa|b", "80.0 %", "-", "80.0 %"),
+        ("after 摘要", "60.0 %", "-", "60.0 %"),
+    )
+    assert loss.header[-1] == "general text"
+    assert loss.rows[-1] == ("after 摘要", "0.750", "1.250", "1.000", "1.750")
+
+
+def test_summary_has_a_row_a_run_and_no_empty_column() -> None:
+    grid = summary_grid([make_run("a"), make_run("b", loss=1.0)])
+    row = dict(zip(grid.header, grid.rows[0], strict=True))
+    assert row["run"] == "a"
+    assert row["OP"] == "60.0 %"
+    assert row["BWT"] == "-20.0"
+    assert row["BWT (authors)"] == "+0.0"
+    assert row["general loss change"] == "+0.250"
+    assert "FWT" not in row
+    assert len(grid.rows) == 2
+
+
+def test_runs_without_accuracy_have_no_accuracy_table() -> None:
+    run = RunResults("x", "seqft", 1.0, ResultMatrix(tasks=("a",)).with_row({}, {"a": 1.0}))
+    assert [grid.title for grid in result_grids(run)] == ["x: loss (nats per answer token)"]
+    assert "OP" not in summary_grid([run]).header
+
+
+def test_cost_says_its_units() -> None:
+    rows = cost_grid([make_run()]).rows
+    assert rows[0] == ("piece-s 5 %", "qa|b", "4 of 160", "1.2 s", "10.0 s", "2", "-")
+    assert rows[1][-1] == "1.00 GiB"
+    assert quantity("x", 1234.5) == "1,234.5"
+
+
+def test_console_without_a_terminal_gets_plain_aligned_lines() -> None:
+    out = io.StringIO()
+    print_results([make_run()], Console(file=out, width=20))
+    text = out.getvalue()
+    assert text.isascii() or "\x1b" not in text
+    assert not re.search("[│━┃]", text)
+    assert re.search(r"^after qa\|b +80\.0 % +- +80\.0 %$", text, re.MULTILINE)
+
+
+def test_terminal_gets_a_table_and_brackets_survive() -> None:
+    out = io.StringIO()
+    print_results([make_run("[red] run")], Console(file=out, width=160, force_terminal=True))
+    assert "[red] run: accuracy" in re.sub("\x1b[^m]*m", "", out.getvalue())
+
+
+def test_markdown_escapes_what_would_end_a_cell() -> None:
+    text = markdown_results([make_run()])
+    assert "| after qa\\|b | 80.0 % | - | 80.0 % |" in text.splitlines()
+    assert "| --- | ---: | ---: | ---: |" in text.splitlines()
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to and whether its tags close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "out", [make_run(), make_run("seqft <1>", loss=1.0)], title="A & B")
+    text = path.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.sources
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "seqft &lt;1&gt;" in text
+    assert "seqft <1>" not in text
+    assert "&lt;tiny&gt; &amp; small" in text
+    assert "qa|b was judged on its training rows." in text
+    figures = sorted(file.name for file in (tmp_path / "out" / "figures").iterdir())
+    assert len(figures) == len(page.sources)
+    assert {"stream.png", "training.png", "1-seqft--1-accuracy.png", "0-piece-s-5-overlap.png"} <= set(figures)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_report_of_an_unfinished_run_and_of_none(tmp_path: Path) -> None:
+    begun = RunResults("x", "seqft", 1.0, ResultMatrix(tasks=("a",)))
+    assert make_figures([begun]) == []
+    assert write_report(tmp_path, [begun]).is_file()
+    with pytest.raises(UserError, match="at least one run"):
+        write_report(tmp_path, [])
+    with pytest.raises(UserError, match="each with its own name"):
+        write_report(tmp_path, [begun, begun])
+
+
+def test_runs_of_other_tasks_are_left_out_of_the_common_figures() -> None:
+    other = replace(make_run("other"), matrix=ResultMatrix(tasks=("z",)).with_row({"z": 1.0}, {"z": 1.0}), masks={})
+    names = [figure.file_name for figure in make_figures([make_run(), other])]
+    assert "1-other-accuracy.png" in names
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    "png",
+    [
+        lambda: result_heat_map([[0.5]], ["after a"], ["a"], "one cell"),
+        lambda: result_heat_map([[None, None]], ["before"], ["a", "b"], "nothing known"),
+        lambda: result_heat_map([[float("nan"), 1.0]], ["before"], ["a", "b"], "diverged"),
+        lambda: result_heat_map([[0.1] * 40] * 40, ["r"] * 40, ["a long task name"] * 40, "many"),
+        lambda: mask_heat_map({"0": {"q": {"selected": 0, "total": 4}}}, "nothing selected"),
+        lambda: mask_heat_map({str(i): {"q": {"selected": i, "total": 4}} for i in range(80)}, "deep"),
+        lambda: overlap_heat_map([[1.0]], ["a"], "one mask"),
+        lambda: overlap_heat_map([[1.0, 0.0], [0.0, 1.0]], ["a", "b"], "disjoint"),
+        lambda: stream_figure({"loss": {str(i): [None, 1.0, float("inf")] for i in range(9)}}, ["before", "a", "b"]),
+        lambda: training_figure({"x": {"a": [(i, 1 / i) for i in range(1, 200)], "b": [(1, 2.0)]}}, ["a", "b", "c"]),
+        lambda: training_figure({"x": {}}, ["a"]),
+    ],
+)
+def test_figures_of_extreme_values_are_drawn(png: object, recwarn: pytest.WarningsRecorder) -> None:
+    assert png().startswith(PNG)  # type: ignore[operator]
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning | RuntimeWarning)]
+
+
+def test_smoothing_keeps_length_and_level() -> None:
+    assert smoothed([2.0] * 100) == pytest.approx([2.0] * 100)
+    assert smoothed([float(i) for i in range(100)]) == pytest.approx([float(i) for i in range(100)])
