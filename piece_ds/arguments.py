@@ -52,6 +52,17 @@ class Settings:
         """The settings as JSON-ready values, for run.json."""
         return {cls.__name__: asdict(value) for cls, value in zip(OURS, self._ours(), strict=True)}
 
+    def shown(self) -> dict[str, Any]:
+        """What the user set, with the values in force: the settings that a report shows."""
+        arguments = self.training_arguments()
+        found = {}
+        for name in sorted(self.given):
+            holder = next((part for part in (*self._ours(), arguments) if hasattr(part, name)), None)
+            if holder is not None:
+                value = getattr(holder, name)
+                found[name] = value if isinstance(value, int | float | str | bool | None) else str(value)
+        return found
+
     def _ours(self) -> tuple[Any, ...]:
         return self.model, self.data, self.method, self.output
 

@@ -19,8 +19,9 @@ from piece_ds.arguments import Settings
 from piece_ds.distributed import barrier, is_main
 from piece_ds.errors import UserError
 from piece_ds.judge import Scores, judge
-from piece_ds.ledger import Ledger
+from piece_ds.ledger import num_finished, open_results, with_before, with_overlaps, with_task, write_results
 from piece_ds.model import freeze_ineligible, load_model
+from piece_ds.report import RunResults
 from piece_ds.run_folder import RunFolder
 from piece_ds.state.partition import layout_of
 from piece_ds.stream import Task
@@ -45,23 +46,23 @@ class Stream:
         return self.folder.model(index, self.tasks[index].name)
 
 
-def run_stream(stream: Stream, resume: bool) -> Ledger:
+def run_stream(stream: Stream, resume: bool) -> RunResults:
     """Train every task that is not finished yet and return what all of them left. A collective.
 
     Args:
         resume: continue from what is in the folder: finished tasks are not done again, and an unfinished one goes on
             from its last checkpoint, where there is one.
     """
-    names = [task.name for task in stream.tasks]
-    ledger = Ledger.open(stream.folder.results_file, stream.settings.method, names, resume)
-    first = ledger.num_finished
+    results = open_results(stream.folder.results_file, stream.settings, stream.tasks, resume)
+    first = num_finished(results)
     if first == len(stream.tasks):
-        return ledger
+        return results
     model = _load(stream, first)
     for index in range(first, len(stream.tasks)):
-        checkpoint = _last_checkpoint(stream.folder.task(index, names[index])) if resume and index == first else None
-        ledger = _run_task(stream, model, index, ledger, checkpoint)
-    return ledger
+        folder = stream.folder.task(index, stream.tasks[index].name)
+        checkpoint = _last_checkpoint(folder) if resume and index == first else None
+        results = _run_task(stream, model, index, results, checkpoint)
+    return results
 
 
 def _load(stream: Stream, first: int) -> nn.Module:
@@ -90,40 +91,38 @@ def _masked_names(mask_file: str | None) -> set[str] | None:
         return set(file.keys())
 
 
-def _run_task(stream: Stream, model: nn.Module, index: int, ledger: Ledger, checkpoint: str | None) -> Ledger:
+def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults, checkpoint: str | None) -> RunResults:
     settings, task = stream.settings, stream.tasks[index]
-    folder = stream.folder.task(index, task.name)
-    if is_main():
-        logger.warning("task %d of %d: %s (%d rows)", index + 1, len(stream.tasks), task.name, len(task.train))
+    logger.warning("task %d of %d: %s (%d rows)", index + 1, len(stream.tasks), task.name, len(task.train))
     scores: list[Scores] = []
 
     def before(engine: Any) -> None:
-        nonlocal ledger
-        ledger = ledger.with_before(_judge(stream, engine, stream.tasks))
-        ledger.write(stream.folder.results_file)
+        nonlocal results
+        results = with_before(results, _judge(stream, engine, stream.tasks))
+        write_results(results, stream.folder.results_file)
 
     def after(engine: Any) -> None:
         scores.append(_judge(stream, engine, stream.tasks[: index + 1]))
 
-    result = train_task(
+    trained = train_task(
         model,
         stream.tokenizer,
         task,
         settings,
-        folder,
+        stream.folder.task(index, task.name),
         checkpoint,
         before if index == 0 else None,
         after,
         None if settings.output.save_model == "never" else stream.model_folder(index),
     )
     numel = {info.name: info.numel for info in layout_of(model).parameters}
-    ledger = ledger.with_task(task.name, scores[0], asdict(result.cost), result.index, numel, result.log)
-    ledger = ledger.with_overlaps(_mask_files(stream, index + 1))
-    ledger.write(stream.folder.results_file)
+    results = with_task(results, task.name, scores[0], asdict(trained.cost), trained.index, numel, trained.log)
+    results = with_overlaps(results, _mask_files(stream, index + 1))
+    write_results(results, stream.folder.results_file)
     if is_main():
         _tidy(stream, index)
     barrier()
-    return ledger
+    return results
 
 
 def _judge(stream: Stream, engine: Any, tasks: list[Task]) -> Scores:

@@ -43,6 +43,14 @@ class RunFolder:
     def model(self, index: int, name: str) -> Path:
         return self.task(index, name) / "model"
 
+    def require_free(self, resume: bool) -> None:
+        """Raise UserError, on all ranks, where the folder holds a run and resume is not asked."""
+        if broadcast_object(self.run_file.exists() and not resume):
+            raise UserError(self._taken())
+
+    def _taken(self) -> str:
+        return f"--output_dir {self.root} holds a run already: add --resume_from_checkpoint True, or use another folder"
+
     def claim(self, configuration: dict[str, Any], resume: bool) -> None:
         """Make the folder this run's own, on all ranks.
 
@@ -76,7 +84,7 @@ class RunFolder:
             return (f"--output_dir {self.root} belongs to another run ({difference}): use another folder, "
                     "or the settings it was begun with")  # fmt: skip
         if not resume:
-            return f"--output_dir {self.root} holds a run already: add --resume_from_checkpoint True, or use another"
+            return self._taken()
         return None
 
 

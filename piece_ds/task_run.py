@@ -151,7 +151,7 @@ def train_task(
         peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
     log = list(trainer.state.log_history)
-    _release(trainer)
+    release(trainer)
     barrier()
     return TaskResult(cost, index, log)
 
@@ -199,7 +199,7 @@ class _Clock(TrainerCallback):
             self.seconds = time.perf_counter() - self._begin
 
 
-def _release(trainer: Trainer) -> None:
+def release(trainer: Trainer) -> None:
     """Free the engine: its hooks, buffers, masters and moments. The model stays, partitioned as it was."""
     trainer.model_wrapped.empty_partition_cache()  # ZeRO-3 may still be gathering for a forward that never comes
     trainer.model_wrapped.destroy()

@@ -10,10 +10,11 @@ import torch
 from piece_ds.arguments import Settings, parse, print_help
 from piece_ds.checks import check_accumulation, check_deepspeed_file, check_mask, check_method
 from piece_ds.command import start_distributed, with_default_config
+from piece_ds.distributed import is_main
 from piece_ds.engine import Stream, run_stream
 from piece_ds.errors import UserError
-from piece_ds.ledger import Ledger
 from piece_ds.model import dtype_of, load_config, load_tokenizer
+from piece_ds.report import RunResults, print_results, write_report
 from piece_ds.run_folder import RunFolder
 from piece_ds.stream import load_general, load_task_stream
 
@@ -39,13 +40,13 @@ def main(argv: list[str]) -> None:
     if settings.model.model_name_or_path is None:
         from piece_ds.embedded_command import run_embedded
 
-        run_embedded(argv, settings)
+        show(*run_embedded(with_default_config(argv), settings, _defaults(argv)))
         return
-    ledger, folder = train(settings)
-    _show([ledger], folder)
+    results, folder = train(settings)
+    show([results], folder)
 
 
-def train(settings: Settings) -> tuple[Ledger, RunFolder]:
+def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     """Check everything that can be checked without the weights, then run the stream.
 
     Raises:
@@ -75,6 +76,13 @@ def train(settings: Settings) -> tuple[Ledger, RunFolder]:
     folder.claim({**settings.resolved(), "TrainingArguments": {k: _plain(v) for k, v in decisive.items()}}, resume)
     eval_batch_size = arguments.per_device_eval_batch_size
     return run_stream(Stream(settings, tokenizer, tasks, general, dtype, folder, eval_batch_size), resume), folder
+
+
+def show(runs: list[RunResults], folder: RunFolder) -> None:
+    """Print the result tables and write report.html with its figures. Rank 0 alone does something."""
+    if is_main():
+        print_results(runs)
+        print(f"report: {write_report(folder.root, runs)}")
 
 
 def _defaults(argv: list[str]) -> dict[str, Any]:
@@ -107,7 +115,3 @@ def _with_precision(settings: Settings, dtype: torch.dtype) -> tuple[Settings, t
 def _plain(value: Any) -> Any:
     """value as JSON has it: enums of transformers by their value."""
     return getattr(value, "value", value)
-
-
-def _show(ledgers: list[Ledger], folder: RunFolder) -> None:
-    print(ledgers[0].to_json()["matrix"], folder)

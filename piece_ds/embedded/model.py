@@ -35,7 +35,7 @@ def model_config() -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_LENGTH,
-        # About 1/sqrt(hidden_size). At the usual 0.02 most skills were still below 0.6 after 500 steps.
+        # About 1/sqrt(hidden_size). The usual 0.02 needs 420 steps for the general loss that 0.1 has after 190 (1.68).
         initializer_range=0.1,
         tie_word_embeddings=True,
         pad_token_id=SPECIAL_TOKENS.index(PAD),

@@ -1,7 +1,19 @@
-"""The settings the embedded default runs with, each chosen by measurement on the embedded model.
+"""The settings the embedded default runs with, chosen by measurement on the embedded model, and what was measured.
 
-A ratio of 0.1 % is for models of billions of parameters: of this model it would leave some hundred weights. At 10 % and
-a rate of 1.5 times that of full fine-tuning, PIECE-S learns the tasks nearly as well and loses less of the rest.
+A ratio of 0.1 % is for models of billions of parameters; of this model it is 361 weights. Measured over the four tasks
+(plain PyTorch, one thread; "learned" and "kept" are the mean accuracies right after each task and after the stream,
+"general" is the loss on held-out text, 1.34 and 1.48 before the stream; seeds 0 / 1):
+
+    method    ratio  rate    learned      kept         general
+    piece-s   0.1    1.5e-3  0.81 / 0.85  0.58 / 0.50  2.03 / 1.83
+    seqft     1      1e-3    0.92 / 0.90  0.40 / 0.56  3.26 / 4.45
+    seqft     1      5e-4    0.91 / 0.89  0.63 / 0.42  2.62 / 2.32
+    seqft     1      3e-4    0.84 / 0.84  0.64 / 0.60  2.00 / 1.77
+    random    0.1    3e-3    0.82 / 0.87  0.60 / 0.61  2.14 / 1.84
+
+So at the rates chosen here PIECE-S raises the general loss far less than full fine-tuning and learns somewhat less;
+which of them keeps more of the earlier tasks depends on the seed. It does not show that the choice of weights matters
+at this size: a smaller rate for all weights, or a random mask of the same ratio, reaches a similar or better point.
 """
 
 from dataclasses import dataclass

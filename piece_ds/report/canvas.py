@@ -84,6 +84,6 @@ def label_ticks(axes: Axes, columns: Sequence[str], rows: Sequence[str] | None =
         axes.set_yticks(range(len(rows)), [shortened(name, 28) for name in rows])
 
 
-def shortened(name: str, length: int = 20) -> str:
+def shortened(name: str, length: int = 26) -> str:
     """name, or its start with an ellipsis."""
     return name if len(name) <= length else name[: length - 1] + "…"

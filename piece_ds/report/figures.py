@@ -1,27 +1,14 @@
 """Which figures a set of runs has: their names, captions and PNG bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isfinite
 
 from piece_ds.report.heat_maps import mask_heat_map, overlap_heat_map, result_heat_map
 from piece_ds.report.lines import Values, stream_figure, training_figure
+from piece_ds.report.page import ReportFigure
 from piece_ds.report.results import RunResults
 
-
-@dataclass(frozen=True)
-class ReportFigure:
-    """One figure of a report.
-
-    Attributes:
-        file_name: under figures/, unique within the report.
-        caption: what it shows, in a sentence.
-        png: the image file.
-    """
-
-    file_name: str
-    caption: str
-    png: bytes
+ACCURACY_PANEL = "accuracy, mean of the tasks seen"
 
 
 def make_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
@@ -45,12 +32,12 @@ def _stream_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
     }
     general: dict[str, Values] = {run.name: [run.matrix.general_loss_before, *run.matrix.general_loss] for run in alike}
     candidates = {
-        "accuracy, mean of the tasks seen": accuracies,
+        ACCURACY_PANEL: accuracies,
         "loss, mean of the tasks seen": losses,
         "loss on general text": general,
     }
     panels = {title: of_run for title, of_run in candidates.items() if any(map(_has_values, of_run.values()))}
-    if "accuracy, mean of the tasks seen" in panels:
+    if ACCURACY_PANEL in panels:
         panels.pop("loss, mean of the tasks seen", None)
     if not panels:
         return []
@@ -58,7 +45,9 @@ def _stream_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
         "Performance on the tasks seen so far and loss on text that no task trains, before the stream and after "
         "each task: what is learned, and what it costs in general ability."
     )
-    return [ReportFigure("stream.png", caption, stream_figure(panels, ["before", *runs[0].tasks]))]
+    return [
+        ReportFigure("stream.png", caption, stream_figure(panels, ["before", *runs[0].tasks], shares=[ACCURACY_PANEL]))
+    ]
 
 
 def _training_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
@@ -87,9 +76,9 @@ def _run_figures(run: RunResults, stem: str) -> list[ReportFigure]:
         caption = f"Where {run.name} selected weights for {task}, as shares of all it selected."
         png = mask_heat_map(counts, f"{run.name}: weights selected for {task}")
         figures.append(ReportFigure(f"{stem}-mask-{index:02d}.png", caption, png))
-    if len(run.overlaps) > 1:
+    if len(run.overlaps) == len(run.masks) > 1:
         caption = f"How much the masks of two tasks share in {run.name}: shared / united selected weights."
-        png = overlap_heat_map(run.overlaps, list(run.masks)[: len(run.overlaps)], f"{run.name}: overlap of masks")
+        png = overlap_heat_map(run.overlaps, list(run.masks), f"{run.name}: overlap of masks")
         figures.append(ReportFigure(f"{stem}-overlap.png", caption, png))
     return figures
 

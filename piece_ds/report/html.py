@@ -6,7 +6,6 @@ from pathlib import Path
 from piece_ds.errors import UserError
 from piece_ds.files import write_text, write_whole
 from piece_ds.report.cells import cost_grid, result_grids, summary_grid
-from piece_ds.report.figures import make_figures
 from piece_ds.report.page import render_page
 from piece_ds.report.results import RunResults
 
@@ -29,6 +28,8 @@ def write_report(output_dir: Path | str, runs: Sequence[RunResults], title: str 
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):
         raise UserError(f"a report needs at least one run, each with its own name; got {names}")
+    from piece_ds.report.figures import make_figures  # matplotlib, which only the rank that writes should load
+
     figures = make_figures(runs)
     for figure in figures:
         write_whole(Path(output_dir) / FIGURES_FOLDER / figure.file_name, _writer(figure.png))

@@ -1,6 +1,6 @@
 """Figures of what changes along the stream: performance, general loss, training loss. Plain values in, PNG out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from math import isfinite
 from typing import Any
@@ -25,12 +25,15 @@ MAX_PLAIN_POINTS = 60  # more points than this are smoothed to show the trend, w
 SMOOTHING_PARTS = 30  # half a smoothing window is this part of a curve
 
 
-def stream_figure(panels: Mapping[str, Mapping[str, Values]], moments: Sequence[str]) -> bytes:
+def stream_figure(
+    panels: Mapping[str, Mapping[str, Values]], moments: Sequence[str], shares: Collection[str] = ()
+) -> bytes:
     """Measures along the stream, a panel each, with one line a run.
 
     Args:
         panels: y label, which is the panel's title -> run -> value at each moment; None where not evaluated.
         moments: names of the x axis, such as "before" and the tasks.
+        shares: panels whose axis goes from 0 to 1, so that a small difference looks small.
     Returns:
         PNG bytes.
     """
@@ -42,6 +45,8 @@ def stream_figure(panels: Mapping[str, Mapping[str, Values]], moments: Sequence[
                 known = [(x, y) for x, y in enumerate(values) if y is not None and isfinite(y)]
                 axes.plot(*_columns(known), label=run, marker=MARKERS[index % len(MARKERS)], **_line(index))
             axes.set_xlim(-0.3, len(moments) - 0.7)
+            if title in shares:
+                axes.set_ylim(-0.02, 1.02)
             label_ticks(axes, moments)
             axes.set_title(title)
         _legend(all_axes[0], len(next(iter(panels.values()), {})))

@@ -2,11 +2,11 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from piece_ds.report.cells import Grid
-from piece_ds.report.figures import ReportFigure
 
 DEFINITIONS = {
     "R[i][j]": "result on task j after training on task i; the row “before” is the model before any task. "
@@ -46,6 +46,21 @@ dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 details { margin: 0 0 .6rem; } summary { cursor: pointer; color: var(--accent); }
 ul.notes { border-left: 3px solid var(--accent); padding: .4rem 0 .4rem 1.6rem; background: var(--card); }
 """
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """One figure of a report.
+
+    Attributes:
+        file_name: under figures/, unique within the report.
+        caption: what it shows, in a sentence.
+        png: the image file.
+    """
+
+    file_name: str
+    caption: str
+    png: bytes
 
 
 def render_page(

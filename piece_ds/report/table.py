@@ -10,23 +10,21 @@ from rich.text import Text
 from piece_ds.report.cells import Grid, result_grids, summary_grid
 from piece_ds.report.results import RunResults
 
-# A console that is no terminal has no width of its own; its lines go to a log, where wrapping would break the rows.
-PLAIN_WIDTH = 200
-
 
 def print_results(runs: Sequence[RunResults], console: Console | None = None) -> None:
     """Print the result matrix of each run, then the derived figures of all; call it on one rank.
 
     Args:
         runs: one or several.
-        console: where to; None means standard output, as aligned plain text when that is no terminal.
+        console: where to; None means standard output, as aligned plain text with long lines when
+            that is no terminal: wrapped rows would be unreadable in a log.
     """
     console = console or Console()
     for grid in (*(grid for run in runs for grid in result_grids(run)), summary_grid(runs)):
         if console.is_terminal:
             console.print(_rich_table(grid))
         else:
-            console.print(Text(plain_text(grid)), width=max(PLAIN_WIDTH, *map(cell_len, plain_text(grid).splitlines())))
+            console.print(Text(plain_text(grid)), soft_wrap=True)
         console.print()
 
 

@@ -3,8 +3,9 @@
 from piece_ds.stream.collate import Collator, make_collator, pad_id
 from piece_ds.stream.encode import Encoder, split_prompt
 from piece_ds.stream.files import load_rows
+from piece_ds.stream.general import load_general
 from piece_ds.stream.micro_batches import MicroBatches
-from piece_ds.stream.tasks import Task, load_general, load_task_stream
+from piece_ds.stream.tasks import Task, load_task_stream
 from piece_ds.stream.tokenize import tokenize_rows
 
 __all__ = [

@@ -41,6 +41,11 @@ def load_rows(path_or_name: str, allow_text: bool = False) -> datasets.Dataset:
     return _through_cache(path, kind, allow_text)
 
 
+def first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """The first limit rows; all of them where there are fewer or limit is None."""
+    return rows if limit is None or len(rows) <= limit else rows.select(range(limit))
+
+
 def _is_hub_name(name: str, path: Path) -> bool:
     """A Hub name is no existing path, has no data suffix, and at most one slash."""
     looks_local = path.exists() or path.suffix.lower() in READERS or name.startswith((".", "/", "~"))

@@ -14,9 +14,9 @@ import pyarrow
 import pyarrow.parquet
 
 from piece_ds.errors import UserError
+from piece_ds.stream.json_list import WHITESPACE, list_items
 
 ROWS_PER_BATCH = 1000  # rows held as Python objects at once while a Parquet file is read
-WHITESPACE = " \t\r\n"
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -43,7 +43,7 @@ def read_json(path: Path) -> Iterator[Any]:
             return
         file.seek(0)
         text = file.read()
-    yield from _list_items(text, path)
+    yield from list_items(text, path)
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
@@ -115,46 +115,6 @@ def _first_undecodable_line(path: Path) -> int:
             except UnicodeDecodeError:
                 return number
     raise ValueError(f"{path} is UTF-8")
-
-
-def _list_items(text: str, path: Path) -> Iterator[Any]:
-    """Items of the JSON list in text, decoded one at a time so that only the text itself is held whole."""
-    decoder = json.JSONDecoder()
-    index = _skip_space(text, 0)
-    if index == len(text):
-        return
-    if text[index] != "[":
-        raise _malformed(path, text, index, "expected a list of rows")
-    index = _skip_space(text, index + 1)
-    while text[index : index + 1] != "]":
-        try:
-            item, index = decoder.raw_decode(text, index)
-        except json.JSONDecodeError as error:
-            raise _malformed(path, text, error.pos, error.msg) from None
-        except RecursionError:
-            raise _malformed(path, text, index, "nested too deeply") from None
-        yield item
-        index = _skip_space(text, index)
-        if text[index : index + 1] == ",":
-            index = _skip_space(text, index + 1)
-            if text[index : index + 1] == "]":
-                raise _malformed(path, text, index, "comma before the end of the list")
-        elif text[index : index + 1] != "]":
-            raise _malformed(path, text, index, "expected , or ] after a row")
-    if _skip_space(text, index + 1) != len(text):
-        raise _malformed(path, text, _skip_space(text, index + 1), "text after the list")
-
-
-def _skip_space(text: str, index: int) -> int:
-    """Index of the first character from index on that is not JSON white space, or the length of text."""
-    while index < len(text) and text[index] in WHITESPACE:
-        index += 1
-    return index
-
-
-def _malformed(path: Path, text: str, index: int, reason: str) -> UserError:
-    """The error for text[index], with its line number."""
-    return UserError(f"{path} line {text.count(chr(10), 0, index) + 1}: malformed JSON ({reason}); fix the file")
 
 
 def _reason(error: Exception) -> str:

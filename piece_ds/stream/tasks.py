@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from piece_ds.config import DataArguments
 from piece_ds.errors import UserError, nearest
 from piece_ds.stream.encode import Encoder, split_prompt
-from piece_ds.stream.files import load_rows
+from piece_ds.stream.files import first_rows, load_rows
 from piece_ds.stream.readers import READERS
 from piece_ds.stream.tokenize import tokenize_rows
 
@@ -57,33 +57,6 @@ def load_task_stream(arguments: DataArguments, tokenizer: PreTrainedTokenizerBas
     ]
 
 
-def load_general(
-    path_or_name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    cutoff: int,
-    chat_template: bool = False,
-    max_rows: int | None = None,
-) -> datasets.Dataset:
-    """Rows whose loss tells how much general ability is left; no task trains them.
-
-    Args:
-        path_or_name: rows of prompt and answer (loss on the answer), of token ids, or of {"text"} (loss on all of
-            it, cut into windows), or a .txt file, which is one long text.
-        cutoff: as in Encoder.
-        max_rows: keep only the first so many encoded rows.
-    Returns:
-        Dataset of columns input_ids and labels.
-    """
-    encoder = Encoder(tokenizer, cutoff, chat_template)
-    if path_or_name.lower().endswith(".txt") and Path(path_or_name).is_file():
-        rows = _text_file_rows(Path(path_or_name))
-    else:
-        rows = load_rows(path_or_name, allow_text=True)
-    if max_rows is not None:
-        rows = _first_rows(rows, max_rows)  # a row makes at least one encoded row, so nothing needed is cut
-    return _first_rows(tokenize_rows(rows, encoder, path_or_name), max_rows)
-
-
 def _task_files(arguments: DataArguments) -> dict[str, dict[str, str]]:
     """Task name -> split -> path or Hub name, in the order of the stream."""
     if arguments.train_file:
@@ -129,9 +102,9 @@ def _files_in(folder: Path) -> dict[str, str]:
 def _load_task(name: str, files: dict[str, str], encoder: Encoder, max_eval_samples: int | None) -> Task:
     rows = {split: load_rows(path) for split, path in files.items()}
     limits = {"train": None, "eval": max_eval_samples, "test": max_eval_samples}
-    splits = {split: tokenize_rows(_first_rows(rows[split], limits[split]), encoder, files[split]) for split in files}
+    splits = {split: tokenize_rows(first_rows(rows[split], limits[split]), encoder, files[split]) for split in files}
     held_out = len(files) > 1
-    judged = splits["train"] if held_out else _first_rows(splits["train"], max_eval_samples or NUM_TRAINING_ROWS_JUDGED)
+    judged = splits["train"] if held_out else first_rows(splits["train"], max_eval_samples or NUM_TRAINING_ROWS_JUDGED)
     test_split = "test" if "test" in files else "eval" if "eval" in files else "train"
     test = splits[test_split] if held_out else judged
     return Task(
@@ -139,7 +112,7 @@ def _load_task(name: str, files: dict[str, str], encoder: Encoder, max_eval_samp
         train=splits["train"],
         eval=splits.get("eval", test),
         test=test,
-        answers=_answers(_first_rows(rows[test_split], len(test)), encoder),
+        answers=_answers(first_rows(rows[test_split], len(test)), encoder),
         held_out=held_out,
     )
 
@@ -150,17 +123,3 @@ def _answers(rows: datasets.Dataset, encoder: Encoder) -> list[str]:
         return list(rows["answer"])
     labels = [split_prompt(row["input_ids"], row["labels"])[1] for row in rows]
     return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in labels]
-
-
-def _first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    return rows if limit is None or len(rows) <= limit else rows.select(range(limit))
-
-
-def _text_file_rows(path: Path) -> datasets.Dataset:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text ({error.reason}); re-encode the file") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty; expected text")
-    return datasets.Dataset.from_dict({"text": [text]})

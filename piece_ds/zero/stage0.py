@@ -56,6 +56,9 @@ class Stage0(Adapter):
         for param in self._params:
             if param.grad is not None:
                 self._bound.mask_(self.name_of[id(param)], param.grad)
+        if self.optimizer is self.engine.basic_optimizer:  # fp32: DeepSpeed keeps no norm of its own here
+            grads = [param.grad for param in self._params if param.grad is not None]
+            self.engine._global_grad_norm = float(torch.nn.utils.get_total_norm(grads))
 
     def local_backward(self) -> AbstractContextManager[None]:
         return self.engine.no_sync()

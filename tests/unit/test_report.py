@@ -188,7 +188,9 @@ def test_report_of_an_unfinished_run_and_of_none(tmp_path: Path) -> None:
 
 
 def test_runs_of_other_tasks_are_left_out_of_the_common_figures() -> None:
-    other = replace(make_run("other"), matrix=ResultMatrix(tasks=("z",)).with_row({"z": 1.0}, {"z": 1.0}), masks={})
+    other = replace(
+        make_run("other"), matrix=ResultMatrix(tasks=("z",)).with_row({"z": 1.0}, {"z": 1.0}), masks={}, overlaps=[]
+    )
     names = [figure.file_name for figure in make_figures([make_run(), other])]
     assert "1-other-accuracy.png" in names
     assert len(names) == len(set(names))

@@ -1,0 +1,199 @@
+"""Every op equals numpy, bit for bit, at the sizes and values that hurt."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from piece_ds import ops
+from piece_ds.ops.reference import CHUNK
+
+SIZES = [0, 1, 7, 8, 9, 31, 32, 33, 1023, 10_007, CHUNK + 5]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SPECIAL = [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-45, -1e-40, 1e-39, 3.4e38, 1.0, -1.0]
+F32 = np.float32
+
+
+def values(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """n numbers over many magnitudes, with every special one at the start and again at the end."""
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy((rng.standard_normal(n) * 10.0 ** rng.integers(-20, 15, n)).astype(F32))
+    special = torch.tensor(SPECIAL)[:n]
+    x[: special.numel()] = special
+    if n > 2 * len(SPECIAL):
+        x[-len(SPECIAL) :] = torch.tensor(SPECIAL)
+    return x.to(dtype)
+
+
+def positions(n: int, density: float) -> np.ndarray:
+    return np.flatnonzero(np.random.default_rng(n).random(n) < density)
+
+
+def assert_same_bits(got: Tensor, want: np.ndarray) -> None:
+    """Equal bits, which tells +0 from -0 and compares NaN."""
+    bits = {4: np.uint32, 8: np.uint64, 2: np.uint16, 1: np.uint8}[want.dtype.itemsize]
+    assert got.numpy().dtype == want.dtype
+    np.testing.assert_array_equal(got.numpy().view(bits), want.view(bits))
+
+
+def accumulate_oracle(grad: Tensor, scale: float) -> tuple[np.ndarray, np.ndarray, int]:
+    g = grad.float().numpy()
+    finite = np.isfinite(g)
+    with np.errstate(over="ignore"):
+        g = (np.where(finite, g, F32(0)) * F32(scale)).astype(F32)
+        return g, (g * g).astype(F32), int((~finite).sum())
+
+
+@pytest.mark.parametrize("with_sum", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1 / 1024, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_accumulate_equals_numpy(n: int, dtype: torch.dtype, scale: float, with_sum: bool) -> None:
+    start_sum, start_square = values(n, seed=1).nan_to_num(1.0, 1.0, 1.0), values(n, seed=2).nan_to_num(1.0, 1.0, 1.0)
+    grad_sum, square_sum = start_sum.clone(), start_square.clone()
+    count = torch.tensor([40])
+    grad = values(n, dtype)
+    before = grad.clone()
+    ops.accumulate_(grad, grad_sum if with_sum else None, square_sum, scale, count)
+    g, squares, num_nonfinite = accumulate_oracle(grad, scale)
+    with np.errstate(over="ignore"):
+        assert_same_bits(grad_sum, start_sum.numpy() + g if with_sum else start_sum.numpy())
+        assert_same_bits(square_sum, start_square.numpy() + squares)
+    assert count.item() == 40 + num_nonfinite
+    assert torch.equal(grad.view(torch.uint8), before.view(torch.uint8))
+
+
+def test_accumulate_squares_in_fp32_what_underflows_in_fp16() -> None:
+    square_sum = torch.zeros(1)
+    ops.accumulate_(torch.tensor([1e-4], dtype=torch.float16), None, square_sum, 1.0, torch.zeros(1).long())
+    assert square_sum.item() == pytest.approx(1e-8, rel=1e-3)
+
+
+@pytest.mark.parametrize("lam", [1.0, 1e-8, 1e6])
+@pytest.mark.parametrize("n", SIZES)
+def test_second_order_score_equals_numpy(n: int, lam: float) -> None:
+    grad_sum, square_sum = values(n, seed=3), values(n, seed=4).abs().nan_to_num(float("inf"))
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = np.abs(grad_sum.numpy()) / np.sqrt(square_sum.numpy() + F32(lam))
+    want[np.isnan(want)] = 0.0
+    assert_same_bits(ops.score(grad_sum, square_sum, lam), want)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_fisher_score_is_a_copy_of_the_square_sum(n: int) -> None:
+    square_sum = values(n, seed=4).abs()
+    want = square_sum.numpy().copy()
+    want[np.isnan(want)] = 0.0
+    got = ops.score(None, square_sum)
+    assert_same_bits(got, want)
+    assert n == 0 or got.data_ptr() != square_sum.data_ptr()
+
+
+def test_scores_of_negative_zero_are_positive_zero() -> None:
+    """The key of a score is its bits without the sign: -0 would rank above everything."""
+    zero = torch.tensor([-0.0])
+    assert not bool(ops.score(None, zero).signbit())
+    assert not bool(ops.score(zero, torch.zeros(1)).signbit())
+
+
+def test_score_of_infinite_over_infinite_is_zero() -> None:
+    infinite = torch.tensor([float("inf")])
+    assert ops.score(infinite, infinite).item() == 0.0
+    assert ops.score(infinite, torch.ones(1)).item() == float("inf")
+    assert ops.score(torch.ones(1), infinite).item() == 0.0
+
+
+@pytest.mark.parametrize("lam", [0.0, -1.0, float("nan")])
+def test_score_refuses_a_lambda_that_is_not_positive(lam: float) -> None:
+    with pytest.raises(ValueError, match="lam must be positive"):
+        ops.score(torch.ones(1), torch.ones(1), lam)
+
+
+@pytest.mark.parametrize(("shift", "bits"), [(20, 11), (10, 10), (0, 10), (30, 1), (0, 31 - 20)])
+@pytest.mark.parametrize("n", SIZES)
+def test_digit_histogram_equals_numpy(n: int, shift: int, bits: int) -> None:
+    score = values(n, seed=5).abs().nan_to_num(nan=0.0, posinf=float("inf"))
+    key = score.numpy().view(np.uint32).astype(np.int64)
+    leading = shift + bits == 31
+    prefix = int(key[n // 2] >> (shift + bits)) if n and not leading else 0
+    kept = key if leading else key[key >> (shift + bits) == prefix]
+    want = np.bincount((kept >> shift) & (2**bits - 1), minlength=2**bits).astype(np.int64)
+    counts = torch.full((2**bits,), 3)
+    ops.digit_histogram_(counts, score, shift, bits, prefix)
+    assert_same_bits(counts, want + 3)
+
+
+def test_order_of_keys_is_order_of_scores() -> None:
+    score = values(10_007, seed=6).abs().nan_to_num(nan=0.0, posinf=float("inf")).numpy()
+    by_key = np.argsort(score.view(np.int32), kind="stable")
+    np.testing.assert_array_equal(by_key, np.argsort(score, kind="stable"))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 1.0])
+@pytest.mark.parametrize("n", SIZES)
+def test_index_to_mask_equals_packbits(n: int, density: float) -> None:
+    index = positions(n, density)
+    flags = np.zeros(n, dtype=bool)
+    flags[index] = True
+    assert_same_bits(ops.index_to_mask(torch.from_numpy(index), n), np.packbits(flags, bitorder="little"))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 1.0])
+@pytest.mark.parametrize("n", SIZES)
+def test_mask_to_index_equals_unpackbits(n: int, density: float) -> None:
+    flags = np.zeros(n, dtype=bool)
+    flags[positions(n, density)] = True
+    got = ops.mask_to_index(torch.from_numpy(np.packbits(flags, bitorder="little")))
+    assert_same_bits(got, np.flatnonzero(flags).astype(np.int64))
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_index_to_mask_does_not_need_sorted_positions(order: str) -> None:
+    index = torch.tensor([0, 1, 9, 15, 31]).sort(descending=order == "descending").values
+    assert ops.index_to_mask(index, 33).tolist() == [3, 130, 0, 128, 0]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_apply_mask_keeps_bits_inside_and_zeroes_outside(n: int, dtype: torch.dtype, density: float) -> None:
+    grad = values(n, dtype)
+    index = positions(n, density)
+    integers = {torch.float32: np.int32}.get(dtype, np.int16)
+    before = grad.clone().view(torch.int32 if integers is np.int32 else torch.int16).numpy()
+    ops.apply_mask_(grad, torch.from_numpy(index))
+    want = np.zeros(n, dtype=integers)
+    want[index] = before[index]
+    np.testing.assert_array_equal(grad.view(torch.int32 if integers is np.int32 else torch.int16).numpy(), want)
+
+
+def test_apply_mask_writes_through_a_view_and_nothing_beside_it() -> None:
+    buffer = torch.ones(10)
+    ops.apply_mask_(buffer[3:7], torch.tensor([0, 3]))
+    assert buffer.tolist() == [1, 1, 1, 1, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("which", ["grad_sum", "square_sum"])
+def test_accumulate_refuses_unequal_shapes(which: str) -> None:
+    sums = {"grad_sum": torch.zeros(4), "square_sum": torch.zeros(4)} | {which: torch.zeros(5)}
+    with pytest.raises(ValueError, match="expected equal 1-D shapes"):
+        ops.accumulate_(torch.zeros(4), scale=1.0, num_nonfinite=torch.zeros(1).long(), **sums)
+
+
+def test_accumulate_refuses_two_dimensions() -> None:
+    two = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="1-D"):
+        ops.accumulate_(two, two.clone(), two.clone(), 1.0, torch.zeros(1).long())
+
+
+def test_accumulate_of_a_strided_gradient_is_right() -> None:
+    """Providers may require contiguous tensors; the reference gives the right sums or an error, never wrong ones."""
+    grad = torch.arange(8.0)[::2]
+    square_sum = torch.zeros(4)
+    ops.accumulate_(grad, None, square_sum, 1.0, torch.zeros(1).long())
+    assert square_sum.tolist() == [0.0, 4.0, 16.0, 36.0]
+
+
+@pytest.mark.parametrize("op", list(ops.schema.SCHEMAS))
+def test_every_op_names_its_provider(op: str) -> None:
+    assert ops.provider(op, "cpu") == "reference"

@@ -1,0 +1,82 @@
+"""Jobs of several ranks: one process group runs many cases, because importing deepspeed costs seconds per process."""
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TESTS = Path(__file__).parents[1]
+TIMEOUT_SECONDS = 900
+
+Results = dict[str, dict[str, Any]]
+
+
+def run_job(module: str, num_ranks: int, folder: Path, *arguments: str) -> Results:
+    """Start `python -m module folder arguments...` on num_ranks ranks and return what rank 0 saved.
+
+    A job that fails or hangs fails every test that reads it, with the end of its output.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "DS_ACCELERATOR": "cpu"}
+    environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    processes = []
+    for rank in range(num_ranks):
+        ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", module, str(folder), *arguments]
+        with open(folder / f"rank{rank}.log", "w") as log:
+            processes.append(subprocess.Popen(command, env=ranked, stdout=log, stderr=log, cwd=folder))
+    try:
+        codes = [process.wait(TIMEOUT_SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(num_ranks))
+    assert not any(codes), f"{module} exited with {codes}:\n{logs}"
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def start() -> Path:
+    """In a job's process: join the group (through a file: no port to collide on); returns the job's folder."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    # DeepSpeed refuses fp16 on a CPU for its speed; its arithmetic is there, and fp16 logic can be tested with it.
+    get_accelerator().is_fp16_supported = lambda: True
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", store, timedelta(seconds=180), rank=rank, world_size=size)
+    deepspeed.init_distributed("gloo")
+    return folder
+
+
+def finish(results: Results) -> None:
+    """In a job's process: rank 0 saves its results; leave the group."""
+    if dist.get_rank() == 0:
+        torch.save(results, Path(sys.argv[1]) / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()  # gloo's threads abort a process that exits without it
+
+
+def collect_case(results: Results, name: str, case: Callable[[], dict[str, Any]]) -> None:
+    """Run one case; an exception becomes its result, so that one broken case fails one test."""
+    try:
+        results[name] = case()
+    except Exception:
+        results[name] = {"error": traceback.format_exc()}
+        print(name, results[name]["error"], flush=True)
+
+
+def result_of(results: Results, name: str) -> dict[str, Any]:
+    """A case's result, in a test; fails with the case's own traceback."""
+    result = results[name]
+    assert "error" not in result, result["error"]
+    return result

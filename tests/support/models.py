@@ -1,0 +1,95 @@
+"""Tiny models of every architecture family under test, with sizes that divide by nothing, and data for them."""
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+VOCAB = 97
+FAMILIES = ("llama", "qwen3", "gemma2", "neox")
+NUM_MICRO_BATCHES = 7  # divides by neither 2 nor 3
+
+
+def make_model(family: str, dropout: float = 0.0) -> nn.Module:
+    """The same weights at every call. Norms and biases of prime length, so that ZeRO pads them."""
+    torch.manual_seed(11)
+    shared = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 64, "attention_dropout": dropout}
+    # Weights large enough for gradients that differ: at the default 0.02 the tiny models are nearly linear.
+    shared["initializer_range"] = 0.2
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 4}
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(hidden_size=43, intermediate_size=61, **heads, **shared)).train()
+    if family == "qwen3":  # q_norm and k_norm of 4 elements: the third of three ranks owns nothing of them
+        config = Qwen3Config(hidden_size=29, intermediate_size=37, tie_word_embeddings=True, **heads, **shared)
+        return Qwen3ForCausalLM(config).train()
+    if family == "gemma2":
+        config = Gemma2Config(
+            hidden_size=31, intermediate_size=41, tie_word_embeddings=True, query_pre_attn_scalar=4, sliding_window=8,
+            **heads, **shared,
+        )  # fmt: skip
+        return Gemma2ForCausalLM(config).train()
+    if family == "neox":
+        config = GPTNeoXConfig(
+            hidden_size=33, intermediate_size=47, num_attention_heads=3, rotary_pct=0.4, hidden_dropout=dropout, **shared
+        )
+        return GPTNeoXForCausalLM(config).train()
+    if family == "branches":
+        return Branches()
+    raise ValueError(family)
+
+
+class Branches(nn.Module):
+    """Uses `optional` only where a micro-batch says so, and has a parameter of one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(12)
+        self.first = nn.Linear(5, 7)
+        self.optional = nn.Linear(7, 7)
+        self.last = nn.Linear(7, 1)
+
+    def forward(self, x: Tensor, use_optional: Tensor) -> CausalLMOutput:
+        hidden = self.first(x).tanh()
+        if bool(use_optional):
+            hidden = hidden + self.optional(hidden).tanh()
+        return CausalLMOutput(loss=self.last(hidden).square().mean())
+
+
+def make_micro_batches(family: str = "llama", num: int = NUM_MICRO_BATCHES) -> list[dict[str, Tensor]]:
+    """Micro-batches of two rows and different lengths, the shorter row padded on the left."""
+    generator = torch.Generator().manual_seed(5)
+    if family == "branches":
+        return [{"x": torch.randn(3, 5, generator=generator), "use_optional": torch.tensor(b % 3 == 1)}
+                for b in range(num)]  # fmt: skip
+    batches = []
+    for b in range(num):
+        length, padding = 5 + 3 * (b % 4), 1 + b % 3
+        ids = torch.randint(1, VOCAB, (2, length), generator=generator)
+        attention = torch.ones_like(ids)
+        attention[1, :padding] = 0
+        ids[1, :padding] = 0
+        labels = ids.masked_fill(attention == 0, -100)
+        labels[:, :2] = -100  # a prompt
+        batches.append({"input_ids": ids, "attention_mask": attention, "labels": labels})
+    return batches
+
+
+def embedding_name(family: str) -> str | None:
+    """The parameter that may not be selected, by hand."""
+    return {"neox": "gpt_neox.embed_in.weight", "branches": None}.get(family, "model.embed_tokens.weight")
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters in dtype; buffers (rotary frequencies) stay in fp32, as under DeepSpeed."""
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+    return model

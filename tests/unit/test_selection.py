@@ -1,0 +1,155 @@
+"""Selection in one process equals a stable sort, whatever the scores; the data-free methods do what they say."""
+
+import numpy as np
+import pytest
+import torch
+from support.selection_cases import (
+    BUDGETS,
+    CASES,
+    NOT_ELIGIBLE,
+    Blocks,
+    as_set,
+    blocks_layout,
+    expected,
+    make_stats,
+)
+from torch import nn
+
+from piece_ds.errors import UserError
+from piece_ds.importance import estimator
+from piece_ds.selection import global_topk, num_to_select, select
+from piece_ds.state.partition import layout_of
+from piece_ds.state.statistics import GradientStats
+
+NUM_ELEMENTS = sum(p.numel() for p in Blocks().parameters())
+NUM_ELIGIBLE = sum(p.numel() for n, p in Blocks().named_parameters() if n not in NOT_ELIGIBLE)
+
+
+@pytest.mark.parametrize(("kind", "method", "budget", "ratio"), CASES)
+def test_selection_equals_a_stable_sort(kind: str, method: str, budget: str, ratio: float) -> None:
+    mask = select(blocks_layout(), method, ratio, make_stats(kind), budget=budget)
+    want = expected(kind, method, budget, ratio)
+    assert as_set(mask.whole()) == want
+    assert mask.num_selected == len(want)
+
+
+@pytest.mark.parametrize("method", ["piece-f", "piece-s"])
+def test_chunk_borders_change_nothing(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr(global_topk, "CHUNK", 3)
+    mask = select(blocks_layout(), method, 0.3, make_stats("bf16-tied"))
+    assert as_set(mask.whole()) == expected("bf16-tied", method, "model", 0.3)
+
+
+@pytest.mark.parametrize("num_elements", [1, 7, 8, 33, 1023, 100_003])
+def test_exactly_k_of_n_at_every_k_that_hurts(num_elements: int) -> None:
+    layer = nn.Linear(num_elements, 1, bias=False)
+    squares = torch.rand(num_elements, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    order = np.argsort(-squares.numpy(), kind="stable")
+    stats = GradientStats(layout_of(layer), squares, None)
+    for k in sorted({1, 2, num_elements // 2, num_elements - 1, num_elements} - {0}):
+        if k <= num_elements:
+            mask = select(stats.layout, "piece-f", (k + 0.5) / num_elements, stats)
+            assert mask.index["weight"].tolist() == sorted(order[:k].tolist())
+
+
+def test_budget_is_floor_of_ratio_times_all_elements_and_at_least_one() -> None:
+    assert num_to_select(0.001, 999) == 1
+    assert num_to_select(0.001, 29_385) == 29
+    assert num_to_select(0.5, 7) == 3
+    assert num_to_select(1.0, 10**12) == 10**12
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_ratio_one_selects_all_eligible_elements_and_never_the_embeddings(method: str) -> None:
+    mask = select(blocks_layout(), method, 1.0, weight_of=zeros)
+    assert mask.num_selected == NUM_ELIGIBLE < NUM_ELEMENTS
+    assert not set(NOT_ELIGIBLE) & set(mask.index)
+
+
+def test_embeddings_count_in_k() -> None:
+    mask = select(blocks_layout(), "random", 0.1)
+    assert mask.num_selected == int(0.1 * NUM_ELEMENTS) != int(0.1 * NUM_ELIGIBLE)
+
+
+def test_tied_embeddings_are_one_parameter_and_not_eligible() -> None:
+    model = Blocks()
+    model.tied = nn.Linear(7, 13, bias=False)
+    model.tied.weight = model.embed.weight
+    layout = layout_of(model)
+    assert layout.total == NUM_ELEMENTS
+    assert layout.num_eligible == NUM_ELIGIBLE
+
+
+def test_magnitude_selects_the_largest_absolute_weights() -> None:
+    weights = torch.randn(1009, generator=torch.Generator().manual_seed(1))
+    weights[5] = float("nan")
+    layer = nn.Linear(1009, 1, bias=False)
+    mask = select(layout_of(layer), "magnitude", 0.05, weight_of=lambda _, start, numel: weights[start : start + numel])
+    order = np.argsort(-np.nan_to_num(np.abs(weights.numpy())), kind="stable")
+    assert mask.index["weight"].tolist() == sorted(order[:50].tolist())
+
+
+def test_random_selection_repeats_for_a_seed_and_differs_between_seeds() -> None:
+    first, again, other = (as_set(select(blocks_layout(), "random", 0.3, seed=s).whole()) for s in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_random_selection_is_uniform() -> None:
+    """Chi-squared over 100 equal runs of positions; the 0.1 % point for 99 degrees of freedom is 148."""
+    layer = nn.Linear(1000, 200)
+    mask = select(layout_of(layer), "random", 0.1, seed=7)
+    counts = np.bincount(mask.index["weight"].numpy() // 2000, minlength=100)
+    mean = counts.mean()
+    assert ((counts - mean) ** 2 / mean).sum() < 148
+    # A parameter of 0.5 % of the elements gets about its share: 20 of 20 000, standard deviation 4.2.
+    assert 3 <= mask.index["bias"].numel() <= 40
+
+
+def test_random_parameters_of_one_shape_get_different_positions() -> None:
+    model = nn.ModuleList([nn.Linear(100, 100, bias=False) for _ in range(2)])
+    mask = select(layout_of(model), "random", 0.1)
+    shared = set(mask.index["0.weight"].tolist()) & set(mask.index["1.weight"].tolist())
+    assert len(shared) < 200  # 1000 each; 100 by chance
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_index_lists_are_ascending_int64(budget: str) -> None:
+    mask = select(blocks_layout(), "piece-f", 0.3, make_stats("random"), budget=budget)
+    for index in mask.index.values():
+        assert index.dtype == torch.int64
+        assert bool((index.diff() > 0).all())
+
+
+def test_lambda_changes_the_second_order_score() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    stats = GradientStats(layout_of(layer), torch.tensor([1e-4, 100.0]), torch.tensor([1e-2, 9.0]))
+    assert select(stats.layout, "piece-s", 0.5, stats, lam=1.0).index["weight"].tolist() == [1]
+    assert select(stats.layout, "piece-s", 0.5, stats, lam=1e-6).index["weight"].tolist() == [0]
+
+
+def test_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"piece-z.*Did you mean 'piece-"):
+        estimator("piece-z")
+
+
+def test_missing_statistics_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs gradient statistics"):
+        select(blocks_layout(), "piece-f", 0.1)
+    only_squares = GradientStats(blocks_layout(), torch.ones(NUM_ELIGIBLE), None)
+    with pytest.raises(ValueError, match="sum and square sum"):
+        select(blocks_layout(), "piece-s", 0.1, only_squares)
+
+
+def test_missing_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="pass weight_of"):
+        select(blocks_layout(), "magnitude", 0.1)
+
+
+def test_a_model_without_eligible_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="no eligible parameter"):
+        select(layout_of(nn.Linear(2, 2).requires_grad_(False)), "random", 0.1)
+
+
+def zeros(name: str, start: int, numel: int) -> torch.Tensor:
+    return torch.zeros(numel)
