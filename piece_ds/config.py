@@ -115,6 +115,10 @@ class OutputArguments:
 
     save_model: str = field(default="last", metadata={"help": "transformers folder after: last task, each task, never"})
 
+    output_file: str | None = field(
+        default=None, metadata={"help": "the one file that select_mask.py (a mask) and eval_tasks.py (scores) write"}
+    )
+
     def __post_init__(self) -> None:
         require_choice("save_model", self.save_model, SAVE_MODEL)
         require_choice("incomplete_accumulation", self.incomplete_accumulation, ["refuse", "smaller_step"])

@@ -1,11 +1,7 @@
 """launch/train.py: a task or a stream of tasks on a model, or the embedded default."""
 
-import logging
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from piece_ds.arguments import Settings, parse, print_help
 from piece_ds.checks import check_accumulation, check_deepspeed_file, check_mask, check_method
@@ -13,15 +9,11 @@ from piece_ds.command import start_distributed, with_default_config
 from piece_ds.distributed import is_main
 from piece_ds.engine import Stream, run_stream
 from piece_ds.errors import UserError
+from piece_ds.flags import default_flags, with_precision
 from piece_ds.model import dtype_of, load_config, load_tokenizer
 from piece_ds.report import RunResults, print_results, write_report
 from piece_ds.run_folder import RunFolder
 from piece_ds.stream import load_general, load_task_stream
-
-logger = logging.getLogger(__name__)
-
-# Where TrainingArguments' own defaults do not suit: a log line is cheap and a checkpoint of an 8B model is 100 GB.
-DEFAULTS = {"logging_steps": 10, "save_strategy": "no", "report_to": "none"}
 
 # What decides the results; a resumed run must have the same.
 DECISIVE = (
@@ -36,11 +28,11 @@ def main(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
         print_help()
         return
-    settings = parse(with_default_config(argv), _defaults(argv))
+    settings = parse(with_default_config(argv), default_flags(argv))
     if settings.model.model_name_or_path is None:
         from piece_ds.embedded_command import run_embedded
 
-        show(*run_embedded(with_default_config(argv), settings, _defaults(argv)))
+        show(*run_embedded(with_default_config(argv), settings, default_flags(argv)))
         return
     results, folder = train(settings)
     show([results], folder)
@@ -59,7 +51,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     check_mask(settings, config)
     tokenizer = load_tokenizer(settings.model)
     dtype = dtype_of(settings.model, config)
-    settings, dtype = _with_precision(settings, dtype)
+    settings, dtype = with_precision(settings, dtype)
     arguments = settings.training_arguments()
     check_deepspeed_file(arguments.deepspeed)
     tasks = load_task_stream(settings.data, tokenizer)
@@ -83,33 +75,6 @@ def show(runs: list[RunResults], folder: RunFolder) -> None:
     if is_main():
         print_results(runs)
         print(f"report: {write_report(folder.root, runs)}")
-
-
-def _defaults(argv: list[str]) -> dict[str, Any]:
-    """Values for flags that the user does not give."""
-    from deepspeed.accelerator import get_accelerator
-
-    defaults: dict[str, Any] = {**DEFAULTS, "use_cpu": get_accelerator().device_name() == "cpu"}
-    if any(a.split("=")[0] == "--save_steps" for a in argv):
-        del defaults["save_strategy"]
-    if not sys.stderr.isatty():
-        defaults["disable_tqdm"] = True
-    return defaults
-
-
-def _with_precision(settings: Settings, dtype: torch.dtype) -> tuple[Settings, torch.dtype]:
-    """--bf16 and --fp16 decide the dtype; without them the model's own decides whether DeepSpeed runs in bf16 or fp16.
-
-    (With 16-bit weights and neither flag DeepSpeed would take the optimizer step in 16 bits.)
-    """
-    arguments = settings.training_arguments()
-    if arguments.bf16 or arguments.fp16:
-        return settings, torch.bfloat16 if arguments.bf16 else torch.float16
-    flag = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    if flag is None:
-        return settings, torch.float32
-    logger.warning("the model's files are %s: training with --%s", str(dtype).removeprefix("torch."), flag)
-    return settings.with_flags(**{flag: True}), dtype
 
 
 def _plain(value: Any) -> Any:

@@ -34,7 +34,7 @@ def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale
         num_nonfinite: int64, one element; receives the number of NaN and infinite entries, which count as 0.
     Cost: reads grad once, reads and writes each sum once.
     """
-    if grad.shape != square_sum.shape or (grad_sum is not None and grad_sum.shape != grad.shape):
+    if grad.dim() != 1 or grad.shape != square_sum.shape or (grad_sum is not None and grad_sum.shape != grad.shape):
         raise ValueError(f"accumulate_ expected equal 1-D shapes, got grad {tuple(grad.shape)}, sums "
                          f"{tuple(square_sum.shape)}: pass the owned fragment of the gradient")  # fmt: skip
     torch.ops.piece_ds.accumulate_(grad, grad_sum, square_sum, scale, num_nonfinite)

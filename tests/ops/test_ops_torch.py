@@ -1,6 +1,5 @@
 """The ops are good citizens of torch: opcheck passes, and they trace under torch.compile(fullgraph=True)."""
 
-
 import pytest
 import torch
 from torch import Tensor
@@ -38,13 +37,13 @@ def test_opcheck_passes_without_the_optional_sum() -> None:
 
 
 @pytest.mark.parametrize("op", list(ops.schema.SCHEMAS))
-def test_compiled_without_graph_breaks_gives_the_same(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_without_graph_breaks_gives_the_same(op: str) -> None:
     """mask_to_index has a length that depends on the data, which the tracer must be allowed to leave open."""
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
     call = getattr(ops, op)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     plain, traced = arguments(op, 1023), arguments(op, 1023)
-    assert_equal(call(*plain), compiled(*traced))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert_equal(call(*plain), compiled(*traced))
     for first, second in zip(plain, traced, strict=True):
         assert_equal(first, second)
 
@@ -60,5 +59,3 @@ def assert_equal(first: object, second: object) -> None:
         assert torch.equal(first, second)
     else:
         assert first == second
-
-

@@ -1,4 +1,4 @@
-"""DeepSpeed engines of every kind under test, from a few words; and reading them through DeepSpeed's public functions."""
+"""DeepSpeed engines of every kind under test, and reading them through DeepSpeed's public functions."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -20,26 +20,31 @@ NUM_MICRO_BATCHES = 7  # divides by neither 2 nor 3
 
 
 def make_model(family: str, dropout: float = 0.0) -> nn.Module:
-    """The same weights at every call. Norms and biases of prime length, so that ZeRO pads them."""
+    """The same weights at every call. No length of a norm divides by 2 or 3, so that ZeRO pads it."""
     torch.manual_seed(11)
     shared = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 64, "attention_dropout": dropout}
     # Weights large enough for gradients that differ: at the default 0.02 the tiny models are nearly linear.
     shared["initializer_range"] = 0.2
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 4}
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 4}
     if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(hidden_size=43, intermediate_size=61, **heads, **shared)).train()
+        return LlamaForCausalLM(LlamaConfig(hidden_size=35, intermediate_size=61, **heads, **shared)).train()
     if family == "qwen3":  # q_norm and k_norm of 4 elements: the third of three ranks owns nothing of them
-        config = Qwen3Config(hidden_size=29, intermediate_size=37, tie_word_embeddings=True, **heads, **shared)
+        config = Qwen3Config(hidden_size=25, intermediate_size=37, tie_word_embeddings=True, **heads, **shared)
         return Qwen3ForCausalLM(config).train()
     if family == "gemma2":
         config = Gemma2Config(
-            hidden_size=31, intermediate_size=41, tie_word_embeddings=True, query_pre_attn_scalar=4, sliding_window=8,
+            hidden_size=35, intermediate_size=41, tie_word_embeddings=True, query_pre_attn_scalar=4, sliding_window=8,
             **heads, **shared,
         )  # fmt: skip
         return Gemma2ForCausalLM(config).train()
     if family == "neox":
         config = GPTNeoXConfig(
-            hidden_size=33, intermediate_size=47, num_attention_heads=3, rotary_pct=0.4, hidden_dropout=dropout, **shared
+            hidden_size=35,
+            intermediate_size=47,
+            num_attention_heads=5,
+            rotary_pct=0.6,
+            hidden_dropout=dropout,
+            **shared,
         )
         return GPTNeoXForCausalLM(config).train()
     if family == "branches":
@@ -53,15 +58,24 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(12)
-        self.first = nn.Linear(5, 7)
-        self.optional = nn.Linear(7, 7)
+        self.body = Body()
         self.last = nn.Linear(7, 1)
 
     def forward(self, x: Tensor, use_optional: Tensor) -> CausalLMOutput:
+        return CausalLMOutput(loss=self.last(self.body(x, use_optional)).square().mean())
+
+
+class Body(nn.Module):
+    """The part whose parameters ZeRO-3 must gather together, because ranks may run different branches of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.optional = nn.Linear(7, 7)
+
+    def forward(self, x: Tensor, use_optional: Tensor) -> Tensor:
         hidden = self.first(x).tanh()
-        if bool(use_optional):
-            hidden = hidden + self.optional(hidden).tanh()
-        return CausalLMOutput(loss=self.last(hidden).square().mean())
+        return hidden + self.optional(hidden).tanh() if bool(use_optional) else hidden
 
 
 def make_micro_batches(family: str = "llama", num: int = NUM_MICRO_BATCHES) -> list[dict[str, Tensor]]:

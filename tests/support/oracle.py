@@ -1,4 +1,4 @@
-"""What the method means, written a second time in plain single-process PyTorch and numpy. Imports nothing of piece_ds."""
+"""What the method means, written a second time in plain PyTorch and numpy for one process; nothing of piece_ds."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ Arrays = dict[str, np.ndarray]
 def gradient_sums(
     model: nn.Module, batches: list[dict[str, Tensor]], embedding: str | None, loss_scale: float = 1.0
 ) -> tuple[Arrays, Arrays]:
-    """(G, F): sums over micro-batches of g and g^2 in float64, per eligible parameter, flat. Non-finite entries are 0."""
+    """(G, F): float64 sums over micro-batches of g and g^2 per eligible parameter, flat. Non-finite entries are 0."""
     sums: Arrays = {}
     squares: Arrays = {}
     for batch in batches:

@@ -61,7 +61,9 @@ def whole_sums(kind: str) -> tuple[Arrays, Arrays]:
 def expected(kind: str, method: str, budget: str, ratio: float) -> set[tuple[str, int]]:
     """The selection, by definition. A score that is inf / inf counts as 0."""
     with np.errstate(invalid="ignore", over="ignore"):
-        scores = {name: np.nan_to_num(s, nan=0.0, posinf=np.inf) for name, s in score(method, *whole_sums(kind)).items()}
+        scores = {
+            name: np.nan_to_num(s, nan=0.0, posinf=np.inf) for name, s in score(method, *whole_sums(kind)).items()
+        }
     if budget == "model":
         total = sum(p.numel() for p in Blocks().parameters())
         return top_k(scores, max(1, int(ratio * total)))

@@ -1,0 +1,15 @@
+"""Estimate importance on a task and write the mask of the most important weights.
+
+deepspeed launch/select_mask.py --deepspeed ds_configs/zero3.json --model_name_or_path M [flags]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from piece_ds.command import run_command
+from piece_ds.select_command import main
+
+if __name__ == "__main__":
+    run_command(main)

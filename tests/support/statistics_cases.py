@@ -1,0 +1,95 @@
+"""The cases of the statistics pass, and what each must give."""
+
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+
+from support.engines import DTYPES, FP32_ACCUMULATION, Setup
+from support.models import FAMILIES, cast_parameters, embedding_name, make_micro_batches, make_model
+from support.oracle import Arrays, gradient_sums
+
+RATIOS = (0.05, 0.002)
+METHODS = ("piece-f", "piece-s")
+STAGES = (0, 1, 2, 3)
+WORLD_SIZES = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One statistics pass.
+
+    Attributes:
+        family: of the model.
+        setup: of DeepSpeed.
+        checkpointing: '', 'reentrant' or 'non-reentrant'.
+        freeze: freeze the embeddings, as training does.
+        dropout: rate that the model would use in training.
+        poison: make some gradient entries NaN, through an infinite input.
+        in_eval_mode: the engine is in evaluation mode when the pass begins.
+        num_batches: micro-batches.
+    """
+
+    family: str
+    setup: Setup
+    checkpointing: str = ""
+    freeze: bool = False
+    dropout: float = 0.0
+    poison: bool = False
+    in_eval_mode: bool = False
+    num_batches: int = 7
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        batches = make_micro_batches(self.family, self.num_batches)
+        if self.poison:
+            batches[2]["x"][0, 1] = float("inf")
+            batches[5]["x"][2, 4] = float("nan")
+        return batches
+
+
+# Every family at every stage, on one, two and three ranks.
+PLAIN = {f"{family}-stage{s}": Case(family, Setup(s)) for family in FAMILIES for s in STAGES}
+PLAIN |= {f"branches-stage{s}": Case("branches", Setup(s)) for s in STAGES}
+
+OFFLOADS = {
+    "stage1-offload": Setup(1, offload="optimizer"),
+    "stage2-offload": Setup(2, offload="optimizer"),
+    "stage3-offload": Setup(3, offload="optimizer"),
+    "stage3-offload-all": Setup(3, offload="all"),
+}
+
+# On two ranks.
+SPECIAL = {name: Case("llama", setup) for name, setup in OFFLOADS.items()}
+SPECIAL |= {f"bf16-stage{s}": Case("llama", Setup(s, "bf16")) for s in STAGES}
+SPECIAL |= {
+    "bf16-stage1-bf16-optimizer": Case("llama", Setup(1, "bf16", config=FP32_ACCUMULATION)),
+    "bf16-stage2-offload": Case("llama", Setup(2, "bf16", "optimizer")),
+    "bf16-stage3-offload-all": Case("gemma2", Setup(3, "bf16", "all")),
+}
+SPECIAL |= {f"fp16-stage{s}": Case("llama", Setup(s, "fp16")) for s in (1, 2, 3)}
+SPECIAL |= {
+    f"{how}-checkpointing-stage{s}": Case(family, Setup(s), checkpointing=how, freeze=True)
+    for how in ("reentrant", "non-reentrant")
+    for s, family in ((0, "llama"), (2, "qwen3"), (3, "llama"))
+}
+SPECIAL |= {
+    "dropout-stage0": Case("neox", Setup(0), dropout=0.3),
+    "dropout-stage3": Case("llama", Setup(3), dropout=0.3, in_eval_mode=True),
+    "poison-stage0": Case("branches", Setup(0), poison=True),
+    "poison-stage3": Case("branches", Setup(3), poison=True),
+    "one-micro-batch-stage3": Case("llama", Setup(3), num_batches=1),
+    "eight-micro-batches-stage2": Case("llama", Setup(2), num_batches=8),
+    "frozen-embedding-stage3": Case("neox", Setup(3), freeze=True),
+}
+
+
+@cache
+def oracle_of(case: Case) -> tuple[Arrays, Arrays, int]:
+    """(G, F, number of elements of the model) by plain PyTorch, without DeepSpeed, dropout or checkpointing."""
+    model = cast_parameters(make_model(case.family), DTYPES[case.setup.dtype])
+    scale = 1024.0 if case.setup.dtype == "fp16" else 1.0
+    sums, squares = gradient_sums(model, case.batches(), embedding_name(case.family), scale)
+    return sums, squares, sum(p.numel() for p in model.parameters())
+
+
+Setup.__hash__ = lambda self: hash(repr(self))  # type: ignore[method-assign] - dicts inside, never changed
