@@ -27,7 +27,7 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 
 bench: $(VENV)/.ready
-	$(BIN)/python bench/overhead.py
+	$(LAUNCH) bench/overhead.py
 
 venv: $(VENV)/.ready
 

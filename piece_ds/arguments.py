@@ -5,6 +5,7 @@ task must not inherit the first one's, so what is kept is the list of flags, not
 """
 
 import argparse
+import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -37,11 +38,25 @@ class Settings:
     given: frozenset[str]
 
     def training_arguments(self, **overrides: Any) -> TrainingArguments:
-        """A fresh TrainingArguments with overrides in place of the flags' values."""
+        """A fresh TrainingArguments with overrides in place of the flags' values.
+
+        Raises:
+            UserError: a value that transformers refuses.
+        """
         parser = _parser((TrainingArguments,))
         extra = [item for name, value in overrides.items() for item in (f"--{name}", str(value))]
-        arguments, *_ = parser.parse_args_into_dataclasses([*self.flags, *extra], look_for_args_file=False)
+        try:
+            arguments, *_ = parser.parse_args_into_dataclasses([*self.flags, *extra], look_for_args_file=False)
+        except (ValueError, ImportError) as error:
+            raise UserError(str(error)) from error
         return arguments
+
+    def flag(self, name: str) -> str | None:
+        """The text of one of TrainingArguments' flags as given, without building TrainingArguments."""
+        parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+        parser.add_argument(f"--{name}", dest="value", nargs="?")
+        value: str | None = parser.parse_known_args(list(self.flags))[0].value
+        return value
 
     def with_flags(self, **flags: Any) -> "Settings":
         """These settings with more flags of TrainingArguments."""
@@ -76,9 +91,9 @@ def parse(argv: list[str], defaults: dict[str, Any] | None = None) -> Settings:
     Raises:
         UserError: an unknown flag or key (with the nearest known), a value of the wrong type or outside its range.
     """
+    given = given_names(argv)
     argv, config = _take_config(argv)
     known = _known_flags()
-    given = {_flag_name(a) for a in argv if a.startswith("--")} | set(config)
     for name in config:
         if name not in known:
             raise UserError(f"unknown key {name!r} in the YAML file.{nearest(name, known)}")
@@ -90,7 +105,13 @@ def parse(argv: list[str], defaults: dict[str, Any] | None = None) -> Settings:
         if item.startswith("--") and _flag_name(item) not in known:
             raise UserError(f"unknown flag {item.split('=')[0]}.{nearest(_flag_name(item), known)}")
     model, data, method, output = parsed[: len(OURS)]
-    return Settings(model, data, method, output, tuple(rest), frozenset(given))
+    return Settings(model, data, method, output, tuple(rest), given)
+
+
+def given_names(argv: list[str]) -> frozenset[str]:
+    """Names of the flags on the command line and of the keys in its --config file."""
+    argv, config = _take_config(argv)
+    return frozenset({_flag_name(a) for a in argv if a.startswith("--")} | set(config))
 
 
 class _OneLineParser(HfArgumentParser):
@@ -122,6 +143,8 @@ def _as_flags(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
+    if isinstance(value, dict):  # as lr_scheduler_kwargs: transformers reads JSON
+        return [f"--{name}", json.dumps(value)]
     return [f"--{name}", str(value)]
 
 
@@ -144,8 +167,8 @@ def _take_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         raise UserError(f"--config {path}: no such file")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must map flag names to values, got {type(content).__name__}")
-    return rest, content
+    return rest, {str(key).replace("-", "_"): value for key, value in content.items()}

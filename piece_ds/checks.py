@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 BASELINES = ["seqft"]
 
+# transformers' names of the optimizers in zero/door.py's PROVEN_OPTIMIZERS that it can make.
+PROVEN_OPTIM = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
+
 
 def check_method(method: str) -> None:
     """Raise UserError unless method is one that exists."""
@@ -28,13 +31,70 @@ def check_method(method: str) -> None:
 
 
 def check_deepspeed_file(path: str | None) -> None:
-    """Raise UserError unless path is a readable DeepSpeed configuration."""
-    if path is None or not Path(path).is_file():
+    """Raise UserError unless path is a readable DeepSpeed configuration without what the engine would refuse later."""
+    if path is None or not (path.startswith("{") or Path(path).is_file()):
         raise UserError(f"--deepspeed {path}: no such file; ds_configs/ has one for every ZeRO stage")
     try:
-        json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(path if path.startswith("{") else Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed {path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--deepspeed {path} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed {path} must hold an object of settings, got {type(content).__name__}")
+    for keys, allowed, instead in _DEEPSPEED_REFUSALS:
+        value = _at(content, keys)
+        if value is not None and value not in allowed:
+            raise UserError(f"--deepspeed {path}: piece_ds does not work with {'.'.join(keys)} {json.dumps(value)}; "
+                            f"{instead}")  # fmt: skip
+
+
+# What zero/door.py refuses of an engine, as far as the file tells: there the model is loaded already.
+# (keys, values that are allowed besides absence, what to do)
+_DEEPSPEED_REFUSALS: list[tuple[tuple[str, ...], tuple[Any, ...], str]] = [
+    (("zero_optimization", "stage"), (0, 1, 2, 3), "use stage 0, 1, 2 or 3"),
+    (("zero_optimization", "zenflow"), (), "remove it"),
+    (("zero_optimization", "offload_optimizer", "device"), ("none", "cpu"), "use 'cpu'"),
+    (("zero_optimization", "offload_param", "device"), ("none", "cpu"), "use 'cpu'"),
+    (("zero_optimization", "offload_optimizer", "super_offload"), (False,), "remove it"),
+    (("zero_optimization", "offload_optimizer", "ratio"), (1,), "remove it"),
+    (("zero_optimization", "zero_quantized_weights"), (False,), "set it to false"),
+    (("zero_optimization", "zero_quantized_nontrainable_weights"), (False,), "set it to false"),
+    (("zero_optimization", "zero_quantized_gradients"), (False,), "set it to false"),
+    (("compile", "deepcompile"), (False,), "set it to false"),
+    (("tensor_parallel", "autotp_size"), (0, 1), "remove it"),
+    (("torch_autocast", "enabled"), (False,), "use --bf16"),
+]
+
+
+def _at(content: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def check_training(arguments: TrainingArguments, masked: bool) -> None:
+    """Raise UserError where TrainingArguments ask for something that masked training is not proven with."""
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    if masked and optimizer not in PROVEN_OPTIM:
+        raise UserError(f"--optim {optimizer}: a zero gradient may move a weight; use one of {', '.join(PROVEN_OPTIM)}")
+    resumes_from(arguments)
+
+
+def resumes_from(arguments: TrainingArguments) -> bool:
+    """--resume_from_checkpoint as yes or no: where to go on is found in --output_dir.
+
+    Raises:
+        UserError: it names a checkpoint; a stream has one per task.
+    """
+    given = str(arguments.resume_from_checkpoint).lower()
+    if given not in _RESUME:
+        raise UserError(f"--resume_from_checkpoint expects True or False, got {arguments.resume_from_checkpoint!r}: "
+                        "where to go on is found in --output_dir")  # fmt: skip
+    return _RESUME[given]
+
+
+_RESUME = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": False}
 
 
 def check_mask(settings: Settings, config: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from piece_ds.arguments import given_names
 from piece_ds.errors import UserError
 
 # How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
@@ -31,15 +32,14 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     except UserError as error:
         if int(os.environ["RANK"]) != 0:
             time.sleep(OTHER_RANKS_WAIT_SECONDS)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         _leave(2)
     _leave(0)
 
 
 def with_default_config(argv: list[str]) -> list[str]:
     """argv with --deepspeed ds_configs/zero3.json where no configuration is named, here or in a YAML file."""
-    named = any(a.split("=")[0] in ("--deepspeed", "--config") for a in argv)
-    return argv if named else ["--deepspeed", str(DEFAULT_CONFIG), *argv]
+    return argv if "deepspeed" in given_names(argv) else ["--deepspeed", str(DEFAULT_CONFIG), *argv]
 
 
 def start_distributed() -> None:

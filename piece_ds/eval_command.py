@@ -11,7 +11,7 @@ from piece_ds.errors import UserError
 from piece_ds.files import write_json
 from piece_ds.flags import default_flags, with_precision
 from piece_ds.judge import Scores, judge
-from piece_ds.model import dtype_of, load_config, load_model, load_tokenizer
+from piece_ds.model import dtype_of, load_config, load_model, load_tokenizer, require_weights
 from piece_ds.run_folder import versions
 from piece_ds.stream import load_general, load_task_stream
 
@@ -41,10 +41,11 @@ def evaluate(settings: Settings) -> Scores:
         raise UserError("eval_tasks.py needs --task_dir D with --tasks A,B, and --output_file F")
     if settings.model.model_name_or_path is None:
         raise UserError("eval_tasks.py needs --model_name_or_path M")
+    check_deepspeed_file(settings.flag("deepspeed"))
     config = load_config(settings.model)
+    require_weights(settings.model)
     tokenizer = load_tokenizer(settings.model)
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
-    check_deepspeed_file(settings.training_arguments().deepspeed)
     tasks = load_task_stream(settings.data, tokenizer)
     general = None
     if settings.data.general_file:

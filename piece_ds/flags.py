@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from piece_ds.arguments import Settings
+from piece_ds.arguments import Settings, given_names
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def default_flags(argv: list[str]) -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
     defaults: dict[str, Any] = {**DEFAULTS, "use_cpu": get_accelerator().device_name() == "cpu"}
-    if any(a.split("=")[0] == "--save_steps" for a in argv):
+    if "save_steps" in given_names(argv):
         del defaults["save_strategy"]
     if not sys.stderr.isatty():
         defaults["disable_tqdm"] = True

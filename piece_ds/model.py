@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -23,6 +24,13 @@ def load_config(arguments: ModelArguments) -> Any:
     except (OSError, ValueError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model_name_or_path {source}: no model can be loaded from there ({reason})") from error
+
+
+def require_weights(arguments: ModelArguments) -> None:
+    """Raise UserError where model_name_or_path is a folder with no weights in it, before anything is written."""
+    source = Path(str(arguments.model_name_or_path))
+    if source.is_dir() and not any(path for kind in ("*.safetensors", "*.bin") for path in source.glob(kind)):
+        raise UserError(f"--model_name_or_path {source}: the folder holds no weights (*.safetensors or *.bin)")
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -55,7 +63,7 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str
         options["attn_implementation"] = arguments.attn_implementation
     try:
         return AutoModelForCausalLM.from_pretrained(source, **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
 
 

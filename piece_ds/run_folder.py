@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import piece_ds
-from piece_ds.distributed import barrier, broadcast_object, is_main, world_size
+from piece_ds.distributed import barrier, broadcast_object, is_main
 from piece_ds.errors import UserError
 from piece_ds.files import write_json
 
@@ -64,7 +64,7 @@ class RunFolder:
         if problem:
             raise UserError(str(problem))
         if is_main() and not self.run_file.exists():
-            write_json(self.run_file, {**configuration, "versions": versions(), "world_size": world_size()})
+            write_json(self.run_file, {**configuration, "versions": versions()})
         barrier()
 
     def _problem(self, configuration: dict[str, Any], resume: bool) -> str | None:

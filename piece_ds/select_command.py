@@ -10,7 +10,7 @@ from piece_ds.errors import UserError
 from piece_ds.estimate import estimate_mask
 from piece_ds.flags import default_flags, with_precision
 from piece_ds.importance import estimator
-from piece_ds.model import dtype_of, freeze_ineligible, load_config, load_model, load_tokenizer
+from piece_ds.model import dtype_of, freeze_ineligible, load_config, load_model, load_tokenizer, require_weights
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import layout_of
 from piece_ds.statistics_cache import statistics_of
@@ -39,10 +39,11 @@ def select_mask(settings: Settings) -> Mask:
         raise UserError("select_mask.py needs --train_file F and --output_file MASK")
     if settings.model.model_name_or_path is None:
         raise UserError("select_mask.py needs --model_name_or_path M")
+    check_deepspeed_file(settings.flag("deepspeed"))
     config = load_config(settings.model)
+    require_weights(settings.model)
     tokenizer = load_tokenizer(settings.model)
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
-    check_deepspeed_file(settings.training_arguments().deepspeed)
     task = load_task_stream(settings.data, tokenizer)[0]
     start_distributed()
     arguments = settings.training_arguments()

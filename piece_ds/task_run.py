@@ -113,6 +113,7 @@ def train_task(
         model=model,
         args=arguments,
         train_dataset=task.train,
+        eval_dataset=task.eval if arguments.eval_strategy != "no" else None,
         data_collator=make_collator(tokenizer),
         processing_class=tokenizer,
     )

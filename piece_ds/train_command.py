@@ -4,13 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from piece_ds.arguments import Settings, parse, print_help
-from piece_ds.checks import check_accumulation, check_deepspeed_file, check_mask, check_method
+from piece_ds.checks import (
+    check_accumulation,
+    check_deepspeed_file,
+    check_mask,
+    check_method,
+    check_training,
+    resumes_from,
+)
 from piece_ds.command import start_distributed, with_default_config
-from piece_ds.distributed import is_main
+from piece_ds.distributed import is_main, world_size
 from piece_ds.engine import Stream, run_stream
 from piece_ds.errors import UserError
 from piece_ds.flags import default_flags, with_precision
-from piece_ds.model import dtype_of, load_config, load_tokenizer
+from piece_ds.model import dtype_of, load_config, load_tokenizer, require_weights
 from piece_ds.report import RunResults, print_results, write_report
 from piece_ds.run_folder import RunFolder
 from piece_ds.stream import load_general, load_task_stream
@@ -19,7 +26,7 @@ from piece_ds.stream import load_general, load_task_stream
 DECISIVE = (
     "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "optim", "seed", "data_seed", "bf16", "fp16",
+    "train_sampling_strategy", "optim", "seed", "data_seed", "bf16", "fp16",
 )  # fmt: skip
 
 
@@ -47,13 +54,15 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     check_method(settings.method.method)
     if settings.data.train_file is None and settings.data.task_dir is None:
         raise UserError("no data: give --train_file F, or --task_dir D with --tasks A,B,C")
+    check_deepspeed_file(settings.flag("deepspeed"))
     config = load_config(settings.model)
+    require_weights(settings.model)
     check_mask(settings, config)
     tokenizer = load_tokenizer(settings.model)
     dtype = dtype_of(settings.model, config)
     settings, dtype = with_precision(settings, dtype)
     arguments = settings.training_arguments()
-    check_deepspeed_file(arguments.deepspeed)
+    check_training(arguments, masked=settings.method.method != "seqft")
     tasks = load_task_stream(settings.data, tokenizer)
     start_distributed()
     for task in tasks:
@@ -63,9 +72,9 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         general = load_general(settings.data.general_file, tokenizer, settings.data.cutoff,
                                max_rows=settings.data.max_eval_samples)  # fmt: skip
     folder = RunFolder(Path(arguments.output_dir))
-    resume = bool(arguments.resume_from_checkpoint)
-    decisive = {name: getattr(arguments, name) for name in DECISIVE}
-    folder.claim({**settings.resolved(), "TrainingArguments": {k: _plain(v) for k, v in decisive.items()}}, resume)
+    resume = resumes_from(arguments)
+    decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}
+    folder.claim({**settings.resolved(), "TrainingArguments": decisive, "world_size": world_size()}, resume)
     eval_batch_size = arguments.per_device_eval_batch_size
     return run_stream(Stream(settings, tokenizer, tasks, general, dtype, folder, eval_batch_size), resume), folder
 

@@ -5,6 +5,7 @@ as backward has finished a bucket of parameters, and is freed. Owners add in mic
 it was found: no step, no gradient, no random number drawn, no mode changed.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from piece_ds import ops
-from piece_ds.distributed import all_reduce_sum_
+from piece_ds.distributed import all_reduce_sum_, is_main
 from piece_ds.progress import progress_bar
 from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.zero.door import open_door
 from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
+
+logger = logging.getLogger(__name__)
 
 # Gradients alive for exchange at a time: large enough that calls do not matter (64 MiB in bf16), small beside a model.
 BUCKET_ELEMENTS = 1 << 25
@@ -87,6 +90,8 @@ def collect_statistics(
     adapter.forget_backward()
     stats.num_micro_batches = len(micro_batches)
     stats.num_nonfinite = int(all_reduce_sum_(num_nonfinite.to(collective_device())))
+    if stats.num_nonfinite and is_main():
+        logger.warning("%d gradient entries were NaN or infinite and counted as 0", stats.num_nonfinite)
     return stats
 
 

@@ -58,11 +58,12 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(12)
+        self.inlet = nn.Linear(5, 5)
         self.body = Body()
         self.last = nn.Linear(7, 1)
 
     def forward(self, x: Tensor, use_optional: Tensor) -> CausalLMOutput:
-        return CausalLMOutput(loss=self.last(self.body(x, use_optional)).square().mean())
+        return CausalLMOutput(loss=self.last(self.body(self.inlet(x), use_optional)).square().mean())
 
 
 class Body(nn.Module):

@@ -1,0 +1,34 @@
+"""Jobs are run once a session, when the first test asks for their results."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.jobs import Results, run_job
+
+Job = Callable[..., Results]
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """job(module, num_ranks, *arguments) -> its results; job.folder(module, num_ranks) -> what it wrote."""
+    base = tmp_path_factory.mktemp("jobs")
+    done: dict[tuple, Results | Exception] = {}
+
+    def run(module: str, num_ranks: int, *arguments: str) -> Results:
+        key = (module, num_ranks, *arguments)
+        if key not in done:
+            try:
+                done[key] = run_job(f"support.{module}", num_ranks, folder(module, num_ranks, *arguments), *arguments)
+            except AssertionError as error:  # a broken job is not started again for every test
+                done[key] = error
+        result = done[key]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def folder(module: str, num_ranks: int, *arguments: str) -> Path:
+        return base / "-".join([module, str(num_ranks), *(Path(a).name for a in arguments)])
+
+    run.folder = folder
+    return run

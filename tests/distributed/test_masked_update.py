@@ -1,0 +1,174 @@
+"""Masked training moves selected weights as plain AdamW does, and no bit of anything else, in every configuration."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.jobs import result_of
+from support.undisturbed_cases import UNDISTURBED
+from support.update_cases import (
+    BF16_EXACT,
+    CASES,
+    FP16,
+    FP32,
+    NUM_STEPS,
+    OVERFLOW,
+    WEIGHT_DECAY,
+    plain_run,
+    selection,
+)
+from torch import Tensor
+
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def result(job: Any, name: str) -> dict[str, Any]:
+    return result_of(job("update_job", 2), name)
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor], selected: bool) -> int:
+    """Elements inside or outside the selection whose bits differ."""
+    count = 0
+    for name, old in before.items():
+        inside = torch.zeros(old.numel(), dtype=torch.bool)
+        inside[selection().get(name, torch.zeros(0).long())] = True
+        differs = old.view(BITS[old.dtype]) != after[name].view(BITS[old.dtype])
+        count += int((differs & (inside if selected else ~inside)).sum())
+    return count
+
+
+NUM_SELECTED = sum(index.numel() for index in selection().values())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_no_unselected_weight_moves(job: Any, name: str) -> None:
+    got = result(job, name)
+    assert moved(got["initial"], got["final"], selected=False) == 0
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_no_unselected_master_moves(job: Any, name: str) -> None:
+    """Low precision hides a drifting master for many steps."""
+    got = result(job, name)
+    assert all(master.dtype == torch.float32 for master in got["final_masters"].values())
+    assert moved(got["initial_masters"], got["final_masters"], selected=False) == 0
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_masters_begin_as_the_weights(job: Any, name: str) -> None:
+    """With weight decay, DeepSpeed's stage 0 has already moved them in bf16 when it is built."""
+    got = result(job, name)
+    for parameter, master in got["initial_masters"].items():
+        assert torch.equal(master, got["initial"][parameter].float())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_selected_weights_and_masters_train(job: Any, name: str) -> None:
+    got = result(job, name)
+    assert moved(got["initial"], got["final"], selected=True) > 0.9 * NUM_SELECTED
+    assert moved(got["initial_masters"], got["final_masters"], selected=True) > 0.95 * NUM_SELECTED
+
+
+def largest_error(name: str, got: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """Largest |weight - plain PyTorch's| over the selected, relative to the largest update of plain PyTorch."""
+    want, _ = plain_run(CASES[name].setup.dtype, CASES[name].two_groups)
+    update = max(float((want[n].float() - start[n].float()).abs().max()) for n in selection())
+    error = max(float((want[n].float() - got[n].float()).abs().max()) for n in selection())
+    return error / update
+
+
+@pytest.mark.parametrize("name", list(FP32))
+def test_fp32_weights_equal_plain_adamw(job: Any, name: str) -> None:
+    got = result(job, name)
+    assert largest_error(name, got["final"], got["initial"]) < 1e-3
+
+
+@pytest.mark.parametrize("name", list(BF16_EXACT))
+def test_bf16_weights_equal_plain_adamw_where_deepspeed_accumulates_in_fp32(job: Any, name: str) -> None:
+    """One unit in the last place of bf16 is a tenth of an update of a weight of this size."""
+    got = result(job, name)
+    want, _ = plain_run("bf16", CASES[name].two_groups)
+    differing = sum(int((want[n] != got["final"][n]).sum()) for n in selection())
+    assert differing <= 0.01 * NUM_SELECTED
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.setup.dtype == "fp32" or name in BF16_EXACT])
+def test_reported_norm_is_that_of_the_masked_gradient(job: Any, name: str) -> None:
+    """Before clipping; DeepSpeed itself reports none at stage 0 in fp32."""
+    _, norms = plain_run(CASES[name].setup.dtype, CASES[name].two_groups)
+    assert result(job, name)["norms"] == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("bf16") and n not in BF16_EXACT] + list(FP16))
+def test_reported_norm_is_masked_up_to_low_precision_reduction(job: Any, name: str) -> None:
+    _, norms = plain_run(CASES[name].setup.dtype, CASES[name].two_groups)
+    assert result(job, name)["norms"] == pytest.approx(norms, rel=0.02)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_optimizer_groups_keep_their_weight_decay(job: Any, name: str) -> None:
+    want = {WEIGHT_DECAY, 0.0} if CASES[name].two_groups else {WEIGHT_DECAY}
+    assert set(result(job, name)["decays"]) == want
+
+
+@pytest.mark.parametrize("name", list(OVERFLOW))
+def test_an_overflow_skips_the_step_and_moves_nothing(job: Any, name: str) -> None:
+    got = result(job, name)
+    assert 1 <= got["skipped_steps"] < NUM_STEPS
+    assert all(torch.equal(got["initial"][n], got["after_first"][n]) for n in got["initial"])
+
+
+def test_every_wrapper_of_deepspeed_was_met(job: Any) -> None:
+    """The cases above would prove less if a configuration silently fell into another wrapper."""
+    assert {result(job, name)["wrapper"] for name in CASES} == {
+        "AdamW",
+        "FP16_UnfusedOptimizer",
+        "BF16_Optimizer",
+        "DeepSpeedZeroOptimizer",
+        "DeepSpeedZeroOptimizer_Stage3",
+    }
+
+
+def test_clipping_was_active() -> None:
+    _, norms = plain_run("fp32", False)
+    assert min(norms) > 0.04  # twice the bound
+
+
+def test_everything_trains_again_after_detach(job: Any) -> None:
+    for setup, num_moved in result(job, "detach").items():
+        assert num_moved > 1000, setup
+
+
+@pytest.mark.parametrize("name", list(UNDISTURBED))
+def test_training_after_a_statistics_pass_equals_training_without(job: Any, name: str) -> None:
+    """Three steps with dropout, the pass after the first: weights, masters and norms have the same bits."""
+    got = result(job, f"undisturbed-{name}")
+    assert got["with"]["norms"] == got["without"]["norms"]
+    for which in ("weights", "masters"):
+        for parameter, values in got["without"][which].items():
+            bits = BITS[values.dtype]
+            assert torch.equal(values.view(bits), got["with"][which][parameter].view(bits)), (which, parameter)
+
+
+REASONS = {
+    "sgd": "the optimizer SGD",
+    "momentum": "the optimizer SGD",
+    "rmsprop": "the optimizer RMSprop",
+    "l2-decay": "Adam with L2 weight decay",
+    "fp16-stage0": "fp16 at ZeRO stage 0",
+    "zenflow": "ZenFlow",
+    "nvme": "'nvme'",
+    "super-offload": "SuperOffload",
+    "ratio": r"ratio below 1",
+    "quantized-gradients": "zero_quantized_gradients",
+    "moe": "MoE",
+    "sequence-parallel": "sequence parallelism",
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), REASONS.items())
+def test_what_is_not_proven_is_refused_with_the_reason(job: Any, name: str, reason: str) -> None:
+    got = result(job, f"refusal-{name}")
+    assert got["type"] == "UserError"
+    assert reason in got["message"]
+    assert "\n" not in got["message"]

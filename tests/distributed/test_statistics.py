@@ -1,0 +1,124 @@
+"""G and F are what plain PyTorch gives, and have the same bits for every number of ranks; the pass leaves no trace."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from support.jobs import result_of
+from support.oracle import score, top_k
+from support.selection_cases import as_set
+from support.statistics_cases import METHODS, PLAIN, RATIOS, SPECIAL, WORLD_SIZES, oracle_of
+
+# |error| / largest entry of the tensor: fp32 gradients summed in fp32 against the same summed in fp64.
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-6, "fp16": 1e-6}
+
+EVERYWHERE = [(name, ranks) for name, ranks in product(PLAIN, WORLD_SIZES)] + [(name, 2) for name in SPECIAL]
+CASES = PLAIN | SPECIAL
+
+
+def result(job: Any, name: str, ranks: int) -> dict[str, Any]:
+    """Jobs of one and three ranks also read the files that the job of two wrote."""
+    job("statistics_job", 2)
+    folder = () if ranks == 2 else (str(job.folder("statistics_job", 2)),)
+    return result_of(job("statistics_job", ranks, *folder), name)
+
+
+def relative_error(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:
+    assert got.keys() == want.keys()
+    scale = {name: np.abs(want[name]).max() or 1.0 for name in want}
+    return max(float(np.abs(got[name] - want[name]).max() / scale[name]) for name in want)
+
+
+@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
+def test_sums_equal_plain_pytorch(job: Any, name: str, ranks: int) -> None:
+    got = result(job, name, ranks)
+    sums, squares, _ = oracle_of(CASES[name])
+    tolerance = TOLERANCE[CASES[name].setup.dtype]
+    assert relative_error(got["squares"], squares) <= tolerance
+    assert relative_error(got["sums"], sums) <= tolerance
+    assert all(array.dtype == np.float32 for array in (*got["sums"].values(), *got["squares"].values()))
+
+
+@pytest.mark.parametrize(("method", "ratio"), list(product(METHODS, RATIOS)))
+@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
+def test_masks_equal_plain_pytorch(job: Any, name: str, ranks: int, method: str, ratio: float) -> None:
+    """Exactly k; at most 1 % of k may differ where scores at the threshold are equal up to rounding."""
+    got = result(job, name, ranks)
+    sums, squares, total = oracle_of(CASES[name])
+    k = max(1, int(ratio * total))
+    mask = as_set(got["masks"][method, ratio])
+    assert len(mask) == got["num_selected"][method, ratio] == k
+    assert len(mask - top_k(score(method, sums, squares), k)) <= 0.01 * k
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_sums_have_the_same_bits_for_any_number_of_ranks(job: Any, name: str, ranks: int) -> None:
+    alone, together = result(job, name, 1), result(job, name, ranks)
+    for which in ("sums", "squares"):
+        for parameter in alone[which]:
+            np.testing.assert_array_equal(alone[which][parameter].view(np.int32),
+                                          together[which][parameter].view(np.int32), parameter)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if not name.endswith("stage0")])
+def test_masks_are_the_same_at_every_stage(job: Any, name: str) -> None:
+    family = name.rsplit("-", 1)[0]
+    first, other = result(job, f"{family}-stage0", 2)["masks"], result(job, name, 2)["masks"]
+    for key in first:
+        differing = as_set(first[key]) - as_set(other[key])
+        assert len(differing) <= 0.01 * len(as_set(first[key]))
+
+
+@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
+def test_modes_rates_random_states_and_hooks_are_as_before(job: Any, name: str, ranks: int) -> None:
+    assert result(job, name, ranks)["changed"] == []
+    assert result(job, name, ranks)["leftover_gradients"] == []
+
+
+@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
+def test_every_micro_batch_counts_once(job: Any, name: str, ranks: int) -> None:
+    assert result(job, name, ranks)["num_micro_batches"] == CASES[name].num_batches
+
+
+@pytest.mark.parametrize("name", ["poison-stage0", "poison-stage3"])
+def test_nonfinite_entries_are_counted_and_are_zero(job: Any, name: str) -> None:
+    got = result(job, name, 2)
+    assert got["num_nonfinite"] > 0
+    assert all(np.isfinite(array).all() for array in (*got["sums"].values(), *got["squares"].values()))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [case for case in EVERYWHERE if "poison" not in case[0]])
+def test_finite_gradients_count_no_nonfinite_entry(job: Any, name: str, ranks: int) -> None:
+    assert result(job, name, ranks)["num_nonfinite"] == 0
+
+
+@pytest.mark.parametrize(("with_dropout", "without"), [("dropout-stage0", "neox-stage0"),
+                                                       ("dropout-stage3", "llama-stage3")])  # fmt: skip
+def test_dropout_has_no_effect(job: Any, with_dropout: str, without: str) -> None:
+    first, second = result(job, with_dropout, 2), result(job, without, 2)
+    for parameter, values in first["sums"].items():
+        np.testing.assert_array_equal(values, second["sums"][parameter])
+
+
+@pytest.mark.parametrize(("with_it", "without"), [("reentrant-checkpointing-stage3", "llama-stage3"),
+                                                  ("non-reentrant-checkpointing-stage3", "llama-stage3"),
+                                                  ("stage3-offload-all", "llama-stage3"),
+                                                  ("stage2-offload", "llama-stage2")])  # fmt: skip
+def test_checkpointing_and_offload_have_no_effect(job: Any, with_it: str, without: str) -> None:
+    first, second = result(job, with_it, 2), result(job, without, 2)
+    for parameter, values in first["sums"].items():
+        np.testing.assert_array_equal(values, second["sums"][parameter])
+
+
+def test_the_oracle_models_are_not_degenerate() -> None:
+    """Else the masks above would be trivial: gradients of every parameter are alive and their scores differ."""
+    for family in ("llama", "qwen3", "gemma2", "neox"):
+        sums, squares, _ = oracle_of(PLAIN[f"{family}-stage0"])
+        assert all(array.any() for array in squares.values())
+        alive = np.concatenate([array[array > 0] for array in score("piece-s", sums, squares).values()])
+        assert np.unique(alive).size > 0.9 * alive.size
+        assert alive.size > 0.5 * sum(array.size for array in sums.values())
+
+

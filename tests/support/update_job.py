@@ -1,0 +1,194 @@
+"""A job: masked training, refusals, and training after a statistics pass; results for test_masked_update.py."""
+
+import random
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from piece_ds.model import freeze_ineligible
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import layout_of
+from piece_ds.update import attach
+from piece_ds.zero import collect_statistics
+from support.engines import Setup, adamw, make_engine, whole_masters, whole_weights
+from support.jobs import Results, collect_case, finish, start
+from support.models import make_micro_batches, make_model
+from support.undisturbed_cases import UNDISTURBED
+from support.update_cases import (
+    ACCUMULATION,
+    CASES,
+    CLIP,
+    FAMILY,
+    LEARNING_RATE,
+    NUM_RANKS,
+    NUM_STEPS,
+    WEIGHT_DECAY,
+    Case,
+    batches_of,
+    selection,
+)
+
+
+def main() -> None:
+    start()
+    results: Results = {}
+    for name, case in CASES.items():
+        collect_case(results, name, lambda case=case: train(case))  # type: ignore[misc]
+    for name, setup in UNDISTURBED.items():
+        collect_case(results, f"undisturbed-{name}", lambda setup=setup: train_with_and_without_pass(setup))  # type: ignore[misc]
+    collect_case(results, "detach", train_after_detach)
+    for name, refusal in REFUSALS.items():
+        collect_case(results, f"refusal-{name}", lambda refusal=refusal: refuse(*refusal))  # type: ignore[misc]
+    finish(results)
+
+
+def train(case: Case) -> dict[str, Any]:
+    model = make_model(FAMILY)
+    if case.freeze:
+        freeze_ineligible(model)
+    engine = make_engine(model, case.setup, optimizer_of(model, case), ACCUMULATION, CLIP)
+    initial = whole_weights(engine)
+    mask = mask_of(engine)
+    attach(engine, mask)
+    masters = whole_masters(engine)
+    result: dict[str, Any] = {"initial": initial, "initial_masters": masters, "norms": [], "after_first": None}
+    for step in range(NUM_STEPS):
+        run_step(engine, batches_of(step))
+        norm = engine.get_global_grad_norm()
+        result["norms"].append(None if norm is None else float(norm))
+        result["after_first"] = result["after_first"] or whole_weights(engine)
+    result |= {
+        "final": whole_weights(engine),
+        "final_masters": whole_masters(engine),
+        "skipped_steps": engine.skipped_steps,
+        "decays": [group["weight_decay"] for group in engine.basic_optimizer.param_groups],
+        "wrapper": type(engine.optimizer).__name__,
+    }
+    engine.destroy()
+    return result
+
+
+def optimizer_of(model: torch.nn.Module, case: Case) -> torch.optim.Optimizer:
+    if not case.two_groups:
+        return adamw(model, LEARNING_RATE, WEIGHT_DECAY)
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE)
+
+
+def mask_of(engine: Any) -> Mask:
+    """This rank's share of the selection, made by hand."""
+    layout = layout_of(engine.module)
+    index = {}
+    for info in layout.parameters:
+        chunk = -(-info.numel // dist.get_world_size())
+        low, high = chunk * dist.get_rank(), chunk * (dist.get_rank() + 1)
+        positions = selection().get(info.name, torch.zeros(0).long())
+        positions = positions[(positions >= low) & (positions < high)]
+        if positions.numel():
+            index[info.name] = positions
+    return Mask(layout, index, sum(p.numel() for p in selection().values()))
+
+
+def run_step(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+    """One optimizer step: this rank's share of the micro-batches."""
+    for batch in batches[dist.get_rank() :: NUM_RANKS]:
+        engine.backward(engine(**batch).loss)
+        engine.step()
+
+
+def train_with_and_without_pass(setup: Setup) -> dict[str, Any]:
+    """Three steps with dropout; once with a statistics pass after the first. Seeded at the start alone."""
+    outcomes = []
+    for with_pass in (False, True):
+        model = make_model(FAMILY, dropout=0.3)
+        engine = make_engine(model, setup, adamw(model), ACCUMULATION, CLIP)
+        torch.manual_seed(1 + dist.get_rank())
+        random.seed(1)
+        norms = []
+        for step in range(3):
+            if with_pass and step == 1:
+                collect_statistics(engine, make_micro_batches(FAMILY, 5))
+            run_step(engine, batches_of(step))
+            norm = engine.get_global_grad_norm()
+            norms.append(None if norm is None else float(norm))
+        outcomes.append({"weights": whole_weights(engine), "masters": whole_masters(engine), "norms": norms})
+        engine.destroy()
+    return {"without": outcomes[0], "with": outcomes[1]}
+
+
+def train_after_detach() -> dict[str, Any]:
+    """After detach() everything trains again."""
+    moved = {}
+    for stage, offload in ((0, ""), (2, ""), (3, ""), (3, "optimizer")):
+        model = make_model(FAMILY)
+        engine = make_engine(model, Setup(stage, offload=offload), adamw(model), ACCUMULATION, CLIP)
+        attach(engine, mask_of(engine)).detach()
+        before = whole_weights(engine)
+        run_step(engine, batches_of(0))
+        after = whole_weights(engine)
+        unselected = [name for name in before if name not in selection()]
+        moved[f"stage{stage}{offload}"] = sum(int((before[n] != after[n]).sum()) for n in unselected)
+        engine.destroy()
+    return moved
+
+
+def refuse(setup: Setup, optimizer: Any, forge: Any) -> dict[str, Any]:
+    """What attach() raises on an engine; forge changes its configuration where this machine cannot build it so."""
+    model = make_model(FAMILY)
+    engine = make_engine(model, setup, optimizer(model.parameters()))
+    forge(engine)
+    try:
+        attach(engine, mask_of(engine))
+    except Exception as error:
+        return {"type": type(error).__name__, "message": str(error)}
+    finally:
+        with suppress(Exception):
+            engine.destroy()
+    return {"type": None, "message": ""}
+
+
+def keep(engine: Any) -> None:
+    pass
+
+
+def forged(path: str, value: Any) -> Any:
+    def forge(engine: Any) -> None:
+        *parents, last = path.split(".")
+        target = engine
+        for name in parents:
+            target = getattr(target, name)
+        target.__dict__[last] = value
+
+    return forge
+
+
+ADAMW = lambda params: torch.optim.AdamW(params, lr=1e-3)  # noqa: E731
+NVME = SimpleNamespace(device="nvme", super_offload=False, ratio=1.0)
+REFUSALS = {
+    "sgd": (Setup(2), lambda params: torch.optim.SGD(params, lr=0.1), keep),
+    "momentum": (Setup(3), lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), keep),
+    "rmsprop": (Setup(0), lambda params: torch.optim.RMSprop(params), keep),
+    "l2-decay": (Setup(2), lambda params: torch.optim.Adam(params, weight_decay=0.1), keep),
+    "fp16-stage0": (Setup(0, "fp16"), ADAMW, keep),
+    "zenflow": (Setup(2), ADAMW, forged("zenflow", True)),
+    "nvme": (Setup(3, offload="optimizer"), ADAMW, forged("_config.zero_config.offload_optimizer", NVME)),
+    "super-offload": (Setup(3), ADAMW,
+                      forged("_config.zero_config.offload_optimizer",
+                             SimpleNamespace(device="cpu", super_offload=True, ratio=1.0))),
+    "ratio": (Setup(3), ADAMW, forged("_config.zero_config.offload_optimizer",
+                                      SimpleNamespace(device="cpu", super_offload=False, ratio=0.5))),
+    "quantized-gradients": (Setup(3), ADAMW, forged("_config.zero_config.zero_quantized_gradients", True)),
+    "moe": (Setup(2), ADAMW, forged("has_moe_layers", True)),
+    "sequence-parallel": (Setup(2), ADAMW, forged("sequence_parallel_size", 2)),
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
