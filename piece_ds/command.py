@@ -65,7 +65,10 @@ def _one_process_environment() -> None:
 def _quiet() -> None:
     """Warnings and our own progress on rank 0; on the CPU, threads shared out among the ranks of this machine."""
     import torch
+    import transformers
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     # Deprecations inside the libraries we call are not our users' business, four times a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

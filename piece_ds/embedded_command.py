@@ -125,7 +125,7 @@ def _stream_flags(paths: EmbeddedPaths, recipe: EmbeddedRecipe, base: Path) -> d
         "max_steps": recipe.task_steps,
         "per_device_train_batch_size": _per_rank(recipe.task_batch_size),
         "per_device_eval_batch_size": 64,
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": "linear",
         "adam_beta2": recipe.adam_beta2,
     }
 

@@ -25,7 +25,7 @@ from piece_ds.report import RunResults
 from piece_ds.run_folder import RunFolder
 from piece_ds.state.partition import layout_of
 from piece_ds.stream import Task
-from piece_ds.task_run import train_task
+from piece_ds.task_run import PREVIOUS_NAME, train_task
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,6 @@ def _load(stream: Stream, first: int) -> nn.Module:
     # ZeRO-3 partitions while loading only where TrainingArguments with its configuration exists.
     arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
     model = load_model(stream.settings.model, stream.dtype, source)
-    model.config.use_cache = False
     freeze_ineligible(model, _masked_names(stream.settings.method.mask_file))
     del arguments
     return model
@@ -143,8 +142,10 @@ def _mask_files(stream: Stream, num_tasks: int) -> list[Path]:
 
 
 def _tidy(stream: Stream, index: int) -> None:
-    """A finished task needs no trainer checkpoints, and under `last` the model before it is not kept."""
-    for checkpoint in stream.folder.task(index, stream.tasks[index].name).glob("checkpoint-*"):
+    """A finished task needs nothing to resume from, and under `last` the model before it is not kept."""
+    folder = stream.folder.task(index, stream.tasks[index].name)
+    (folder / PREVIOUS_NAME).unlink(missing_ok=True)
+    for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     if stream.settings.output.save_model == "last" and index > 0:
         shutil.rmtree(stream.model_folder(index - 1), ignore_errors=True)

@@ -109,6 +109,7 @@ def train_task(
         save_model_to: transformers folder for the trained model, or None.
     """
     arguments = settings.training_arguments(output_dir=folder)
+    use_cache = getattr(model.config, "use_cache", None)
     trainer = TaskTrainer(
         model=model,
         args=arguments,
@@ -136,9 +137,8 @@ def train_task(
     if callback is not None and callback.mask is not None:
         save_delta(folder / DELTA_NAME, engine.module, callback.mask, callback.previous)
         index = callback.mask.whole()
-        if is_main():
-            (folder / PREVIOUS_NAME).unlink(missing_ok=True)
     if save_model_to is not None:
+        model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
         trainer.save_model(str(save_model_to))
         if is_main():
             (save_model_to / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says more

@@ -35,7 +35,7 @@ class EmbeddedRecipe:
         base_batch_size: rows of such a step.
         base_learning_rate: its peak, after base_warmup_steps, then falling along a cosine to about 5 % of it.
         base_warmup_steps: steps of linear warm-up.
-        task_steps: optimizer steps of each task, at a constant rate.
+        task_steps: optimizer steps of each task, at a rate that falls linearly to 0.
         task_batch_size: rows of such a step.
         mask_ratio: selected elements / elements of the model.
         mask_learning_rate: for training selected weights (PIECE-S and the other selections).
@@ -63,8 +63,8 @@ class EmbeddedRecipe:
     task_steps: int = 100
     task_batch_size: int = 64
     mask_ratio: float = 0.1
-    mask_learning_rate: float = 1.5e-3
-    full_learning_rate: float = 1e-3
+    mask_learning_rate: float = 1e-3
+    full_learning_rate: float = 5e-4
     importance_batch_size: int = 8
 
     max_prompt_length: int = 32

@@ -84,8 +84,24 @@ def whole_masters(engine: Any) -> dict[str, Tensor]:
             return {n: of[id(p)].detach().reshape(-1).clone() for n, p in engine.module.named_parameters()
                     if id(p) in of}  # fmt: skip
         return whole_weights(engine)
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        return _round_robin_masters(engine)
     return {
         name: safe_get_full_fp32_param(param).detach().cpu().reshape(-1).clone()
         for name, param in engine.module.named_parameters()
         if param.requires_grad
     }
+
+
+def _round_robin_masters(engine: Any) -> dict[str, Tensor]:
+    """DeepSpeed's public reader forgets that round_robin_gradients deals parameters out in another order."""
+    optimizer, masters = engine.optimizer, {}
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    for group, own in enumerate(optimizer.single_partition_of_fp32_groups):
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, own.detach())
+        flat = torch.cat(parts)
+        offsets = optimizer.round_robin_bit16_offsets[group]
+        for param, offset in zip(optimizer.round_robin_bit16_groups[group], offsets, strict=True):
+            masters[names[id(param)]] = flat[offset : offset + param.numel()].clone()
+    return masters

@@ -26,6 +26,7 @@ def run_job(module: str, num_ranks: int, folder: Path, *arguments: str) -> Resul
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "DS_ACCELERATOR": "cpu"}
     environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate wants them set; nobody connects
     processes = []
     for rank in range(num_ranks):
         ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}

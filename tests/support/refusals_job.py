@@ -4,6 +4,7 @@ Each is run as its script would run it, short of printing: what a rank raises is
 """
 
 import json
+import os
 import traceback
 from typing import Any
 
@@ -25,6 +26,7 @@ def run_case(script: str, argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}  # looked for, not used: the group exists
     folder = start()
     cases = json.loads((folder / "cases.json").read_text())
     results = {}

@@ -61,7 +61,7 @@ BF16_EXACT = {
 }
 FP16 = {f"fp16-stage{s}": Case(Setup(s, "fp16")) for s in (1, 2, 3)}
 FP16 |= {f"fp16-stage{s}-offload": Case(Setup(s, "fp16", "optimizer")) for s in (2, 3)}
-_OVERFLOW = {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}}
+_OVERFLOW = {"fp16": {"enabled": True, "initial_scale_power": 19, "hysteresis": 1}}
 OVERFLOW = {f"fp16-stage{s}-overflow": Case(Setup(s, "fp16", config=_OVERFLOW)) for s in (1, 2, 3)}
 CASES = FP32 | BF16 | BF16_EXACT | FP16 | OVERFLOW
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from random import Random
+from string import ascii_lowercase
 
 import pytest
 import torch
@@ -37,12 +38,12 @@ def solve(name: str, prompt: str) -> str:
     operands = prompt.rstrip(":").split()
     if name == "largest-letter":
         return sorted(operands[-1])[-1]
-    if name == "vowel-count":
-        return str(sum(operands[-1].count(vowel) for vowel in "aeiou"))
-    if name == "bigger-number":
-        return "AB"[int(operands[-2]) < int(operands[-1])]
-    if name == "second-letter":
-        return operands[-1][1:2]
+    if name == "odd-digit":
+        return operands[-1].translate(str.maketrans("", "", "02468"))[:1]
+    if name == "end-letter":
+        return operands[-1][4:]
+    if name == "hidden-digit":
+        return operands[-1].strip(ascii_lowercase)
     raise KeyError(name)
 
 
@@ -59,7 +60,7 @@ def test_another_seed_writes_other_data_and_weights(embedded: EmbeddedPaths, tmp
     write_embedded(tmp_path, seed=2, recipe=SMALL)
     ours, theirs = files_of(embedded.model_dir.parent), files_of(tmp_path)
     assert ours.keys() == theirs.keys()
-    for name in ("untrained/model.safetensors", "base.jsonl", "general.jsonl", "tasks/vowel-count/train.json"):
+    for name in ("untrained/model.safetensors", "base.jsonl", "general.jsonl", "tasks/odd-digit/train.json"):
         assert ours[name] != theirs[name], name
 
 

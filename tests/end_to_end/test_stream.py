@@ -1,0 +1,219 @@
+"""A stream of two tasks, launched as a user does: every file is what it should be, against plain PyTorch."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    ACCUMULATION,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    NUM_STEPS,
+    RATIO,
+    ROWS_PER_STEP,
+    WEIGHT_DECAY,
+    Material,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.fine_tuning import EMBEDDING, mean_loss, read_model, read_rows, select_piece_s, train_masked
+from support.jobs import Results, result_of
+from support.launches import changed, mask_index, same_bits, tree, weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FOLDERS = {"letter": "00-letter", "text": "01-text"}
+TASK_FILES = {"mask.safetensors", "delta.safetensors", "metrics.jsonl"}
+MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def base_of(material: Material, stream: Path, task: str) -> Path:
+    """The model folder that a task began with."""
+    return material.base if task == "letter" else stream / "00-letter" / "model"
+
+
+def test_stream_writes_exactly_the_files_of_the_contract(stream: Path) -> None:
+    figures = {path for path in tree(stream) if path.startswith("figures/")}
+    expected = {"run.json", "results.json", "report.html", "stdout.txt"}
+    for folder in FOLDERS.values():
+        expected |= {f"{folder}/{name}" for name in TASK_FILES}
+        expected |= {f"{folder}/model/{name}" for name in MODEL_FILES}
+    assert tree(stream) - figures == expected
+    assert figures
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_saved_model_and_tokenizer_load_and_generate(stream: Path, task: str) -> None:
+    folder = stream / FOLDERS[task] / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    prompt = tokenizer("abc=", return_tensors="pt", add_special_tokens=False)
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > 4
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_mask_selects_exactly_k_and_never_the_embedding(material: Material, stream: Path, task: str) -> None:
+    path = stream / FOLDERS[task] / "mask.safetensors"
+    index = mask_index(path)
+    base = weights(material.base)
+    total = sum(tensor.numel() for tensor in base.values())
+    assert sum(positions.numel() for positions in index.values()) == int(RATIO * total)
+    assert EMBEDDING not in index
+    assert all(int(positions[-1]) < base[name].numel() for name, positions in index.items())
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["format"], metadata["version"], metadata["method"]) == ("piece-mask", "1", "piece-s")
+    assert (int(metadata["selected"]), int(metadata["total"])) == (int(RATIO * total), total)
+    assert json.loads(metadata["shapes"]) == {name: list(base[name].shape) for name in index}
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_mask_is_that_of_a_plain_pytorch_oracle(material: Material, stream: Path, task: str) -> None:
+    """Two ranks against one process; where sums round apart, 1 % of k may differ at the threshold."""
+    folder = base_of(material, stream, task)
+    rows = read_rows(material.tasks / task / "train.json", folder)
+    expected = select_piece_s(folder, rows, RATIO, batch_size=4)
+    index = mask_index(stream / FOLDERS[task] / "mask.safetensors")
+    found = {(name, position) for name, positions in index.items() for position in positions.tolist()}
+    assert len(found) == len(expected)
+    assert len(found - expected) <= 0.01 * len(expected)
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_only_selected_weights_moved(material: Material, stream: Path, task: str) -> None:
+    before, after = weights(base_of(material, stream, task)), weights(stream / FOLDERS[task] / "model")
+    moved, index = changed(before, after), mask_index(stream / FOLDERS[task] / "mask.safetensors")
+    for name, positions in moved.items():
+        assert torch.isin(positions, index[name]).all(), name
+    num_moved = sum(positions.numel() for positions in moved.values())
+    assert num_moved > 0.9 * sum(positions.numel() for positions in index.values())
+
+
+def test_base_and_deltas_in_order_are_the_final_model_and_revert_to_the_base(material: Material, stream: Path) -> None:
+    base = weights(material.base)
+    current = {name: tensor.clone() for name, tensor in base.items()}
+    deltas = [load_file(stream / folder / "delta.safetensors") for folder in FOLDERS.values()]
+    for delta, folder in zip(deltas, FOLDERS.values(), strict=True):
+        index = mask_index(stream / folder / "mask.safetensors")
+        assert delta.keys() == {f"{name}.{part}" for name in index for part in ("indices", "values", "previous")}
+        for name, positions in index.items():
+            assert delta[f"{name}.indices"].dtype == torch.int32
+            assert torch.equal(delta[f"{name}.indices"].long(), positions)
+            assert torch.equal(delta[f"{name}.previous"], current[name].view(-1)[positions])
+            current[name].view(-1)[positions] = delta[f"{name}.values"]
+        assert same_bits(current, weights(stream / folder / "model"))
+    for delta in reversed(deltas):
+        for name in base:
+            if f"{name}.indices" in delta:
+                current[name].view(-1)[delta[f"{name}.indices"].long()] = delta[f"{name}.previous"]
+    assert same_bits(current, base)
+
+
+@pytest.fixture(scope="session", params=FOLDERS)
+def trained(request: pytest.FixtureRequest, material: Material, stream: Path) -> tuple[str, Path, Any]:
+    """(task, what it began with, the oracle's training with the task's mask)."""
+    folder = base_of(material, stream, request.param)
+    rows = read_rows(material.tasks / request.param / "train.json", folder)
+    index = mask_index(stream / FOLDERS[request.param] / "mask.safetensors")
+    oracle = train_masked(folder, rows, index, ROWS_PER_STEP, NUM_STEPS, LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM)
+    return request.param, folder, oracle
+
+
+def test_four_accumulated_clipped_decayed_steps_equal_plain_adamw(trained: tuple[str, Path, Any], stream: Path) -> None:
+    """Each task has a fresh optimizer: the oracle of the second begins at the first one's model."""
+    task, folder, oracle = trained
+    before, after = weights(folder), weights(stream / FOLDERS[task] / "model")
+    largest = max(float((oracle.weights[name] - before[name]).abs().max()) for name in before)
+    worst = max(float((oracle.weights[name] - after[name]).abs().max()) for name in before)
+    assert largest > LEARNING_RATE
+    assert worst <= 0.05 * largest, f"{worst / largest:.2%} of the largest update"
+
+
+def test_logged_gradient_norm_is_that_of_the_masked_gradient(trained: tuple[str, Path, Any], stream: Path) -> None:
+    task, _, oracle = trained
+    lines = (stream / FOLDERS[task] / "metrics.jsonl").read_text().splitlines()
+    norms = [row["grad_norm"] for row in map(json.loads, lines) if "grad_norm" in row]
+    assert norms == pytest.approx(oracle.norms, rel=0.01)
+    assert min(norms) > MAX_GRAD_NORM
+
+
+def test_result_matrix_is_complete(stream: Path) -> None:
+    results = results_of(stream)
+    assert results["finished"] == 2
+    matrix = results["matrix"]
+    assert matrix["tasks"] == ["letter", "text"]
+    _assert_lower_triangle(matrix["loss"])
+    assert len(matrix["accuracy"]["after"]) == 2
+    assert all(row[0] is not None for row in matrix["accuracy"]["after"])
+    assert None not in [matrix["general_loss"]["before"], *matrix["general_loss"]["after"]]
+    assert results["masks"].keys() == results["cost"].keys() == results["logs"].keys() == set(FOLDERS)
+    overlaps = torch.tensor(results["overlaps"])
+    assert torch.equal(overlaps, overlaps.T)
+    assert overlaps.diagonal().tolist() == [1.0, 1.0]
+    assert all(cost["num_steps"] == NUM_STEPS for cost in results["cost"].values())
+
+
+def _assert_lower_triangle(table: dict[str, Any]) -> None:
+    assert None not in table["before"]
+    for task, row in enumerate(table["after"]):
+        assert None not in row[: task + 1]
+        assert all(value is None for value in row[task + 1 :])
+
+
+def test_recorded_losses_are_those_of_the_saved_models(material: Material, stream: Path) -> None:
+    table = results_of(stream)["matrix"]["loss"]
+    for row, folder in zip([table["before"], *table["after"]],
+                           [material.base, *(stream / f / "model" for f in FOLDERS.values())], strict=True):  # fmt: skip
+        model = read_model(folder).eval()
+        for task, value in zip(FOLDERS, row, strict=True):
+            if value is not None:
+                rows = read_rows(material.tasks / task / "test.json", folder)
+                assert value == pytest.approx(float(mean_loss(model, rows)), rel=1e-4)
+
+
+def test_mask_statistics_count_every_selected_weight(stream: Path) -> None:
+    for task, counts in results_of(stream)["masks"].items():
+        cells = [cell for modules in counts.values() for cell in modules.values()]
+        index = mask_index(stream / FOLDERS[task] / "mask.safetensors")
+        assert sum(cell["selected"] for cell in cells) == sum(positions.numel() for positions in index.values())
+
+
+def test_run_file_says_what_was_run(material: Material, stream: Path) -> None:
+    run = json.loads((stream / "run.json").read_text())
+    assert run["ModelArguments"]["model_name_or_path"] == str(material.base)
+    assert run["MethodArguments"]["mask_ratio"] == RATIO
+    assert run["TrainingArguments"]["gradient_accumulation_steps"] == ACCUMULATION
+    assert (run["TrainingArguments"]["seed"], run["world_size"]) == (42, 2)
+    assert {"torch", "deepspeed", "transformers", "piece_ds", "python"} <= run["versions"].keys()
+
+
+def test_report_shows_figures_that_exist_and_the_table_is_printed(stream: Path) -> None:
+    report = (stream / "report.html").read_text()
+    sources = [source for source in re.findall(r'src="([^"]+)"', report) if not source.startswith("data:")]
+    assert all((stream / source).is_file() for source in sources)
+    assert "letter" in report
+    printed = (stream / "stdout.txt").read_text()
+    assert "after text" in printed
+    assert printed.count("report:") == 1  # one rank prints
+
+
+def test_the_same_command_gives_the_same_bits(material: Material, stream: Path, variants: Results) -> None:
+    result_of(variants, "again")
+    again = material.out("again")
+    for folder in FOLDERS.values():
+        assert (again / folder / "mask.safetensors").read_bytes() == (stream / folder / "mask.safetensors").read_bytes()
+        assert same_bits(weights(stream / folder / "model"), weights(again / folder / "model"))
+        first, second = (load_file(root / folder / "delta.safetensors") for root in (stream, again))
+        assert all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
+    assert results_of(again)["matrix"] == results_of(stream)["matrix"]
+
+
+def _flat(model: dict[str, Tensor]) -> Tensor:
+    return torch.cat([model[name].float().view(-1) for name in sorted(model)])

@@ -1,0 +1,101 @@
+"""A job: PIECE in transformers' Trainer, and in a plain DeepSpeed loop; results for test_user_loops.py."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from piece_ds import PieceCallback, attach, estimate_mask
+from support.engines import Setup, adamw, make_engine, whole_weights
+from support.jobs import Results, collect_case, finish, start
+from support.models import make_micro_batches, make_model
+from support.update_cases import batches_of
+from support.update_job import run_step
+
+NUM_STEPS, SAVED_STEP = 6, 3
+STAGES = (2, 3)
+
+
+def main() -> None:
+    folder = start()
+    results: Results = {}
+    for stage in STAGES:
+        collect_case(results, f"trainer-stage{stage}", lambda stage=stage: train_and_resume(folder, stage))  # type: ignore[misc]
+    for stage in (0, 1, 2, 3):
+        collect_case(results, f"loop-stage{stage}", lambda stage=stage: plain_loop(stage))  # type: ignore[misc]
+    finish(results)
+
+
+def train_and_resume(folder: Path, stage: int) -> dict[str, Any]:
+    """Six steps; then the last three again from the checkpoint, with a fresh model, engine and optimizer."""
+    output = folder / f"stage{stage}"
+    initial, final, index, log = train(output, stage, resume_from=None)
+    _, resumed, resumed_index, resumed_log = train(output, stage, resume_from=output / f"checkpoint-{SAVED_STEP}")
+    return {
+        "initial": initial, "final": final, "index": index, "log": log,
+        "resumed": resumed, "resumed_index": resumed_index, "resumed_log": resumed_log,
+        "mask_file": str(output / "mask.safetensors"),
+    }  # fmt: skip
+
+
+def train(output: Path, stage: int, resume_from: Path | None) -> tuple:
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        deepspeed={
+            "zero_optimization": {"stage": stage},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+        },
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=NUM_STEPS,
+        save_steps=SAVED_STEP,
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        weight_decay=0.1,
+        max_grad_norm=0.05,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        seed=3,
+    )
+    model = make_model("llama", dropout=0.1)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), data_collator=default_data_collator)
+    callback = PieceCallback(trainer, method="piece-s", ratio=0.02, importance_batch_size=3)
+    trainer.add_callback(callback)
+    initial = {name: p.detach().reshape(-1).clone() for name, p in make_model("llama").named_parameters()}
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    assert callback.mask is not None
+    weights = whole_weights(trainer.model_wrapped)
+    log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return initial, weights, callback.mask.whole(), log
+
+
+def rows() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(2)
+    made = [torch.randint(1, 97, (9,), generator=generator).tolist() for _ in range(20)]
+    return [{"input_ids": ids, "labels": ids} for ids in made]
+
+
+def plain_loop(stage: int) -> dict[str, Any]:
+    """The two calls that PIECE is, with a user's own engine and loop."""
+    model = make_model("llama")
+    engine = make_engine(model, Setup(stage), adamw(model), accumulation=2, clip=0.02)
+    initial = whole_weights(engine)
+    mask = estimate_mask(engine, make_micro_batches(), method="piece-s", ratio=0.01)
+    attach(engine, mask)
+    for step in range(3):
+        run_step(engine, batches_of(step))
+    result = {"initial": initial, "final": whole_weights(engine), "index": mask.whole()}
+    engine.destroy()
+    return result
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)
