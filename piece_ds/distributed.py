@@ -1,5 +1,7 @@
 """Rank arithmetic, the same with and without a process group: one process is world size 1, not a special case."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -46,7 +48,7 @@ def all_gather_objects(value: object) -> list[object]:
     return gathered
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's picklable value on every rank."""
     if world_size() == 1:
         return value

@@ -4,7 +4,6 @@ Values are absolute, in the parameter's dtype, so that applying and reverting ar
 weights is a few thousandths of a checkpoint.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from piece_ds.checkpoint.fingerprint import checksum, model_fingerprint
+from piece_ds.checkpoint.metadata import describe
 from piece_ds.distributed import barrier, is_main
 from piece_ds.errors import UserError
 from piece_ds.files import write_whole
@@ -54,18 +53,7 @@ def save_delta(path: Path | str, model: nn.Module, mask: Mask, previous: dict[st
             tensors[f"{name}.indices"] = index if numel[name] > INT32_MAX else index.to(torch.int32)
             tensors[f"{name}.values"] = all_values[name]
             tensors[f"{name}.previous"] = all_previous[name]
-        shapes = {name: list(shape) for name, shape in mask.layout.shapes().items() if name in whole}
-        metadata = {
-            "format": "piece-delta",
-            "version": "1",
-            "method": mask.method,
-            "ratio": repr(mask.ratio),
-            "selected": str(mask.num_selected),
-            "total": str(mask.layout.total),
-            "shapes": json.dumps(shapes),
-            "model_fingerprint": model_fingerprint(mask.layout),
-            "checksum": checksum(tensors),
-        }
+        metadata = describe("piece-delta", mask, set(whole), tensors)
         write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
     barrier()
 

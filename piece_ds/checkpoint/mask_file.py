@@ -7,6 +7,7 @@ selected, total, shapes (JSON), model_fingerprint, checksum. The last two are ch
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from piece_ds import ops
 from piece_ds.checkpoint.fingerprint import checksum, model_fingerprint
-from piece_ds.distributed import all_reduce_sum_, barrier, is_main
+from piece_ds.checkpoint.metadata import VERSION, describe
+from piece_ds.distributed import all_reduce_sum_, barrier, broadcast_object, is_main
 from piece_ds.errors import UserError, nearest
 from piece_ds.files import write_whole
 from piece_ds.state.mask import Mask, collective_device
@@ -26,19 +28,8 @@ def save_mask(path: Path | str, mask: Mask) -> None:
     whole = mask.whole()
     if is_main():
         numel = {info.name: info.numel for info in mask.layout.parameters}
-        shapes = {info.name: list(info.shape) for info in mask.layout.parameters if info.name in whole}
         tensors = {name: ops.index_to_mask(index, numel[name]) for name, index in whole.items()}
-        metadata = {
-            "format": "piece-mask",
-            "version": "1",
-            "method": mask.method,
-            "ratio": repr(mask.ratio),
-            "selected": str(mask.num_selected),
-            "total": str(mask.layout.total),
-            "shapes": json.dumps(shapes),
-            "model_fingerprint": model_fingerprint(mask.layout),
-            "checksum": checksum(tensors),
-        }
+        metadata = describe("piece-mask", mask, set(whole), tensors)
         write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
     barrier()
 
@@ -61,7 +52,7 @@ def check_mask_file(path: Path | str, layout: Layout | None = None) -> dict[str,
     except (SafetensorError, OSError) as error:
         raise UserError(f"mask {path} cannot be read as a safetensors file ({error}): it is truncated or damaged; "
                         "write it again") from error  # fmt: skip
-    if metadata.get("format") != "piece-mask" or metadata.get("version") != "1":
+    if metadata.get("format") != "piece-mask" or metadata.get("version") != VERSION:
         raise UserError(f"mask {path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, "
                         "expected 'piece-mask' version '1'")  # fmt: skip
     if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
@@ -69,15 +60,12 @@ def check_mask_file(path: Path | str, layout: Layout | None = None) -> dict[str,
     shapes = _shapes(path, metadata)
     for name, bits in tensors.items():
         _check_bits(path, name, bits, shapes.get(name))
-    count = sum(int(_POPCOUNT[bits.long()].sum()) for bits in tensors.values())
+    count = sum(int(np.bitwise_count(bits.numpy()).sum(dtype=np.int64)) for bits in tensors.values())
     if str(count) != metadata.get("selected", str(count)) or count == 0:
         raise UserError(f"mask {path} selects {count} elements, its metadata says {metadata.get('selected')}")
     if layout is not None:
         _check_fits(path, metadata, tensors, layout)
     return metadata
-
-
-_POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)])
 
 
 def _shapes(path: Path, metadata: dict[str, str]) -> dict[str, list[int]]:
@@ -120,13 +108,23 @@ def _check_fits(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]
                         f"(fingerprint {fingerprint[:12]}, this model's {model_fingerprint(layout)[:12]})")  # fmt: skip
 
 
+def _checked(path: Path | str, layout: Layout) -> tuple[str | None, dict[str, str]]:
+    """(what is wrong or None, metadata): one rank reads the whole file, and all learn what it found."""
+    try:
+        return None, check_mask_file(path, layout)
+    except UserError as error:
+        return str(error), {}
+
+
 def load_mask(path: Path | str, layout: Layout) -> Mask:
     """This rank's share of a mask file, for any number of ranks. A collective.
 
     Raises:
         UserError: see check_mask_file.
     """
-    metadata = check_mask_file(path, layout)
+    problem, metadata = broadcast_object(_checked(path, layout) if is_main() else None)
+    if problem:
+        raise UserError(problem)
     index = {}
     with safe_open(path, framework="pt") as file:
         for info in layout.parameters:

@@ -92,7 +92,9 @@ def test_bf16_weights_equal_plain_adamw_where_deepspeed_accumulates_in_fp32(job:
     assert differing <= 0.01 * NUM_SELECTED
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.setup.dtype == "fp32" or name in BF16_EXACT])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.setup.dtype == "fp32" or name in BF16_EXACT]
+)
 def test_reported_norm_is_that_of_the_masked_gradient(job: Any, name: str) -> None:
     """Before clipping; DeepSpeed itself reports none at stage 0 in fp32."""
     _, norms = plain_run(CASES[name].setup.dtype, CASES[name].two_groups)

@@ -5,23 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.jobs import result_of
+from support.models import make_model
 from support.oracle import score, top_k
 from support.selection_cases import as_set
 from support.statistics_cases import METHODS, PLAIN, RATIOS, SPECIAL, WORLD_SIZES, oracle_of
+from support.statistics_results import statistics_result as result
 
 # |error| / largest entry of the tensor: fp32 gradients summed in fp32 against the same summed in fp64.
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-6, "fp16": 1e-6}
 
 EVERYWHERE = [(name, ranks) for name, ranks in product(PLAIN, WORLD_SIZES)] + [(name, 2) for name in SPECIAL]
 CASES = PLAIN | SPECIAL
-
-
-def result(job: Any, name: str, ranks: int) -> dict[str, Any]:
-    """Jobs of one and three ranks also read the files that the job of two wrote."""
-    job("statistics_job", 2)
-    folder = () if ranks == 2 else (str(job.folder("statistics_job", 2)),)
-    return result_of(job("statistics_job", ranks, *folder), name)
 
 
 def relative_error(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:
@@ -82,10 +76,21 @@ def test_every_micro_batch_counts_once(job: Any, name: str, ranks: int) -> None:
     assert result(job, name, ranks)["num_micro_batches"] == CASES[name].num_batches
 
 
+def count_nonfinite(case: Any) -> int:
+    """By plain PyTorch."""
+    model, count = make_model(case.family), 0
+    for batch in case.batches():
+        model.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
+        count += sum(int((~p.grad.isfinite()).sum()) for p in model.parameters() if p.grad is not None)
+    assert 0 < count < len(case.batches()) * sum(p.numel() for p in model.parameters())
+    return count
+
+
 @pytest.mark.parametrize("name", ["poison-stage0", "poison-stage3"])
 def test_nonfinite_entries_are_counted_and_are_zero(job: Any, name: str) -> None:
     got = result(job, name, 2)
-    assert got["num_nonfinite"] > 0
+    assert got["num_nonfinite"] == count_nonfinite(CASES[name])
     assert all(np.isfinite(array).all() for array in (*got["sums"].values(), *got["squares"].values()))
 
 
@@ -120,5 +125,3 @@ def test_the_oracle_models_are_not_degenerate() -> None:
         alive = np.concatenate([array[array > 0] for array in score("piece-s", sums, squares).values()])
         assert np.unique(alive).size > 0.9 * alive.size
         assert alive.size > 0.5 * sum(array.size for array in sums.values())
-
-

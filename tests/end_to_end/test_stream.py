@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.fine_tuning import EMBEDDING, mean_loss, read_model, read_rows, select_piece_s, train_masked
+from support.jobs import Results, result_of
+from support.launches import changed, mask_index, same_bits, tree, weights
+from support.stream_runs import (
     ACCUMULATION,
     LEARNING_RATE,
     MAX_GRAD_NORM,
@@ -17,12 +22,6 @@ from conftest import (
     WEIGHT_DECAY,
     Material,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file
-from support.fine_tuning import EMBEDDING, mean_loss, read_model, read_rows, select_piece_s, train_masked
-from support.jobs import Results, result_of
-from support.launches import changed, mask_index, same_bits, tree, weights
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDERS = {"letter": "00-letter", "text": "01-text"}
@@ -169,8 +168,8 @@ def _assert_lower_triangle(table: dict[str, Any]) -> None:
 
 def test_recorded_losses_are_those_of_the_saved_models(material: Material, stream: Path) -> None:
     table = results_of(stream)["matrix"]["loss"]
-    for row, folder in zip([table["before"], *table["after"]],
-                           [material.base, *(stream / f / "model" for f in FOLDERS.values())], strict=True):  # fmt: skip
+    folders = [material.base, *(stream / name / "model" for name in FOLDERS.values())]
+    for row, folder in zip([table["before"], *table["after"]], folders, strict=True):
         model = read_model(folder).eval()
         for task, value in zip(FOLDERS, row, strict=True):
             if value is not None:
@@ -213,7 +212,3 @@ def test_the_same_command_gives_the_same_bits(material: Material, stream: Path, 
         first, second = (load_file(root / folder / "delta.safetensors") for root in (stream, again))
         assert all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
     assert results_of(again)["matrix"] == results_of(stream)["matrix"]
-
-
-def _flat(model: dict[str, Tensor]) -> Tensor:
-    return torch.cat([model[name].float().view(-1) for name in sorted(model)])

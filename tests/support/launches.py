@@ -29,8 +29,9 @@ def make_model_folder(
     """A Llama of bytes with its tokenizer. Large initial weights, so that gradients differ."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=hidden_size, intermediate_size=48,
-                         num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-                         initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+                         num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=256, initializer_range=0.1,
+                         bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     make_tokenizer(256).save_pretrained(folder)
     return folder

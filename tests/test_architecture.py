@@ -1,0 +1,144 @@
+"""The rules that keep the house one house, read from the sources alone."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "piece_ds"
+LAUNCH = sorted((ROOT / "launch").glob("*.py"))
+MODULES = sorted(
+    path for path in PACKAGE.rglob("*.py") if not {"kernels", "csrc"} & set(path.relative_to(PACKAGE).parts)
+)
+
+# Imports go down, never up: a unit may import what stands below it, and its own level where the pair is one-way.
+LEVELS = [
+    {"errors", "config", "distributed", "files", "progress", "ops"},
+    {"state"},
+    {"importance", "selection", "stream", "evaluation"},
+    {"zero", "update", "checkpoint", "report", "baselines"},
+    # everything else: the modules that stand directly in piece_ds, and embedded
+]
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LAUNCH_LINES = 300, 100, 80
+
+
+def unit_of(path: Path) -> str:
+    """The sub-package or top-level module that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def level_of(unit: str) -> int:
+    return next((level for level, units in enumerate(LEVELS) if unit in units), len(LEVELS))
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    """(module, line) of every import of piece_ds, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.module or "", node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def units_imported(path: Path) -> set[tuple[str, int]]:
+    units = {unit_of(module) for module in MODULES}
+    found = set()
+    for module, line in imports_of(path):
+        parts = module.split(".")
+        if parts[0] == "piece_ds" and len(parts) > 1 and parts[1] in units:
+            found.add((parts[1], line))
+    return found
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+INSIDE = [path for path in MODULES if unit_of(path) != "__init__"]
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=named)
+def test_imports_go_down(path: Path) -> None:
+    own = level_of(unit_of(path))
+    upward = [(unit, line) for unit, line in units_imported(path) if level_of(unit) > own]
+    assert not upward
+
+
+def test_no_two_sub_packages_import_each_other() -> None:
+    """Nor any longer circle, nor one through the modules below them."""
+    below: dict[str, set[str]] = {}
+    for path in (path for path in INSIDE if level_of(unit_of(path)) < len(LEVELS)):
+        below.setdefault(unit_of(path), set()).update(unit for unit, _ in units_imported(path) if unit != unit_of(path))
+
+    def visit(unit: str, trail: tuple[str, ...]) -> None:
+        assert unit not in trail, " -> ".join((*trail, unit))
+        if unit not in clear:
+            for other in sorted(below.get(unit, ())):
+                visit(other, (*trail, unit))
+            clear.add(unit)
+
+    clear: set[str] = set()
+    for unit in sorted(below):
+        visit(unit, ())
+
+
+def test_nothing_imports_launch_or_tests() -> None:
+    for path in MODULES:
+        assert not [module for module, _ in imports_of(path) if module.split(".")[0] in ("launch", "tests", "support")]
+
+
+@pytest.mark.parametrize("path", [*MODULES, *LAUNCH], ids=named)
+def test_every_module_says_why_it_exists(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", [*MODULES, *LAUNCH], ids=named)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", LAUNCH, ids=named)
+def test_launch_scripts_are_short_and_hold_no_tensors(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LAUNCH_LINES
+    assert not [module for module, _ in imports_of(path) if module.split(".")[0] in ("torch", "deepspeed", "numpy")]
+
+
+def test_launch_scripts_hide_no_module_of_others() -> None:
+    """The folder of a script is first on Python's path: a select.py there would break the standard library."""
+    import sys
+
+    others = sys.stdlib_module_names | {"torch", "deepspeed", "transformers", "datasets", "evaluate", "accelerate"}
+    assert not {path.stem for path in LAUNCH} & others
+
+
+# Objects of DeepSpeed, by the names that the sources give them.
+DEEPSPEED_NAMES = {"engine", "optimizer", "model_wrapped", "basic_optimizer"}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if unit_of(p) != "zero"], ids=named)
+def test_only_the_door_reads_private_names_of_deepspeed(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            assert owner not in DEEPSPEED_NAMES, f"line {node.lineno}: {owner}.{node.attr}"
+    # zero/ alone also knows DeepSpeed's modules below the top.
+    assert not [module for module, _ in imports_of(path) if module.startswith("deepspeed.runtime")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_importing_starts_nothing(path: Path) -> None:
+    """No call of logging.basicConfig, no device query and no process group at the top level of a module."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for call in ast.walk(node) if isinstance(node, ast.Expr | ast.Assign) else ():
+            if isinstance(call, ast.Call):
+                text = ast.unparse(call.func)
+                assert not text.startswith(("logging.basicConfig", "torch.cuda", "dist.init", "torch.set_"))

@@ -1,0 +1,133 @@
+"""Flags, YAML and defaults: who wins, what is known, and what is refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from piece_ds.arguments import given_names, parse
+from piece_ds.command import with_default_config
+from piece_ds.errors import UserError
+from piece_ds.flags import default_flags
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", "mask_ratio: 0.2\nseed: 7\nbudget: layer\nmax-new-tokens: 3\n")
+    settings = parse(["--config", config, "--mask_ratio", "0.3"], {"seed": 1, "budget": "tensor", "max_steps": 9})
+    assert (settings.method.mask_ratio, settings.method.budget, settings.data.max_new_tokens) == (0.3, "layer", 3)
+    assert (settings.flag("seed"), settings.flag("max_steps")) == ("7", "9")
+    assert settings.given == {"mask_ratio", "seed", "budget", "max_new_tokens"}
+
+
+@pytest.mark.parametrize("spelling", [["--mask_ratio", "0.5"], ["--mask-ratio", "0.5"], ["--mask_ratio=0.5"]])
+def test_flags_have_every_usual_spelling(spelling: list[str]) -> None:
+    assert parse(spelling).method.mask_ratio == 0.5
+    assert given_names(spelling) == {"mask_ratio"}
+
+
+def test_last_of_a_repeated_flag_wins() -> None:
+    assert parse(["--mask_ratio", "0.5", "--mask_ratio", "0.25"]).method.mask_ratio == 0.25
+    assert parse(["--seed", "1", "--seed=2"]).flag("seed") == "2"
+
+
+def test_flag_of_nothing_is_none() -> None:
+    assert parse([]).flag("deepspeed") is None
+
+
+def test_values_of_yaml_reach_transformers_as_it_expects_them(tmp_path: Path) -> None:
+    text = ("bf16: false\nlearning_rate: 1e-4\nreport_to: [none]\nlr_scheduler_type: cosine_with_min_lr\n"
+            "lr_scheduler_kwargs: {min_lr: 0.1}\noptim_args:\n")  # fmt: skip
+    config = write(tmp_path / "run.yaml", text)
+    arguments = parse(["--config", config], {"use_cpu": True}).training_arguments(output_dir=tmp_path / "out")
+    assert (arguments.bf16, arguments.learning_rate, arguments.report_to) == (False, 1e-4, [])
+    assert arguments.lr_scheduler_kwargs == {"min_lr": 0.1}
+    assert arguments.optim_args is None
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_call_makes_fresh_training_arguments(tmp_path: Path) -> None:
+    settings = parse(["--seed", "3", "--output_dir", str(tmp_path)], {"use_cpu": True})
+    first, second = settings.training_arguments(max_steps=5), settings.with_flags(seed=4).training_arguments()
+    assert (first.max_steps, first.seed, second.max_steps, second.seed) == (5, 3, -1, 4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learnig_rate", "1"], r"unknown flag --learnig_rate\. Did you mean 'learning_rate'\?"),
+        (["--mask_rat=1"], r"unknown flag --mask_rat\. Did you mean 'mask_ratio'\?"),
+        (["--zzzzzz"], r"unknown flag --zzzzzz\.$"),
+        (["--mask_ratio", "many"], r"--mask_ratio.*invalid float value: 'many'"),
+        (["--mask_ratio"], r"--mask_ratio.*expected one argument"),
+        (["--mask_ratio", "nan"], r"--mask_ratio must be in \(0, 1\], got nan"),
+        (["--importance_batch_size", "0"], r"--importance_batch_size must be positive, got 0"),
+        (["--importance_lambda", "nan"], r"--importance_lambda must be positive, got nan"),
+        (["--max_eval_samples", "-1"], r"--max_eval_samples must be positive, got -1"),
+        (["--save_model", "lst"], r"--save_model 'lst' is unknown; known: last, each, never\. Did you mean 'last'\?"),
+        (["--dtype", "bf16"], r"--dtype 'bf16' is unknown"),
+        (["--update_mode", "compactt"], r"--update_mode 'compactt' is unknown"),
+        (["--tasks", "a"], r"--task_dir and --tasks belong together"),
+        (["--eval_file", "a"], r"--eval_file belongs to --train_file"),
+        (["--config"], r"--config expects a YAML file"),
+    ],
+)
+def test_bad_flags_are_refused_by_name(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rate", "abc"], r"--learning_rate.*invalid float value: 'abc'"),
+        (["--lr_scheduler_type", "wavy"], r"wavy"),
+        (["stray"], r"stray"),
+    ],
+)
+def test_values_that_transformers_refuses_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(argv, {"use_cpu": True}).training_arguments()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnig_rate: 1", r"unknown key 'learnig_rate' in the YAML file\. Did you mean 'learning_rate'\?"),
+        ("1: 2", r"unknown key '1' in the YAML file"),
+        ("- seed", r"must map flag names to values, got list"),
+        ("", r"must map flag names to values, got NoneType"),
+        ("seed: [", r"is not YAML: .*line 1"),
+        ("mask_ratio: many", r"--mask_ratio.*invalid float value: 'many'"),
+    ],
+)
+def test_bad_yaml_is_refused_with_its_reason(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(["--config", write(tmp_path / "run.yaml", text)])
+
+
+def test_missing_yaml_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: no such file"):
+        parse([f"--config={tmp_path / 'none.yaml'}"])
+
+
+def test_zero3_is_the_default_wherever_a_configuration_is_not_named(tmp_path: Path) -> None:
+    named, silent = write(tmp_path / "a.yaml", "deepspeed: x.json"), write(tmp_path / "b.yaml", "seed: 1")
+    assert parse(with_default_config(["--config", named])).flag("deepspeed") == "x.json"
+    for argv in ([], ["--config", silent]):
+        assert Path(str(parse(with_default_config(argv)).flag("deepspeed"))).name == "zero3.json"
+
+
+def test_asking_for_checkpoints_every_n_steps_turns_them_on(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", "save_steps: 5")
+    assert default_flags([])["save_strategy"] == "no"
+    for argv in (["--save_steps", "5"], ["--save-steps=5"], ["--config", config]):
+        assert "save_strategy" not in default_flags(argv)
+
+
+def test_shown_settings_are_those_given_with_the_values_in_force(tmp_path: Path) -> None:
+    argv = ["--mask_ratio", "0.5", "--seed", "3", "--output_dir", str(tmp_path)]
+    assert parse(argv, {"use_cpu": True}).shown() == {"mask_ratio": 0.5, "seed": 3, "output_dir": str(tmp_path)}

@@ -1,0 +1,181 @@
+"""mask.safetensors: the format byte by byte, read without piece_ds, and every damage refused in one line."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from piece_ds.checkpoint import check_mask_file, load_mask, save_mask
+from piece_ds.errors import UserError
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import Layout, layout_of
+
+
+class Model(nn.Module):
+    """Sizes of 1, 33, 8 and 0 elements after the last whole byte."""
+
+    def __init__(self, wide: int = 11) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, wide)
+        self.second = nn.Linear(8, 1)
+
+    @staticmethod
+    def layout(wide: int = 11) -> Layout:
+        return layout_of(Model(wide))
+
+
+INDEX = {"first.weight": [0, 7, 8, 32], "second.weight": [3, 7], "second.bias": [0]}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    index = {name: torch.tensor(positions) for name, positions in INDEX.items()}
+    save_mask(tmp_path / "mask.safetensors", Mask(Model.layout(), index, 7, "piece-s", 0.13))
+    return tmp_path / "mask.safetensors"
+
+
+def header(path: Path) -> dict[str, Any]:
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length])
+
+
+def test_bits_are_packed_least_significant_first_with_zero_padding(path: Path) -> None:
+    tensors = load_file(path)
+    assert set(tensors) == set(INDEX)  # nothing selected, nothing stored
+    for name, numel in (("first.weight", 33), ("second.weight", 8), ("second.bias", 1)):
+        assert tensors[name].dtype == np.uint8
+        flags = np.unpackbits(tensors[name], bitorder="little")
+        assert flags.size == 8 * ((numel + 7) // 8)
+        assert np.flatnonzero(flags).tolist() == INDEX[name]
+
+
+def test_metadata_are_the_stated_strings(path: Path) -> None:
+    metadata = header(path)["__metadata__"]
+    assert {key: metadata[key] for key in ("format", "version", "method", "ratio", "selected", "total")} == {
+        "format": "piece-mask",
+        "version": "1",
+        "method": "piece-s",
+        "ratio": "0.13",
+        "selected": "7",
+        "total": "53",
+    }
+    assert json.loads(metadata["shapes"]) == {"first.weight": [11, 3], "second.weight": [1, 8], "second.bias": [1]}
+    structure = [["first.weight", [11, 3]], ["first.bias", [11]], ["second.weight", [1, 8]], ["second.bias", [1]]]
+    assert metadata["model_fingerprint"] == hashlib.sha256(json.dumps(structure).encode()).hexdigest()
+    content = hashlib.sha256()
+    for name, bits in sorted(load_file(path).items()):
+        content.update(name.encode() + bits.tobytes())
+    assert metadata["checksum"] == content.hexdigest()
+
+
+def test_a_mask_comes_back_as_it_was(path: Path) -> None:
+    mask = load_mask(path, Model.layout())
+    assert {name: index.tolist() for name, index in mask.index.items()} == INDEX
+    assert (mask.num_selected, mask.method, mask.ratio) == (7, "piece-s", 0.13)
+
+
+def test_nothing_but_the_file_is_left_in_its_folder(path: Path) -> None:
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path.read_bytes()
+
+    def fail(tensors: Any, temporary: Path, metadata: Any) -> None:
+        temporary.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("piece_ds.checkpoint.mask_file.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_mask(path, load_mask(path, Model.layout()))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_masks_of_other_programs_need_only_the_required_metadata(tmp_path: Path) -> None:
+    metadata = {"format": "piece-mask", "version": "1"}
+    save_file({"second.weight": np.array([0b10000001], dtype=np.uint8)}, tmp_path / "m", metadata)
+    assert load_mask(tmp_path / "m", Model.layout()).index["second.weight"].tolist() == [0, 7]
+
+
+def flip_a_bit_of_data(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def rewrite(change: Callable[[dict[str, np.ndarray], dict[str, str]], None]) -> Callable[[Path], None]:
+    """Damage that a checksum does not see: made with the file, not after it."""
+
+    def apply(path: Path) -> None:
+        metadata = header(path)["__metadata__"]
+        tensors = load_file(path)
+        del metadata["checksum"]
+        change(tensors, metadata)
+        save_file(tensors, path, metadata)
+
+    return apply
+
+
+def set_tensor(name: str, values: list, dtype: type = np.uint8) -> Callable[[Path], None]:
+    return rewrite(lambda tensors, _: tensors.update({name: np.array(values, dtype=dtype)}))
+
+
+def set_metadata(**entries: str) -> Callable[[Path], None]:
+    return rewrite(lambda _, metadata: metadata.update(entries))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda path: path.unlink(), "no such file"),
+    "empty": (lambda path: path.write_bytes(b""), "truncated or damaged"),
+    "header-only": (lambda path: path.write_bytes(path.read_bytes()[:40]), "truncated or damaged"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated or damaged"),
+    "garbage": (lambda path: path.write_bytes(b"\xff" * 64), "truncated or damaged"),
+    "bit-flip": (flip_a_bit_of_data, "checksum does not match"),
+    "other-format": (set_metadata(format="something"), "expected 'piece-mask' version '1'"),
+    "other-version": (set_metadata(version="2"), "version '2'"),
+    "no-metadata": (lambda path: save_file(load_file(path), path), "format None"),
+    "count": (set_metadata(selected="8"), "selects 7 elements, its metadata says 8"),
+    "nothing-selected": (rewrite(lambda tensors, m: (tensors.clear(), m.update(selected="0"))), "selects 0 elements"),
+    "shapes-no-json": (set_metadata(shapes="{"), "'shapes' is not JSON"),
+    "shapes-no-object": (set_metadata(shapes="[1]"), "must map names to shapes"),
+    "dtype": (set_tensor("second.weight", [1], np.int32), "expected 1-D uint8"),
+    "dimensions": (set_tensor("second.weight", [[1]]), "expected 1-D uint8"),
+    "length": (set_tensor("second.weight", [0b10001000, 0]), "needs 1"),
+    "padding-bits": (set_tensor("second.bias", [0b10]), "past its last element"),
+    "shape": (set_metadata(shapes=json.dumps({"first.weight": [3, 11]})), r"has shape \[3, 11\], this model's"),
+    "unknown-name": (
+        rewrite(lambda tensors, _: tensors.update({"second.wait": tensors.pop("second.weight")})),
+        "names parameter 'second.wait'.*Did you mean 'second.weight'",
+    ),
+    "fingerprint": (set_metadata(model_fingerprint="0" * 64), "made for another model"),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_a_damaged_mask_is_refused_in_one_line(path: Path, damage: str) -> None:
+    apply, message = DAMAGE[damage]
+    apply(path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_mask(path, Model.layout())
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("wide", [10, 12])
+def test_a_mask_of_another_shape_is_refused(path: Path, wide: int) -> None:
+    with pytest.raises(UserError, match="another model"):
+        load_mask(path, Model.layout(wide))
+
+
+def test_a_whole_mask_passes_without_a_model(path: Path) -> None:
+    assert check_mask_file(path)["method"] == "piece-s"

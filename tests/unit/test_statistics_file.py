@@ -1,0 +1,73 @@
+"""Saved statistics come back bit for bit, and are refused where they are of something else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from piece_ds.checkpoint import load_statistics, save_statistics
+from piece_ds.errors import UserError
+from piece_ds.selection import select
+from piece_ds.state.partition import layout_of
+from piece_ds.state.statistics import GradientStats
+
+LAYOUT = layout_of(nn.Sequential(nn.Linear(7, 3), nn.Linear(3, 1)))
+SOURCE = {"file": "rows.json", "batch": 4}
+
+
+def make_stats(with_sum: bool = True) -> GradientStats:
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.randn(LAYOUT.num_owned, generator=generator)
+    return GradientStats(LAYOUT, sums.square() * 1e-40, sums if with_sum else None, 9, 2)  # squares are denormal
+
+
+def test_statistics_come_back_bit_for_bit(tmp_path: Path) -> None:
+    stats = make_stats()
+    save_statistics(tmp_path, stats, SOURCE)
+    again = load_statistics(tmp_path, LAYOUT, needs_sum=True, source=SOURCE)
+    assert torch.equal(again.square_sum, stats.square_sum)
+    assert again.grad_sum is not None
+    assert torch.equal(again.grad_sum, stats.grad_sum)
+    assert (again.num_micro_batches, again.num_nonfinite) == (9, 2)
+
+
+@pytest.mark.parametrize(("method", "ratio"), [("piece-f", 0.1), ("piece-s", 0.1), ("piece-s", 0.5)])
+def test_another_ratio_or_method_needs_no_second_pass(tmp_path: Path, method: str, ratio: float) -> None:
+    stats = make_stats()
+    save_statistics(tmp_path, stats)
+    again = load_statistics(tmp_path, LAYOUT, needs_sum=method == "piece-s")
+    first, second = select(LAYOUT, method, ratio, stats), select(LAYOUT, method, ratio, again)
+    assert first.index.keys() == second.index.keys()
+    assert all(torch.equal(index, second.index[name]) for name, index in first.index.items())
+
+
+def test_no_temporary_file_is_left(tmp_path: Path) -> None:
+    save_statistics(tmp_path, make_stats())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["statistics-00000-of-00001.safetensors", "statistics.json"]
+
+
+def test_an_unfinished_folder_is_refused(tmp_path: Path) -> None:
+    save_statistics(tmp_path, make_stats())
+    (tmp_path / "statistics.json").unlink()  # written last
+    with pytest.raises(UserError, match="no statistics in"):
+        load_statistics(tmp_path, LAYOUT, needs_sum=True)
+
+
+def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
+    save_statistics(tmp_path, make_stats())
+    with pytest.raises(UserError, match="of another model"):
+        load_statistics(tmp_path, layout_of(nn.Linear(7, 3)), needs_sum=True)
+
+
+def test_a_missing_sum_is_refused_only_where_it_is_needed(tmp_path: Path) -> None:
+    save_statistics(tmp_path, make_stats(with_sum=False))
+    assert load_statistics(tmp_path, LAYOUT, needs_sum=False).grad_sum is None
+    with pytest.raises(UserError, match="only sums of squares"):
+        load_statistics(tmp_path, LAYOUT, needs_sum=True)
+
+
+def test_statistics_of_other_data_are_refused(tmp_path: Path) -> None:
+    save_statistics(tmp_path, make_stats(), SOURCE)
+    with pytest.raises(UserError, match=r"rows\.json"):
+        load_statistics(tmp_path, LAYOUT, needs_sum=True, source={**SOURCE, "batch": 8})
