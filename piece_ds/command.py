@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from piece_ds.arguments import given_names
+from piece_ds.distributed import barrier
 from piece_ds.errors import UserError
 
 # How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
@@ -46,10 +47,13 @@ def start_distributed() -> None:
     """Start torch.distributed through DeepSpeed, with the accelerator's backend; once per process.
 
     transformers would start it too, but with --use_cpu not through DeepSpeed, which then counts one rank.
+    All ranks return together: on a CPU DeepSpeed loads a compiled extension here, under a lock file that a rank killed
+    meanwhile (because another one refused its input) would leave behind, and every later run would wait for it.
     """
     import deepspeed
 
     deepspeed.init_distributed()
+    barrier()
 
 
 def _one_process_environment() -> None:

@@ -45,13 +45,13 @@ def evaluate(settings: Settings) -> Scores:
     config = load_config(settings.model)
     require_weights(settings.model)
     tokenizer = load_tokenizer(settings.model)
-    settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     tasks = load_task_stream(settings.data, tokenizer)
     general = None
     if settings.data.general_file:
         general = load_general(settings.data.general_file, tokenizer, settings.data.cutoff,
                                max_rows=settings.data.max_eval_samples)  # fmt: skip
     start_distributed()
+    settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     arguments = settings.training_arguments()
     model: Any = inference_model(load_model(settings.model, dtype), arguments)
     scores = judge(

@@ -43,9 +43,9 @@ def select_mask(settings: Settings) -> Mask:
     config = load_config(settings.model)
     require_weights(settings.model)
     tokenizer = load_tokenizer(settings.model)
-    settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     task = load_task_stream(settings.data, tokenizer)[0]
     start_distributed()
+    settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     arguments = settings.training_arguments()
     model = load_model(settings.model, dtype)
     freeze_ineligible(model)

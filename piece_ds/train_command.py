@@ -60,17 +60,17 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     check_mask(settings, config)
     tokenizer = load_tokenizer(settings.model)
     dtype = dtype_of(settings.model, config)
-    settings, dtype = with_precision(settings, dtype)
-    arguments = settings.training_arguments()
-    check_training(arguments, masked=settings.method.method != "seqft")
     tasks = load_task_stream(settings.data, tokenizer)
-    start_distributed()
-    for task in tasks:
-        check_accumulation(task, arguments, settings.output.incomplete_accumulation == "smaller_step")
     general = None
     if settings.data.general_file:
         general = load_general(settings.data.general_file, tokenizer, settings.data.cutoff,
                                max_rows=settings.data.max_eval_samples)  # fmt: skip
+    start_distributed()
+    settings, dtype = with_precision(settings, dtype)
+    arguments = settings.training_arguments()
+    check_training(arguments, masked=settings.method.method != "seqft")
+    for task in tasks:
+        check_accumulation(task, arguments, settings.output.incomplete_accumulation == "smaller_step")
     folder = RunFolder(Path(arguments.output_dir))
     resume = resumes_from(arguments)
     decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}

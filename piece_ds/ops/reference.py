@@ -9,21 +9,29 @@ from torch import Tensor
 
 from piece_ds.ops.schema import NAMESPACE
 
-CHUNK = 1 << 20  # elements per temporary: large enough to hide call overhead, small enough to stay in cache
+# Elements per temporary: 512 KiB in fp32 stays in a core's cache; 2**17 was the best of 2**16 .. 2**20 on a CPU.
+CHUNK = 1 << 17
 
 
 def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale: float, num_nonfinite: Tensor) -> None:
     for start in range(0, grad.numel(), CHUNK):
         part = slice(start, start + CHUNK)
-        value = grad[part].to(torch.float32, copy=True)
-        finite = torch.isfinite(value)
-        num_nonfinite += value.numel() - finite.sum()
-        value.masked_fill_(~finite, 0.0)
+        value = _finite(grad[part], num_nonfinite)
         if scale != 1.0:
-            value.mul_(scale)
+            value = value * scale
         if grad_sum is not None:
             grad_sum[part].add_(value)
-        square_sum[part].add_(value.mul_(value))
+        square_sum[part].add_(value * value)
+
+
+def _finite(value: Tensor, num_nonfinite: Tensor) -> Tensor:
+    """value in fp32 with NaN and infinities counted and zeroed; it may be value itself, which is not written."""
+    # On the CPU, where looking at a result costs nothing, one reduction spares three passes in the usual case.
+    if value.device.type == "cpu" and torch.isfinite(torch.stack(torch.aminmax(value))).all():
+        return value.to(torch.float32)
+    finite = torch.isfinite(value)
+    num_nonfinite += value.numel() - finite.sum()
+    return value.to(torch.float32, copy=True).masked_fill_(~finite, 0.0)
 
 
 def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float) -> Tensor:

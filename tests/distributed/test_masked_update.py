@@ -80,12 +80,19 @@ def largest_error(name: str, got: dict[str, Tensor], start: dict[str, Tensor]) -
 @pytest.mark.parametrize("name", list(FP32))
 def test_fp32_weights_equal_plain_adamw(job: Any, name: str) -> None:
     got = result(job, name)
-    assert largest_error(name, got["final"], got["initial"]) < 1e-3
+    assert largest_error(name, got["final"], got["initial"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("bf16") and n not in BF16_EXACT] + list(FP16))
+def test_low_precision_weights_follow_plain_adamw(job: Any, name: str) -> None:
+    """DeepSpeed accumulates and reduces in the model's dtype here; one step of bf16 is 4.8 % of the largest update."""
+    got = result(job, name)
+    assert largest_error(name, got["final"], got["initial"]) < 0.1
 
 
 @pytest.mark.parametrize("name", list(BF16_EXACT))
 def test_bf16_weights_equal_plain_adamw_where_deepspeed_accumulates_in_fp32(job: Any, name: str) -> None:
-    """One unit in the last place of bf16 is a tenth of an update of a weight of this size."""
+    """Equal, but for a sum whose rounding another order of ranks might tip."""
     got = result(job, name)
     want, _ = plain_run("bf16", CASES[name].two_groups)
     differing = sum(int((want[n] != got["final"][n]).sum()) for n in selection())
@@ -98,7 +105,7 @@ def test_bf16_weights_equal_plain_adamw_where_deepspeed_accumulates_in_fp32(job:
 def test_reported_norm_is_that_of_the_masked_gradient(job: Any, name: str) -> None:
     """Before clipping; DeepSpeed itself reports none at stage 0 in fp32."""
     _, norms = plain_run(CASES[name].setup.dtype, CASES[name].two_groups)
-    assert result(job, name)["norms"] == pytest.approx(norms, rel=1e-4)
+    assert result(job, name)["norms"] == pytest.approx(norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("bf16") and n not in BF16_EXACT] + list(FP16))

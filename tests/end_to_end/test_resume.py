@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from support.stream_runs import NUM_RANKS, Material, long_flags
 from safetensors.torch import load_file
 from support.jobs import Results, result_of
 from support.launches import (
@@ -24,6 +23,7 @@ from support.launches import (
     tree,
     weights,
 )
+from support.stream_runs import NUM_RANKS, Material, long_flags
 
 pytestmark = pytest.mark.slow
 

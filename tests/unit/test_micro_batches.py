@@ -16,7 +16,7 @@ def collate(rows: list[int]) -> dict[str, Tensor]:
 def test_micro_batches_are_consecutive_rows_in_order(num_rows: int, batch_size: int) -> None:
     batches = MicroBatches(list(range(num_rows)), collate, batch_size)
     rows = [batch["input_ids"].tolist() for batch in batches]
-    assert sum(rows, []) == list(range(num_rows))
+    assert [row for batch in rows for row in batch] == list(range(num_rows))
     assert all(len(batch) == batch_size for batch in rows[:-1])
     assert len(batches) == len(rows) == (num_rows + batch_size - 1) // batch_size
 
