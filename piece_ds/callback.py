@@ -25,6 +25,7 @@ from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.stream.micro_batches import MicroBatches
 from piece_ds.update import MaskedUpdate, attach
+from piece_ds.zero import require_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class PieceCallback(TrainerCallback):
         if type(engine).__name__ != "DeepSpeedEngine":
             raise UserError(f"PieceCallback expected a DeepSpeed engine, got {type(engine).__name__}: start training "
                             "with TrainingArguments(deepspeed=...)")  # fmt: skip
+        require_trainable(engine)  # attach() would refuse it too, after the pass over the data
         layout = layout_of(engine.module)
         path = Path(args.output_dir) / MASK_NAME
         if self.mask_file is not None:

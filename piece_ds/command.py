@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from piece_ds.arguments import given_names
-from piece_ds.distributed import barrier
 from piece_ds.errors import UserError
 
 # How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
@@ -27,6 +26,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """
     argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
     _one_process_environment()
+    _own_programs_first()
     try:
         _quiet()
         main(argv)
@@ -47,13 +47,13 @@ def start_distributed() -> None:
     """Start torch.distributed through DeepSpeed, with the accelerator's backend; once per process.
 
     transformers would start it too, but with --use_cpu not through DeepSpeed, which then counts one rank.
-    All ranks return together: on a CPU DeepSpeed loads a compiled extension here, under a lock file that a rank killed
-    meanwhile (because another one refused its input) would leave behind, and every later run would wait for it.
     """
     import deepspeed
 
+    # On a CPU DeepSpeed compiles an extension here for inference's all-reduce, which nothing in training calls: half a
+    # minute on a new machine, under a lock file that a killed process leaves behind and later ones wait for, silently.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
-    barrier()
 
 
 def _one_process_environment() -> None:
@@ -64,6 +64,18 @@ def _one_process_environment() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _own_programs_first() -> None:
+    """Let torch build extensions with this environment's ninja, also when the environment has not been activated.
+
+    Without one on the path DeepSpeed's extensions do not build; with another one they are built again for every
+    change between the two, half a minute each time.
+    """
+    programs = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if programs not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, (programs, path)))
 
 
 def _quiet() -> None:

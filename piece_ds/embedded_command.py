@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from piece_ds.arguments import Settings, parse
+from piece_ds.checks import resumes_from
 from piece_ds.command import start_distributed
 from piece_ds.distributed import barrier, broadcast_object, is_main, world_size
 from piece_ds.embedded import EmbeddedPaths, EmbeddedRecipe, write_embedded
@@ -41,7 +42,7 @@ def run_embedded(argv: list[str], settings: Settings, defaults: dict[str, Any]) 
     recipe = EmbeddedRecipe()
     arguments = settings.training_arguments()
     folder = RunFolder(Path(arguments.output_dir) if "output_dir" in settings.given else _free_folder())
-    resume = bool(arguments.resume_from_checkpoint)
+    resume = resumes_from(arguments)
     folder.require_free(resume)
     paths = _write(folder.root / "material", arguments.seed, recipe)
     base = folder.root / "base"

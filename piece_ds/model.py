@@ -1,6 +1,8 @@
 """Loading a causal LM and its tokenizer, and what is settled before the weights are read."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from piece_ds.config import ModelArguments
 from piece_ds.errors import UserError
@@ -69,10 +72,21 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str
 
 def empty_layout(arguments: ModelArguments, config: Any) -> Layout:
     """The layout of the model from its configuration alone: no weight is read and no memory taken."""
-    with torch.device("meta"):
+    with _no_zero3(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
         model.tie_weights()
     return layout_of(model)
+
+
+@contextmanager
+def _no_zero3() -> Iterator[None]:
+    """transformers builds plain models inside, although a TrainingArguments with ZeRO-3 may be alive."""
+    alive = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = alive
 
 
 def freeze_ineligible(model: nn.Module, selected: set[str] | None = None) -> None:

@@ -73,7 +73,7 @@ def collect_statistics(
     stats = empty_stats(layout, needs_sum, device or engine.device)
     num_nonfinite = torch.zeros(1, dtype=torch.int64, device=stats.square_sum.device)
     loss_scale = FP16_LOSS_SCALE if engine.fp16_enabled() else 1.0
-    receiver = _Receiver(engine.module, stats, num_nonfinite, 1.0 / loss_scale)
+    receiver = _Receiver(engine, stats, num_nonfinite, 1.0 / loss_scale)
     num_rounds = -(-len(micro_batches) // layout.num_ranks)
     with _undisturbed(engine), receiver.hooks(), adapter.local_backward():
         for step in progress_bar(range(num_rounds), description, unit="round"):
@@ -106,12 +106,17 @@ def _engine_loss_scale(engine: Any) -> float:
 class _Receiver:
     """Takes finished gradients off the parameters, exchanges them in a fixed order and adds what this rank owns."""
 
-    def __init__(self, model: nn.Module, stats: GradientStats, num_nonfinite: Tensor, scale: float) -> None:
-        self.model, self.stats, self.num_nonfinite, self.scale = model, stats, num_nonfinite, scale
+    def __init__(self, engine: Any, stats: GradientStats, num_nonfinite: Tensor, scale: float) -> None:
+        self.model, self.device = engine.module, engine.device
+        self.stats, self.num_nonfinite, self.scale = stats, num_nonfinite, scale
         self.layout = stats.layout
         self.buckets = plan_buckets(self.layout, BUCKET_ELEMENTS)
         self.offset_of = {info.name: (offset, part.start) for info, part, offset in self.layout.owned()}
-        self.dtype_of = {name: p.dtype for name, p in model.named_parameters()}
+        self.dtype_of = {name: p.dtype for name, p in self.model.named_parameters()}
+        # Ranks may use different parts of a ZeRO-3 leaf module (experts). To exchange as soon as one rank has its
+        # gradients would wait for a rank that waits for the next gather, so these wait for the end of backward.
+        self.late = {name for name, p in self.model.named_parameters() if hasattr(p, "ds_z3_leaf_module")}
+        self.in_backward = False
         self.grads: dict[str, Tensor] = {}
         self.next_bucket = 0
         self.num_valid = 0
@@ -145,13 +150,14 @@ class _Receiver:
         self.grads.clear()
         self.next_bucket = 0
         self.num_valid = num_valid
+        self.in_backward = True
 
     def end_round(self) -> None:
         """Send what is left. A parameter that this micro-batch did not use has gradient zero."""
-        device = self.stats.square_sum.device
+        self.in_backward = False
         for info in self.layout.eligible():
             if info.name not in self.grads and self._is_pending(info.name):
-                self.grads[info.name] = torch.zeros(info.numel, dtype=self.dtype_of[info.name], device=device)
+                self.grads[info.name] = torch.zeros(info.numel, dtype=self.dtype_of[info.name], device=self.device)
         self._flush_complete()
         assert self.next_bucket == len(self.buckets)
 
@@ -162,7 +168,8 @@ class _Receiver:
         """Exchange buckets in their fixed order while the next one is complete: every rank makes the same calls."""
         while self.next_bucket < len(self.buckets):
             bucket = self.buckets[self.next_bucket]
-            if any(part.info.name not in self.grads for part in bucket):
+            names = {part.info.name for part in bucket}
+            if not names <= self.grads.keys() or (self.in_backward and names & self.late):
                 return
             for source, part, grad in exchange(bucket, self.grads, self.layout):
                 if source < self.num_valid:

@@ -96,8 +96,10 @@ def main(stage: int, path: Path) -> None:
     """One rank: the model under a DeepSpeed engine of the stage, evaluated; all ranks must agree."""
     import deepspeed
 
+    from piece_ds.command import start_distributed
+
     torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo")
+    start_distributed()
     model = tiny_model()
     config = {
         "train_micro_batch_size_per_gpu": 2,

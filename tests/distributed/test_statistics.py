@@ -110,8 +110,12 @@ def test_dropout_has_no_effect(job: Any, with_dropout: str, without: str) -> Non
 @pytest.mark.parametrize(("with_it", "without"), [("reentrant-checkpointing-stage3", "llama-stage3"),
                                                   ("non-reentrant-checkpointing-stage3", "llama-stage3"),
                                                   ("stage3-offload-all", "llama-stage3"),
+                                                  ("small-buckets-stage0", "neox-stage0"),
+                                                  ("small-buckets-stage2", "qwen3-stage2"),
+                                                  ("small-buckets-stage3", "llama-stage3"),
+                                                  ("small-buckets-branches-stage3", "branches-stage3"),
                                                   ("stage2-offload", "llama-stage2")])  # fmt: skip
-def test_checkpointing_and_offload_have_no_effect(job: Any, with_it: str, without: str) -> None:
+def test_checkpointing_offload_and_bucket_size_have_no_effect(job: Any, with_it: str, without: str) -> None:
     first, second = result(job, with_it, 2), result(job, without, 2)
     for parameter, values in first["sums"].items():
         np.testing.assert_array_equal(values, second["sums"][parameter])

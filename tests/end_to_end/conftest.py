@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.jobs import Results, run_job
 from support.launches import launch, make_model_folder, make_tasks, succeeded, write_rows
-from support.stream_runs import NUM_RANKS, Material, variant_flags
+from support.stream_runs import NUM_RANKS, Material, slow_variant_flags, variant_flags
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,16 @@ def stream(material: Material) -> Path:
 
 @pytest.fixture(scope="session")
 def variants(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Many short runs on two ranks: every configuration, method and option; name -> {} or {'error': ...}."""
-    job = tmp_path_factory.mktemp("train_job")
-    (job / "runs.json").write_text(json.dumps(variant_flags(material)))
+    """The runs of variant_flags() on two ranks, one after another; name -> {} or {'error': ...}."""
+    return _run_variants(variant_flags(material), tmp_path_factory.mktemp("variants"))
+
+
+@pytest.fixture(scope="session")
+def slow_variants(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The same for slow_variant_flags()."""
+    return _run_variants(slow_variant_flags(material), tmp_path_factory.mktemp("slow_variants"))
+
+
+def _run_variants(runs: dict[str, list[str]], job: Path) -> Results:
+    (job / "runs.json").write_text(json.dumps(runs))
     return run_job("support.train_job", NUM_RANKS, job)

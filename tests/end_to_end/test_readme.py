@@ -7,19 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.support.launches import ROOT, environment
+from support.launches import ROOT, environment
 
 BEFORE = """
 import json, sys
-from piece_ds.command import _one_process_environment
+from piece_ds.command import _one_process_environment, start_distributed
 _one_process_environment()
 import deepspeed, torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from piece_ds.state.partition import full_shape
 
-deepspeed.init_distributed()
+start_distributed()
 collator = lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
 torch.manual_seed(1)
 ids = torch.randint(0, 64, (16, 12)).tolist()

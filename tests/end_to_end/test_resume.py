@@ -69,9 +69,9 @@ def killed_twice(material: Material) -> tuple[Path, dict[str, int]]:
 
 
 def test_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
-    material: Material, variants: Results, killed_twice: tuple[Path, dict[str, int]]
+    material: Material, slow_variants: Results, killed_twice: tuple[Path, dict[str, int]]
 ) -> None:
-    result_of(variants, "long")
+    result_of(slow_variants, "long")
     expected, found = material.out("long"), killed_twice[0]
     assert same_bits(weights(expected / "01-text" / "model"), weights(found / "01-text" / "model"))
     for task in ("00-letter", "01-text"):
@@ -89,7 +89,7 @@ def test_finished_task_is_not_done_again(killed_twice: tuple[Path, dict[str, int
 
 
 def test_no_checkpoint_or_temporary_file_is_left(
-    material: Material, variants: Results, killed_twice: tuple[Path, dict[str, int]]
+    material: Material, slow_variants: Results, killed_twice: tuple[Path, dict[str, int]]
 ) -> None:
-    result_of(variants, "long")
+    result_of(slow_variants, "long")
     assert tree(killed_twice[0]) == tree(material.out("long"))

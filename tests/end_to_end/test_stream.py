@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.fine_tuning import EMBEDDING, mean_loss, read_model, read_rows, select_piece_s, train_masked
 from support.jobs import Results, result_of
-from support.launches import changed, mask_index, same_bits, tree, weights
+from support.launches import changed, mask_index, same_bits, same_mask, tree, weights
 from support.stream_runs import (
     ACCUMULATION,
     LEARNING_RATE,
@@ -174,7 +174,7 @@ def test_recorded_losses_are_those_of_the_saved_models(material: Material, strea
         for task, value in zip(FOLDERS, row, strict=True):
             if value is not None:
                 rows = read_rows(material.tasks / task / "test.json", folder)
-                assert value == pytest.approx(float(mean_loss(model, rows)), rel=1e-4)
+                assert value == pytest.approx(mean_loss(model, rows).item(), rel=1e-4)
 
 
 def test_mask_statistics_count_every_selected_weight(stream: Path) -> None:
@@ -207,7 +207,7 @@ def test_the_same_command_gives_the_same_bits(material: Material, stream: Path, 
     result_of(variants, "again")
     again = material.out("again")
     for folder in FOLDERS.values():
-        assert (again / folder / "mask.safetensors").read_bytes() == (stream / folder / "mask.safetensors").read_bytes()
+        assert same_mask(stream / folder, again / folder)
         assert same_bits(weights(stream / folder / "model"), weights(again / folder / "model"))
         first, second = (load_file(root / folder / "delta.safetensors") for root in (stream, again))
         assert all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())

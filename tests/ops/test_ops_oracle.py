@@ -44,15 +44,18 @@ def accumulate_oracle(grad: Tensor, scale: float) -> tuple[np.ndarray, np.ndarra
         return g, (g * g).astype(F32), int((~finite).sum())
 
 
+@pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("with_sum", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 1 / 1024, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", SIZES)
-def test_accumulate_equals_numpy(n: int, dtype: torch.dtype, scale: float, with_sum: bool) -> None:
+def test_accumulate_equals_numpy(n: int, dtype: torch.dtype, scale: float, with_sum: bool, finite: bool) -> None:
     start_sum, start_square = values(n, seed=1).nan_to_num(1.0, 1.0, 1.0), values(n, seed=2).nan_to_num(1.0, 1.0, 1.0)
     grad_sum, square_sum = start_sum.clone(), start_square.clone()
     count = torch.tensor([40])
     grad = values(n, dtype)
+    if finite:  # providers may have a faster way then
+        grad.masked_fill_(~grad.isfinite(), 0.5)
     before = grad.clone()
     ops.accumulate_(grad, grad_sum if with_sum else None, square_sum, scale, count)
     g, squares, num_nonfinite = accumulate_oracle(grad, scale)
@@ -61,6 +64,18 @@ def test_accumulate_equals_numpy(n: int, dtype: torch.dtype, scale: float, with_
         assert_same_bits(square_sum, start_square.numpy() + squares)
     assert count.item() == 40 + num_nonfinite
     assert torch.equal(grad.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 500, CHUNK - 1, CHUNK, CHUNK + 4])
+def test_accumulate_finds_a_single_nonfinite_entry_anywhere(place: int, bad: float) -> None:
+    grad = torch.ones(CHUNK + 5)
+    grad[place] = bad
+    square_sum, count = torch.zeros(CHUNK + 5), torch.zeros(1, dtype=torch.int64)
+    ops.accumulate_(grad, None, square_sum, 1.0, count)
+    assert count.item() == 1
+    assert square_sum[place].item() == 0.0
+    assert square_sum.sum().item() == CHUNK + 4
 
 
 def test_accumulate_squares_in_fp32_what_underflows_in_fp16() -> None:

@@ -81,7 +81,10 @@ def train_masked(
     selected = {name: torch.zeros(param.numel(), dtype=torch.bool) for name, param in params.items()}
     for name, positions in index.items():
         selected[name][positions] = True
-    optimizer = torch.optim.AdamW(params.values(), lr=learning_rate, weight_decay=weight_decay)
+    matrices = [param for param in params.values() if param.dim() > 1]  # transformers does not decay norms and biases
+    others = [param for param in params.values() if param.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
     norms = []
     for step in range(num_steps):
         optimizer.zero_grad()

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from piece_ds.command import start_distributed
+
 TESTS = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 900
 
@@ -25,6 +27,8 @@ def run_job(module: str, num_ranks: int, folder: Path, *arguments: str) -> Resul
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "DS_ACCELERATOR": "cpu"}
+    # The ninja that the launch scripts use: another one builds DeepSpeed's extension again.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate wants them set; nobody connects
     processes = []
@@ -45,7 +49,6 @@ def run_job(module: str, num_ranks: int, folder: Path, *arguments: str) -> Resul
 
 def start() -> Path:
     """In a job's process: join the group (through a file: no port to collide on); returns the job's folder."""
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     torch.set_num_threads(1)
@@ -55,7 +58,7 @@ def start() -> Path:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", store, timedelta(seconds=180), rank=rank, world_size=size)
-    deepspeed.init_distributed("gloo")
+    start_distributed()
     return folder
 
 

@@ -116,6 +116,12 @@ def mask_index(path: Path) -> dict[str, Tensor]:
     return index
 
 
+def same_mask(first: Path, second: Path) -> bool:
+    """Whether two task folders hold the same mask. (Bytes of the files may differ: the header has no order.)"""
+    one, other = (mask_index(folder / "mask.safetensors") for folder in (first, second))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     """Flat positions whose bits differ, per tensor that has any."""
     assert before.keys() == after.keys()

@@ -28,6 +28,7 @@ class Case:
         poison: make some gradient entries NaN, through an infinite input.
         in_eval_mode: the engine is in evaluation mode when the pass begins.
         num_batches: micro-batches.
+        bucket_elements: gradients exchanged at a time; 0 means the package's own, which holds all of a tiny model.
     """
 
     family: str
@@ -38,6 +39,7 @@ class Case:
     poison: bool = False
     in_eval_mode: bool = False
     num_batches: int = 7
+    bucket_elements: int = 0
 
     def batches(self) -> list[dict[str, Tensor]]:
         batches = make_micro_batches(self.family, self.num_batches)
@@ -79,6 +81,11 @@ SPECIAL |= {
     "poison-stage3": Case("branches", Setup(3), poison=True),
     "one-micro-batch-stage3": Case("llama", Setup(3), num_batches=1),
     "eight-micro-batches-stage2": Case("llama", Setup(2), num_batches=8),
+    "small-buckets-stage0": Case("neox", Setup(0), bucket_elements=100),
+    "small-buckets-stage2": Case("qwen3", Setup(2), bucket_elements=1000),
+    "small-buckets-stage3": Case("llama", Setup(3), bucket_elements=300),
+    "small-buckets-branches-stage0": Case("branches", Setup(0), bucket_elements=5),
+    "small-buckets-branches-stage3": Case("branches", Setup(3), bucket_elements=5),
     "frozen-embedding-stage3": Case("neox", Setup(3), freeze=True),
 }
 

@@ -7,6 +7,7 @@ import random
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from piece_ds.estimate import estimate_mask
 from piece_ds.model import freeze_ineligible
 from piece_ds.selection import select
 from piece_ds.state.statistics import GradientStats
-from piece_ds.zero import collect_statistics
+from piece_ds.zero import collect_statistics, statistics
 from support.engines import adamw, make_engine
 from support.jobs import Results, collect_case, finish, start
 from support.models import Body, make_model
@@ -52,7 +53,8 @@ def run_case(case: Case) -> dict[str, Any]:
     engine = make_engine(model, case.setup, adamw(model))
     engine.train(not case.in_eval_mode)
     before = surroundings(engine)
-    stats = collect_statistics(engine, case.batches())
+    with mock.patch.object(statistics, "BUCKET_ELEMENTS", case.bucket_elements or statistics.BUCKET_ELEMENTS):
+        stats = collect_statistics(engine, case.batches())
     after = surroundings(engine)
     masks = {
         (method, ratio): estimate_mask(engine, [], method, ratio, layout=stats.layout, stats=stats)

@@ -69,33 +69,43 @@ def as_flags(values: dict[str, object]) -> list[str]:
 
 
 def variant_flags(material: Material) -> dict[str, list[str]]:
+    """Name -> flags of short runs: one of each kind of thing."""
     short, root = material.short_flags, material.root
-    runs = {"again": material.stream_flags("again", general_file=root / "general.jsonl")}
-    for path in sorted(CONFIGS.glob("*.json")):
-        runs[path.stem] = short(path.stem, deepspeed=path, max_steps=2)
-    for method in ("piece-f", "random", "magnitude", "seqft"):
-        runs[method] = short(method, method=method)
-    for budget in ("layer", "tensor"):
-        runs[budget] = short(budget, budget=budget)
-    _write_masks(root)
-    runs["given"] = short("given", mask_file=root / "given.safetensors")
+    _write_given_mask(root / "given.safetensors")
     other = write_rows(root / "other" / "train.json", make_rows(99, 32, ("yes", "no")))
     statistics = {"statistics_file": root / "statistics", "importance_batch_size": 8}
-    runs["statistics-write"] = short("statistics-write", **statistics)
-    runs["statistics-read"] = short("statistics-read", train_file=other, **statistics)
-    runs["statistics-other"] = short("statistics-other", train_file=other, importance_batch_size=8)
-    runs["statistics-ratio"] = short("statistics-ratio", **statistics, method="piece-f", mask_ratio=0.01)
-    runs["save-last"] = material.stream_flags("save-last", max_steps=1, max_eval_samples=2, save_model="last")
-    runs["save-never"] = material.stream_flags("save-never", max_steps=1, max_eval_samples=2, save_model="never")
-    runs["bf16"] = short("bf16", model_name_or_path=root / "base_bf16", max_steps=2)
-    runs["tokens"] = short("tokens", train_file=_write_tokens(material))
-    runs["words"] = short("words")
-    runs["evaluated"] = short("evaluated", max_steps=2, eval_strategy="steps", eval_steps=1,
-                              eval_file=material.tasks / "letter" / "eval.json")  # fmt: skip
-    runs["smaller-step"] = short("smaller-step", gradient_accumulation_steps=3, max_steps=3,
-                                 incomplete_accumulation="smaller_step")  # fmt: skip
-    runs["long"] = long_flags(material, "long")
-    return runs
+    return {
+        "again": material.stream_flags("again", general_file=root / "general.jsonl"),
+        "seqft": short("seqft", method="seqft"),
+        "given": short("given", mask_file=root / "given.safetensors"),
+        "statistics-write": short("statistics-write", **statistics),
+        "statistics-read": short("statistics-read", **statistics, train_file=other),
+        "statistics-other": short("statistics-other", importance_batch_size=8, train_file=other),
+        "bf16": short("bf16", model_name_or_path=root / "base_bf16", max_steps=2),
+        "tokens": short("tokens", train_file=_write_tokens(material)),
+        "words": short("words"),
+    }
+
+
+def slow_variant_flags(material: Material) -> dict[str, list[str]]:
+    """Name -> flags of every DeepSpeed configuration, method and option, and of a long run."""
+    short, root = material.short_flags, material.root
+    statistics = {"statistics_file": root / "statistics-slow"}
+    few = {"max_steps": 1, "max_eval_samples": 2}
+    runs = {path.stem: short(path.stem, deepspeed=path, max_steps=2) for path in sorted(CONFIGS.glob("*.json"))}
+    runs |= {method: short(method, method=method) for method in ("piece-s", "piece-f", "random", "magnitude")}
+    runs |= {budget: short(budget, budget=budget) for budget in ("layer", "tensor")}
+    runs |= {f"save-{mode}": material.stream_flags(f"save-{mode}", **few, save_model=mode)
+             for mode in ("last", "each", "never")}  # fmt: skip
+    return runs | {
+        "statistics-first": short("statistics-first", **statistics),
+        "statistics-ratio": short("statistics-ratio", **statistics, method="piece-f", mask_ratio=0.01),
+        "evaluated": short("evaluated", max_steps=2, eval_strategy="steps", eval_steps=1,
+                           eval_file=material.tasks / "letter" / "eval.json"),
+        "smaller-step": short("smaller-step", gradient_accumulation_steps=3, max_steps=3,
+                              incomplete_accumulation="smaller_step"),
+        "long": long_flags(material, "long"),
+    }  # fmt: skip
 
 
 def long_flags(material: Material, name: str, **changes: object) -> list[str]:
@@ -105,7 +115,7 @@ def long_flags(material: Material, name: str, **changes: object) -> list[str]:
     return material.stream_flags(name, **{**long, **changes})
 
 
-def _write_masks(root: Path) -> None:
+def _write_given_mask(path: Path) -> None:
     """A mask made by hand, of the embedding and one projection, with the least metadata that the format asks for."""
     embedding, projection = torch.zeros(259 * 32 // 8, dtype=torch.uint8), torch.zeros(32 * 32 // 8, dtype=torch.uint8)
     embedding[::3], projection[5] = 0b00010001, 0b10000000
@@ -113,7 +123,7 @@ def _write_masks(root: Path) -> None:
     shapes = {"model.embed_tokens.weight": [259, 32], "model.layers.1.self_attn.q_proj.weight": [32, 32]}
     metadata = {"format": "piece-mask", "version": "1", "method": "hand", "ratio": "0.1", "selected": str(selected),
                 "total": "0", "shapes": json.dumps(shapes)}  # fmt: skip
-    save_file(dict(zip(shapes, (embedding, projection), strict=True)), root / "given.safetensors", metadata)
+    save_file(dict(zip(shapes, (embedding, projection), strict=True)), path, metadata)
 
 
 def _write_tokens(material: Material) -> Path:

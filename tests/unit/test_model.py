@@ -7,6 +7,7 @@ import torch
 from support.launches import make_model_folder
 from support.models import FAMILIES, embedding_name, make_model
 from transformers import AutoConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from piece_ds.config import ModelArguments
 from piece_ds.errors import UserError
@@ -49,6 +50,14 @@ def test_layout_without_weights_is_that_of_the_model(tmp_path: Path, family: str
     assert [(info.name, tuple(info.shape)) for info in empty.parameters] == [
         (info.name, tuple(info.shape)) for info in real.parameters
     ]
+
+
+def test_layout_without_weights_can_be_had_while_zero3_is_configured(folder: Path) -> None:
+    zero3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    assert empty_layout(arguments(folder), load_config(arguments(folder))).total > 0
+    assert is_deepspeed_zero3_enabled()
+    del zero3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
