@@ -3,17 +3,16 @@
 from typing import Any
 
 from piece_ds.arguments import Settings, parse, print_help
-from piece_ds.checks import check_deepspeed_file
-from piece_ds.command import start_distributed, with_default_config
+from piece_ds.command import with_default_config
 from piece_ds.distributed import barrier, is_main
 from piece_ds.engines import inference_model
 from piece_ds.errors import UserError
 from piece_ds.files import write_json
-from piece_ds.flags import default_flags, with_precision
+from piece_ds.flags import default_flags
+from piece_ds.inputs import load_inputs
 from piece_ds.judge import Scores, judge
-from piece_ds.model import dtype_of, load_config, load_model, load_tokenizer, require_weights
+from piece_ds.model import load_model
 from piece_ds.run_folder import versions
-from piece_ds.stream import load_general, load_task_stream
 
 
 def main(argv: list[str]) -> None:
@@ -41,24 +40,14 @@ def evaluate(settings: Settings) -> Scores:
         raise UserError("eval_tasks.py needs --task_dir D with --tasks A,B, and --output_file F")
     if settings.model.model_name_or_path is None:
         raise UserError("eval_tasks.py needs --model_name_or_path M")
-    check_deepspeed_file(settings.flag("deepspeed"))
-    config = load_config(settings.model)
-    require_weights(settings.model)
-    tokenizer = load_tokenizer(settings.model)
-    tasks = load_task_stream(settings.data, tokenizer)
-    general = None
-    if settings.data.general_file:
-        general = load_general(settings.data.general_file, tokenizer, settings.data.cutoff,
-                               max_rows=settings.data.max_eval_samples)  # fmt: skip
-    start_distributed()
-    settings, dtype = with_precision(settings, dtype_of(settings.model, config))
-    arguments = settings.training_arguments()
-    model: Any = inference_model(load_model(settings.model, dtype), arguments)
+    inputs = load_inputs(settings)
+    settings, arguments = inputs.settings, inputs.arguments
+    model: Any = inference_model(load_model(settings.model, inputs.dtype), arguments)
     scores = judge(
         model,
-        tokenizer,
-        tasks,
-        general,
+        inputs.tokenizer,
+        inputs.tasks,
+        inputs.general,
         arguments.per_device_eval_batch_size,
         settings.data.max_new_tokens,
         arguments.device,

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,10 @@ from piece_ds.callback import PieceCallback
 from piece_ds.checkpoint import read_selected, save_delta
 from piece_ds.checkpoint.delta_file import load_previous
 from piece_ds.distributed import barrier, is_main
-from piece_ds.estimate import estimate_mask
 from piece_ds.files import write_text
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import Layout
-from piece_ds.state.statistics import GradientStats
-from piece_ds.statistics_cache import statistics_of
-from piece_ds.stream import MicroBatches, Task, make_collator
+from piece_ds.stream import Task, make_collator
+from piece_ds.task_mask import mask_of_task
 
 PREVIOUS_NAME = "previous.safetensors"
 DELTA_NAME = "delta.safetensors"
@@ -126,7 +124,7 @@ def train_task(
             trainer,
             importance_batch_size=settings.method.importance_batch_size,
             mask_file=settings.method.mask_file,
-            estimate=lambda engine, batches, layout: _estimate(settings, task, arguments.seed, engine, batches, layout),
+            estimate=partial(mask_of_task, settings.method, task.name, arguments.seed),
         )
         trainer.add_callback(callback)
     clock = _Clock()
@@ -155,24 +153,6 @@ def train_task(
     release(trainer)
     barrier()
     return TaskResult(cost, index, log)
-
-
-def _estimate(settings: Settings, task: Task, seed: int, engine: Any, batches: MicroBatches, layout: Layout) -> Mask:
-    method = settings.method
-    device = "cpu" if method.statistics_device == "cpu" else None
-    stats: GradientStats | None = statistics_of(method, task.name, engine, batches, layout, device)
-    return estimate_mask(
-        engine,
-        batches,
-        method.method,
-        method.mask_ratio,
-        method.budget,
-        method.importance_lambda,
-        seed,
-        device,
-        layout,
-        stats,
-    )
 
 
 class _OnBegin(TrainerCallback):

@@ -6,21 +6,18 @@ from typing import Any
 from piece_ds.arguments import Settings, parse, print_help
 from piece_ds.checks import (
     check_accumulation,
-    check_deepspeed_file,
-    check_mask,
     check_method,
     check_training,
     resumes_from,
 )
-from piece_ds.command import start_distributed, with_default_config
+from piece_ds.command import with_default_config
 from piece_ds.distributed import is_main, world_size
 from piece_ds.engine import Stream, run_stream
 from piece_ds.errors import UserError
-from piece_ds.flags import default_flags, with_precision
-from piece_ds.model import dtype_of, load_config, load_tokenizer, require_weights
+from piece_ds.flags import default_flags
+from piece_ds.inputs import load_inputs
 from piece_ds.report import RunResults, print_results, write_report
 from piece_ds.run_folder import RunFolder
-from piece_ds.stream import load_general, load_task_stream
 
 # What decides the results; a resumed run must have the same.
 DECISIVE = (
@@ -54,29 +51,25 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     check_method(settings.method.method)
     if settings.data.train_file is None and settings.data.task_dir is None:
         raise UserError("no data: give --train_file F, or --task_dir D with --tasks A,B,C")
-    check_deepspeed_file(settings.flag("deepspeed"))
-    config = load_config(settings.model)
-    require_weights(settings.model)
-    check_mask(settings, config)
-    tokenizer = load_tokenizer(settings.model)
-    dtype = dtype_of(settings.model, config)
-    tasks = load_task_stream(settings.data, tokenizer)
-    general = None
-    if settings.data.general_file:
-        general = load_general(settings.data.general_file, tokenizer, settings.data.cutoff,
-                               max_rows=settings.data.max_eval_samples)  # fmt: skip
-    start_distributed()
-    settings, dtype = with_precision(settings, dtype)
-    arguments = settings.training_arguments()
+    inputs = load_inputs(settings)
+    settings, arguments = inputs.settings, inputs.arguments
     check_training(arguments, masked=settings.method.method != "seqft")
-    for task in tasks:
+    for task in inputs.tasks:
         check_accumulation(task, arguments, settings.output.incomplete_accumulation == "smaller_step")
     folder = RunFolder(Path(arguments.output_dir))
     resume = resumes_from(arguments)
     decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}
     folder.claim({**settings.resolved(), "TrainingArguments": decisive, "world_size": world_size()}, resume)
-    eval_batch_size = arguments.per_device_eval_batch_size
-    return run_stream(Stream(settings, tokenizer, tasks, general, dtype, folder, eval_batch_size), resume), folder
+    stream = Stream(
+        settings,
+        inputs.tokenizer,
+        inputs.tasks,
+        inputs.general,
+        inputs.dtype,
+        folder,
+        arguments.per_device_eval_batch_size,
+    )
+    return run_stream(stream, resume), folder
 
 
 def show(runs: list[RunResults], folder: RunFolder) -> None:

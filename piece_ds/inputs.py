@@ -1,0 +1,59 @@
+"""What every launch script reads before a weight is read: configuration, tokenizer, tasks; every refusal on the way."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from piece_ds.arguments import Settings
+from piece_ds.checks import check_deepspeed_file, check_mask
+from piece_ds.command import start_distributed
+from piece_ds.flags import with_precision
+from piece_ds.model import dtype_of, load_config, load_tokenizer, require_weights
+from piece_ds.stream import Task, load_general, load_task_stream
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything but the weights.
+
+    Attributes:
+        settings: with the precision of the model's files among its flags.
+        config: the model's.
+        tokenizer: the model's.
+        dtype: to load and train the model in.
+        tasks: tokenized, in order.
+        general: tokenized text that no task trains, or None.
+        arguments: made from settings; while it lives, transformers loads models partitioned under ZeRO-3.
+    """
+
+    settings: Settings
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    tasks: list[Task]
+    general: datasets.Dataset | None
+    arguments: TrainingArguments
+
+
+def load_inputs(settings: Settings) -> Inputs:
+    """Read and check them, cheapest first, then start torch.distributed.
+
+    Raises:
+        UserError: a file, folder or setting that cannot be used; nothing has been written.
+    """
+    check_deepspeed_file(settings.flag("deepspeed"))
+    config = load_config(settings.model)
+    require_weights(settings.model)
+    check_mask(settings, config)
+    tokenizer = load_tokenizer(settings.model)
+    data = settings.data
+    tasks = load_task_stream(data, tokenizer)
+    general = None
+    if data.general_file:
+        general = load_general(data.general_file, tokenizer, data.cutoff, max_rows=data.max_eval_samples)
+    start_distributed()
+    settings, dtype = with_precision(settings, dtype_of(settings.model, config))
+    return Inputs(settings, config, tokenizer, dtype, tasks, general, settings.training_arguments())
