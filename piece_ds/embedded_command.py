@@ -22,6 +22,7 @@ from piece_ds.report import RunResults
 from piece_ds.run_folder import RunFolder
 from piece_ds.stream import Encoder, load_rows, make_collator, tokenize_rows
 from piece_ds.task_run import TaskTrainer, release
+from piece_ds.train_run import train
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +56,10 @@ def run_embedded(argv: list[str], settings: Settings, defaults: dict[str, Any]) 
     ):
         flags = {**defaults, **_stream_flags(paths, recipe, base), "learning_rate": rate, "output_dir": where}
         chosen = ["--method", method, "--learning_rate", str(rate), "--output_dir", str(where)] if method else []
-        runs.append(_train(parse([*argv, *chosen], flags)))
+        runs.append(train(parse([*argv, *chosen], flags))[0])
         if settings.method.method == "seqft":
             break
     return runs, folder
-
-
-def _train(settings: Settings) -> RunResults:
-    from piece_ds.train_command import train
-
-    return train(settings)[0]
 
 
 def _free_folder() -> Path:

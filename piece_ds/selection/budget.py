@@ -18,25 +18,36 @@ def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[
 
     budget 'model': one group; k counts every parameter of the model, embeddings included, as the paper's code does.
     budget 'layer': one group per transformer block, and one for everything outside the blocks.
-    budget 'tensor': one group per parameter. For both, k counts the eligible elements of the group.
-    k is at most the number of eligible elements; where that cuts it, a line is logged.
+    budget 'tensor': one group per parameter. For both, the same k is shared out in proportion to eligible elements.
+    k is at most the number of eligible elements; where that cuts it, a line is logged. A group whose share is nothing
+    is left out.
     """
     eligible = layout.eligible()
     if not eligible:
         raise ValueError("the model has no eligible parameter: every one is frozen or the input embedding")
-    if budget == "model":
-        k = num_to_select(ratio, layout.total)
-        if k > layout.num_eligible:
-            logger.warning("ratio %g asks for %d elements, only %d are eligible: all of them are selected",
-                           ratio, k, layout.num_eligible)  # fmt: skip
-        return [([info.name for info in eligible], min(k, layout.num_eligible))]
+    k = num_to_select(ratio, layout.total)
+    if k > layout.num_eligible:
+        logger.warning("ratio %g asks for %d elements, only %d are eligible: all are selected",
+                       ratio, k, layout.num_eligible)  # fmt: skip
+        k = layout.num_eligible
     groups: dict[str, list[str]] = {}
     numel: dict[str, int] = {}
     for info in eligible:
-        key = info.name if budget == "tensor" else layer_of(info.name)
+        key = {"model": "", "layer": layer_of(info.name), "tensor": info.name}[budget]
         groups.setdefault(key, []).append(info.name)
         numel[key] = numel.get(key, 0) + info.numel
-    return [(names, num_to_select(ratio, numel[key])) for key, names in groups.items()]
+    shares = share_out(k, list(numel.values()))
+    return [(names, share) for names, share in zip(groups.values(), shares, strict=True) if share]
+
+
+def share_out(k: int, weights: list[int]) -> list[int]:
+    """k cut into whole parts in proportion to weights, by largest remainder; equal remainders go to the earlier."""
+    total = sum(weights)
+    shares = [k * weight // total for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda i: (-(k * weights[i] % total), i))
+    for i in by_remainder[: k - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 def layer_of(name: str) -> str:

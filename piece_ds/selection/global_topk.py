@@ -61,13 +61,14 @@ def select(
 
     def chunks() -> Iterator[tuple[int, Tensor]]:
         for info, part, offset in layout.owned():
-            for _, score in source.of(info, part, offset):
-                yield group_of[info.name], score
+            if info.name in group_of:
+                for _, score in source.of(info, part, offset):
+                    yield group_of[info.name], score
 
     thresholds = find_thresholds(chunks, [k for _, k in groups], device)
     index = {}
     above, ties = _scan(layout, source, {name: thresholds[group].key for name, group in group_of.items()})
-    names = [info.name for info in layout.eligible()]
+    names = [info.name for info in layout.eligible() if info.name in group_of]
     num_ties = torch.tensor([ties[name].numel() for name in names])
     quotas = tie_quotas(num_ties, [group_of[name] for name in names], thresholds, layout.rank)
     for name, quota in zip(names, quotas, strict=True):
@@ -124,9 +125,11 @@ class _Scores:
 
 
 def _scan(layout: Layout, source: _Scores, key_of: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Ascending positions strictly above, and exactly at, the threshold key of each parameter's group (CPU, int64)."""
+    """Ascending positions strictly above, and exactly at, the key of each parameter in key_of (CPU, int64)."""
     above, ties = {}, {}
     for info, part, offset in layout.owned():
+        if info.name not in key_of:
+            continue
         greater, equal = [torch.zeros(0).long()], [torch.zeros(0).long()]
         for start, score in source.of(info, part, offset):
             key = score.view(torch.int32)

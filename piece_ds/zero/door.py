@@ -85,7 +85,8 @@ def require_trainable(engine: Any) -> None:
 def _optimizer_refusal(engine: Any) -> str | None:
     base = engine.basic_optimizer
     name = type(base).__name__
-    if name not in PROVEN_OPTIMIZERS:
+    # By module too: other libraries have an AdamW of their own, with 8-bit states for instance.
+    if name not in PROVEN_OPTIMIZERS or not type(base).__module__.startswith(("torch.optim", "deepspeed.ops")):
         return f"the optimizer {name}: a zero gradient may move a weight; use one of {', '.join(PROVEN_OPTIMIZERS)}"
     decoupled = name == "AdamW" or (name != "Adam" and getattr(base, "adam_w_mode", getattr(base, "adamw_mode", True)))
     if not decoupled and any(group.get("weight_decay", 0) for group in base.param_groups):

@@ -64,15 +64,19 @@ def expected(kind: str, method: str, budget: str, ratio: float) -> set[tuple[str
         scores = {
             name: np.nan_to_num(s, nan=0.0, posinf=np.inf) for name, s in score(method, *whole_sums(kind)).items()
         }
+    total = sum(p.numel() for p in Blocks().parameters())
+    k = min(max(1, int(ratio * total)), sum(values.size for values in scores.values()))
     if budget == "model":
-        total = sum(p.numel() for p in Blocks().parameters())
-        return top_k(scores, max(1, int(ratio * total)))
+        return top_k(scores, k)
     groups: dict[str, Arrays] = {}
     for name, values in scores.items():
         key = name if budget == "tensor" else name[:8] if name.startswith("layers.") else "other"
         groups.setdefault(key, {})[name] = values
-    chosen = [top_k(group, max(1, int(ratio * sum(v.size for v in group.values())))) for group in groups.values()]
-    return set().union(*chosen)
+    sizes = np.array([sum(v.size for v in group.values()) for group in groups.values()])
+    shares = k * sizes / sizes.sum()  # largest remainder; the first of equal ones
+    counts = np.floor(shares + 1e-9).astype(int)
+    counts[np.argsort(-np.round(shares - counts, 9), kind="stable")[: k - counts.sum()]] += 1
+    return set().union(*(top_k(group, n) for group, n in zip(groups.values(), counts, strict=True) if n))
 
 
 def make_stats(kind: str) -> GradientStats:

@@ -1,0 +1,55 @@
+"""One run of launch/train.py's work: from checked settings to results."""
+
+from pathlib import Path
+from typing import Any
+
+from piece_ds.arguments import Settings
+from piece_ds.checks import check_accumulation, check_method, check_training, resumes_from
+from piece_ds.distributed import world_size
+from piece_ds.engine import Stream, run_stream
+from piece_ds.errors import UserError
+from piece_ds.inputs import load_inputs
+from piece_ds.report import RunResults
+from piece_ds.run_folder import RunFolder
+
+# What decides the results; a resumed run must have the same.
+DECISIVE = (
+    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "train_sampling_strategy", "optim", "seed", "data_seed", "bf16", "fp16",
+)  # fmt: skip
+
+
+def train(settings: Settings) -> tuple[RunResults, RunFolder]:
+    """Check everything that can be checked without the weights, then run the stream.
+
+    Raises:
+        UserError: see the checks; nothing has been written then.
+    """
+    check_method(settings.method.method)
+    if settings.data.train_file is None and settings.data.task_dir is None:
+        raise UserError("no data: give --train_file F, or --task_dir D with --tasks A,B,C")
+    inputs = load_inputs(settings)
+    settings, arguments = inputs.settings, inputs.arguments
+    check_training(arguments, masked=settings.method.method != "seqft")
+    for task in inputs.tasks:
+        check_accumulation(task, arguments, settings.output.incomplete_accumulation == "smaller_step")
+    folder = RunFolder(Path(arguments.output_dir))
+    resume = resumes_from(arguments)
+    decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}
+    folder.claim({**settings.resolved(), "TrainingArguments": decisive, "world_size": world_size()}, resume)
+    stream = Stream(
+        settings,
+        inputs.tokenizer,
+        inputs.tasks,
+        inputs.general,
+        inputs.dtype,
+        folder,
+        arguments.per_device_eval_batch_size,
+    )
+    return run_stream(stream, resume), folder
+
+
+def _plain(value: Any) -> Any:
+    """value as JSON has it: enums of transformers by their value."""
+    return getattr(value, "value", value)
