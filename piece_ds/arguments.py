@@ -6,6 +6,7 @@ task must not inherit the first one's, so what is kept is the list of flags, not
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -126,8 +127,9 @@ def _parser(classes: tuple[type, ...]) -> HfArgumentParser:
 
 
 def print_help() -> None:
-    """Every flag with its meaning, on stdout."""
-    _parser((*OURS, TrainingArguments)).print_help(sys.stdout)
+    """Every flag with its meaning, on stdout, once."""
+    if os.environ.get("RANK", "0") == "0":
+        _parser((*OURS, TrainingArguments)).print_help(sys.stdout)
 
 
 def _known_flags() -> list[str]:

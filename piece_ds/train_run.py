@@ -37,7 +37,12 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     folder = RunFolder(Path(arguments.output_dir))
     resume = resumes_from(arguments)
     decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}
-    folder.claim({**settings.resolved(), "TrainingArguments": decisive, "world_size": world_size()}, resume)
+    # A checkpoint of DeepSpeed is cut for one number of ranks and one stage.
+    cut = {
+        "world_size": world_size(),
+        "zero_stage": arguments.hf_deepspeed_config.get_value("zero_optimization.stage", 0),
+    }
+    folder.claim({**settings.resolved(), "TrainingArguments": decisive, **cut}, resume)
     stream = Stream(
         settings,
         inputs.tokenizer,
