@@ -51,12 +51,13 @@ class RunFolder:
     def _taken(self) -> str:
         return f"--output_dir {self.root} holds a run already: add --resume_from_checkpoint True, or use another folder"
 
-    def claim(self, configuration: dict[str, Any], resume: bool) -> None:
+    def claim(self, configuration: dict[str, Any], resume: bool, also: dict[str, Any] | None = None) -> None:
         """Make the folder this run's own, on all ranks.
 
         Args:
             configuration: what decides the results; compared with what the folder was made with.
             resume: continue what is there.
+            also: written beside it and not compared.
         Raises:
             UserError: the folder belongs to another run, or to a finished or interrupted one and resume is not asked.
         """
@@ -64,7 +65,7 @@ class RunFolder:
         if problem:
             raise UserError(str(problem))
         if is_main() and not self.run_file.exists():
-            write_json(self.run_file, {**configuration, "versions": versions()})
+            write_json(self.run_file, {**configuration, "versions": versions(), **(also or {})})
         barrier()
 
     def _problem(self, configuration: dict[str, Any], resume: bool) -> str | None:

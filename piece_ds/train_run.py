@@ -42,7 +42,9 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         "world_size": world_size(),
         "zero_stage": arguments.hf_deepspeed_config.get_value("zero_optimization.stage", 0),
     }
-    folder.claim({**settings.resolved(), "TrainingArguments": decisive, **cut}, resume)
+    configuration = {**settings.resolved(), "TrainingArguments": decisive, **cut}
+    also = {"all_training_arguments": arguments.to_dict(), "deepspeed": arguments.hf_deepspeed_config.config}
+    folder.claim(configuration, resume, also)
     stream = Stream(
         settings,
         inputs.tokenizer,
