@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # Gradients alive for exchange at a time: large enough that calls do not matter (64 MiB in bf16), small beside a model.
 BUCKET_ELEMENTS = 1 << 25
 
-# fp16 gradients of a mean loss lie mostly below fp16's smallest normal number. A power of two is divided out exactly.
+# Unscaled, small fp16 gradients would lose bits below fp16's normal range. A power of two is divided out exactly.
 FP16_LOSS_SCALE = 1024.0
 
 
