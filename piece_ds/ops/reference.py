@@ -1,13 +1,18 @@
-"""The pure torch meaning of every op: the provider of last resort and the oracle of the compiled ones.
+"""The pure torch meaning of every op: the oracle of the compiled providers, and a provider where it is asked for.
 
 Numerics are defined to the bit, so that every provider and every device can agree: fp32, each operation rounded to
-nearest once (product, then sum: no fused multiply-add), no flushing of denormals.
+nearest once (product, then sum: no fused multiply-add), IEEE square root and division, no flushing of denormals;
+scalars are computed in fp64 and rounded to fp32 once. Left open, within what their docstrings say: the order of
+candidates, and the order of additions in square_norm and sampled_gradient_.
 """
+
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from piece_ds.ops.schema import NAMESPACE
+from piece_ds.ops.schema import NAMESPACE, SCHEMAS
 
 # Elements per temporary: 512 KiB in fp32 stays in a core's cache; 2**17 was the best of 2**16 .. 2**20 on a CPU.
 CHUNK = 1 << 17
@@ -34,6 +39,23 @@ def _finite(value: Tensor, num_nonfinite: Tensor) -> Tensor:
     return value.to(torch.float32, copy=True).masked_fill_(~finite, 0.0)
 
 
+def accumulate_filter_(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    square_sum: Tensor,
+    scale: float,
+    num_nonfinite: Tensor,
+    lam: float,
+    bound: float,
+    offset: int,
+    candidate_score: Tensor,
+    candidate_index: Tensor,
+    num_candidates: Tensor,
+) -> None:
+    accumulate_(grad, grad_sum, square_sum, scale, num_nonfinite)
+    filter_(grad_sum, square_sum, lam, bound, offset, candidate_score, candidate_index, num_candidates)
+
+
 def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float) -> Tensor:
     if grad_sum is None:
         result = square_sum.clone()
@@ -54,12 +76,63 @@ def _sqrt_rn_(x: Tensor) -> Tensor:
     return x
 
 
-def digit_histogram_(counts: Tensor, score: Tensor, shift: int, bits: int, prefix: int) -> None:
-    key = score.view(torch.int32)  # order-preserving for non-negative floats
-    if shift + bits < 31:
-        key = key[(key >> (shift + bits)) == prefix]
-    digit = (key >> shift) & ((1 << bits) - 1)
-    counts += torch.bincount(digit, minlength=1 << bits)
+def _chunks(grad_sum: Tensor | None, square_sum: Tensor, lam: float) -> Iterator[tuple[int, Tensor]]:
+    """(position of the first element, scores) of every chunk."""
+    for start in range(0, square_sum.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        yield start, score(None if grad_sum is None else grad_sum[part], square_sum[part], lam)
+
+
+def score_histogram_(
+    counts: Tensor,
+    grad_sum: Tensor | None,
+    square_sum: Tensor,
+    lam: float,
+    shift: int,
+    bits: int,
+    prefix: int,
+    run: int,
+    stride: int,
+) -> None:
+    for start, scores in _chunks(grad_sum, square_sum, lam):
+        key = scores.view(torch.int32)  # order-preserving for non-negative floats
+        if run < stride:
+            position = torch.arange(start, start + key.numel(), device=key.device)
+            key = key[position % stride < run]
+        if shift + bits < 31:
+            key = key[(key >> (shift + bits)) == prefix]
+        digit = (key >> shift) & ((1 << bits) - 1)
+        counts += torch.bincount(digit, minlength=1 << bits)
+
+
+def filter_(
+    grad_sum: Tensor | None,
+    square_sum: Tensor,
+    lam: float,
+    bound: float,
+    offset: int,
+    candidate_score: Tensor,
+    candidate_index: Tensor,
+    num_candidates: Tensor,
+) -> None:
+    for start, scores in _chunks(grad_sum, square_sum, lam):
+        found = (scores >= bound).nonzero().squeeze(1)
+        first = int(num_candidates)
+        room = found[: max(0, candidate_score.numel() - first)]
+        candidate_score[first : first + room.numel()] = scores[room]
+        candidate_index[first : first + room.numel()] = room + (offset + start)
+        num_candidates += found.numel()
+
+
+def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: int, num_ties: int) -> Tensor:
+    selected = [torch.zeros(0, dtype=torch.int64, device=square_sum.device)]
+    for start, scores in _chunks(grad_sum, square_sum, lam):
+        keys = scores.view(torch.int32)
+        ties = (keys == key).nonzero().squeeze(1)[:num_ties]
+        num_ties -= ties.numel()
+        above = (keys > key).nonzero().squeeze(1)
+        selected.append(torch.cat([above, ties]).sort().values + start)
+    return torch.cat(selected)
 
 
 def index_to_mask(index: Tensor, n: int) -> Tensor:
@@ -76,11 +149,58 @@ def mask_to_index(bits: Tensor) -> Tensor:
     return (byte.unsqueeze(1) * 8 + position.to(torch.int64))[is_set.bool()]
 
 
-def apply_mask_(grad: Tensor, index: Tensor) -> None:
+def apply_mask_(grad: Tensor, index: Tensor, scale: float, square_norm: Tensor, num_nonfinite: Tensor) -> None:
     kept = grad[index]
+    if scale != 1.0:
+        kept = (kept.to(torch.float32) * scale).to(grad.dtype)
+    square_norm += kept.to(torch.float64).square().sum()
+    num_nonfinite += kept.numel() - torch.isfinite(kept).sum()
     grad.zero_()
     grad[index] = kept
 
 
-for _name in ("accumulate_", "score", "digit_histogram_", "index_to_mask", "mask_to_index", "apply_mask_"):
-    torch.library.impl(f"{NAMESPACE}::{_name}", ["cpu", "cuda"], globals()[_name])
+def gather_add_(grad: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
+    total += grad[index].to(torch.float32) * scale
+
+
+def sampled_gradient_(grad_output: Tensor, input: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
+    num_tokens, width = input.shape
+    # Entries at a time: two gathered blocks of CHUNK elements.
+    step = max(1, CHUNK // max(1, num_tokens))
+    for start in range(0, index.numel(), step):
+        part = index[start : start + step]
+        rows = grad_output[:, part // width].to(torch.float32)
+        columns = input[:, part % width].to(torch.float32)
+        total[start : start + step] += (rows * columns).sum(0) * scale
+
+
+def sparse_adamw_(
+    grad: Tensor,
+    value: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    grad_scale: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    g = grad * grad_scale
+    value.mul_(1.0 - lr * weight_decay)
+    exp_avg.add_((g - exp_avg) * (1.0 - beta1))
+    exp_avg_sq.mul_(beta2).add_((g * g) * (1.0 - beta2))
+    # Multiplied by the inverse: torch's own division by a number is one on a CPU and a product on a GPU.
+    step_size, correction = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
+    denominator = _sqrt_rn_(exp_avg_sq.clone()) * correction + eps
+    value.sub_((exp_avg / denominator) * step_size)
+    weight[index] = value.to(weight.dtype)
+
+
+def register(device_type: str) -> None:
+    """Make these the kernels of device_type ('cpu', 'cuda')."""
+    for name in SCHEMAS:
+        torch.library.impl(f"{NAMESPACE}::{name}", device_type, globals()[name])

@@ -48,7 +48,7 @@ def find_thresholds(chunks: ScoreChunks, num_to_take: list[int], device: torch.d
     for shift, bits in DIGITS:
         counts_GD = torch.zeros(num_groups, 1 << bits, dtype=torch.int64, device=device)
         for group, score in chunks():
-            ops.digit_histogram_(counts_GD[group], score, shift, bits, prefix[group])
+            ops.score_histogram_(counts_GD[group], None, score, 1.0, shift, bits, prefix[group])
         counts_GD = all_reduce_sum_(counts_GD.to(collective_device())).cpu()
         above_GD = counts_GD.flip(1).cumsum(1).flip(1) - counts_GD  # elements with a greater digit
         for group in range(num_groups):

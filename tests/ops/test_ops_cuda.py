@@ -48,8 +48,8 @@ def test_score_and_histogram(n: int, with_sum: bool) -> None:
     on_gpu = ops.score(grad_sum.cuda() if with_sum else None, square_sum.cuda())
     assert_same_bits(on_gpu, scores)
     counts, gpu_counts = torch.zeros(2048, dtype=torch.int64), torch.zeros(2048, dtype=torch.int64, device="cuda")
-    ops.digit_histogram_(counts, scores, 20, 11, 0)
-    ops.digit_histogram_(gpu_counts, on_gpu, 20, 11, 0)
+    ops.score_histogram_(counts, None, scores, 1.0, 20, 11, 0)
+    ops.score_histogram_(gpu_counts, None, on_gpu, 1.0, 20, 11, 0)
     assert torch.equal(gpu_counts.cpu(), counts)
 
 

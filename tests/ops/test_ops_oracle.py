@@ -126,7 +126,7 @@ def test_score_refuses_a_lambda_that_is_not_positive(lam: float) -> None:
 
 @pytest.mark.parametrize(("shift", "bits"), [(20, 11), (10, 10), (0, 10), (30, 1), (0, 31 - 20)])
 @pytest.mark.parametrize("n", SIZES)
-def test_digit_histogram_equals_numpy(n: int, shift: int, bits: int) -> None:
+def test_score_histogram_equals_numpy(n: int, shift: int, bits: int) -> None:
     score = values(n, seed=5).abs().nan_to_num(nan=0.0, posinf=float("inf"))
     key = score.numpy().view(np.uint32).astype(np.int64)
     leading = shift + bits == 31
@@ -134,7 +134,7 @@ def test_digit_histogram_equals_numpy(n: int, shift: int, bits: int) -> None:
     kept = key if leading else key[key >> (shift + bits) == prefix]
     want = np.bincount((kept >> shift) & (2**bits - 1), minlength=2**bits).astype(np.int64)
     counts = torch.full((2**bits,), 3)
-    ops.digit_histogram_(counts, score, shift, bits, prefix)
+    ops.score_histogram_(counts, None, score, 1.0, shift, bits, prefix)
     assert_same_bits(counts, want + 3)
 
 
@@ -201,9 +201,9 @@ def test_accumulate_refuses_two_dimensions() -> None:
         ops.accumulate_(two, two.clone(), two.clone(), 1.0, torch.zeros(1).long())
 
 
-def test_digit_histogram_refuses_counts_of_another_width() -> None:
+def test_score_histogram_refuses_counts_of_another_width() -> None:
     with pytest.raises(RuntimeError):
-        ops.digit_histogram_(torch.zeros(1024, dtype=torch.int64), torch.ones(3), 20, 11, 0)
+        ops.score_histogram_(torch.zeros(1024, dtype=torch.int64), None, torch.ones(3), 1.0, 20, 11, 0)
 
 
 def test_positions_outside_are_refused() -> None:

@@ -1,0 +1,163 @@
+"""From gradients to scores, and from scores to the elements with the highest ones.
+
+Where a function takes (grad_sum, square_sum, lam), it works on the scores that score() would return, which are never
+stored; (None, x, lam) stands for the scores x themselves. A score's key is its 31 low bits as an integer: scores are
+never negative, so the order of keys is the order of scores.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from piece_ds.ops.backends import load
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Room for elements whose score reaches a bound.
+
+    Attributes:
+        score: fp32, capacity elements; the first count() of them are valid.
+        index: int64, same length; the element's position.
+        num_found: int64, one element; more than the capacity where not everything found had room.
+    """
+
+    score: Tensor
+    index: Tensor
+    num_found: Tensor
+
+    def count(self) -> int:
+        """Elements found, with or without room for them. Waits for the device."""
+        return int(self.num_found)
+
+    @property
+    def capacity(self) -> int:
+        return self.score.numel()
+
+
+def empty_candidates(capacity: int, device: torch.device | str) -> Candidates:
+    """Room for capacity candidates: 12 bytes each."""
+    return Candidates(
+        torch.empty(capacity, dtype=torch.float32, device=device),
+        torch.empty(capacity, dtype=torch.int64, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale: float, num_nonfinite: Tensor) -> None:
+    """Add one micro-batch's gradient to the running sums, in place.
+
+    Args:
+        grad: bf16, fp16 or fp32, 1-D, contiguous. Not modified.
+        grad_sum: fp32, as long as grad, or None where only squares are needed.
+        square_sum: fp32, as long as grad.
+        scale: factor applied in fp32 before both sums; the inverse of a loss scale.
+        num_nonfinite: int64, one element; receives the number of NaN and infinite entries, which count as 0.
+    Cost: reads grad once, reads and writes each sum once.
+    """
+    _check_sums(grad, grad_sum, square_sum)
+    load(grad.device.type)
+    torch.ops.piece_ds.accumulate_(grad, grad_sum, square_sum, scale, num_nonfinite)
+
+
+def accumulate_filter_(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    square_sum: Tensor,
+    scale: float,
+    num_nonfinite: Tensor,
+    lam: float,
+    bound: float,
+    offset: int,
+    candidates: Candidates,
+) -> None:
+    """accumulate_() and then filter_() of the new sums, in one pass over them."""
+    _check_sums(grad, grad_sum, square_sum)
+    _check_lam(lam)
+    load(grad.device.type)
+    torch.ops.piece_ds.accumulate_filter_(
+        grad,
+        grad_sum,
+        square_sum,
+        scale,
+        num_nonfinite,
+        lam,
+        bound,
+        offset,
+        candidates.score,
+        candidates.index,
+        candidates.num_found,
+    )
+
+
+def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float = 1.0) -> Tensor:
+    """|grad_sum| / sqrt(square_sum + lam), or a copy of square_sum where grad_sum is None; fp32, >= +0, never NaN.
+
+    Source: arXiv 2511.15375, second-order normalization (PIECE-S) and Fisher (PIECE-F).
+    """
+    _check_lam(lam)
+    load(square_sum.device.type)
+    return torch.ops.piece_ds.score(grad_sum, square_sum, lam)
+
+
+def score_histogram_(
+    counts: Tensor,
+    grad_sum: Tensor | None,
+    square_sum: Tensor,
+    lam: float,
+    shift: int,
+    bits: int,
+    prefix: int,
+    run: int = 1,
+    stride: int = 1,
+) -> None:
+    """Add to counts how often each `bits`-wide digit at bit `shift` occurs among keys that start with prefix.
+
+    Args:
+        counts: int64, 2**bits elements. Written.
+        shift, bits: position and width (at most 16) of the digit; shift + bits == 31 means the leading digit (prefix
+            unused), bits == 0 counts the keys equal to prefix << shift in their leading bits.
+        prefix: value of the bits above the digit.
+        run, stride: only elements i with i % stride < run count: a sample.
+    Cost: reads the sampled elements once.
+    """
+    _check_lam(lam)
+    load(square_sum.device.type)
+    torch.ops.piece_ds.score_histogram_(counts, grad_sum, square_sum, lam, shift, bits, prefix, run, stride)
+
+
+def filter_(
+    grad_sum: Tensor | None, square_sum: Tensor, lam: float, bound: float, offset: int, candidates: Candidates
+) -> None:
+    """Append every element with score >= bound to candidates, as (score, offset + position), in any order.
+
+    candidates.num_found grows also for elements that find no room; what has room is then an arbitrary part.
+    Cost: one read of the sums.
+    """
+    _check_lam(lam)
+    load(square_sum.device.type)
+    torch.ops.piece_ds.filter_(
+        grad_sum, square_sum, lam, bound, offset, candidates.score, candidates.index, candidates.num_found
+    )
+
+
+def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: int, num_ties: int) -> Tensor:
+    """Ascending positions (int64) of scores with a greater key and of the first num_ties scores with exactly this one.
+
+    Cost: one or two reads of the sums. Waits for the device.
+    """
+    _check_lam(lam)
+    load(square_sum.device.type)
+    return torch.ops.piece_ds.select_above(grad_sum, square_sum, lam, key, num_ties)
+
+
+def _check_sums(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor) -> None:
+    if grad.dim() != 1 or grad.shape != square_sum.shape or (grad_sum is not None and grad_sum.shape != grad.shape):
+        raise ValueError(f"accumulate_ expected equal 1-D shapes, got grad {tuple(grad.shape)}, sums "
+                         f"{tuple(square_sum.shape)}: pass the owned fragment of the gradient")  # fmt: skip
+
+
+def _check_lam(lam: float) -> None:
+    if not lam > 0:
+        raise ValueError(f"lam must be positive, got {lam}: it keeps the division defined where no gradient came")

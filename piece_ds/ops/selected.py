@@ -1,0 +1,99 @@
+"""Work on the selected elements alone: masking a gradient, gathering it, sampling it, stepping and scattering."""
+
+import torch
+from torch import Tensor
+
+from piece_ds.ops.backends import load
+
+
+def apply_mask_(
+    grad: Tensor,
+    index: Tensor,
+    scale: float = 1.0,
+    square_norm: Tensor | None = None,
+    num_nonfinite: Tensor | None = None,
+) -> None:
+    """Zero a 1-D gradient outside index and multiply it by scale inside; the norm and the finite check come with it.
+
+    Entries are selected, not multiplied by 0: inf and NaN outside do not leak.
+
+    Args:
+        grad: bf16, fp16 or fp32, 1-D, contiguous. Written.
+        index: int64, unique positions in grad.
+        scale: factor applied in fp32 to the selected entries, the inverse of a loss scale; 1 keeps their bits.
+        square_norm: fp64, one element; receives the sum of squares of the selected entries as written. The order of
+            its additions is the provider's, the same in every call.
+        num_nonfinite: int64, one element; receives the number of selected entries that are NaN or infinite.
+    Cost: one write of grad; reads only the selected entries.
+    """
+    load(grad.device.type)
+    if square_norm is None:
+        square_norm = torch.zeros(1, dtype=torch.float64, device=grad.device)
+    if num_nonfinite is None:
+        num_nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
+    torch.ops.piece_ds.apply_mask_(grad, index, scale, square_norm, num_nonfinite)
+
+
+def gather_add_(grad: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
+    """total[j] += float32(grad[index[j]]) * scale.
+
+    Args:
+        grad: bf16, fp16 or fp32, 1-D, contiguous.
+        index: int64 positions in grad.
+        total: fp32, as long as index. Written.
+    """
+    load(grad.device.type)
+    torch.ops.piece_ds.gather_add_(grad, index, scale, total)
+
+
+def sampled_gradient_(grad_output: Tensor, input: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
+    """Add the selected entries of a linear layer's weight gradient, grad_output^T input, without forming the rest.
+
+    Args:
+        grad_output: bf16, fp16 or fp32, [tokens, out], contiguous: gradient of the layer's output.
+        input: same dtype, [tokens, in], contiguous.
+        index: int64, ascending flat row-major positions in the weight [out, in].
+        scale: factor applied in fp32 to each entry.
+        total: fp32, as long as index. Written. Products and sums are fp32; their order is the provider's.
+    Cost: 2 tokens len(index) operations where the dense gradient has 2 tokens out in, and a read of both tensors.
+    Source: sampled dense-dense matrix multiplication (SDDMM), Nisa et al. 2018.
+    """
+    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
+        raise ValueError(f"sampled_gradient_ expected [tokens, out] and [tokens, in], got {tuple(grad_output.shape)} "
+                         f"and {tuple(input.shape)}: flatten the batch")  # fmt: skip
+    load(input.device.type)
+    torch.ops.piece_ds.sampled_gradient_(grad_output, input, index, scale, total)
+
+
+def sparse_adamw_(
+    grad: Tensor,
+    value: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+) -> None:
+    """One AdamW step of the selected elements, and their new values into the weight, in one pass.
+
+    Args:
+        grad: fp32, K elements: gradient of the selected elements.
+        value, exp_avg, exp_avg_sq: fp32, K elements: master values and moments. Written.
+        weight: bf16, fp16 or fp32, 1-D; weight[index] = value, rounded to nearest even. Nothing else is written.
+        index: int64, K unique positions in weight.
+        step: 1 for the first step.
+        grad_scale: factor applied in fp32 to grad first: unscaling and clipping.
+    Cost: 28 bytes read and 12 written per selected element, and a scattered write of the weight.
+    Source: decoupled weight decay, arXiv 1711.05101, in the order of torch.optim.AdamW.
+    """
+    load(grad.device.type)
+    torch.ops.piece_ds.sparse_adamw_(
+        grad, value, exp_avg, exp_avg_sq, weight, index, grad_scale, lr, beta1, beta2, eps, weight_decay, step
+    )
