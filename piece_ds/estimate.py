@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from piece_ds.importance import estimator
-from piece_ds.selection import select
+from piece_ds.selection import LastPassFilter, select
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.state.statistics import GradientStats
@@ -44,11 +44,14 @@ def estimate_mask(
     """
     scorer = estimator(method)
     layout = layout or layout_of(engine.module)
+    candidates = None
     if stats is None and scorer.needs_squares:
-        stats = collect_statistics(engine, micro_batches, scorer.needs_sum, device, layout)
+        last_pass = LastPassFilter(layout, method, ratio, lam) if budget == "model" else None
+        stats = collect_statistics(engine, micro_batches, scorer.needs_sum, device, layout, last_pass=last_pass)
+        candidates = last_pass.proven() if last_pass is not None else None
     params = dict(engine.module.named_parameters())
 
     def weight_of(name: str, start: int, numel: int) -> Tensor:
         return read_weight(params[name], start, numel)
 
-    return select(layout, method, ratio, stats, weight_of, budget, lam, seed)
+    return select(layout, method, ratio, stats, weight_of, budget, lam, seed, candidates)

@@ -50,16 +50,14 @@ def _statistics_of(
     layout: Layout,
     device: torch.device | str | None,
 ) -> GradientStats | None:
-    """The statistics that method needs of task's data, or None where it needs none. A collective.
+    """The statistics kept in --statistics_file, taken now where they are not there; None without it. A collective.
 
     Raises:
         UserError: the saved ones are of another model, other data or another batch size.
     """
     scorer = estimator(method.method)
-    if not scorer.needs_squares:
+    if not scorer.needs_squares or method.statistics_file is None:
         return None
-    if method.statistics_file is None:
-        return collect_statistics(engine, batches, scorer.needs_sum, device, layout)
     folder = Path(method.statistics_file) / task
     source = {"task": task, "rows": len(batches.rows), "batch_size": batches.batch_size}
     if has_statistics(folder):

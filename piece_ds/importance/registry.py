@@ -24,20 +24,23 @@ class Estimator:
         score: Fragment -> fp32 scores.
         needs_squares: uses the sum of squared gradients (a statistics pass of 4 bytes per owned element).
         needs_sum: also uses the sum of gradients (4 bytes more).
+        from_sums: score is ops.score of the sums (without grad_sum where needs_sum is False), so that selection can
+            read the sums and never needs the scores themselves.
         source: where the idea comes from.
     """
 
     score: Callable[[Fragment], Tensor]
     needs_squares: bool
     needs_sum: bool
+    from_sums: bool
     source: str
 
 
 _ESTIMATORS = {
-    "piece-f": Estimator(fisher, True, False, "arXiv 2511.15375, PIECE-F: diagonal empirical Fisher"),
-    "piece-s": Estimator(second_order, True, True, "arXiv 2511.15375, PIECE-S: second-order normalization"),
-    "random": Estimator(random_score, False, False, "baseline: uniform, seeded"),
-    "magnitude": Estimator(magnitude, False, False, "baseline: largest absolute weight"),
+    "piece-f": Estimator(fisher, True, False, True, "arXiv 2511.15375, PIECE-F: diagonal empirical Fisher"),
+    "piece-s": Estimator(second_order, True, True, True, "arXiv 2511.15375, PIECE-S: second-order normalization"),
+    "random": Estimator(random_score, False, False, False, "baseline: uniform, seeded"),
+    "magnitude": Estimator(magnitude, False, False, False, "baseline: largest absolute weight"),
 }
 
 

@@ -2,5 +2,6 @@
 
 from piece_ds.selection.budget import num_to_select
 from piece_ds.selection.global_topk import select
+from piece_ds.selection.last_pass import LastPassFilter
 
-__all__ = ["num_to_select", "select"]
+__all__ = ["LastPassFilter", "num_to_select", "select"]

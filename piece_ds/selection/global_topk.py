@@ -4,23 +4,18 @@ The selection is a set, so it is exact: the same scores give the same mask for e
 the smaller (parameter in named_parameters() order, flat row-major index).
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from piece_ds.importance import Estimator, Fragment
+from piece_ds import ops
 from piece_ds.importance.registry import estimator
 from piece_ds.selection.budget import budget_groups
-from piece_ds.selection.threshold import find_thresholds, tie_quotas
+from piece_ds.selection.candidates import candidate_runs, find_candidates, runs_of
+from piece_ds.selection.runs import Runs, ScoreSource, WeightReader
+from piece_ds.selection.threshold import Threshold, find_thresholds, tie_quotas
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import Layout, ParameterInfo, Partition
+from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
-
-CHUNK = 1 << 22  # scores alive at a time: 16 MiB
-
-WeightReader = Callable[[str, int, int], Tensor]
 
 
 def select(
@@ -32,6 +27,7 @@ def select(
     budget: str = "model",
     lam: float = 1.0,
     seed: int = 0,
+    candidates: ops.Candidates | None = None,
 ) -> Mask:
     """Select the highest-scoring elements of the model. A collective: every rank calls it.
 
@@ -44,96 +40,59 @@ def select(
         budget: 'model' (one top-k), 'layer' or 'tensor'.
         lam: lambda of piece-s.
         seed: of `random`.
+        candidates: elements proven to contain the selection (see LastPassFilter), which spares the pass over stats.
     Returns:
         Mask with exactly k selected elements.
     Raises:
         ValueError: method needs statistics that are not there, or nothing is eligible.
-    Cost: computes every owned score four times, in chunks of 16 MiB; communicates counts only.
+    Cost: one pass over the statistics, none with candidates; up to eight where more scores tie or share their leading
+        digit than there is room for candidates. Room: 12 bytes for 4 k candidates. Communicates counts only.
     """
     scorer = estimator(method)
     if scorer.needs_squares and (stats is None or (scorer.needs_sum and stats.grad_sum is None)):
         raise ValueError(f"method {method!r} needs gradient statistics with "
                          f"{'sum and ' if scorer.needs_sum else ''}square sum: collect them first")  # fmt: skip
     groups = budget_groups(layout, ratio, budget)
+    num_to_take = [k for _, k in groups]
     group_of = {name: group for group, (names, _) in enumerate(groups) for name in names}
     device = stats.square_sum.device if stats is not None else torch.device("cpu")
-    source = _Scores(layout, scorer, stats, weight_of, device, lam, seed)
-
-    def chunks() -> Iterator[tuple[int, Tensor]]:
-        for info, part, offset in layout.owned():
-            if info.name in group_of:
-                for _, score in source.of(info, part, offset):
-                    yield group_of[info.name], score
-
-    thresholds = find_thresholds(chunks, [k for _, k in groups], device)
-    index = {}
-    above, ties = _scan(layout, source, {name: thresholds[group].key for name, group in group_of.items()})
+    runs: Runs = ScoreSource(layout, group_of, scorer, stats, weight_of, device, lam, seed)
+    candidates = candidates or find_candidates(runs, num_to_take, layout, device)
+    if candidates is not None:
+        runs = runs_of(candidate_runs(candidates, layout, group_of))
+    thresholds = find_thresholds(runs, num_to_take, device)
     names = [info.name for info in layout.eligible() if info.name in group_of]
-    num_ties = torch.tensor([ties[name].numel() for name in names])
-    quotas = tie_quotas(num_ties, [group_of[name] for name in names], thresholds, layout.rank)
-    for name, quota in zip(names, quotas, strict=True):
-        positions = torch.cat([above[name], ties[name][:quota]]).sort().values
-        if positions.numel():
-            index[name] = positions
-    return Mask(layout, index, sum(k for _, k in groups), method, ratio)
+    index = _take(runs, thresholds, names, group_of, layout.rank, device)
+    return Mask(layout, index, sum(num_to_take), method, ratio)
 
 
-class _Scores:
-    """Scores of this rank's elements, recomputed on demand chunk by chunk, so that none is ever stored."""
+def _take(
+    runs: Runs,
+    thresholds: list[Threshold],
+    names: list[str],
+    group_of: dict[str, int],
+    owner: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Ascending positions of what is above its group's threshold, and of this rank's share of the ties.
 
-    def __init__(
-        self,
-        layout: Layout,
-        scorer: Estimator,
-        stats: GradientStats | None,
-        weight_of: WeightReader | None,
-        device: torch.device,
-        lam: float,
-        seed: int,
-    ) -> None:
-        self.parameter_index = {info.name: i for i, info in enumerate(layout.parameters)}
-        self.scorer, self.stats, self.weight_of = scorer, stats, weight_of
-        self.device, self.lam, self.seed = device, lam, seed
-
-    def of(self, info: ParameterInfo, part: Partition, offset: int) -> Iterator[tuple[int, Tensor]]:
-        """(flat index of the first element, scores) for each chunk of one parameter's range."""
-        for begin in range(0, part.numel, CHUNK):
-            numel = min(CHUNK, part.numel - begin)
-            start = part.start + begin
-            grad_sum, square_sum = self.stats.fragment(offset + begin, numel) if self.stats else (None, None)
-            yield (
-                start,
-                self.scorer.score(
-                    Fragment(
-                        parameter_index=self.parameter_index[info.name],
-                        start=start,
-                        numel=numel,
-                        device=self.device,
-                        square_sum=square_sum,
-                        grad_sum=grad_sum,
-                        weight=partial(self._weight, info.name, start, numel),
-                        lam=self.lam,
-                        seed=self.seed,
-                    )
-                ),
-            )
-
-    def _weight(self, name: str, start: int, numel: int) -> Tensor:
-        if self.weight_of is None:
-            raise ValueError(f"this method scores weights, but no reader of {name!r} was given: pass weight_of")
-        return self.weight_of(name, start, numel).to(torch.float32)
-
-
-def _scan(layout: Layout, source: _Scores, key_of: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Ascending positions strictly above, and exactly at, the key of each parameter in key_of (CPU, int64)."""
-    above, ties = {}, {}
-    for info, part, offset in layout.owned():
-        if info.name not in key_of:
-            continue
-        greater, equal = [torch.zeros(0).long()], [torch.zeros(0).long()]
-        for start, score in source.of(info, part, offset):
-            key = score.view(torch.int32)
-            greater.append((key > key_of[info.name]).nonzero().squeeze(1).cpu() + start)
-            equal.append((key == key_of[info.name]).nonzero().squeeze(1).cpu() + start)
-        above[info.name], ties[info.name] = torch.cat(greater), torch.cat(equal)
-    return above, ties
+    Legend: R runs, P parameters.
+    """
+    row_of = {name: row for row, name in enumerate(names)}
+    row_R = []
+    count_R = [torch.zeros(0, dtype=torch.int64, device=device)]
+    for run in runs():
+        row_R.append(row_of[run.name])
+        count_R.append(torch.zeros(1, dtype=torch.int64, device=device))
+        ops.score_histogram_(count_R[-1], *run.scores, shift=0, bits=0, prefix=thresholds[run.group].key)
+    ties_R = torch.cat(count_R).cpu()
+    ties_P = torch.zeros(len(names), dtype=torch.int64).index_add_(0, torch.tensor(row_R, dtype=torch.int64), ties_R)
+    left = dict(zip(names, tie_quotas(ties_P, [group_of[name] for name in names], thresholds, owner), strict=True))
+    found: dict[str, list[Tensor]] = {}
+    for run, count in zip(runs(), ties_R.tolist(), strict=True):
+        quota = min(count, left[run.name])
+        left[run.name] -= quota
+        element = ops.select_above(*run.scores, thresholds[run.group].key, quota)
+        if element.numel():
+            found.setdefault(run.name, []).append(run.positions(element))
+    return {name: torch.cat(found[name]) for name in names if name in found}

@@ -3,7 +3,7 @@
 Legend: G budget groups, D digits of one pass, P eligible parameters, W ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from piece_ds import ops
 from piece_ds.distributed import all_reduce_sum_
+from piece_ds.selection.runs import Run, Runs
 from piece_ds.state.mask import collective_device
 
 # The key of a non-negative fp32 score is its 31 low bits: 11 (exponent and 3 mantissa bits), then 10 and 10.
 DIGITS = ((20, 11), (10, 10), (0, 10))
-
-ScoreChunks = Callable[[], Iterator[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -32,31 +31,44 @@ class Threshold:
     num_ties_to_take: int
 
 
-def find_thresholds(chunks: ScoreChunks, num_to_take: list[int], device: torch.device) -> list[Threshold]:
+def find_thresholds(runs: Runs, num_to_take: list[int], device: torch.device) -> list[Threshold]:
     """For each group, the score that keeps exactly its k elements over all ranks.
 
     Args:
-        chunks: called once per pass; yields (group, scores) for this rank's elements, in any order.
+        runs: called once per pass; yields this rank's elements, in any order.
         num_to_take: k of each group, between 1 and the group's number of elements over all ranks.
         device: where scores live.
     Cost: produces the scores three times; all-reduces G * (2048 + 1024 + 1024) int64 counts, whatever the model.
     Source: radix select (Alabi et al. 2012), with the digit counts summed over ranks.
     """
-    num_groups = len(num_to_take)
-    prefix = [0] * num_groups
+    prefix = [0] * len(num_to_take)
     remaining = list(num_to_take)
     for shift, bits in DIGITS:
-        counts_GD = torch.zeros(num_groups, 1 << bits, dtype=torch.int64, device=device)
-        for group, score in chunks():
-            ops.score_histogram_(counts_GD[group], None, score, 1.0, shift, bits, prefix[group])
-        counts_GD = all_reduce_sum_(counts_GD.to(collective_device())).cpu()
-        above_GD = counts_GD.flip(1).cumsum(1).flip(1) - counts_GD  # elements with a greater digit
-        for group in range(num_groups):
-            # The digit of the k-th largest: the largest one that, with everything above it, reaches k.
-            digit = int((above_GD[group] < remaining[group]).nonzero()[0])
-            remaining[group] -= int(above_GD[group, digit])
+        counts_GD = digit_counts(runs(), shift, bits, prefix, device)
+        for group, (counts_D, left) in enumerate(zip(counts_GD, remaining, strict=True)):
+            digit, above = digit_of_kth(counts_D, left)
+            remaining[group] -= above
             prefix[group] = (prefix[group] << bits) | digit
     return [Threshold(key, take) for key, take in zip(prefix, remaining, strict=True)]
+
+
+def digit_counts(runs: Iterable[Run], shift: int, bits: int, prefix_G: list[int], device: torch.device) -> Tensor:
+    """How often each digit at `shift` occurs over all ranks among a group's keys that start with its prefix.
+
+    Returns:
+        int64 [G, 2**bits] on the CPU.
+    """
+    counts_GD = torch.zeros(len(prefix_G), 1 << bits, dtype=torch.int64, device=device)
+    for run in runs:
+        ops.score_histogram_(counts_GD[run.group], *run.scores, shift, bits, prefix_G[run.group])
+    return all_reduce_sum_(counts_GD.to(collective_device())).cpu()
+
+
+def digit_of_kth(counts_D: Tensor, k: int) -> tuple[int, int]:
+    """(digit of the k-th largest element, number of elements with a greater digit); digit 0 where there are fewer."""
+    at_least_D = counts_D.flip(0).cumsum(0).flip(0)
+    digit = max(0, int((at_least_D >= k).sum()) - 1)
+    return digit, int(at_least_D[digit] - counts_D[digit])
 
 
 def tie_quotas(num_ties_P: Tensor, group_P: list[int], thresholds: list[Threshold], owner: int) -> list[int]:

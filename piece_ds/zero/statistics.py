@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from piece_ds import ops
 from piece_ds.distributed import all_reduce_sum_, is_main
 from piece_ds.progress import progress_bar
+from piece_ds.selection import LastPassFilter
 from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.state.statistics import GradientStats, empty_stats
@@ -48,6 +49,7 @@ def collect_statistics(
     device: torch.device | str | None = None,
     layout: Layout | None = None,
     description: str = "statistics",
+    last_pass: LastPassFilter | None = None,
 ) -> GradientStats:
     """Sum of g and of g * g over micro-batches, where g is the gradient of the model's mean loss. A collective.
 
@@ -58,6 +60,7 @@ def collect_statistics(
         device: where the sums live; None means where the gradients are.
         layout: of the model; None means layout_of(engine.module).
         description: of the progress bar.
+        last_pass: finds candidates for selection while the last round is added; not used where there is one round.
     Returns:
         GradientStats of this rank's elements, in fp32, without loss scaling, clipping or division.
     Raises:
@@ -81,6 +84,9 @@ def collect_statistics(
             # ZeRO-3 gathers together: a rank without a micro-batch repeats one, and nobody adds its gradient.
             b = first + layout.rank if first + layout.rank < len(micro_batches) else first
             batch = {k: v.to(engine.device) for k, v in micro_batches[b].items()}
+            if last_pass is not None and 0 < step == num_rounds - 1:
+                last_pass.begin(stats)
+                receiver.last_pass = last_pass
             receiver.begin_round(num_valid=min(layout.num_ranks, len(micro_batches) - first))
             loss = engine(**batch).loss
             # DeepSpeed multiplies by its own loss scale, where it has one; `* 1.0` also because DeepSpeed 0.19 divides
@@ -120,6 +126,7 @@ class _Receiver:
         self.grads: dict[str, Tensor] = {}
         self.next_bucket = 0
         self.num_valid = 0
+        self.last_pass: LastPassFilter | None = None  # set for the last round
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -173,18 +180,22 @@ class _Receiver:
                 return
             for source, part, grad in exchange(bucket, self.grads, self.layout):
                 if source < self.num_valid:
-                    self._add(part, grad)
+                    self._add(part, grad, is_last=source == self.num_valid - 1)
             for part in bucket:
                 if part.last:
                     del self.grads[part.info.name]
             self.next_bucket += 1
 
-    def _add(self, part: Slice, grad: Tensor) -> None:
+    def _add(self, part: Slice, grad: Tensor, is_last: bool) -> None:
         offset, first = self.offset_of[part.info.name]
         start, stop = slice_range(part, self.layout.rank, self.layout.num_ranks)
-        grad_sum, square_sum = self.stats.fragment(offset + start - first, stop - start)
-        grad = grad.to(square_sum.device)
-        ops.accumulate_(grad, grad_sum, square_sum, self.scale, self.num_nonfinite)
+        place = offset + start - first
+        sums = self.stats.fragment(place, stop - start)
+        grad = grad.to(self.stats.square_sum.device)
+        if is_last and self.last_pass is not None:
+            self.last_pass.accumulate_(grad, *sums, self.scale, self.num_nonfinite, place)
+        else:
+            ops.accumulate_(grad, *sums, self.scale, self.num_nonfinite)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from piece_ds.checkpoint import load_mask, load_statistics, save_mask, save_statistics
 from piece_ds.estimate import estimate_mask
 from piece_ds.model import freeze_ineligible
-from piece_ds.selection import select
+from piece_ds.selection import LastPassFilter, select
+from piece_ds.state.partition import layout_of
 from piece_ds.state.statistics import GradientStats
 from piece_ds.zero import collect_statistics, statistics
 from support.engines import adamw, make_engine
@@ -54,8 +55,10 @@ def run_case(case: Case) -> dict[str, Any]:
     engine.train(not case.in_eval_mode)
     before = surroundings(engine)
     with mock.patch.object(statistics, "BUCKET_ELEMENTS", case.bucket_elements or statistics.BUCKET_ELEMENTS):
-        stats = collect_statistics(engine, case.batches())
+        last_pass = LastPassFilter(layout_of(model), "piece-s", RATIOS[0], lam=1.0)
+        stats = collect_statistics(engine, case.batches(), last_pass=last_pass)
     after = surroundings(engine)
+    candidates = last_pass.proven()
     masks = {
         (method, ratio): estimate_mask(engine, [], method, ratio, layout=stats.layout, stats=stats)
         for method in METHODS
@@ -67,6 +70,8 @@ def run_case(case: Case) -> dict[str, Any]:
         "num_nonfinite": stats.num_nonfinite,
         "num_micro_batches": stats.num_micro_batches,
         "masks": {key: mask.whole() for key, mask in masks.items()},
+        "proven": candidates is not None,
+        "mask_of_last_pass": select(stats.layout, "piece-s", RATIOS[0], stats, candidates=candidates).whole(),
         "num_selected": {key: mask.num_selected for key, mask in masks.items()},
         "changed": [key for key in before if before[key] != after[key]],
         "leftover_gradients": [n for n, p in engine.module.named_parameters() if p.grad is not None],

@@ -6,6 +6,7 @@ import torch
 from support.selection_cases import (
     BUDGETS,
     CASES,
+    KINDS,
     NOT_ELIGIBLE,
     Blocks,
     as_set,
@@ -17,7 +18,8 @@ from torch import nn
 
 from piece_ds.errors import UserError
 from piece_ds.importance import estimator
-from piece_ds.selection import global_topk, num_to_select, select
+from piece_ds.ops import Candidates, score
+from piece_ds.selection import candidates, num_to_select, runs, select
 from piece_ds.state.partition import layout_of
 from piece_ds.state.statistics import GradientStats
 
@@ -33,11 +35,50 @@ def test_selection_equals_a_stable_sort(kind: str, method: str, budget: str, rat
     assert mask.num_selected == len(want)
 
 
-@pytest.mark.parametrize("method", ["piece-f", "piece-s"])
-def test_chunk_borders_change_nothing(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr(global_topk, "CHUNK", 3)
-    mask = select(blocks_layout(), method, 0.3, make_stats("bf16-tied"))
-    assert as_set(mask.whole()) == expected("bf16-tied", method, "model", 0.3)
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_chunk_borders_change_nothing(monkeypatch: pytest.MonkeyPatch, method: str, budget: str) -> None:
+    want = select(blocks_layout(), method, 0.3, weight_of=few_values, budget=budget)
+    monkeypatch.setattr(runs, "CHUNK", 3)
+    got = select(blocks_layout(), method, 0.3, weight_of=few_values, budget=budget)
+    assert as_set(got.whole()) == as_set(want.whole())
+
+
+@pytest.mark.parametrize("room", [0, 1, 5])
+@pytest.mark.parametrize(("kind", "method", "budget", "ratio"), CASES)
+def test_too_little_room_for_candidates_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, kind: str, method: str, budget: str, ratio: float, room: int
+) -> None:
+    monkeypatch.setattr(candidates, "room_for", lambda k, num_owned: room)
+    mask = select(blocks_layout(), method, ratio, make_stats(kind), budget=budget)
+    assert as_set(mask.whole()) == expected(kind, method, budget, ratio)
+
+
+@pytest.mark.parametrize("bound", [0.0, 1e30, float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, bound: float) -> None:
+    monkeypatch.setattr(candidates, "sampled_bound", lambda *_: bound)
+    mask = select(blocks_layout(), "piece-s", 0.01, make_stats(kind))
+    assert as_set(mask.whole()) == expected(kind, "piece-s", "model", 0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_changes_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    for name, value in (("SAMPLE_FROM", 1), ("SAMPLE_RUN", 2), ("SAMPLE_STRIDE", 5)):
+        monkeypatch.setattr(candidates, name, value)
+    mask = select(blocks_layout(), "piece-s", 0.3, make_stats(kind))
+    assert as_set(mask.whole()) == expected(kind, "piece-s", "model", 0.3)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_that_contain_the_selection_are_enough(kind: str, shuffled: bool) -> None:
+    stats = make_stats(kind)
+    order = torch.randperm(NUM_ELIGIBLE) if shuffled else torch.arange(NUM_ELIGIBLE)
+    scores = score(stats.grad_sum, stats.square_sum)
+    everything = Candidates(scores[order], order, torch.tensor([NUM_ELIGIBLE]))
+    mask = select(blocks_layout(), "piece-s", 0.3, stats, candidates=everything)
+    assert as_set(mask.whole()) == expected(kind, "piece-s", "model", 0.3)
 
 
 @pytest.mark.parametrize("num_elements", [1, 7, 8, 33, 1023, 100_003])
@@ -149,6 +190,11 @@ def test_missing_weights_are_refused() -> None:
 def test_a_model_without_eligible_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="no eligible parameter"):
         select(layout_of(nn.Linear(2, 2).requires_grad_(False)), "random", 0.1)
+
+
+def few_values(name: str, start: int, numel: int) -> torch.Tensor:
+    """Weights with many ties, the same wherever a range begins."""
+    return (torch.arange(start, start + numel) * 7919 % 5 - 2).float()
 
 
 def zeros(name: str, start: int, numel: int) -> torch.Tensor:

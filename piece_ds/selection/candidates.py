@@ -1,0 +1,133 @@
+"""Candidates: few elements that are proven to contain the selection, found in one pass over the scores or in none.
+
+A sample gives a lower bound of the k-th score; one pass keeps what reaches it, about 1.5 k elements; the counts over
+all ranks prove that these are enough. A bound that was too high or too low costs time, never exactness: the leading
+digits of all scores then give a bound that is certain.
+
+Legend: G budget groups, D digits.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from piece_ds import ops
+from piece_ds.distributed import all_reduce_sum_
+from piece_ds.selection.runs import Run, Runs, Scores
+from piece_ds.selection.threshold import DIGITS, digit_counts, digit_of_kth
+from piece_ds.state.mask import collective_device
+from piece_ds.state.partition import Layout
+
+logger = logging.getLogger(__name__)
+
+# A sample is 4 KiB in every 256 KiB: whole pages, 1/64 of the bytes. Below SAMPLE_FROM elements all are read.
+SAMPLE_RUN, SAMPLE_STRIDE, SAMPLE_FROM = 1 << 10, 1 << 16, 1 << 22
+# Its keys are counted by 15 bits: exponent and 7 mantissa bits, so that a bin is 1 % wide.
+SAMPLE_SHIFT, SAMPLE_BITS = 16, 15
+
+
+def room_for(k: int, num_owned: int) -> int:
+    """Candidates that a rank has room for: one rank may own them all, and a bound may be too low by half."""
+    return min(num_owned, 4 * k + (1 << 16))
+
+
+def sampled_bound(runs: Runs, k: int, num_elements: int, device: torch.device) -> float:
+    """A score that k elements or a few more of a single group probably reach, over all ranks.
+
+    Args:
+        num_elements: of the group, over all ranks.
+    Cost: reads 1/64 of the scores; all-reduces 256 KiB.
+    """
+    is_whole = num_elements < SAMPLE_FROM
+    run, stride = (1, 1) if is_whole else (SAMPLE_RUN, SAMPLE_STRIDE)
+    counts_D = torch.zeros(1 << SAMPLE_BITS, dtype=torch.int64, device=device)
+    for part in runs():
+        begin = -part.offset % stride  # samples lie at multiples of stride in the flat buffer
+        if begin < part.scores.numel:
+            ops.score_histogram_(counts_D, *part.scores.part(begin), SAMPLE_SHIFT, SAMPLE_BITS, 0, run, stride)
+    counts_D = all_reduce_sum_(counts_D.to(collective_device())).cpu()
+    expected = k * run / stride
+    # Half as many again, or six standard deviations of a count where those are more.
+    wanted = k if is_whole else math.ceil(max(1.5 * expected, expected + 6 * math.sqrt(expected) + 8))
+    return _score_of(digit_of_kth(counts_D, wanted)[0] << SAMPLE_SHIFT)
+
+
+def certain_bounds(runs: Runs, num_to_take: list[int], device: torch.device) -> list[float]:
+    """For each group, the smallest score with the k-th score's leading digit: at least k elements reach it."""
+    shift, bits = DIGITS[0]
+    counts_GD = digit_counts(runs(), shift, bits, [0] * len(num_to_take), device)
+    return [
+        _score_of(digit_of_kth(counts_D, k)[0] << shift) for counts_D, k in zip(counts_GD, num_to_take, strict=True)
+    ]
+
+
+def find_candidates(runs: Runs, num_to_take: list[int], layout: Layout, device: torch.device) -> ops.Candidates | None:
+    """Elements of this rank among which the selection of every group must be, or None where there are too many.
+
+    Args:
+        runs: as in find_thresholds().
+        num_to_take: k of each group.
+    Cost: one pass over the scores; three where the sample misled, or where there are several groups.
+    """
+    if len(num_to_take) == 1:
+        bound = sampled_bound(runs, num_to_take[0], layout.num_eligible, device)
+        candidates = _collect(runs, [bound], num_to_take, layout, device)
+        if are_proven(candidates, num_to_take[0]):
+            return candidates
+        logger.info("the sampled bound %g did not prove enough candidates: all scores are counted", bound)
+    candidates = _collect(runs, certain_bounds(runs, num_to_take, device), num_to_take, layout, device)
+    return candidates if are_proven(candidates, sum(num_to_take)) else None
+
+
+def _collect(
+    runs: Runs, bounds: list[float], num_to_take: list[int], layout: Layout, device: torch.device
+) -> ops.Candidates:
+    candidates = ops.empty_candidates(room_for(sum(num_to_take), layout.num_owned), device)
+    for run in runs():
+        ops.filter_(*run.scores, bounds[run.group], run.offset, candidates)
+    return candidates
+
+
+def are_proven(candidates: ops.Candidates, k: int) -> bool:
+    """Whether at least k elements over all ranks reached the bound and every one of them had room. A collective."""
+    found = candidates.count()
+    table = torch.tensor([found, int(found > candidates.capacity)], device=collective_device())
+    total, num_overflowed = all_reduce_sum_(table).tolist()
+    return total >= k and num_overflowed == 0
+
+
+def candidate_runs(candidates: ops.Candidates, layout: Layout, group_of: dict[str, int]) -> list[Run]:
+    """Proven candidates as runs, one per parameter, in ascending order of position."""
+    count = candidates.count()
+    score, index = _ascending(candidates.score[:count], candidates.index[:count])
+    owned = [(info, part, offset) for info, part, offset in layout.owned() if info.name in group_of]
+    borders = torch.tensor([[offset, offset + part.numel] for _, part, offset in owned], device=index.device)
+    cuts = torch.searchsorted(index, borders).tolist()
+    return [
+        Run(info.name, group_of[info.name], Scores(None, score[a:b]), offset, index[a:b] + (part.start - offset))
+        for (info, part, offset), (a, b) in zip(owned, cuts, strict=True)
+    ]
+
+
+def _ascending(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in ascending order of index. Providers on the CPU find candidates in this order already."""
+    if bool((index.diff() > 0).all()):
+        return score, index
+    order = index.argsort()
+    return score[order], index[order]
+
+
+def _score_of(key: int) -> float:
+    return torch.tensor(key, dtype=torch.int32).view(torch.float32).item()
+
+
+def runs_of(runs: list[Run]) -> Runs:
+    """A list of runs as something that can be passed over again."""
+
+    def again() -> Iterator[Run]:
+        return iter(runs)
+
+    return again
