@@ -7,14 +7,11 @@ result. Prints a table and writes bench/results/overhead-<device>.csv.
 """
 
 import argparse
-import csv
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import torch.distributed as dist
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.record import device_name, write_rows
 from piece_ds import attach, collect_statistics, layout_of, select
 from piece_ds.command import start_distributed
 
@@ -159,16 +157,9 @@ def _batch(options: argparse.Namespace, device: torch.device) -> dict[str, torch
 
 
 def _write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}-cores"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts = {"device": device, "torch": torch.__version__, "deepspeed": deepspeed.__version__,
-             "transformers": transformers.__version__, "commit": commit, "date": date.today().isoformat()}  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"overhead-{device.replace(' ', '-').lower()}.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
+    ranks = "" if dist.get_world_size() == 2 else f"-{dist.get_world_size()}-ranks"
+    path = RESULTS / f"overhead-{device_name()}{ranks}.csv"
+    write_rows(path, rows, deepspeed=deepspeed.__version__, transformers=transformers.__version__)
     print(f"{'what':<36} zero dtype     ms  plain ms  ratio (p20..p80)")
     for row in rows:
         print(f"{row['what']:<36} {row['zero']:>4} {row['dtype']:<5} {row['ms_p50']:>7.1f} {row['plain_ms_p50']:>8.1f}"

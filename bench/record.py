@@ -1,0 +1,29 @@
+"""How every benchmark writes its rows: what was measured, and on which device, versions, commit and day."""
+
+import csv
+import os
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def device_name() -> str:
+    """'cpu-2-cores' or the GPU's name, as it stands in file names."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().replace(" ", "-").lower()
+    return f"cpu-{os.cpu_count()}-cores"
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
+    """One CSV line per row, with device, torch, further versions, commit and date at its end."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    facts = {"device": device_name(), "torch": torch.__version__, **versions, "commit": commit,
+             "date": date.today().isoformat()}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts])
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
