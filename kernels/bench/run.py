@@ -38,8 +38,6 @@ def main() -> None:
         for huge_pages in (0, 1) if _device() == "cpu" else (0,):
             rows += _in_a_process(provider, huge_pages)
     write_rows(RESULTS / f"{device_name()}.csv", rows)
-    for row in rows:
-        _print(row)
     print(f"written to {RESULTS / device_name()}.csv")
 
 
