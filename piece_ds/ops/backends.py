@@ -1,28 +1,55 @@
 """Which provider serves the ops on a device: chosen once per process, logged, never exchanged behind the caller's back.
 
-PIECE_DS_BACKEND names it ('reference' and, per device, the compiled ones). Nothing is built or registered at import:
-load() does it, when the first tensor of a device type arrives or earlier where a caller wants it (before
-torch.compile, before timing).
+PIECE_DS_BACKEND names it ('reference' and, per device, the compiled ones); PIECE_DS_ISA names the instruction set of
+the C++ one ('avx512', 'avx2', 'scalar'; the best one otherwise). Nothing is built or registered at import: load() does
+it, when the first tensor of a device type arrives or earlier where a caller wants it (before torch.compile, before
+timing).
 """
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 
 import torch
 
 from piece_ds.errors import UserError, nearest
 from piece_ds.ops import reference
+from piece_ds.ops.extension import load_extension
 from piece_ds.ops.schema import SCHEMAS
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "PIECE_DS_BACKEND"
+ISA_VARIABLE = "PIECE_DS_ISA"
 
-# device type -> provider -> function that registers its kernels; the first one is the default.
-_PROVIDERS: dict[str, dict[str, Callable[[], None]]] = {
-    "cpu": {"reference": lambda: reference.register("cpu")},
-    "cuda": {"reference": lambda: reference.register("cuda")},
+
+def _load_cpp() -> str:
+    library = load_extension("cpu")
+    return f"cpp, {select_isa(library, os.environ.get(ISA_VARIABLE, ''))}"
+
+
+def _load_cuda() -> str:
+    load_extension("cuda")
+    return "cuda"
+
+
+def _load_triton() -> str:
+    import_module("piece_ds.kernels.provider").register()
+    return "triton"
+
+
+def _load_reference(device_type: str) -> str:
+    reference.register(device_type)
+    return "reference"
+
+
+# device type -> provider -> function that registers its kernels and describes them; the first one is the default.
+_PROVIDERS: dict[str, dict[str, Callable[[], str]]] = {
+    "cpu": {"cpp": _load_cpp, "reference": lambda: _load_reference("cpu")},
+    "cuda": {"cuda": _load_cuda, "triton": _load_triton, "reference": lambda: _load_reference("cuda")},
 }
 _LOADED: dict[str, str] = {}  # device type -> provider in use
 
@@ -35,10 +62,20 @@ def load(device_type: str) -> str:
     """
     if device_type not in _LOADED:
         name = _chosen(device_type)
-        _PROVIDERS[device_type][name]()
+        description = _PROVIDERS[device_type][name]()
         _LOADED[device_type] = name
-        logger.info("piece_ds ops on %s: %s", device_type, name)
+        logger.info("piece_ds ops on %s: %s", device_type, description)
     return _LOADED[device_type]
+
+
+def select_isa(library: Path, name: str) -> str:
+    """Make the C++ provider use the instruction set `name`, or the best one if it is empty; returns its name."""
+    select = ctypes.CDLL(str(library)).piece_ds_select_isa
+    select.argtypes, select.restype = [ctypes.c_char_p], ctypes.c_char_p
+    selected = select(name.encode())
+    if selected is None:
+        raise UserError(f"{ISA_VARIABLE}={name!r}: expected avx512, avx2 or scalar, and a processor that has it")
+    return selected.decode()
 
 
 def _chosen(device_type: str) -> str:

@@ -8,6 +8,8 @@ from torch import Tensor
 from piece_ds import ops
 from piece_ds.ops.reference import CHUNK
 
+pytestmark = pytest.mark.usefixtures("cpu_provider")
+
 SIZES = [0, 1, 7, 8, 9, 31, 32, 33, 1023, 10_007, CHUNK + 5]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-45, -1e-40, 1e-39, 3.4e38, 1.0, -1.0]
@@ -223,4 +225,4 @@ def test_accumulate_of_a_strided_gradient_is_right() -> None:
 
 @pytest.mark.parametrize("op", list(ops.schema.SCHEMAS))
 def test_every_op_names_its_provider(op: str) -> None:
-    assert ops.provider(op, "cpu") == "reference"
+    assert ops.provider(op, "cpu") == "cpp"

@@ -1,0 +1,95 @@
+// What a binding asks of a tensor before it hands out its pointer; shared by every device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace piece::bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void require(bool holds, const std::string& message) {
+  if (!holds) throw std::runtime_error("piece_ds: " + message);
+}
+
+template <typename T>
+constexpr ScalarType scalar_type();
+template <>
+constexpr ScalarType scalar_type<float>() {
+  return ScalarType::Float;
+}
+template <>
+constexpr ScalarType scalar_type<double>() {
+  return ScalarType::Double;
+}
+template <>
+constexpr ScalarType scalar_type<int64_t>() {
+  return ScalarType::Long;
+}
+template <>
+constexpr ScalarType scalar_type<uint8_t>() {
+  return ScalarType::Byte;
+}
+
+inline void require_layout(const Tensor& tensor, const char* name, int64_t n) {
+  require(tensor.is_contiguous(), std::string(name) + " must be contiguous: pass .contiguous() or a view of a flat buffer");
+  require(tensor.numel() == n, std::string(name) + " must have " + std::to_string(n) + " elements, got " +
+                                   std::to_string(tensor.numel()));
+}
+
+// Pointer to n contiguous elements of type T.
+template <typename T>
+T* data(const Tensor& tensor, const char* name, int64_t n) {
+  require(tensor.scalar_type() == scalar_type<T>(),
+          std::string(name) + " must be " +
+              (scalar_type<T>() == ScalarType::Float    ? "float32"
+               : scalar_type<T>() == ScalarType::Double ? "float64"
+               : scalar_type<T>() == ScalarType::Long   ? "int64"
+                                                        : "uint8"));
+  require_layout(tensor, name, n);
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <typename T>
+T* optional_data(const std::optional<Tensor>& tensor, const char* name, int64_t n) {
+  return tensor ? data<T>(*tensor, name, n) : nullptr;
+}
+
+// 0 float32, 1 bfloat16, 2 float16: the order of every table by dtype.
+inline int dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::BFloat16:
+      return 1;
+    case ScalarType::Half:
+      return 2;
+    default:
+      require(false, std::string(name) + " must be float32, bfloat16 or float16");
+      return 0;
+  }
+}
+
+inline void require_in_range(bool in_range, int64_t n) {
+  require(in_range, "index holds a position outside [0, " + std::to_string(n) + ")");
+}
+
+inline void require_digit(int64_t shift, int64_t bits) {
+  require(bits >= 0 && bits <= 16 && shift >= 0 && shift + bits <= 31,
+          "score_histogram_ expected 0 <= bits <= 16, shift >= 0 and shift + bits <= 31, got shift " +
+              std::to_string(shift) + ", bits " + std::to_string(bits));
+}
+
+inline void require_sample(int64_t run, int64_t stride) {
+  require(run >= 1 && stride >= 1, "score_histogram_ expected run >= 1 and stride >= 1, got run " +
+                                       std::to_string(run) + ", stride " + std::to_string(stride));
+}
+
+}  // namespace piece::bind

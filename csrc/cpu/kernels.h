@@ -1,0 +1,47 @@
+// What one thread does to one range, once per instruction set: a table of functions.
+//
+// range_kernels.h defines them, isa_*.cpp compile them, the drivers (fisher.cpp, ...) call them from many threads.
+// Pointers need no alignment; a null `sum` stands for the scores `square` themselves.
+#pragma once
+
+#include <piece/scalar.h>
+
+namespace piece::cpu {
+
+enum DType { kFloat32, kBFloat16, kFloat16, kNumDTypes };
+
+// Histograms of at most this many bits are kept in 4 copies, so that equal keys in a row do not wait for each other.
+constexpr int kMaxBitsOfCopies = 11;
+PIECE_HD int histogram_copies(int bits) { return bits <= kMaxBitsOfCopies ? 4 : 1; }
+
+// What a range of positions is: in_range, all within [0, limit); ascending, strictly.
+struct IndexFacts {
+  bool in_range, ascending;
+};
+
+struct Kernels {
+  const char* name;
+  // sum += g, square += g * g; returns the number of non-finite entries. sum may be null.
+  int64_t (*accumulate[kNumDTypes])(const void* grad, float* sum, float* square, int64_t n, float scale);
+  void (*score)(const float* sum, const float* square, float* out, int64_t n, float lam);
+  // Writes score and position of every score >= bound, ascending, and returns their number; room for n. n < 2^31.
+  int64_t (*filter)(const float* sum, const float* square, int64_t n, float lam, const Bound& bound, float* score,
+                    int32_t* position);
+  // counts: histogram_copies(bits) tables of 2^bits; n < 2^31 so that none overflows.
+  void (*histogram)(const float* sum, const float* square, int64_t n, float lam, int shift, int bits, int64_t prefix,
+                    uint32_t* counts);
+  IndexFacts (*check_index)(const int64_t* index, int64_t n, int64_t limit);
+  void (*adamw)(const AdamW& step, const float* grad, float* value, float* exp_avg, float* exp_avg_sq, int64_t n);
+  // panel[c * tile + t] = source[t * width + c] for c < columns, t < tokens; 0 for tokens <= t < tile. tile % 16 == 0.
+  void (*transpose[kNumDTypes])(const void* source, int64_t width, int64_t columns, int64_t tokens, int64_t tile,
+                                float* panel);
+  float (*dot)(const float* a, const float* b, int64_t n);  // n % 16 == 0
+};
+
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace piece::cpu

@@ -1,0 +1,121 @@
+"""DeepSpeed's op builders for the compiled providers: what is compiled is extension.py's, how is theirs.
+
+Also what setup.py compiles ahead of time. Imported only to build: DeepSpeed is slow to import.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deepspeed.ops.op_builder.builder import (
+    CUDAMismatchException,
+    CUDAOpBuilder,
+    MissingCUDAException,
+    assert_no_cuda_mismatch,
+)
+from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
+
+from piece_ds.errors import UserError
+from piece_ds.ops.extension import CSRC, RECIPES, Recipe, compiler_command, load_extension
+
+
+class _PieceBuilder:
+    """What both builders share; mixed in before DeepSpeed's class.
+
+    DeepSpeed keys loaded ops by name and looks installed ones up in a table of its own, so names carry our prefix and a
+    hash, and load() goes its own way.
+    """
+
+    recipe: Recipe
+    device_type: str
+    name: str
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__(name or self.recipe.library_name())  # type: ignore[call-arg]
+
+    def absolute_name(self) -> str:
+        return f"piece_ds.ops.{self.name}"
+
+    def sources(self) -> list[str]:
+        return [str(path) for path in self.recipe.source_files()]
+
+    def include_paths(self) -> list[str]:
+        return [str(CSRC / "include")]
+
+    def cxx_args(self) -> list[str]:
+        return list(self.recipe.cxx_args)
+
+    def libraries_args(self) -> list[str]:
+        return []
+
+    def load(self, verbose: bool = False) -> Path:
+        return load_extension(self.device_type)
+
+    def compile_in(self, folder: Path) -> None:
+        """Build under folder, which nobody else uses, and load the result.
+
+        Raises:
+            UserError: a compiler is missing or fails.
+        """
+        compiler_command()
+        try:
+            with _environment(folder):
+                self.check_toolkit()
+                self.jit_load(verbose=False)  # type: ignore[attr-defined]
+        except (
+            RuntimeError,
+            OSError,
+            subprocess.SubprocessError,
+            MissingCUDAException,
+            CUDAMismatchException,
+        ) as error:
+            raise UserError(
+                f"the piece_ds {self.device_type} kernels could not be compiled: set PIECE_DS_BACKEND=reference for "
+                f"the slow pure torch kernels, or repair this: {error}"
+            ) from error
+
+    def check_toolkit(self) -> None:
+        """Raise what DeepSpeed raises where the toolkit does not fit."""
+
+
+class PieceCPUBuilder(_PieceBuilder, CPUOpBuilder):
+    """The C++ provider; no argument depends on the machine that compiles."""
+
+    recipe = RECIPES["cpu"]
+    device_type = "cpu"
+
+
+class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
+    """The CUDA provider. DeepSpeed's own arguments hold --use_fast_math, which would flush denormals and approximate."""
+
+    recipe = RECIPES["cuda"]
+    device_type = "cuda"
+
+    def nvcc_args(self) -> list[str]:
+        return [*self.recipe.nvcc_args, *self.compute_capability_args()]
+
+    def check_toolkit(self) -> None:
+        assert_no_cuda_mismatch(self.name)
+
+
+BUILDERS: dict[str, Any] = {"cpu": PieceCPUBuilder, "cuda": PieceCUDABuilder}
+
+
+@contextmanager
+def _environment(folder: Path) -> Iterator[None]:
+    """torch builds under folder, with the ninja that stands beside this Python."""
+    saved = {name: os.environ.get(name) for name in ("TORCH_EXTENSIONS_DIR", "PATH")}
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

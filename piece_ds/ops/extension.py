@@ -1,0 +1,184 @@
+"""A compiled provider as a library file: found ahead of time, found in the cache, or built once, whoever asks.
+
+Files, not modules, decide: a library's name holds a hash of everything that went into it, so that an edited source or
+another torch never meets an old binary. Whoever builds holds a lock that the operating system releases when its process
+ends, however it ends, and moves the finished library into place in one step.
+"""
+
+import fcntl
+import hashlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from piece_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).resolve().parent
+CSRC = PACKAGE.parent / "csrc"
+
+# No -march: the instruction set is chosen at run time. No fused multiply-add: reference.py rounds every operation.
+_CXX_ARGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0")
+# torch's stable ABI of 2.10, so that one binary serves every later torch.
+_STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+_NVCC_ARGS = ("-O3", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", _STABLE_ABI)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a provider is compiled from and how.
+
+    Attributes:
+        name: first part of the library's name.
+        folders: folders of csrc whose files are compiled or included.
+        sources: files to compile, relative to csrc, as glob patterns.
+        cxx_args, nvcc_args: arguments of the compilers.
+    """
+
+    name: str
+    folders: tuple[str, ...]
+    sources: tuple[str, ...]
+    cxx_args: tuple[str, ...]
+    nvcc_args: tuple[str, ...] = ()
+
+    def source_files(self) -> list[Path]:
+        """Absolute paths of the files to compile, in a fixed order."""
+        return [path for pattern in self.sources for path in sorted(CSRC.glob(pattern))]
+
+    def library_name(self) -> str:
+        """name and a hash of sources, headers and arguments: what the library is, whatever compiled it."""
+        files = [path for folder in self.folders for path in sorted((CSRC / folder).rglob("*")) if path.is_file()]
+        parts = [*self.cxx_args, *self.nvcc_args]
+        for path in files:
+            parts += [str(path.relative_to(CSRC)), path.read_text(encoding="utf-8")]
+        return f"{self.name}_{_digest(parts)}"
+
+
+RECIPES = {
+    "cpu": Recipe(
+        "piece_ds_cpu",
+        ("include", "bind", "cpu"),
+        ("cpu/*.cpp", "bind/cpu.cpp"),
+        (*_CXX_ARGS, _STABLE_ABI),
+    ),
+    "cuda": Recipe(
+        "piece_ds_cuda",
+        ("include", "bind", "cuda"),
+        ("cuda/*.cu", "bind/cuda.cpp"),
+        (*_CXX_ARGS, _STABLE_ABI, "-DUSE_CUDA"),
+        _NVCC_ARGS,
+    ),
+}
+
+
+def load_extension(device_type: str) -> Path:
+    """Load the compiled provider of device_type ('cpu', 'cuda'), which registers its ops; return its library's file.
+
+    Taken in this order: compiled with the package (PIECE_DS_BUILD_OPS=1), in the cache, built now.
+
+    Raises:
+        UserError: it has to be built and cannot be here.
+    Cost: some milliseconds; seconds (CPU) or minutes (CUDA) where it has to be built, in one process of the machine.
+    """
+    recipe = RECIPES[device_type]
+    if not recipe.source_files():
+        raise UserError(f"no sources of the {device_type} kernels under {CSRC}: install piece_ds from a whole checkout")
+    name = recipe.library_name()
+    ahead_of_time = [PACKAGE / f"{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    for path in ahead_of_time:
+        if path.exists():
+            return _import(name, path)
+    name = f"{name}_{_digest(_environment(device_type))}"
+    path = _cache_folder() / f"{name}.so"
+    if not path.exists():
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():  # another process may have built it while this one waited
+                return _build(device_type, name, path)
+    return _import(name, path)
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _environment(device_type: str) -> list[str]:
+    """What a binary depends on besides its sources."""
+    compiler = compiler_command()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    parts = [torch.__version__, *compiler, version, platform.machine(), sys.implementation.cache_tag or ""]
+    if device_type == "cuda":
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        parts += [str(torch.version.cuda), os.environ.get("TORCH_CUDA_ARCH_LIST", ""), str(sorted(capabilities))]
+    return parts
+
+
+def compiler_command() -> list[str]:
+    """The C++ compiler that torch's builder uses, found on the path."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(command[0]) is None:
+        raise UserError(
+            f"piece_ds compiles its kernels on first use and found no C++ compiler {command[0]!r}: install one (g++ of "
+            "Debian and Ubuntu, gcc-c++ of Fedora), name one in CXX, or set PIECE_DS_BACKEND=reference for the slow "
+            "pure torch kernels"
+        )
+    return command
+
+
+def _cache_folder() -> Path:
+    """Where torch keeps extensions, in a folder of our own."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not root:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions")
+    folder = Path(root) / "piece_ds"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot keep compiled kernels in {folder} ({error.strerror}): set TORCH_EXTENSIONS_DIR to a "
+                        "folder that can be written") from error  # fmt: skip
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among all processes; a process that dies lets go. The file stays: deleting it would let two in."""
+    with open(path, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _build(device_type: str, name: str, path: Path) -> Path:
+    """Compile in a folder of this process, load, and move the library to path."""
+    from piece_ds.ops.builder import BUILDERS
+
+    for leftover in path.parent.glob(f"{name}.build-*"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    logger.info("compiling the piece_ds %s kernels, once for this machine", device_type)
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}.build-", dir=path.parent))
+    try:
+        BUILDERS[device_type](name).compile_in(folder)
+        os.replace(folder / name / f"{name}.so", path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def _import(name: str, path: Path) -> Path:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return path
