@@ -5,8 +5,9 @@ In a DeepSpeed loop, PIECE is two calls:
     mask = estimate_mask(engine, micro_batches, method="piece-s", ratio=0.001)
     attach(engine, mask)
 
-In a transformers Trainer it is one: trainer.add_callback(PieceCallback(trainer)). Names are imported when they are
-used, so that `import piece_ds` costs nothing.
+and prepare_compact(model, ratio=0.001) before the engine is made, if DeepSpeed shall keep state for the selected
+weights alone. In a transformers Trainer it is one: trainer.add_callback(PieceCallback(trainer)). Names are imported
+when they are used, so that `import piece_ds` costs nothing.
 """
 
 from importlib import import_module
@@ -24,6 +25,7 @@ _HOME = {
     "Mask": "piece_ds.state.mask",
     "MicroBatches": "piece_ds.stream.micro_batches",
     "PieceCallback": "piece_ds.callback",
+    "prepare_compact": "piece_ds.update",
     "save_mask": "piece_ds.checkpoint",
     "save_statistics": "piece_ds.checkpoint",
     "select": "piece_ds.selection",
@@ -40,6 +42,7 @@ __all__ = [
     "layout_of",
     "load_mask",
     "load_statistics",
+    "prepare_compact",
     "save_mask",
     "save_statistics",
     "select",
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
     from piece_ds.state.mask import Mask
     from piece_ds.state.partition import layout_of
     from piece_ds.stream.micro_batches import MicroBatches
-    from piece_ds.update import attach
+    from piece_ds.update import attach, prepare_compact
     from piece_ds.zero import collect_statistics
 
 

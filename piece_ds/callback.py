@@ -11,20 +11,24 @@ the trainer's own data and the mask goes in.
 import logging
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from piece_ds.checkpoint import load_mask, save_mask
+from piece_ds.config import UPDATE_MODES, require_choice
 from piece_ds.distributed import barrier
 from piece_ds.errors import UserError
 from piece_ds.estimate import estimate_mask
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout, layout_of
+from piece_ds.state.values import selected_values
 from piece_ds.stream.micro_batches import MicroBatches
-from piece_ds.update import MaskedUpdate, attach
+from piece_ds.update import CompactUpdate, MaskedUpdate, attach, prepare_compact
 from piece_ds.zero import require_trainable
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,8 @@ class PieceCallback(TrainerCallback):
         ratio: float = 0.001,
         importance_batch_size: int = 4,
         mask_file: str | Path | None = None,
+        update_mode: str = "masked",
+        save_full: bool = False,
         estimate: Callable[[Any, MicroBatches, Layout], Mask] | None = None,
         **options: Any,
     ) -> None:
@@ -58,15 +64,25 @@ class PieceCallback(TrainerCallback):
             method, ratio: as in estimate_mask().
             importance_batch_size: rows in a micro-batch of the statistics pass.
             mask_file: use this mask instead of estimating one.
+            update_mode: 'masked', or 'compact': the trainer's model is prepared here and now, and DeepSpeed keeps
+                state for the selected weights alone.
+            save_full: in compact mode, the trainer's checkpoints hold the whole model. Else they hold what training
+                changes; to resume from one, make the trainer with the model that training began with.
             estimate: called instead of estimate_mask() with (engine, micro-batches, layout).
             options: more arguments of estimate_mask().
+        Raises:
+            UserError: compact mode with a trainer that has an optimizer already.
         """
+        require_choice("update_mode", update_mode, UPDATE_MODES)
         self.trainer = trainer
         self.mask_file = mask_file
         self.mask: Mask | None = None
         self.select_seconds: float | None = None
         self._batch_size = importance_batch_size
-        self._update: MaskedUpdate | None = None
+        self._update: MaskedUpdate | CompactUpdate | None = None
+        self._update_mode, self._save_full = update_mode, save_full
+        if update_mode == "compact":
+            self._prepare(ratio)
         self._estimate = estimate or (
             lambda engine, batches, layout: estimate_mask(engine, batches, method, ratio, layout=layout, **options)
         )
@@ -79,6 +95,8 @@ class PieceCallback(TrainerCallback):
             raise UserError(f"PieceCallback expected a DeepSpeed engine, got {type(engine).__name__}: start training "
                             "with TrainingArguments(deepspeed=...)")  # fmt: skip
         require_trainable(engine)  # attach() would refuse it too, after the pass over the data
+        if (self._update_mode == "compact") != (selected_values(engine.module) is not None):
+            raise UserError("PieceCallback prepares the model for one train(): make another callback for another one")
         layout = layout_of(engine.module)
         path = Path(args.output_dir) / MASK_NAME
         if self.mask_file is not None:
@@ -91,7 +109,7 @@ class PieceCallback(TrainerCallback):
             save_mask(path, self.mask)
         logger.info("%d of %d weights selected (%s)", self.mask.num_selected, layout.total, self.mask.method)
         self.on_mask(engine.module, self.mask, resumed=state.global_step > 0)
-        self._update = attach(engine, self.mask)
+        self._update = attach(engine, self.mask, self._save_full)
         barrier()
 
     def on_mask(self, model: nn.Module, mask: Mask, resumed: bool) -> None:
@@ -101,6 +119,22 @@ class PieceCallback(TrainerCallback):
         if self._update is not None:
             self._update.detach()
             self._update = None
+            self.trainer.__dict__.pop("save_model", None)
+
+    def _prepare(self, ratio: float) -> None:
+        """Before the trainer makes its optimizer and engine: values for as many weights as will be selected."""
+        trainer, model = self.trainer, self.trainer.model
+        if trainer.optimizer is not None or model is None:
+            raise UserError("compact mode makes the trainer's optimizer be one of the selected values: give Trainer a "
+                            "model and no optimizer, or use update_mode='masked'")  # fmt: skip
+        decays = trainer.get_decay_parameter_names(model)
+        if self.mask_file is None:
+            prepare_compact(model, ratio, decays=decays)
+        else:
+            given = load_mask(self.mask_file, layout_of(model))
+            prepare_compact(model, num_selected=given.num_selected, decays=decays)
+        if not self._save_full:
+            trainer.save_model = _outside_checkpoints(trainer.save_model)
 
     def _select(self, engine: Any, layout: Layout) -> Mask:
         begin = time.perf_counter()
@@ -108,3 +142,15 @@ class PieceCallback(TrainerCallback):
         mask = self._estimate(engine, MicroBatches(rows, collate, self._batch_size), layout)
         self.select_seconds = time.perf_counter() - begin
         return mask
+
+
+def _outside_checkpoints(save_model: Callable[..., None]) -> Callable[..., None]:
+    """save_model(), but nothing for the trainer's own checkpoints: engine.save_checkpoint() writes what they need."""
+
+    @wraps(save_model)
+    def save(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        in_checkpoint = _internal_call and Path(output_dir or "").name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        if not in_checkpoint:
+            save_model(output_dir, _internal_call=_internal_call)
+
+    return save

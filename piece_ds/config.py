@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from piece_ds.errors import UserError, nearest
 
-UPDATE_MODES = ["masked"]
+UPDATE_MODES = ["masked", "compact"]
 BUDGETS = ["model", "layer", "tensor"]
 SAVE_MODEL = ["last", "each", "never"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
@@ -85,7 +85,10 @@ class MethodArguments:
     method: str = field(default="piece-s", metadata={"help": "piece-s, piece-f, random, magnitude, or seqft (no mask)"})
     mask_ratio: float = field(default=0.001, metadata={"help": "selected elements / elements of the model, in (0, 1]"})
     mask_file: str | None = field(default=None, metadata={"help": "use this mask instead of estimating one"})
-    update_mode: str = field(default="masked", metadata={"help": "masked: mask the reduced gradient"})
+    update_mode: str = field(
+        default="masked",
+        metadata={"help": "masked: mask the reduced gradient; compact: optimise the selected values alone"},
+    )
     budget: str = field(default="model", metadata={"help": "what shares one top-k: model, layer or tensor"})
     importance_batch_size: int = field(default=4, metadata={"help": "rows in a micro-batch of the statistics pass"})
     importance_lambda: float = field(default=1.0, metadata={"help": "lambda in |sum g| / sqrt(sum g^2 + lambda)"})
@@ -114,6 +117,11 @@ class OutputArguments:
     )
 
     save_model: str = field(default="last", metadata={"help": "transformers folder after: last task, each task, never"})
+
+    save_full: bool = field(
+        default=False,
+        metadata={"help": "compact mode: --save_steps writes the whole model, not only what the task changes"},
+    )
 
     output_file: str | None = field(
         default=None, metadata={"help": "the one file that select_mask.py (a mask) and eval_tasks.py (scores) write"}

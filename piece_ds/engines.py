@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from piece_ds.update import prepare_compact
+
 
 def statistics_engine(model: nn.Module, arguments: TrainingArguments) -> Any:
-    """An engine with backward for collect_statistics(). Its optimizer, SGD, keeps no moments and never steps."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(params, lr=0.0)
+    """An engine with backward for collect_statistics(). Its optimizer never steps, and is of one value: DeepSpeed keeps
+    neither masters nor gradients of the model."""
+    optimizer = torch.optim.SGD(prepare_compact(model, num_selected=1).parameters(), lr=0.0)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=_filled(model, arguments))[0]
 
 

@@ -19,7 +19,7 @@ from piece_ds.files import write_json
 
 # Settings that may differ between the two halves of a resumed run.
 _FREE = {"output_dir", "resume_from_checkpoint", "logging_steps", "report_to", "disable_tqdm", "save_total_limit",
-         "save_steps", "save_strategy", "deepspeed", "local_rank", "run_name"}  # fmt: skip
+         "save_steps", "save_strategy", "save_full", "deepspeed", "local_rank", "run_name"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,11 @@ def train_task(
     if settings.method.method != "seqft":
         callback = TaskCallback(
             trainer,
+            ratio=settings.method.mask_ratio,
             importance_batch_size=settings.method.importance_batch_size,
             mask_file=settings.method.mask_file,
+            update_mode=settings.method.update_mode,
+            save_full=settings.output.save_full,
             estimate=partial(mask_of_task, settings.method, task.name, arguments.seed),
         )
         trainer.add_callback(callback)

@@ -90,7 +90,7 @@ class PieceCPUBuilder(_PieceBuilder, CPUOpBuilder):
 
 
 class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
-    """The CUDA provider. DeepSpeed's own arguments hold --use_fast_math, which would flush denormals and approximate."""
+    """The CUDA provider. DeepSpeed's own arguments hold --use_fast_math, which flushes denormals and approximates."""
 
     recipe = RECIPES["cuda"]
     device_type = "cuda"

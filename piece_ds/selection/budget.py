@@ -13,6 +13,11 @@ def num_to_select(ratio: float, numel: int) -> int:
     return max(1, int(numel * ratio))
 
 
+def num_selected(layout: Layout, ratio: float) -> int:
+    """How many elements select() will select: k, or every eligible element where there are fewer."""
+    return min(num_to_select(ratio, layout.total), layout.num_eligible)
+
+
 def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[str], int]]:
     """(names of the eligible parameters that compete, number of elements to select among them) per group.
 
@@ -25,11 +30,10 @@ def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[
     eligible = layout.eligible()
     if not eligible:
         raise ValueError("the model has no eligible parameter: every one is frozen or the input embedding")
-    k = num_to_select(ratio, layout.total)
-    if k > layout.num_eligible:
+    k = num_selected(layout, ratio)
+    if k < num_to_select(ratio, layout.total):
         logger.warning("ratio %g asks for %d elements, only %d are eligible: all are selected",
-                       ratio, k, layout.num_eligible)  # fmt: skip
-        k = layout.num_eligible
+                       ratio, num_to_select(ratio, layout.total), k)  # fmt: skip
     groups: dict[str, list[str]] = {}
     numel: dict[str, int] = {}
     for info in eligible:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from piece_ds.distributed import rank, world_size
+from piece_ds.state.values import PARAMETER_NAME, selected_values
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,18 @@ def layout_of(model: nn.Module) -> Layout:
     """The layout of model for this rank of the default process group.
 
     Not eligible: the input embeddings (and a head tied to them, which is the same parameter) and parameters that do
-    not require gradients.
+    not require gradients. A model prepared for compact mode has the layout that it had before.
     """
     embedding = input_embedding(model)
+    values = selected_values(model)
     infos = []
     for name, param in model.named_parameters():
+        if values is not None and name == PARAMETER_NAME:
+            continue
         shape = full_shape(param)
         numel = int(torch.Size(shape).numel())
-        infos.append(ParameterInfo(name, shape, numel, param.requires_grad and param is not embedding))
+        eligible = (param.requires_grad and param is not embedding) if values is None else name in values.eligible
+        infos.append(ParameterInfo(name, shape, numel, eligible))
     return Layout(tuple(infos), rank(), world_size())
 
 

@@ -53,13 +53,40 @@ class Adapter(ABC):
     def prepare(self) -> None:  # noqa: B027 - most stages have nothing to undo
         """Undo what DeepSpeed's constructor did to masters and moments, if anything."""
 
-    def install(self, before_step: Callable[[], None]) -> Callable[[], None]:
-        """Call before_step at every accumulation boundary, before DeepSpeed looks at the gradients; returns remove."""
+    @abstractmethod
+    def set_gradient(self, grad: Tensor) -> None:
+        """Hand DeepSpeed the reduced gradient of its only parameter, as its own reduction would have left it.
+
+        Called at an accumulation boundary, before overflow check, unscaling, norm, clip and step.
+
+        Args:
+            grad: of the whole parameter, the same on every rank, fp32, 1-D; scaled by DeepSpeed's loss scale.
+        """
+
+    def bypass_reduction(self) -> Callable[[], None]:
+        """DeepSpeed reduces nothing after backward, since set_gradient() hands it what is reduced; returns undo.
+
+        Else stage 0 would all-reduce zeros for every parameter that requires a gradient, and stages 1 and 2 look for
+        buckets that were never made.
+        """
+        before = self.engine.enable_backward_allreduce
+        self.engine.enable_backward_allreduce = False
+        return lambda: setattr(self.engine, "enable_backward_allreduce", before)
+
+    def install_mask(self) -> Callable[[], None]:
+        """mask_gradients_() at every accumulation boundary, before DeepSpeed looks at the gradients; returns remove."""
+        return self.around_step(self.mask_gradients_)
+
+    def around_step(self, before: Callable[[], None], after: Callable[[], None] | None = None) -> Callable[[], None]:
+        """Call functions at every accumulation boundary, around all that DeepSpeed does there; returns remove."""
         original = self.engine._take_model_step
 
         def _take_model_step(*args: Any, **kwargs: Any) -> Any:
-            before_step()
-            return original(*args, **kwargs)
+            before()
+            result = original(*args, **kwargs)
+            if after is not None:
+                after()
+            return result
 
         self.engine._take_model_step = _take_model_step
         return lambda: self.engine.__dict__.pop("_take_model_step", None)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from piece_ds.state.values import PARAMETER_NAME
 from piece_ds.zero.adapter import Adapter, BoundGradients
 from piece_ds.zero.pieces import Piece
 
@@ -56,9 +57,16 @@ class Stage0(Adapter):
         for param in self._params:
             if param.grad is not None:
                 self._bound.mask_(self.name_of[id(param)], param.grad)
+        self._report_norm([param.grad for param in self._params if param.grad is not None])
+
+    def _report_norm(self, grads: list[Tensor]) -> None:
         if self.optimizer is self.engine.basic_optimizer:  # fp32: DeepSpeed keeps no norm of its own here
-            grads = [param.grad for param in self._params if param.grad is not None]
             self.engine._global_grad_norm = float(torch.nn.utils.get_total_norm(grads))
+
+    def set_gradient(self, grad: Tensor) -> None:
+        param = self.engine.module.get_parameter(PARAMETER_NAME)
+        param.grad = grad.to(param.dtype)
+        self._report_norm([param.grad])
 
     def local_backward(self) -> AbstractContextManager[None]:
         return self.engine.no_sync()

@@ -6,6 +6,7 @@ of the master on the CPU, and per-parameter norms were already taken during back
 
 from contextlib import AbstractContextManager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -65,6 +66,19 @@ class Stage12(Adapter):
                 _, _, offset, numel = self.optimizer.grad_position[param_id]
                 norm = grad.view(-1)[offset : offset + numel].double().norm(2)
                 self.optimizer.norm_for_param_grads[param_id] = norm
+
+    def set_gradient(self, grad: Tensor) -> None:
+        optimizer = self.optimizer
+        own = torch.zeros(int(optimizer.partition_size[0]), dtype=grad.dtype, device=grad.device)
+        for piece in self._partition(0):
+            own[piece.offset : piece.offset + piece.numel] = grad[piece.start : piece.start + piece.numel]
+        if not optimizer.cpu_offload:
+            optimizer.averaged_gradients[0] = [own]
+            return
+        optimizer.single_partition_of_fp32_groups[0].grad.view(-1).copy_(own)
+        optimizer.local_overflow = not bool(own.isfinite().all())  # found during backward otherwise, as is the norm
+        for param in optimizer.params_in_partition[0]:
+            optimizer.norm_for_param_grads[optimizer.get_param_id(param)] = own.double().norm(2)
 
     def local_backward(self) -> AbstractContextManager[None]:
         return self.engine.coalesce_grad_reduction()

@@ -14,7 +14,13 @@ from piece_ds.zero.pieces import Piece, cut
 
 
 class Stage1BF16(Adapter):
-    private_names = ("fp32_groups_gradients_flat", "fp32_groups_flat_partition", "bf16_groups", "real_dp_process_group")
+    private_names = (
+        "fp32_groups_gradients_flat",
+        "fp32_groups_has_gradients",
+        "fp32_groups_flat_partition",
+        "bf16_groups",
+        "real_dp_process_group",
+    )
 
     def _pieces(self, group: int) -> list[Piece]:
         pieces, offset = [], 0
@@ -38,6 +44,10 @@ class Stage1BF16(Adapter):
     def mask_gradients_(self) -> None:
         for group, grad in enumerate(self.optimizer.fp32_groups_gradients_flat):
             self._bound.mask_(group, grad)
+
+    def set_gradient(self, grad: Tensor) -> None:
+        self.optimizer.fp32_groups_gradients_flat[0][: grad.numel()].copy_(grad)
+        self.optimizer.fp32_groups_has_gradients[0][0] = True
 
     def local_backward(self) -> AbstractContextManager[None]:
         return self.engine.no_sync()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from piece_ds.state.partition import partition_of
@@ -57,9 +58,9 @@ class Stage3(Adapter):
             for param, grad in zip(params, self.optimizer.averaged_gradients[group], strict=True):
                 self._bound.mask_(self.name_of[id(param)], grad)
 
-    def install(self, before_step: Callable[[], None]) -> Callable[[], None]:
+    def install_mask(self) -> Callable[[], None]:
         if not self.optimizer.offload_optimizer:
-            return super().install(before_step)
+            return super().install_mask()
         original = self.optimizer.partition_grads
 
         def partition_grads(params: list[nn.Parameter], grads: list[Tensor]) -> Any:
@@ -69,6 +70,24 @@ class Stage3(Adapter):
 
         self.optimizer.partition_grads = partition_grads
         return lambda: self.optimizer.__dict__.pop("partition_grads", None)
+
+    def set_gradient(self, grad: Tensor) -> None:
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.utils import safe_set_local_grad
+
+        ((param, *_), *_) = self.optimizer.fp16_groups
+        piece = self._piece(param)
+        own = torch.zeros(param.partition_numel(), dtype=grad.dtype, device=grad.device)
+        own[: piece.numel] = grad[piece.start : piece.start + piece.numel]
+        # Where the overflow check looks; without optimizer offload norm and step look there too.
+        self.optimizer.grad_partitions_flat_buffer[: own.numel()].copy_(own)
+        safe_set_local_grad(param, own)
+        if not get_accelerator().resolves_data_dependency():  # the overflow check reads on a stream of its own
+            self.optimizer.reduce_and_partition_stream.wait_stream(get_accelerator().current_stream())
+
+    def bypass_reduction(self) -> Callable[[], None]:
+        """Nothing to do: stage 3 reduces what its own hooks have seen, and its epilogue makes what the step needs."""
+        return lambda: None
 
     def local_backward(self) -> AbstractContextManager[None]:
         return self.engine.coalesce_grad_reduction()

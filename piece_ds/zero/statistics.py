@@ -132,6 +132,10 @@ class _Receiver:
     def hooks(self) -> Iterator[None]:
         """While open, every parameter's gradient comes here as soon as backward has finished it."""
         eligible = {info.name for info in self.layout.eligible()}
+        # Under compact mode, the parameters are frozen for DeepSpeed.
+        frozen = [p for name, p in self.model.named_parameters() if name in eligible and not p.requires_grad]
+        for param in frozen:
+            param.requires_grad_(True)
         handles = [
             param.register_post_accumulate_grad_hook(self._hook(name, name in eligible))
             for name, param in self.model.named_parameters()
@@ -142,6 +146,8 @@ class _Receiver:
         finally:
             for handle in handles:
                 handle.remove()
+            for param in frozen:
+                param.requires_grad_(False)
 
     def _hook(self, name: str, eligible: bool) -> Callable[[nn.Parameter], None]:
         def take(param: nn.Parameter) -> None:

@@ -1,7 +1,12 @@
-"""Reading this rank's part of a parameter, wherever ZeRO keeps it."""
+"""Reading and writing a parameter's elements, wherever ZeRO keeps them."""
+
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+INT32_MAX = 2**31 - 1
 
 
 def read_weight(param: nn.Parameter, start: int, numel: int) -> Tensor:
@@ -16,8 +21,84 @@ def read_weight(param: nn.Parameter, start: int, numel: int) -> Tensor:
     if not hasattr(param, "ds_id"):
         return param.detach().reshape(-1)[start : start + numel]
     shard, chunk = param.ds_tensor, param.partition_numel()
-    offset = start - chunk * torch.distributed.get_rank(group=param.ds_process_group)
+    offset = start - chunk * dist.get_rank(group=param.ds_process_group)
     if offset < 0 or offset + numel > shard.numel():
         raise RuntimeError(f"elements [{start}, {start + numel}) of a parameter of {param.ds_numel} elements are not "
                            f"in this rank's shard of {shard.numel()}: read them on their owner")  # fmt: skip
     return shard.detach().reshape(-1)[offset : offset + numel]
+
+
+def read_whole(param: nn.Parameter, device: torch.device) -> Tensor:
+    """All elements of a 1-D parameter on every rank, on device; a view where it is whole here. A collective.
+
+    Cost: under ZeRO-3, one all-gather of the parameter, past DeepSpeed's bookkeeping of what is gathered.
+    """
+    if not hasattr(param, "ds_id"):
+        return param.detach()
+    shard = param.ds_tensor.detach().to(device)
+    num_ranks = dist.get_world_size(group=param.ds_process_group)
+    whole = torch.empty(shard.numel() * num_ranks, dtype=shard.dtype, device=device)
+    bits = torch.float16 if shard.dtype == torch.bfloat16 else shard.dtype  # gloo knows no bf16; only bits are moved
+    dist.all_gather(list(whole.view(bits).chunk(num_ranks)), shard.view(bits), group=param.ds_process_group)
+    return whole[: param.ds_numel]
+
+
+def forget_secondary(model: nn.Module) -> None:
+    """Drop the secondary shards of hierarchical partitioning (hpZ), after the primary ones were overwritten.
+
+    DeepSpeed makes them again at the next gather; of its own accord it drops only those of parameters it optimises.
+    """
+    for param in model.parameters():
+        if getattr(param, "ds_secondary_tensor", None) is not None:
+            param.ds_secondary_tensor = None
+
+
+class SelectedWeights:
+    """Selected elements of one parameter, in every copy that this rank holds of them.
+
+    Under ZeRO-3 these are the shard, the gathered parameter where it is resident (small ones stay so), and the
+    secondary shard of hierarchical partitioning, which DeepSpeed never renews for a parameter it does not optimise.
+
+    Attributes:
+        param: whole, or partitioned by ZeRO-3.
+        index: ascending flat positions of the selected elements in the whole parameter (CPU).
+    """
+
+    def __init__(self, param: nn.Parameter, index: Tensor) -> None:
+        self.param, self.index = param, index
+        self._ranges: dict[tuple[int, int, torch.device], tuple[int, int, Tensor]] = {}
+
+    def read(self, whole: Tensor) -> Tensor:
+        """The selected elements of a tensor of the whole parameter's shape, such as its gradient; 1-D."""
+        return whole.reshape(-1)[self._inside(0, whole.numel(), whole.device)[2]]
+
+    def write_(self, values: Tensor) -> None:
+        """Set the selected elements, in the order of index."""
+        for flat, start in self._copies():
+            low, high, where = self._inside(start, flat.numel(), flat.device)
+            flat[where] = values[low:high].to(flat.device)
+
+    def _copies(self) -> Iterator[tuple[Tensor, int]]:
+        """(flat tensor, position of its first element in the whole parameter)."""
+        param = self.param
+        if not hasattr(param, "ds_id"):
+            yield param.data.view(-1), 0
+            return
+        yield param.ds_tensor.data.view(-1), param.partition_numel() * dist.get_rank(group=param.ds_process_group)
+        if param.ds_status.name == "AVAILABLE":
+            yield param.data.view(-1), 0
+        secondary = param.ds_secondary_tensor
+        if secondary is not None:
+            yield secondary.data.view(-1), secondary.numel() * dist.get_rank(group=param.ds_zero_param_process_group)
+
+    def _inside(self, start: int, numel: int, device: torch.device) -> tuple[int, int, Tensor]:
+        """(first, past the last, positions counted from start) of the selected elements in [start, start + numel).
+
+        Found once and kept on the device, 4 bytes an element: a step does not wait for the host.
+        """
+        key = (start, numel, device)
+        if key not in self._ranges:
+            low, high = torch.searchsorted(self.index, torch.tensor([start, start + numel])).tolist()
+            dtype = torch.int32 if numel <= INT32_MAX else torch.int64
+            self._ranges[key] = low, high, (self.index[low:high] - start).to(device, dtype)
+        return self._ranges[key]

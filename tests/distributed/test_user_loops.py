@@ -4,15 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.jobs import result_of
 from support.models import make_model
+from support.trainer_job import TRAINERS
 from torch import Tensor
 
 from piece_ds.checkpoint import load_mask
 from piece_ds.state.partition import layout_of
 
-EVERY_LOOP = ["trainer-stage2", "trainer-stage3", *(f"loop-stage{stage}" for stage in range(4))]
-TRAINERS = EVERY_LOOP[:2]
+LOOPS = [*(f"loop-stage{stage}" for stage in range(4)), "loop-compact-stage1"]
 
 
 def result(job: Any, name: str) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> set[tuple[
     }
 
 
-@pytest.mark.parametrize("name", EVERY_LOOP)
+@pytest.mark.parametrize("name", [*TRAINERS, *LOOPS])
 def test_selected_weights_train_and_no_other(job: Any, name: str) -> None:
     got = result(job, name)
     selected = {(parameter, i) for parameter, index in got["index"].items() for i in index.tolist()}
@@ -37,7 +38,7 @@ def test_selected_weights_train_and_no_other(job: Any, name: str) -> None:
     assert len(moved) > 0.9 * len(selected) > 0
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", list(TRAINERS))
 def test_a_resumed_run_ends_with_the_same_bits(job: Any, name: str) -> None:
     """Weights, the mask, and every logged loss, norm and rate after the checkpoint."""
     got = result(job, name)
@@ -50,12 +51,36 @@ def test_a_resumed_run_ends_with_the_same_bits(job: Any, name: str) -> None:
     assert len(first) == 6
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", list(TRAINERS))
 def test_the_trainer_writes_its_mask(job: Any, name: str) -> None:
     got = result(job, name)
     mask = load_mask(got["mask_file"], layout_of(make_model("llama")))
     assert mask.method == "piece-s"
     assert all(torch.equal(mask.index[parameter], index) for parameter, index in got["index"].items())
+
+
+@pytest.mark.parametrize("name", list(TRAINERS))
+def test_the_saved_model_is_the_trained_one_and_nothing_more(job: Any, name: str) -> None:
+    got = result(job, name)
+    saved = {parameter: values.view(-1) for parameter, values in load_file(got["model_file"]).items()}
+    assert saved.keys() == got["final"].keys()
+    assert differing(got["final"], saved) == set()
+
+
+def test_compact_checkpoints_hold_the_model_only_if_asked(job: Any) -> None:
+    files = {name: result(job, name)["checkpoint_bytes"] for name in TRAINERS}
+    assert "model.safetensors" in files["trainer-compact-full-stage2"]
+    assert "model.safetensors" not in files["trainer-compact-stage3"]
+    states = {name: sum(size for path, size in found.items() if path.endswith("_states.pt"))
+              for name, found in files.items()}  # fmt: skip
+    assert states["trainer-compact-stage3"] < 0.2 * states["trainer-stage3"]
+
+
+def test_compact_and_masked_loops_train_the_same_weights_to_the_same_values(job: Any) -> None:
+    for first, other in (("trainer-stage3", "trainer-compact-stage3"), ("loop-stage1", "loop-compact-stage1")):
+        one, two = result(job, first), result(job, other)
+        for parameter, values in one["final"].items():
+            torch.testing.assert_close(values, two["final"][parameter], rtol=0, atol=1e-6)
 
 
 def test_stages_train_the_same_weights_to_the_same_values(job: Any) -> None:

@@ -16,7 +16,7 @@ _one_process_environment()
 import deepspeed, torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-from piece_ds.state.partition import full_shape
+from piece_ds.state.values import PARAMETER_NAME
 
 start_distributed()
 collator = lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
@@ -31,7 +31,7 @@ def make_model():
 
 def values(model):
     return torch.cat([(p.ds_tensor[:p.ds_numel] if hasattr(p, "ds_id") else p).detach().flatten().clone()
-                      for p in model.parameters()])
+                      for name, p in model.named_parameters() if name != PARAMETER_NAME])
 
 zero = {"zero_optimization": {"stage": STAGE}, "zero_allow_untested_optimizer": True}
 model = make_model()
@@ -45,11 +45,15 @@ args = TrainingArguments(output_dir=sys.argv[1], use_cpu=True, max_steps=2, per_
 start = values(make_model())
 """
 
-LOOP = """
-engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1),
-                              config={**zero, "train_micro_batch_size_per_gpu": 4})[0]
+LOADER = """
+config = {**zero, "train_micro_batch_size_per_gpu": 4}
 loader = DataLoader(rows, batch_size=4, collate_fn=collator)
 start = values(make_model())
+"""
+
+LOOP = f"""{LOADER}
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 """
 
 AFTER = """
@@ -59,11 +63,19 @@ print("RESULT", json.dumps({"moved": moved, "k": max(1, int(0.001 * num_params))
 
 
 @pytest.mark.parametrize(
-    ("marker", "before", "stage"), [("trainer.add_callback", TRAINER, 3), ("estimate_mask(", LOOP, 2)]
+    ("markers", "before", "stage"),
+    [
+        (["trainer.add_callback"], TRAINER, 3),
+        (["estimate_mask("], LOOP, 2),
+        (["prepare_compact(", "estimate_mask("], LOADER, 3),
+    ],
+    ids=["trainer", "loop", "compact-loop"],
 )
-def test_example_trains_exactly_the_selected_weights(marker: str, before: str, stage: int, tmp_path: Path) -> None:
+def test_example_trains_exactly_the_selected_weights(
+    markers: list[str], before: str, stage: int, tmp_path: Path
+) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    example = next(text for text in examples if marker in text)
+    example = "".join(next(text for text in examples if marker in text) for marker in markers)
     script = tmp_path / "example.py"
     script.write_text(BEFORE.replace("STAGE", str(stage)) + before + example + AFTER)
     run = subprocess.run(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piece_ds.state.values import PARAMETER_NAME, selected_values
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,11 +64,13 @@ def adamw(model: nn.Module, lr: float = 1e-2, weight_decay: float = 0.1) -> torc
 
 
 def whole_weights(engine: Any) -> dict[str, Tensor]:
-    """Copies of all parameters, whole, flat, in their dtype. A collective."""
+    """Copies of all the model's own parameters, whole, flat, in their dtype. A collective."""
     import deepspeed
 
     weights = {}
     for name, param in engine.module.named_parameters():
+        if name == PARAMETER_NAME:
+            continue
         with deepspeed.zero.GatheredParameters([param], enabled=hasattr(param, "ds_id")):
             weights[name] = param.detach().cpu().reshape(-1).clone()
     return weights
@@ -83,13 +87,14 @@ def whole_masters(engine: Any) -> dict[str, Tensor]:
             of = {id(p): m for p, m in zip(params, masters, strict=True)}
             return {n: of[id(p)].detach().reshape(-1).clone() for n, p in engine.module.named_parameters()
                     if id(p) in of}  # fmt: skip
-        return whole_weights(engine)
+        values = selected_values(engine.module)
+        return whole_weights(engine) if values is None else {PARAMETER_NAME: values.values.detach().clone()}
     if getattr(engine.optimizer, "round_robin_gradients", False):
         return _round_robin_masters(engine)
     return {
         name: safe_get_full_fp32_param(param).detach().cpu().reshape(-1).clone()
         for name, param in engine.module.named_parameters()
-        if param.requires_grad
+        if param.requires_grad and (selected_values(engine.module) is None or name == PARAMETER_NAME)
     }
 
 

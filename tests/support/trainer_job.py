@@ -1,13 +1,14 @@
 """A job: PIECE in transformers' Trainer, and in a plain DeepSpeed loop; results for test_user_loops.py."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from piece_ds import PieceCallback, attach, estimate_mask
+from piece_ds import PieceCallback, attach, estimate_mask, prepare_compact
 from support.engines import Setup, adamw, make_engine, whole_weights
 from support.jobs import Results, collect_case, finish, start
 from support.models import make_micro_batches, make_model
@@ -15,36 +16,46 @@ from support.update_cases import batches_of
 from support.update_job import run_step
 
 NUM_STEPS, SAVED_STEP = 6, 3
-STAGES = (2, 3)
+# (stage, options of PieceCallback) of the Trainers.
+TRAINERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "trainer-stage2": (2, {}),
+    "trainer-stage3": (3, {}),
+    "trainer-compact-stage0": (0, {"update_mode": "compact"}),
+    "trainer-compact-stage3": (3, {"update_mode": "compact"}),
+    "trainer-compact-full-stage2": (2, {"update_mode": "compact", "save_full": True}),
+}
 
 
 def main() -> None:
     folder = start()
     results: Results = {}
-    for stage in STAGES:
-        collect_case(results, f"trainer-stage{stage}", lambda stage=stage: train_and_resume(folder, stage))  # type: ignore[misc]
+    for name, (stage, options) in TRAINERS.items():
+        collect_case(results, name, partial(train_and_resume, folder / name, stage, options))
     for stage in (0, 1, 2, 3):
         collect_case(results, f"loop-stage{stage}", lambda stage=stage: plain_loop(stage))  # type: ignore[misc]
+    collect_case(results, "loop-compact-stage1", lambda: compact_loop(1))
     finish(results)
 
 
-def train_and_resume(folder: Path, stage: int) -> dict[str, Any]:
+def train_and_resume(output: Path, stage: int, options: dict[str, Any]) -> dict[str, Any]:
     """Six steps; then the last three again from the checkpoint, with a fresh model, engine and optimizer."""
-    output = folder / f"stage{stage}"
-    initial, final, index, log = train(output, stage, resume_from=None)
-    _, resumed, resumed_index, resumed_log = train(output, stage, resume_from=output / f"checkpoint-{SAVED_STEP}")
+    initial, final, index, log = train(output, stage, options, resume_from=None)
+    checkpoint = output / f"checkpoint-{SAVED_STEP}"
+    _, resumed, resumed_index, resumed_log = train(output, stage, options, resume_from=checkpoint)
     return {
         "initial": initial, "final": final, "index": index, "log": log,
         "resumed": resumed, "resumed_index": resumed_index, "resumed_log": resumed_log,
-        "mask_file": str(output / "mask.safetensors"),
+        "mask_file": str(output / "mask.safetensors"), "model_file": str(output / "model" / "model.safetensors"),
+        "checkpoint_bytes": {str(path.relative_to(checkpoint)): path.stat().st_size
+                             for path in checkpoint.rglob("*") if path.is_file()},
     }  # fmt: skip
 
 
-def train(output: Path, stage: int, resume_from: Path | None) -> tuple:
+def train(output: Path, stage: int, options: dict[str, Any], resume_from: Path | None) -> tuple:
     arguments = TrainingArguments(
         output_dir=str(output),
         deepspeed={
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
@@ -66,12 +77,13 @@ def train(output: Path, stage: int, resume_from: Path | None) -> tuple:
     )
     model = make_model("llama", dropout=0.1)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows(), data_collator=default_data_collator)
-    callback = PieceCallback(trainer, method="piece-s", ratio=0.02, importance_batch_size=3)
+    callback = PieceCallback(trainer, method="piece-s", ratio=0.02, importance_batch_size=3, **options)
     trainer.add_callback(callback)
     initial = {name: p.detach().reshape(-1).clone() for name, p in make_model("llama").named_parameters()}
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     assert callback.mask is not None
     weights = whole_weights(trainer.model_wrapped)
+    trainer.save_model(str(output / "model"))
     log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     return initial, weights, callback.mask.whole(), log
 
@@ -91,6 +103,22 @@ def plain_loop(stage: int) -> dict[str, Any]:
     attach(engine, mask)
     for step in range(3):
         run_step(engine, batches_of(step))
+    result = {"initial": initial, "final": whole_weights(engine), "index": mask.whole()}
+    engine.destroy()
+    return result
+
+
+def compact_loop(stage: int) -> dict[str, Any]:
+    """The same with one call more, before the engine is made."""
+    model = make_model("llama")
+    prepare_compact(model, ratio=0.01)
+    engine = make_engine(model, Setup(stage), adamw(model), accumulation=2, clip=0.02)
+    initial = whole_weights(engine)
+    mask = estimate_mask(engine, make_micro_batches(), method="piece-s", ratio=0.01)
+    update = attach(engine, mask)
+    for step in range(3):
+        run_step(engine, batches_of(step))
+    update.detach()
     result = {"initial": initial, "final": whole_weights(engine), "index": mask.whole()}
     engine.destroy()
     return result

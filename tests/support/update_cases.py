@@ -86,6 +86,9 @@ def selection() -> dict[str, Tensor]:
     return index
 
 
+NUM_SELECTED = sum(index.numel() for index in selection().values())
+
+
 def decay_of(case: Case, num_dimensions: int) -> float:
     return 0.0 if case.two_groups and num_dimensions < 2 else WEIGHT_DECAY
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from piece_ds.model import freeze_ineligible
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import layout_of
-from piece_ds.update import attach
+from piece_ds.state.values import selected_values
+from piece_ds.update import attach, prepare_compact
 from piece_ds.zero import collect_statistics
 from support.engines import Setup, adamw, make_engine, whole_masters, whole_weights
 from support.jobs import Results, collect_case, finish, start
@@ -24,10 +25,12 @@ from support.update_cases import (
     FAMILY,
     LEARNING_RATE,
     NUM_RANKS,
+    NUM_SELECTED,
     NUM_STEPS,
     WEIGHT_DECAY,
     Case,
     batches_of,
+    decay_of,
     selection,
 )
 
@@ -45,10 +48,14 @@ def main() -> None:
     finish(results)
 
 
-def train(case: Case) -> dict[str, Any]:
+def train(case: Case, compact: bool = False) -> dict[str, Any]:
+    """Four steps with the selection; compact: DeepSpeed optimises the selected values alone."""
     model = make_model(FAMILY)
     if case.freeze:
         freeze_ineligible(model)
+    if compact:
+        decays = [name for name, param in model.named_parameters() if decay_of(case, param.dim())]
+        prepare_compact(model, num_selected=NUM_SELECTED, decays=decays)
     engine = make_engine(model, case.setup, optimizer_of(model, case), ACCUMULATION, CLIP)
     initial = whole_weights(engine)
     mask = mask_of(engine)
@@ -72,7 +79,7 @@ def train(case: Case) -> dict[str, Any]:
 
 
 def optimizer_of(model: torch.nn.Module, case: Case) -> torch.optim.Optimizer:
-    if not case.two_groups:
+    if not case.two_groups or selected_values(model):
         return adamw(model, LEARNING_RATE, WEIGHT_DECAY)
     params = list(model.parameters())
     groups = [
@@ -93,7 +100,7 @@ def mask_of(engine: Any) -> Mask:
         positions = positions[(positions >= low) & (positions < high)]
         if positions.numel():
             index[info.name] = positions
-    return Mask(layout, index, sum(p.numel() for p in selection().values()))
+    return Mask(layout, index, NUM_SELECTED)
 
 
 def run_step(engine: Any, batches: list[dict[str, torch.Tensor]]) -> None:

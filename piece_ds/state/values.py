@@ -1,0 +1,117 @@
+"""SelectedValues: the one flat parameter that DeepSpeed optimises in compact mode, as a module of the model.
+
+It is never called, so ZeRO-3 never gathers it in forward or backward. It is no parameter of the model as its user sees
+it: it is in no layout, and state_dict() shows it only to training checkpoints.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "piece_values"
+PARAMETER_NAME = f"{NAME}.values"
+
+
+class SelectedValues(nn.Module):
+    """K values in the model's dtype: copies of the selected weights, in the order of (parameter, flat index).
+
+    Attributes:
+        values: the parameter, 1-D.
+        trainable: names of the model's parameters that required gradients before they were frozen.
+        eligible: those of them that may be selected by importance.
+        decays: parameters whose selected elements weight decay acts on; None means all.
+        checkpoint: what a training checkpoint holds besides values: set before one is written, and by loading one.
+    """
+
+    def __init__(
+        self,
+        num_selected: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        trainable: frozenset[str],
+        eligible: frozenset[str],
+        decays: frozenset[str] | None,
+    ) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(num_selected, dtype=dtype, device=device))
+        self.trainable, self.eligible, self.decays = trainable, eligible, decays
+        self.checkpoint: dict[str, Tensor] | None = None
+        self.saving = False
+
+    def get_extra_state(self) -> dict[str, Tensor] | None:
+        return self.checkpoint
+
+    def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
+        self.checkpoint = state
+
+    @contextmanager
+    def in_checkpoint(self, content: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, the model's state_dict() has values and content, and the model's own parameters only if whole.
+
+        Args:
+            content: 'positions' and 'whole' (see update/compact.py), and anything else to be there after loading.
+        """
+        self.checkpoint, self.saving = content, True
+        try:
+            yield
+        finally:
+            self.checkpoint, self.saving = None, False
+
+    def join(self, model: nn.Module) -> None:
+        """Become a module of model, whose state dict stays the user's own, and freeze model's parameters."""
+        for param in model.parameters():
+            param.requires_grad_(False)
+        model.add_module(NAME, self)
+        self._hooks = [
+            model.register_state_dict_post_hook(_hide),
+            model.register_load_state_dict_post_hook(_excuse_missing),
+        ]
+
+    def leave(self, model: nn.Module) -> None:
+        """Undo join()."""
+        for hook in self._hooks:
+            hook.remove()
+        delattr(model, NAME)
+        for name, param in model.named_parameters():
+            param.requires_grad_(name in self.trainable)
+
+
+def selected_values(model: nn.Module) -> SelectedValues | None:
+    """The model's SelectedValues, or None where it was not prepared for compact mode."""
+    found = getattr(model, NAME, None)
+    return found if isinstance(found, SelectedValues) else None
+
+
+def _hide(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook of state_dict(): see SelectedValues.in_checkpoint()."""
+    values = selected_values(model)
+    assert values is not None
+    hidden: set[str] = set()
+    if not values.saving:
+        hidden = {key for key in state if key.startswith(f"{prefix}{NAME}.")}
+    elif not _whole(values):
+        hidden = {prefix + name for name in _own_parameters(model)}
+    for key in hidden & state.keys():
+        del state[key]
+
+
+def _excuse_missing(model: nn.Module, incompatible: Any) -> None:
+    """A hook of load_state_dict(): accept a state dict of the plain model, and a checkpoint without it."""
+    values = selected_values(model)
+    assert values is not None
+    excused = set() if _whole(values) else _own_parameters(model)
+    missing = [n for n in incompatible.missing_keys if not n.startswith(f"{NAME}.") and n not in excused]
+    incompatible.missing_keys[:] = missing
+
+
+def _whole(values: SelectedValues) -> bool:
+    """Whether the model's own parameters belong into the checkpoint at hand, or no checkpoint is."""
+    return values.checkpoint is None or bool(values.checkpoint["whole"])
+
+
+def _own_parameters(model: nn.Module) -> set[str]:
+    """Names of the model's parameters, tied ones under every name, without SelectedValues'."""
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - {PARAMETER_NAME}

@@ -1,0 +1,183 @@
+"""Compact update mode: DeepSpeed optimises one flat parameter of the K selected values, and nothing else.
+
+The model's own parameters have no fp32 master, no moments and no gradient partition. Their selected gradients are added
+in fp32 during backward, reduced once per optimizer step, and handed to DeepSpeed, which unscales, clips, checks for
+overflow and steps as ever; the new values are then written into the weights, wherever they lie. Values are copies, not
+differences: forward uses the plain weights, and everything means what it means in masked mode.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piece_ds.checkpoint.delta_file import read_selected
+from piece_ds.checkpoint.fingerprint import weights_fingerprint
+from piece_ds.distributed import all_reduce_sum_, world_size
+from piece_ds.errors import UserError
+from piece_ds.state.mask import Mask, gather_fragments
+from piece_ds.state.partition import full_shape
+from piece_ds.state.values import PARAMETER_NAME, selected_values
+from piece_ds.update.collect import collect_dense
+from piece_ds.update.decay import SelectedDecay
+from piece_ds.zero import open_door, require_trainable
+from piece_ds.zero.checkpoints import install_checkpoints
+from piece_ds.zero.weights import SelectedWeights, forget_secondary, read_whole
+
+
+class CompactUpdate:
+    """A mask installed on one engine of a model that prepare_compact() has prepared. `detach()` undoes both."""
+
+    def __init__(self, engine: Any, mask: Mask, save_full: bool) -> None:
+        values = selected_values(engine.module)
+        assert values is not None
+        require_trainable(engine)
+        self.mask, self._engine, self._values, self._save_full = mask, engine, values, save_full
+        self._index = mask.whole()
+        self._adapter = open_door(engine)
+        self._check()
+        params = dict(engine.module.named_parameters())
+        self._weights = {name: SelectedWeights(params[name], self._index[name]) for name in self._index}
+        self._grad = torch.zeros(mask.num_selected, dtype=torch.float32, device=engine.device)
+        self._fingerprint: Tensor | None = None
+        if values.checkpoint is None:
+            self._fill()
+        else:
+            self._after_load()
+        decay = SelectedDecay(self._adapter, {PARAMETER_NAME: self._decaying()})
+        self._remove = [
+            self._adapter.bypass_reduction(),
+            self._adapter.around_step(self._before_step, self._after_step),
+            *decay.install(engine.basic_optimizer),
+            *install_checkpoints(engine, self._saving, self._loading, self._after_load, save_full, PARAMETER_NAME),
+            *(
+                collect_dense(engine.module.get_submodule(name.rpartition(".")[0]), name, self._weights[name], out)
+                for name, out in self._parts(self._grad)
+            ),
+        ]
+
+    def detach(self) -> None:
+        """Leave engine and model as they were before prepare_compact(); the engine cannot train any more."""
+        for remove in self._remove:
+            remove()
+        self._remove = []
+        self._values.leave(self._engine.module)
+
+    def _check(self) -> None:
+        values, mask = self._values, self.mask
+        if full_shape(values.values) != (mask.num_selected,):
+            raise UserError(f"the mask selects {mask.num_selected} elements, the model was prepared for another number:"
+                            " give prepare_compact() the mask's ratio or number")  # fmt: skip
+        optimised = {piece.name for _, pieces in self._adapter.masters() for piece in pieces}
+        if not optimised <= {PARAMETER_NAME}:
+            raise UserError(f"compact mode expects an optimizer over the selected values alone, this one also has "
+                            f"{min(optimised - {PARAMETER_NAME})!r}: make it from prepare_compact(model).parameters(), "
+                            "or use masked mode (--update_mode masked)")  # fmt: skip
+        dtypes = {name: param.dtype for name, param in self._engine.module.named_parameters()}
+        for name in self._index:
+            if name not in values.trainable:
+                raise UserError(f"the mask selects elements of {name!r}, which is frozen: use a mask without it")
+            if dtypes[name] != dtypes[PARAMETER_NAME]:
+                raise UserError(f"compact mode keeps the selected values in one dtype, {dtypes[PARAMETER_NAME]}, but "
+                                f"{name!r} is {dtypes[name]}: use masked mode (--update_mode masked)")  # fmt: skip
+
+    def _parts(self, flat_K: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(parameter, its part of a tensor of one entry per selected element)."""
+        sizes = [index.numel() for index in self._index.values()]
+        yield from zip(self._index, flat_K.split(sizes), strict=True)
+
+    def _decaying(self) -> Tensor:
+        """Positions among the values that weight decay acts on."""
+        decays = self._values.decays
+        everywhere = torch.zeros(self.mask.num_selected, dtype=torch.bool)
+        for name, part in self._parts(everywhere):
+            part.fill_(decays is None or name in decays)
+        return everywhere.nonzero().view(-1)
+
+    def _fill(self) -> None:
+        """Values and their masters become the selected weights."""
+        if self._engine.global_steps == 0:
+            self._adapter.prepare()
+        dtype_of = {name: param.dtype for name, param in self._engine.module.named_parameters()}
+        fragments = gather_fragments(self.mask.layout, read_selected(self._engine.module, self.mask), dtype_of)
+        whole = torch.cat([fragments[name] for name in self._index])
+        SelectedWeights(self._values.values, torch.arange(whole.numel())).write_(whole)
+        for master, pieces in self._adapter.masters():
+            for piece in pieces:
+                part = whole[piece.start : piece.start + piece.numel]
+                master.data.view(-1)[piece.offset : piece.offset + piece.numel].copy_(part)
+
+    def _before_step(self) -> None:
+        self._adapter.set_gradient(all_reduce_sum_(self._grad).div_(world_size()))
+
+    def _after_step(self) -> None:
+        """Also after an overflow: then the values are the old ones."""
+        self._grad.zero_()
+        self._write()
+
+    def _write(self) -> None:
+        """The values into the weights."""
+        for name, part in self._parts(read_whole(self._values.values, self._engine.device)):
+            self._weights[name].write_(part)
+
+    # Checkpoints.
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """A checkpoint has the values, where they belong, and, if it is not whole, which weights surround them."""
+        content = {"positions": self._positions(), "whole": torch.tensor(self._save_full)}
+        if not self._save_full:
+            content["surroundings"] = self._surroundings()
+        with self._loading(), self._values.in_checkpoint(content):
+            yield
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """DeepSpeed takes the weights for what they are to it, frozen, else a checkpoint would lose them."""
+        weights = [weight.param for weight in self._weights.values()]
+        needed = [param.requires_grad for param in weights]
+        for param in weights:
+            param.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for param, requires_grad in zip(weights, needed, strict=True):
+                param.requires_grad_(requires_grad)
+
+    def _after_load(self) -> None:
+        """DeepSpeed has restored values, masters and moments; bring the weights to them.
+
+        Raises:
+            UserError: the checkpoint is of another mask, or began with other weights.
+        """
+        found, self._values.checkpoint = self._values.checkpoint, None
+        if found is None:
+            raise UserError("the checkpoint was not written in compact mode: resume it in masked mode "
+                            "(--update_mode masked)")  # fmt: skip
+        if not torch.equal(found["positions"].cpu(), self._positions()):
+            raise UserError("the checkpoint is of another mask: its selected positions differ from this one's")
+        if not found["whole"] and not torch.equal(found["surroundings"].cpu(), self._surroundings()):
+            raise UserError("the checkpoint holds the selected weights alone, and this model's other weights are not "
+                            "those that the training began with: load the model that it began with, or save with "
+                            "--save_full True")  # fmt: skip
+        if found["whole"]:
+            forget_secondary(self._engine.module)
+        self._grad.zero_()
+        self._write()
+
+    def _positions(self) -> Tensor:
+        """Where every value belongs: flat index in the parameter + elements of all parameters before it (int64)."""
+        offset, parts = 0, []
+        for info in self.mask.layout.parameters:
+            if info.name in self._index:
+                parts.append(self._index[info.name] + offset)
+            offset += info.numel
+        return torch.cat(parts)
+
+    def _surroundings(self) -> Tensor:
+        """Fingerprint of every weight that is not selected: it stays the same for the whole training. A collective."""
+        if self._fingerprint is None:
+            self._fingerprint = weights_fingerprint(self._engine.module, self.mask)
+        return self._fingerprint

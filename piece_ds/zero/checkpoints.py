@@ -1,0 +1,55 @@
+"""Training checkpoints that DeepSpeed writes and reads, where the model has a parameter that its user never sees."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial, wraps
+from typing import Any
+
+
+def install_checkpoints(
+    engine: Any,
+    saving: Callable[[], AbstractContextManager[None]],
+    loading: Callable[[], AbstractContextManager[None]],
+    after_load: Callable[[], None],
+    save_full: bool,
+    hidden: str,
+) -> list[Callable[[], None]]:
+    """Surround an engine's save_checkpoint() and load_checkpoint(); returns functions that remove it.
+
+    Args:
+        saving, loading: around either call.
+        after_load: called when a checkpoint has been loaded.
+        save_full: False: checkpoints leave out parameters that require no gradient.
+        hidden: name of a parameter that consolidated state dicts (save_model() under ZeRO-3) leave out.
+    """
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+    consolidate = engine._zero3_consolidated_16bit_state_dict
+
+    @wraps(save)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        with saving():
+            return save(*args, **{**kwargs, "exclude_frozen_parameters": not save_full})
+
+    @wraps(load)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        with loading():
+            result = load(*args, **kwargs)
+        if result[0] is not None:
+            after_load()
+        return result
+
+    @wraps(consolidate)
+    def consolidated(*args: Any, **kwargs: Any) -> Any:
+        state = consolidate(*args, **kwargs)
+        if state is not None:  # rank 0's
+            state.pop(hidden, None)
+        return state
+
+    wrapped = {
+        "save_checkpoint": save_checkpoint,
+        "load_checkpoint": load_checkpoint,
+        "_zero3_consolidated_16bit_state_dict": consolidated,
+    }
+    for name, function in wrapped.items():
+        setattr(engine, name, function)
+    return [partial(engine.__dict__.pop, name, None) for name in wrapped]

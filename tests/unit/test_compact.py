@@ -1,0 +1,133 @@
+"""What compact mode adds to a model is invisible to its user, and a checkpoint knows which weights it belongs to."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.models import make_model
+from torch import nn
+
+from piece_ds.checkpoint.fingerprint import weights_fingerprint
+from piece_ds.errors import UserError
+from piece_ds.selection import select
+from piece_ds.selection.budget import num_selected
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import layout_of
+from piece_ds.state.values import PARAMETER_NAME, selected_values
+from piece_ds.update import prepare_compact
+from piece_ds.zero.weights import SelectedWeights
+
+RATIO = 0.05
+
+
+@pytest.fixture(params=["llama", "qwen3"])  # qwen3 has tied embeddings
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return make_model(request.param)
+
+
+def test_layout_is_that_of_the_model_as_its_user_sees_it(model: nn.Module) -> None:
+    before = layout_of(model)
+    values = prepare_compact(model, RATIO)
+    assert layout_of(model) == before
+    assert values.values.shape == (num_selected(before, RATIO),) == (int(RATIO * before.total),)
+    assert [name for name, param in model.named_parameters() if param.requires_grad] == [PARAMETER_NAME]
+
+
+def test_state_dict_is_the_users_and_loads_strictly(model: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prepare_compact(model, RATIO)
+    assert model.state_dict().keys() == before.keys()
+    assert model.load_state_dict(before).missing_keys == []
+    before.popitem()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(before)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_checkpoint_has_the_values_and_only_if_whole_the_model(model: nn.Module, whole: bool) -> None:
+    own = model.state_dict().keys()
+    values = prepare_compact(model, RATIO)
+    values.values.data.fill_(2.0)
+    with values.in_checkpoint({"whole": torch.tensor(whole), "positions": torch.arange(3)}):
+        state = {key: value.clone() if isinstance(value, torch.Tensor) else value
+                 for key, value in model.state_dict().items()}  # fmt: skip
+    assert state.keys() == {PARAMETER_NAME, "piece_values._extra_state"} | (own if whole else set())
+    values.values.data.zero_()
+    model.load_state_dict(state)
+    assert bool((values.values == 2.0).all())
+    assert values.checkpoint is not None
+    assert torch.equal(values.checkpoint["positions"], torch.arange(3))
+
+
+def test_leaving_undoes_joining(model: nn.Module) -> None:
+    model.get_parameter("model.norm.weight").requires_grad_(False)
+    before = {name: param.requires_grad for name, param in model.named_parameters()}
+    prepare_compact(model, RATIO).leave(model)
+    assert {name: param.requires_grad for name, param in model.named_parameters()} == before
+    assert selected_values(model) is None
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({})
+
+
+def test_preparing_twice_is_refused(model: nn.Module) -> None:
+    prepare_compact(model, RATIO)
+    with pytest.raises(UserError, match="prepared for compact mode already"):
+        prepare_compact(model, RATIO)
+
+
+def shares(model: nn.Module, num_ranks: int) -> list[Mask]:
+    """One random selection, as the ranks of a group of num_ranks hold it."""
+    mask = select(layout_of(model), "random", RATIO)
+    found = []
+    for owner in range(num_ranks):
+        layout = replace(mask.layout, rank=owner, num_ranks=num_ranks)
+        index = {}
+        for info in layout.parameters:
+            part, whole = layout.partition(info), mask.index.get(info.name, torch.zeros(0).long())
+            index[info.name] = whole[(whole >= part.start) & (whole < part.stop)]
+        found.append(replace(mask, layout=layout, index=index))
+    return found
+
+
+def fingerprint(model: nn.Module, num_ranks: int = 1) -> int:
+    """What the ranks of a group would agree on."""
+    total = sum((weights_fingerprint(model, share) for share in shares(model, num_ranks)), torch.zeros(1).long())
+    return int(total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprint_is_the_same_for_any_number_of_ranks(model: nn.Module, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    assert fingerprint(model) == fingerprint(model, 2) == fingerprint(model, 3)
+
+
+def test_fingerprint_sees_one_bit_of_any_unselected_weight_and_no_selected_one(model: nn.Module) -> None:
+    before = fingerprint(model)
+    selected = shares(model, 1)[0].index["model.layers.1.mlp.up_proj.weight"]
+    flat = model.get_parameter("model.layers.1.mlp.up_proj.weight").data.view(-1)
+    flat[selected] = 7.0
+    assert fingerprint(model) == before
+    taken = set(selected.tolist())
+    one, other = [i for i in range(flat.numel()) if i not in taken][:2]
+    flat.view(torch.int32)[one] ^= 1
+    assert fingerprint(model) != before
+    flat.view(torch.int32)[one] ^= 1
+    assert fingerprint(model) == before
+    flat[[one, other]] = flat[[other, one]]  # the same bits elsewhere
+    assert fingerprint(model) != before
+
+
+def test_fingerprint_does_not_depend_on_how_much_is_hashed_at_a_time(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(model)
+    monkeypatch.setattr("piece_ds.checkpoint.fingerprint.HASHED_ELEMENTS", 13)
+    assert fingerprint(model) == before
+
+
+def test_selected_weights_are_read_and_written_in_order() -> None:
+    param = nn.Parameter(torch.arange(12.0).view(3, 4))
+    selected = SelectedWeights(param, torch.tensor([1, 6, 11]))
+    assert selected.read(param.detach() * 2).tolist() == [2.0, 12.0, 22.0]
+    selected.write_(torch.tensor([-1.0, -2.0, -3.0]))
+    assert param.flatten().tolist() == [0.0, -1.0, 2.0, 3.0, 4.0, 5.0, -2.0, 7.0, 8.0, 9.0, 10.0, -3.0]
