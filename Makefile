@@ -10,7 +10,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 RANKS ?= $(if $(HAS_GPU),1,2)
 LAUNCH := DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/deepspeed --num_accelerators $(RANKS)
 
-.PHONY: train test test-all check bench bench-kernels clean venv
+.PHONY: train test test-all check bench bench-cost bench-kernels clean venv
 
 train: $(VENV)/.ready
 	rm -rf runs/embedded
@@ -29,6 +29,9 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(LAUNCH) bench/overhead.py
+
+bench-cost: $(VENV)/.ready
+	DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/python bench/cost.py --ranks $(RANKS)
 
 bench-kernels: $(VENV)/.ready
 	$(BIN)/python kernels/bench/run.py

@@ -55,6 +55,7 @@ class PieceCallback(TrainerCallback):
         mask_file: str | Path | None = None,
         update_mode: str = "masked",
         save_full: bool = False,
+        selected_gradient: str = "auto",
         estimate: Callable[[Any, MicroBatches, Layout], Mask] | None = None,
         **options: Any,
     ) -> None:
@@ -68,6 +69,7 @@ class PieceCallback(TrainerCallback):
                 state for the selected weights alone.
             save_full: in compact mode, the trainer's checkpoints hold the whole model. Else they hold what training
                 changes; to resume from one, make the trainer with the model that training began with.
+            selected_gradient: in compact mode, 'auto' or 'dense'; see GradientCollection.
             estimate: called instead of estimate_mask() with (engine, micro-batches, layout).
             options: more arguments of estimate_mask().
         Raises:
@@ -81,6 +83,7 @@ class PieceCallback(TrainerCallback):
         self._batch_size = importance_batch_size
         self._update: MaskedUpdate | CompactUpdate | None = None
         self._update_mode, self._save_full = update_mode, save_full
+        self._selected_gradient = selected_gradient
         if update_mode == "compact":
             self._prepare(ratio)
         self._estimate = estimate or (
@@ -109,7 +112,7 @@ class PieceCallback(TrainerCallback):
             save_mask(path, self.mask)
         logger.info("%d of %d weights selected (%s)", self.mask.num_selected, layout.total, self.mask.method)
         self.on_mask(engine.module, self.mask, resumed=state.global_step > 0)
-        self._update = attach(engine, self.mask, self._save_full)
+        self._update = attach(engine, self.mask, self._save_full, self._selected_gradient)
         barrier()
 
     def on_mask(self, model: nn.Module, mask: Mask, resumed: bool) -> None:

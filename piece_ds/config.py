@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from piece_ds.errors import UserError, nearest
 
 UPDATE_MODES = ["masked", "compact"]
+SELECTED_GRADIENTS = ["auto", "dense"]
 BUDGETS = ["model", "layer", "tensor"]
 SAVE_MODEL = ["last", "each", "never"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
@@ -89,6 +90,12 @@ class MethodArguments:
         default="masked",
         metadata={"help": "masked: mask the reduced gradient; compact: optimise the selected values alone"},
     )
+    selected_gradient: str = field(
+        default="auto",
+        metadata={
+            "help": "compact mode: auto: linear layers form their selected gradients alone; dense: autograd forms all"
+        },
+    )
     budget: str = field(default="model", metadata={"help": "what shares one top-k: model, layer or tensor"})
     importance_batch_size: int = field(default=4, metadata={"help": "rows in a micro-batch of the statistics pass"})
     importance_lambda: float = field(default=1.0, metadata={"help": "lambda in |sum g| / sqrt(sum g^2 + lambda)"})
@@ -101,6 +108,7 @@ class MethodArguments:
         if not 0.0 < self.mask_ratio <= 1.0:
             raise UserError(f"--mask_ratio must be in (0, 1], got {self.mask_ratio}")
         require_choice("update_mode", self.update_mode, UPDATE_MODES)
+        require_choice("selected_gradient", self.selected_gradient, SELECTED_GRADIENTS)
         require_choice("budget", self.budget, BUDGETS)
         require_choice("statistics_device", self.statistics_device, ["auto", "cpu"])
         require_positive("importance_batch_size", self.importance_batch_size)

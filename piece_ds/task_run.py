@@ -127,6 +127,7 @@ def train_task(
             mask_file=settings.method.mask_file,
             update_mode=settings.method.update_mode,
             save_full=settings.output.save_full,
+            selected_gradient=settings.method.selected_gradient,
             estimate=partial(mask_of_task, settings.method, task.name, arguments.seed),
         )
         trainer.add_callback(callback)

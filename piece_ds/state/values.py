@@ -40,6 +40,7 @@ class SelectedValues(nn.Module):
         self.trainable, self.eligible, self.decays = trainable, eligible, decays
         self.checkpoint: dict[str, Tensor] | None = None
         self.saving = False
+        self.attached = False  # whether an update trains them: backward's gradients are then its own
 
     def get_extra_state(self) -> dict[str, Tensor] | None:
         return self.checkpoint

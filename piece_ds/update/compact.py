@@ -20,7 +20,7 @@ from piece_ds.errors import UserError
 from piece_ds.state.mask import Mask, gather_fragments
 from piece_ds.state.partition import full_shape
 from piece_ds.state.values import PARAMETER_NAME, selected_values
-from piece_ds.update.collect import collect_dense
+from piece_ds.update.collection import GradientCollection
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.zero import open_door, require_trainable
 from piece_ds.zero.checkpoints import install_checkpoints
@@ -30,7 +30,7 @@ from piece_ds.zero.weights import SelectedWeights, forget_secondary, read_whole
 class CompactUpdate:
     """A mask installed on one engine of a model that prepare_compact() has prepared. `detach()` undoes both."""
 
-    def __init__(self, engine: Any, mask: Mask, save_full: bool) -> None:
+    def __init__(self, engine: Any, mask: Mask, save_full: bool, selected_gradient: str) -> None:
         values = selected_values(engine.module)
         assert values is not None
         require_trainable(engine)
@@ -52,14 +52,14 @@ class CompactUpdate:
             self._adapter.around_step(self._before_step, self._after_step),
             *decay.install(engine.basic_optimizer),
             *install_checkpoints(engine, self._saving, self._loading, self._after_load, save_full, PARAMETER_NAME),
-            *(
-                collect_dense(engine.module.get_submodule(name.rpartition(".")[0]), name, self._weights[name], out)
-                for name, out in self._parts(self._grad)
-            ),
         ]
+        values.attached = True
+        grads = self._parts(self._grad)
+        self._collection = GradientCollection(engine.module, self._weights, grads, selected_gradient)
 
     def detach(self) -> None:
         """Leave engine and model as they were before prepare_compact(); the engine cannot train any more."""
+        self._collection.close()
         for remove in self._remove:
             remove()
         self._remove = []
@@ -110,6 +110,8 @@ class CompactUpdate:
                 master.data.view(-1)[piece.offset : piece.offset + piece.numel].copy_(part)
 
     def _before_step(self) -> None:
+        if self._engine.global_steps == 0:
+            self._collection.check()
         self._adapter.set_gradient(all_reduce_sum_(self._grad).div_(world_size()))
 
     def _after_step(self) -> None:

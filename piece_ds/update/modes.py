@@ -8,7 +8,9 @@ from piece_ds.update.compact import CompactUpdate
 from piece_ds.update.masked import MaskedUpdate
 
 
-def attach(engine: Any, mask: Mask, save_full: bool = False) -> MaskedUpdate | CompactUpdate:
+def attach(
+    engine: Any, mask: Mask, save_full: bool = False, selected_gradient: str = "auto"
+) -> MaskedUpdate | CompactUpdate:
     """From now on engine.step() trains only the selected weights; every other weight keeps its bits.
 
     Works at ZeRO 0-3 with and without CPU offload, in fp32, bf16 and (stage 1-3) fp16. Of an engine whose model
@@ -21,6 +23,7 @@ def attach(engine: Any, mask: Mask, save_full: bool = False) -> MaskedUpdate | C
         engine: deepspeed.DeepSpeedEngine.
         mask: from select() or load_mask(), of this model and this number of ranks.
         save_full: in compact mode, engine.save_checkpoint() writes the whole model, not only what training changes.
+        selected_gradient: in compact mode, 'auto' or 'dense'; see GradientCollection.
     Raises:
         UserError: the engine uses a feature or an optimizer with which this has not been proven to be exact; in compact
             mode also a mask of another size, and an optimizer that holds other parameters.
@@ -29,5 +32,5 @@ def attach(engine: Any, mask: Mask, save_full: bool = False) -> MaskedUpdate | C
         selected element on every rank, whatever the model's size.
     """
     if selected_values(engine.module) is not None:
-        return CompactUpdate(engine, mask, save_full)
+        return CompactUpdate(engine, mask, save_full, selected_gradient)
     return MaskedUpdate(engine, mask)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from piece_ds import ops
 from piece_ds.distributed import all_reduce_sum_, is_main
+from piece_ds.errors import UserError
 from piece_ds.progress import progress_bar
 from piece_ds.selection import LastPassFilter
 from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.state.statistics import GradientStats, empty_stats
+from piece_ds.state.values import selected_values
 from piece_ds.zero.door import open_door
 from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
 
@@ -64,13 +66,17 @@ def collect_statistics(
     Returns:
         GradientStats of this rank's elements, in fp32, without loss scaling, clipping or division.
     Raises:
-        UserError: DeepSpeed features that have not been proven.
+        UserError: DeepSpeed features that have not been proven; a compact update is attached.
         ValueError: no micro-batch.
     Cost: one forward and backward per micro-batch; 4 or 8 bytes per owned element, and two buckets of gradients.
     Source: arXiv 2511.15375, section on importance estimation.
     """
     if len(micro_batches) == 0:
         raise ValueError("no micro-batch to take statistics of: the data is empty")
+    values = selected_values(engine.module)
+    if values is not None and values.attached:
+        raise UserError("statistics were asked for while a compact update is attached, which takes the gradients of "
+                        "every backward: take them before attach(), or after detach()")  # fmt: skip
     adapter = open_door(engine)
     layout = layout or layout_of(engine.module)
     stats = empty_stats(layout, needs_sum, device or engine.device)

@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.compact_cases import EVERYWHERE, FAST, FAST_FULL, FAST_RESUMED, FAST_WHOLE, FULL, RESUMED, WHOLE
+from support.compact_cases import (
+    EVERYWHERE,
+    FAST,
+    FAST_FULL,
+    FAST_RESUMED,
+    FAST_SAMPLED,
+    FAST_WHOLE,
+    FULL,
+    RESUMED,
+    WHOLE,
+)
 from support.jobs import result_of
 from support.update_cases import BF16_EXACT, CASES, NUM_SELECTED, NUM_STEPS, OVERFLOW, selection
 from torch import Tensor
@@ -123,6 +133,28 @@ def test_one_engine_scores_and_trains_as_two_engines_in_masked_mode(job: Any, na
         assert largest_difference(got["final"], want["final"], got["initial"]) < 1e-4
 
 
+SAMPLED_EVERYWHERE = [
+    pytest.param(name, ranks, marks=() if ranks == 2 and name in FAST_SAMPLED else pytest.mark.slow)
+    for name in WHOLE
+    for ranks in ((1, 2, 3) if name in EVERYWHERE else (2,))
+]
+
+
+@pytest.mark.parametrize(("name", "ranks"), SAMPLED_EVERYWHERE)
+def test_sampled_gradients_train_what_dense_gradients_train(job: Any, name: str, ranks: int) -> None:
+    """In every linear layer; in bf16 they are more exact than dense ones, which autograd rounds to bf16."""
+    both = result(job, f"sampled-{name}", ranks)
+    got, want = both["compact"], both["masked"]
+    assert all(torch.equal(index, want["index"][parameter]) for parameter, index in got["index"].items())
+    assert_only_selected_moved(got["initial"], got["final"], got["index"])
+    assert any("proj" in parameter or "dense" in parameter or "c_fc" in parameter for parameter in got["frozen"])
+    in_bf16 = name.startswith("bf16")
+    assert got["norms"] == pytest.approx(want["norms"], rel=0.01 if in_bf16 else 1e-5)
+    assert largest_difference(got["final"], want["final"], got["initial"]) < (0.3 if in_bf16 else 1e-4)
+    assert got["leftover"] in ([], ["piece_values.values"])
+    assert got["requires_grad"]
+
+
 @pytest.mark.parametrize(("name", "ranks"), WHOLE_EVERYWHERE)
 def test_no_gradient_is_left_and_the_model_is_as_before(job: Any, name: str, ranks: int) -> None:
     got = result(job, f"whole-{name}", ranks)["compact"]
@@ -157,6 +189,7 @@ def test_a_checkpoint_holds_nothing_larger_than_the_values(job: Any, name: str) 
 
 
 REASONS = {
+    "attached": "take them before attach()",
     "base": "other weights are not those that the training began with",
     "base-stage0": "other weights are not those that the training began with",
     "mask": "of another mask",

@@ -9,18 +9,20 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from piece_ds import attach, estimate_mask, prepare_compact
+from piece_ds import attach, collect_statistics, estimate_mask, prepare_compact
 from piece_ds.model import freeze_ineligible
 from support.compact_cases import (
     EVERYWHERE,
     FAST,
     FAST_FULL,
     FAST_RESUMED,
+    FAST_SAMPLED,
     FAST_WHOLE,
     FULL,
     RATIO,
@@ -57,8 +59,9 @@ def main() -> None:
 def chosen(tier: str, num_ranks: int) -> set[str]:
     """Names of the cases of a tier, 'fast' or 'slow'."""
     if num_ranks != 2:
-        return {f"whole-{name}" for name in EVERYWHERE}
+        return {f"{kind}-{name}" for kind in ("whole", "sampled") for name in EVERYWHERE}
     fast = FAST | {f"whole-{name}" for name in FAST_WHOLE} | {f"resumed-{name}" for name in FAST_RESUMED}
+    fast |= {f"sampled-{name}" for name in FAST_SAMPLED}
     fast |= {f"full-{name}" for name in FAST_FULL} | {f"refusal-{name}" for name in REFUSALS}
     return fast if tier == "fast" else cases(Path()).keys() - fast
 
@@ -69,13 +72,20 @@ def cases(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         name: partial(train, c, compact=True) for name, c in CASES.items()
     }
     found |= {f"whole-{name}": partial(both_modes, whole) for name, whole in WHOLE.items()}
+    found |= {f"sampled-{name}": partial(sampled, whole) for name, whole in WHOLE.items()}
     found |= {f"resumed-{name}": partial(resume, folder / name, setup) for name, setup in RESUMED.items()}
     found |= {f"full-{name}": partial(resume_full, folder / f"full-{name}", RESUMED[name]) for name in FULL}
     found |= {f"refusal-{name}": partial(refused, refusal, folder / name) for name, refusal in REFUSALS.items()}
     return found
 
 
-def both_modes(case: Whole) -> dict[str, Any]:
+def sampled(case: Whole) -> dict[str, Any]:
+    """both_modes() with sampled gradients in every linear layer, although tiny ones have many selected weights."""
+    with mock.patch("piece_ds.update.sampled.MAX_DENSITY", 1.0):
+        return both_modes(case, "auto")
+
+
+def both_modes(case: Whole, selected_gradient: str = "dense") -> dict[str, Any]:
     """Statistics, selection and three steps on one engine, compact and masked."""
     result: dict[str, Any] = {}
     for mode in ("compact", "masked"):
@@ -91,7 +101,9 @@ def both_modes(case: Whole) -> dict[str, Any]:
         engine = make_engine(model, case.setup, adamw(model, LEARNING_RATE, WEIGHT_DECAY), ACCUMULATION, CLIP)
         initial = whole_weights(engine)
         mask = estimate_mask(engine, make_micro_batches(case.family), ratio=RATIO)
-        update = attach(engine, mask)
+        update = attach(engine, mask, selected_gradient=selected_gradient)
+        weights = {name: param for name, param in model.named_parameters() if name in mask.whole()}
+        frozen = [name for name, param in weights.items() if not param.requires_grad]
         optimised = sum(p.numel() for group in engine.basic_optimizer.param_groups for p in group["params"])
         norms = []
         for step in range(3):
@@ -103,7 +115,7 @@ def both_modes(case: Whole) -> dict[str, Any]:
         update.detach()
         result[mode] = {
             "initial": initial, "final": whole_weights(engine), "index": mask.whole(), "norms": norms,
-            "optimised": optimised, "leftover": leftover,
+            "optimised": optimised, "frozen": frozen, "leftover": leftover,
             "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()} == start,
         }  # fmt: skip
         engine.destroy()
@@ -261,7 +273,14 @@ def prepared_twice(folder: Path) -> None:
     prepare_compact(model, RATIO)
 
 
+def statistics_after_attach(_: Path) -> None:
+    engine = compact_engine(Setup(3))
+    attach(engine, mask_of(engine))
+    collect_statistics(engine, make_micro_batches(FAMILY))
+
+
 REFUSALS = {
+    "attached": statistics_after_attach,
     "base": resume_with_another_base,
     "base-stage0": resume_with_another_base_at_stage_0,
     "mask": resume_with_another_mask,

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -47,6 +49,13 @@ def make_model(family: str, dropout: float = 0.0) -> nn.Module:
             **shared,
         )
         return GPTNeoXForCausalLM(config).train()
+    if family == "gpt2":  # its linear layers keep their weights transposed
+        return GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=35, n_head=5, n_layer=2, n_positions=64, vocab_size=VOCAB, initializer_range=0.2,
+                attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout,
+            )
+        ).train()  # fmt: skip
     if family == "branches":
         return Branches()
     raise ValueError(family)

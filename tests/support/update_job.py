@@ -59,7 +59,7 @@ def train(case: Case, compact: bool = False) -> dict[str, Any]:
     engine = make_engine(model, case.setup, optimizer_of(model, case), ACCUMULATION, CLIP)
     initial = whole_weights(engine)
     mask = mask_of(engine)
-    attach(engine, mask)
+    attach(engine, mask, selected_gradient="dense")
     masters = whole_masters(engine)
     result: dict[str, Any] = {"initial": initial, "initial_masters": masters, "norms": [], "after_first": None}
     for step in range(NUM_STEPS):

@@ -1,0 +1,96 @@
+"""What a training step costs: full fine-tuning, masked, compact, and peft's LoRA and SHiRA on the same model and data.
+
+python bench/cost.py [--shape small|llama3-8b] [--ranks 2] [--repeats 9]
+
+Time: all methods in one process group, step by step in turn, so that a busy machine slows all; ratios are medians over
+rounds. Memory: each method in processes of its own; with --apart time too, for models of which only one fits. `zero`
+is a ZeRO stage, or 'none' for one process without DeepSpeed. Writes bench/results/cost-<device>.csv, where a method
+that ran out of memory has no time.
+"""
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import deepspeed
+import peft
+import transformers
+
+from bench.cost_methods import METHODS
+from bench.cost_worker import SHAPES
+from bench.record import device_name, write_rows
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WORKER = Path(__file__).resolve().parent / "cost_worker.py"
+
+
+def main() -> None:
+    options = _options()
+    rows: list[dict[str, Any]] = []
+    for dtype in options.dtypes:
+        for zero in options.zero:
+            alone = {m: _worker(options, zero, dtype, [m], options.repeats if options.apart else 2)
+                     for m in options.methods}  # fmt: skip
+            together = {} if options.apart else _worker(options, zero, dtype, options.methods, options.repeats)
+            for method in options.methods:
+                times = _with_ratios(alone, method) if options.apart else together[method]
+                rows.append({**times, "peak_bytes": alone[method][method]["peak_bytes"]})
+                _print(rows[-1])
+    versions = {"deepspeed": deepspeed.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    path = RESULTS / f"cost-{device_name()}.csv"
+    write_rows(path, rows, **versions)
+    print(f"written to {path}")
+
+
+def _worker(options: argparse.Namespace, zero: str, dtype: str, methods: list[str], repeats: int) -> dict[str, Any]:
+    """Method -> row, measured in a process group of their own."""
+    with tempfile.NamedTemporaryFile() as file:
+        arguments = [str(WORKER), "--shape", options.shape, "--zero", zero, "--dtype", dtype, "--output", file.name,
+                     "--repeats", str(repeats), "--methods", *methods]  # fmt: skip
+        launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(options.ranks), "--master_port",
+                    str(29500 + os.getpid() % 1000)]  # fmt: skip
+        command = [sys.executable, *([] if zero == "none" else launcher), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        rows: dict[str, Any] = pickle.loads(Path(file.name).read_bytes())
+    return rows
+
+
+def _with_ratios(alone: dict[str, dict[str, Any]], method: str) -> dict[str, Any]:
+    """A method's row with ratios to methods of other processes."""
+    row = dict(alone[method][method])
+    for other in ("full", "lora"):
+        theirs = alone.get(other, {}).get(other, {}).get("step_ms")
+        row[f"step_ms_ratio_to_{other}"] = round(row["step_ms"] / theirs, 3) if row["step_ms"] and theirs else ""
+    return row
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(f"{row['method']:<8} zero {row['zero']:<4} {row['dtype']}  {row['step_ms'] or 'out of memory'!s:>13} ms  "
+          f"{row['step_ms_ratio_to_full']!s:>5} x full  {row['step_ms_ratio_to_lora']!s:>5} x lora  "
+          f"peak {(row['peak_bytes'] or 0) / 2**20:.0f} MiB  state {row['optimizer_state_bytes']}  "
+          f"gradients {row['gradient_elements_per_step']}", flush=True)  # fmt: skip
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--apart", action="store_true", help="one method at a time")
+    parser.add_argument("--zero", nargs="+", default=["none", "3"])
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""One process of bench/cost.py: methods that take turns on one model shape, precision and ZeRO stage."""
+
+import argparse
+import os
+import pickle
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.cost_methods import Trained, with_deepspeed, without_deepspeed
+from piece_ds.command import start_distributed
+from piece_ds.distributed import world_size
+
+SHAPES = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "vocab_size": 2048},
+    # 102 M parameters: 12 blocks of 7.1 M and a vocabulary of 8 192.
+    "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+              "num_key_value_heads": 12, "vocab_size": 8192},
+    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROWS, TOKENS = 2, 256
+
+
+def main() -> None:
+    options = _options()
+    if options.zero != "none":
+        start_distributed()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size()))
+    before = _peak_bytes()
+    contestants: dict[str, Trained] = {}
+    seconds: dict[str, list[float]] = {}
+    num_params = 0
+    try:
+        for method in options.methods:
+            model = _model(options, device)
+            num_params = sum(p.numel() for p in model.parameters())
+            contestants[method] = _trained(method, model, options)
+            del model
+        seconds = _race(contestants, _batch(options, device), options.repeats)
+    except torch.OutOfMemoryError:
+        if len(options.methods) > 1:
+            raise
+    peak = _peak_bytes() - before if seconds else None
+    rows = {method: _row(method, options, num_params, seconds, contestants, peak) for method in options.methods}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        Path(options.output).write_bytes(pickle.dumps(rows))
+
+
+def _trained(method: str, model: LlamaForCausalLM, options: argparse.Namespace) -> Trained:
+    if options.zero == "none":
+        return without_deepspeed(method, model)
+    return with_deepspeed(method, model, _config(options))
+
+
+def _race(contestants: dict[str, Trained], batch: dict[str, torch.Tensor], repeats: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {method: [] for method in contestants}
+    for repeat in range(repeats + 2):
+        for method, trained in contestants.items():
+            taken = _timed(lambda trained=trained: trained.step(batch))  # type: ignore[misc]
+            if repeat >= 2:  # the first ones allocate
+                seconds[method].append(taken)
+    return seconds
+
+
+def _row(
+    method: str,
+    options: argparse.Namespace,
+    num_params: int,
+    seconds: dict[str, list[float]],
+    contestants: dict[str, Trained],
+    peak: int | None,
+) -> dict[str, Any]:
+    def ratio_to(other: str) -> float | str:
+        if not {method, other} <= seconds.keys():
+            return ""
+        return round(statistics.median(a / b for a, b in zip(seconds[method], seconds[other], strict=True)), 3)
+
+    return {
+        "method": method,
+        "params": num_params,
+        "world": world_size(),
+        "zero": options.zero,
+        "dtype": options.dtype,
+        "tokens": ROWS * TOKENS,
+        "step_ms": round(1e3 * statistics.median(seconds[method]), 2) if seconds else "",
+        "step_ms_ratio_to_full": ratio_to("full"),
+        "step_ms_ratio_to_lora": ratio_to("lora"),
+        "peak_bytes": "" if peak is None else peak,
+        "optimizer_state_bytes": contestants[method].state_bytes() if seconds else "",
+        "gradient_elements_per_step": contestants[method].num_gradients if seconds else "",
+    }
+
+
+def _timed(function: Callable[[], None]) -> float:
+    """Seconds of one call on the slowest rank."""
+    _synchronize()
+    begin = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - begin
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _peak_bytes() -> int:
+    """Most memory in use so far: the allocator's on a GPU, the process's on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _model(options: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(max_position_embeddings=TOKENS, use_cache=False, **SHAPES[options.shape])
+    torch.set_default_dtype(DTYPES[options.dtype])
+    with device:
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    return model.train()
+
+
+def _config(options: argparse.Namespace) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": int(options.zero)},
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+    }
+    if options.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+        if options.zero in ("2", "3"):
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _batch(options: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+    ids = torch.randint(0, SHAPES[options.shape]["vocab_size"], (ROWS, TOKENS), generator=generator).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parser.add_argument("--zero", required=True)
+    parser.add_argument("--dtype", choices=list(DTYPES), required=True)
+    parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--repeats", type=int, required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

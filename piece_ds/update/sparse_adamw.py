@@ -1,0 +1,111 @@
+"""SparseAdamW: compact mode for a training loop of one process, without DeepSpeed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from piece_ds import ops
+from piece_ds.distributed import world_size
+from piece_ds.errors import UserError
+from piece_ds.state.mask import Mask
+from piece_ds.update.collection import GradientCollection
+from piece_ds.zero.weights import SelectedWeights
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW of a model's selected weights: fp32 values and moments for them, no gradient tensor for the others.
+
+        optimizer = SparseAdamW(model, mask, lr=1e-4)
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_([optimizer.values], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Attributes:
+        values: fp32, the selected weights in order of (parameter, flat index); `values.grad` sums their gradients over
+            the backward passes since zero_grad().
+    """
+
+    values: nn.Parameter
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: Mask,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        gradient: str = "auto",
+    ) -> None:
+        """
+        Args:
+            model: whole on this device; all its parameters are frozen for autograd until close().
+            mask: of this model.
+            lr, betas, eps, weight_decay: as in torch.optim.AdamW; decay acts on selected weights alone.
+            gradient: as in GradientCollection.
+        Raises:
+            UserError: several ranks, or a partitioned model: attach() serves these.
+        Cost: 16 bytes per selected weight for values, gradient and moments, 8 for its position.
+        """
+        params = dict(model.named_parameters())
+        if world_size() > 1 or any(hasattr(param, "ds_id") for param in params.values()):
+            raise UserError("SparseAdamW expected one process and a whole model: use attach() with a DeepSpeed engine")
+        self._trainable = [name for name, param in params.items() if param.requires_grad]
+        self._model = model.requires_grad_(False)
+        self._weights = {name: SelectedWeights(params[name], index) for name, index in mask.whole().items()}
+        parts = [weight.read(weight.param.detach()).float() for weight in self._weights.values()]
+        self._sizes = [part.numel() for part in parts]
+        self.values = nn.Parameter(torch.cat(parts))
+        self.values.grad = torch.zeros_like(self.values)
+        super().__init__([self.values], {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        grads = zip(self._weights, self.values.grad.split(self._sizes), strict=True)
+        self._collection = GradientCollection(model, self._weights, grads, gradient)
+        self._index = [weight.index.to(self.values.device) for weight in self._weights.values()]
+
+    def close(self) -> None:
+        """Leave the model as it was found, with its trained weights."""
+        self._collection.close()
+        for name, param in self._model.named_parameters():
+            param.requires_grad_(name in self._trainable)
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Forget the summed gradients. They stay allocated: backward adds to them in place."""
+        assert self.values.grad is not None
+        self.values.grad.zero_()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One AdamW step of the selected weights; nothing else of the model is written."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        assert self.values.grad is not None
+        state, group = self.state[self.values], self.param_groups[0]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(self.values), exp_avg_sq=torch.zeros_like(self.values))
+            self._collection.check()
+        state["step"] += 1
+        flat: tuple[Tensor, ...] = (self.values.grad, self.values.data, state["exp_avg"], state["exp_avg_sq"])
+        parts = zip(*(tensor.split(self._sizes) for tensor in flat), strict=True)
+        for weight, index, (grad, value, exp_avg, exp_avg_sq) in zip(
+            self._weights.values(), self._index, parts, strict=True
+        ):
+            ops.sparse_adamw_(
+                grad,
+                value,
+                exp_avg,
+                exp_avg_sq,
+                weight.param.data.view(-1),
+                index,
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=state["step"],
+            )
+        return loss

@@ -1,0 +1,129 @@
+"""SparseAdamW trains what dense AdamW with a masked gradient trains, whichever way gradients are taken."""
+
+import pytest
+import torch
+from support.models import make_micro_batches, make_model
+from torch import Tensor, nn
+
+from piece_ds.errors import UserError
+from piece_ds.selection import select
+from piece_ds.state.partition import layout_of
+from piece_ds.update.sampled import MAX_DENSITY
+from piece_ds.update.sparse_adamw import SparseAdamW
+
+FAMILIES = ("llama", "qwen3", "neox", "gpt2")  # no biases, tied, biases, Conv1D
+# A key's bias has no gradient but rounding: with a small epsilon Adam would turn the noise into full steps.
+EPSILON = 1e-3
+RATIOS = {"sampled": 0.01, "dense by density": 0.2}
+
+
+@pytest.mark.parametrize("gradient", ["auto", "dense"])
+@pytest.mark.parametrize("ratio", RATIOS.values(), ids=list(RATIOS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trains_what_masked_dense_adamw_trains(family: str, ratio: float, gradient: str) -> None:
+    model, oracle = make_model(family), make_model(family)
+    mask = select(layout_of(model), "random", ratio)
+    whole = mask.whole()
+    start = {name: param.detach().clone() for name, param in model.named_parameters()}
+    sparse = SparseAdamW(model, mask, lr=1e-3, eps=EPSILON, weight_decay=0.1, gradient=gradient)
+    train(model, sparse, [sparse.values])
+    train(oracle, MaskedAdamW(oracle, whole), [p for n, p in oracle.named_parameters() if n in whole])
+    for (name, got), want in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6, msg=name)
+        selected = torch.zeros(got.numel(), dtype=torch.bool)
+        selected[whole.get(name, torch.zeros(0).long())] = True
+        assert torch.equal(got.detach().view(-1)[~selected], start[name].view(-1)[~selected])
+    moved = sum(int((p.detach() != start[n]).sum()) for n, p in model.named_parameters())
+    assert moved > 0.9 * mask.num_selected
+
+
+class MaskedAdamW(torch.optim.AdamW):
+    """The plain reading: mask the dense gradient; decay selected elements by hand."""
+
+    def __init__(self, model: nn.Module, whole: dict[str, Tensor]) -> None:
+        self.selected = [(p, whole[n]) for n, p in model.named_parameters() if n in whole]
+        super().__init__([p for p, _ in self.selected], lr=1e-3, eps=EPSILON, weight_decay=0.0)
+
+    @torch.no_grad()
+    def mask_(self) -> None:
+        for param, index in self.selected:
+            if param.grad is not None:
+                kept = param.grad.view(-1)[index].clone()
+                param.grad.zero_().view(-1)[index] = kept
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for param, index in self.selected:
+            param.view(-1)[index] *= 1.0 - 1e-3 * 0.1
+        super().step()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, clipped: list[nn.Parameter]) -> None:
+    batches = make_micro_batches("llama", 6)
+    for i in range(0, len(batches), 2):
+        for batch in batches[i : i + 2]:
+            model(**batch).loss.backward()
+        if isinstance(optimizer, MaskedAdamW):
+            optimizer.mask_()
+        torch.nn.utils.clip_grad_norm_(clipped, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_sampled_layer_forms_no_gradient_and_keeps_no_weight() -> None:
+    """Saved tensors of a forward must not have a layer's weight among them twice: ZeRO-3 could not release it."""
+    layer = nn.Linear(64, 64, bias=False)
+    mask = select(layout_of(layer), "random", MAX_DENSITY / 2)
+    optimizer = SparseAdamW(layer, mask)
+    saved: list[Tensor] = []
+    x = torch.randn(5, 64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = layer(x)
+    y.square().sum().backward()
+    assert layer.weight.grad is None
+    assert [t.shape for t in saved] == [x.shape]
+    dense = (2 * y.detach()).t() @ x
+    torch.testing.assert_close(optimizer.values.grad, dense.view(-1)[mask.index["weight"]])
+
+
+def test_close_leaves_the_model_as_it_was_found() -> None:
+    model = make_model("llama")
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    optimizer = SparseAdamW(model, select(layout_of(model), "random", 0.01))
+    assert not model.lm_head.weight.requires_grad
+    optimizer.close()
+    assert [p.requires_grad for p in model.parameters()] == before
+    model(**make_micro_batches("llama", 1)[0]).loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_state_dict_resumes_bit_for_bit() -> None:
+    batches = make_micro_batches("llama", 4)
+
+    def run(model: nn.Module, optimizer: SparseAdamW, part: slice) -> None:
+        for batch in batches[part]:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight = make_model("llama")
+    mask = select(layout_of(straight), "random", 0.01)
+    run(straight, SparseAdamW(straight, mask), slice(0, 4))
+    first = make_model("llama")
+    optimizer = SparseAdamW(first, mask)
+    run(first, optimizer, slice(0, 2))
+    second = make_model("llama")
+    second.load_state_dict(first.state_dict())
+    resumed = SparseAdamW(second, mask)
+    resumed.load_state_dict(optimizer.state_dict())
+    run(second, resumed, slice(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+def test_a_partitioned_model_is_refused() -> None:
+    model = nn.Linear(3, 3)
+    mask = select(layout_of(model), "random", 0.5)
+    model.weight.ds_id = 0
+    with pytest.raises(UserError, match=r"use attach\(\)"):
+        SparseAdamW(model, mask)
