@@ -78,12 +78,12 @@ FAST = {
     "fp16-stage2-overflow", "fp16-stage3-overflow",
 }  # fmt: skip
 FAST_WHOLE = {
-    "llama-stage0", "neox-stage2-offload", "bf16-qwen3-stage3",
-    "reentrant-checkpointing-llama-stage3", "non-reentrant-checkpointing-qwen3-stage2", "bf16-neox-stage1-bf16-optimizer",
+    "llama-stage0", "neox-stage2-offload", "bf16-qwen3-stage3", "reentrant-checkpointing-llama-stage3",
+    "non-reentrant-checkpointing-qwen3-stage2", "bf16-neox-stage1-bf16-optimizer",
 }  # fmt: skip
 FAST_SAMPLED = {
-    "llama-stage3-all-persistent", "neox-stage2", "gpt2-stage3", "bf16-qwen3-stage3", "reentrant-checkpointing-llama-stage3",
-    "non-reentrant-checkpointing-qwen3-stage2", "qwen3-stage3-offload-all",
+    "llama-stage3-all-persistent", "neox-stage2", "gpt2-stage3", "bf16-qwen3-stage3",
+    "reentrant-checkpointing-llama-stage3", "non-reentrant-checkpointing-qwen3-stage2", "qwen3-stage3-offload-all",
 }  # fmt: skip
 FAST_RESUMED = {"stage0", "stage2-offload", "bf16-stage3-fp32-accumulation"}
 FAST_FULL = {"stage3-hpz"}
