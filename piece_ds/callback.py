@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from piece_ds.checkpoint import load_mask, save_mask
 from piece_ds.config import UPDATE_MODES, require_choice
-from piece_ds.distributed import barrier
+from piece_ds.distributed import barrier, is_main
 from piece_ds.errors import UserError
 from piece_ds.estimate import estimate_mask
 from piece_ds.state.mask import Mask
@@ -98,7 +98,7 @@ class PieceCallback(TrainerCallback):
             raise UserError(f"PieceCallback expected a DeepSpeed engine, got {type(engine).__name__}: start training "
                             "with TrainingArguments(deepspeed=...)")  # fmt: skip
         require_trainable(engine)  # attach() would refuse it too, after the pass over the data
-        if (self._update_mode == "compact") != (selected_values(engine.module) is not None):
+        if self._update_mode == "compact" and selected_values(engine.module) is None:
             raise UserError("PieceCallback prepares the model for one train(): make another callback for another one")
         layout = layout_of(engine.module)
         path = Path(args.output_dir) / MASK_NAME
@@ -155,5 +155,7 @@ def _outside_checkpoints(save_model: Callable[..., None]) -> Callable[..., None]
         in_checkpoint = _internal_call and Path(output_dir or "").name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         if not in_checkpoint:
             save_model(output_dir, _internal_call=_internal_call)
+        elif is_main():  # the trainer takes a checkpoint for the best one only if its folder is there by now
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
 
     return save

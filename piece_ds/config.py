@@ -88,7 +88,7 @@ class MethodArguments:
     mask_file: str | None = field(default=None, metadata={"help": "use this mask instead of estimating one"})
     update_mode: str = field(
         default="masked",
-        metadata={"help": "masked: mask the reduced gradient; compact: optimise the selected values alone"},
+        metadata={"help": "compact: optimise the selected values alone; masked: every weight, and mask the gradient"},
     )
     selected_gradient: str = field(
         default="auto",

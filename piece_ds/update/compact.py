@@ -35,7 +35,8 @@ class CompactUpdate:
         assert values is not None
         require_trainable(engine)
         self.mask, self._engine, self._values, self._save_full = mask, engine, values, save_full
-        self._index = mask.whole()
+        whole = mask.whole()
+        self._index = {info.name: whole[info.name] for info in mask.layout.parameters if info.name in whole}
         self._adapter = open_door(engine)
         self._check()
         params = dict(engine.module.named_parameters())

@@ -147,7 +147,9 @@ def test_sampled_gradients_train_what_dense_gradients_train(job: Any, name: str,
     got, want = both["compact"], both["masked"]
     assert all(torch.equal(index, want["index"][parameter]) for parameter, index in got["index"].items())
     assert_only_selected_moved(got["initial"], got["final"], got["index"])
-    assert any("proj" in parameter or "dense" in parameter or "c_fc" in parameter for parameter in got["frozen"])
+    assert name.startswith("one-weight") or any(
+        "proj" in parameter or "dense" in parameter or "c_fc" in parameter for parameter in got["frozen"]
+    )
     in_bf16 = name.startswith("bf16")
     assert got["norms"] == pytest.approx(want["norms"], rel=0.01 if in_bf16 else 1e-5)
     assert largest_difference(got["final"], want["final"], got["initial"]) < (0.3 if in_bf16 else 1e-4)
@@ -164,7 +166,7 @@ def test_no_gradient_is_left_and_the_model_is_as_before(job: Any, name: str, ran
 
 
 @pytest.mark.parametrize("name", tiers(RESUMED, FAST_RESUMED))
-@pytest.mark.parametrize("order", ["attached, then loaded", "loaded, then attached"])
+@pytest.mark.parametrize("order", ["loaded again", "attached, then loaded", "loaded, then attached"])
 def test_a_resumed_engine_goes_on_with_the_same_bits(job: Any, name: str, order: str) -> None:
     got = result(job, f"resumed-{name}")
     assert_same(got[order], got["uninterrupted"])

@@ -16,11 +16,13 @@ class Whole:
         family: of the model.
         setup: of DeepSpeed.
         checkpointing: '', 'reentrant' or 'non-reentrant'.
+        ratio: of selected weights.
     """
 
     family: str
     setup: Setup
     checkpointing: str = ""
+    ratio: float = RATIO
 
 
 def exact(stage: int) -> Setup:
@@ -32,6 +34,8 @@ def exact(stage: int) -> Setup:
 EVERYWHERE = {
     f"{family}-stage{stage}": Whole(family, Setup(stage)) for family in ("llama", "qwen3") for stage in range(4)
 }
+# One weight: all ranks but one have nothing but padding.
+EVERYWHERE |= {f"one-weight-stage{stage}": Whole("qwen3", Setup(stage), ratio=1e-9) for stage in (1, 2, 3)}
 # On two ranks: tied embeddings, biases, gradient checkpointing, offload.
 WHOLE = EVERYWHERE | {
     "gemma2-stage3": Whole("gemma2", Setup(3)),

@@ -97,10 +97,10 @@ def both_modes(case: Whole, selected_gradient: str = "dense") -> dict[str, Any]:
             freeze_ineligible(model)
             start = {name: param.requires_grad for name, param in model.named_parameters()}
         if mode == "compact":
-            prepare_compact(model, RATIO)
+            prepare_compact(model, case.ratio)
         engine = make_engine(model, case.setup, adamw(model, LEARNING_RATE, WEIGHT_DECAY), ACCUMULATION, CLIP)
         initial = whole_weights(engine)
-        mask = estimate_mask(engine, make_micro_batches(case.family), ratio=RATIO)
+        mask = estimate_mask(engine, make_micro_batches(case.family), ratio=case.ratio)
         update = attach(engine, mask, selected_gradient=selected_gradient)
         weights = {name: param for name, param in model.named_parameters() if name in mask.whole()}
         frozen = [name for name, param in weights.items() if not param.requires_grad]
@@ -136,14 +136,15 @@ def compact_engine(setup: Setup, change: Callable[[nn.Module], None] | None = No
     return make_engine(model, setup, adamw(model, LEARNING_RATE, WEIGHT_DECAY), ACCUMULATION, CLIP)
 
 
-def outcome(engine: Any) -> dict[str, Any]:
-    """Two steps; what they leave."""
+def outcome(engine: Any, last: bool = True) -> dict[str, Any]:
+    """Two steps; what they leave. last: the engine is not needed any more."""
     norms = []
     for step in (2, 3):
         run_step(engine, batches_of(step))
         norms.append(float(engine.get_global_grad_norm()))
     result = {"weights": whole_weights(engine), "masters": whole_masters(engine), "norms": norms}
-    engine.destroy()
+    if last:
+        engine.destroy()
     return result
 
 
@@ -158,8 +159,11 @@ def saved(folder: Path, setup: Setup, save_full: bool = False) -> Any:
 
 
 def resume(folder: Path, setup: Setup) -> dict[str, Any]:
-    """Uninterrupted; attached before the checkpoint is loaded; attached after."""
-    result = {"uninterrupted": outcome(saved(folder, setup))}
+    """Uninterrupted; the checkpoint loaded again into that engine; attached before it is loaded; attached after."""
+    engine = saved(folder, setup)
+    result = {"uninterrupted": outcome(engine, last=False)}
+    engine.load_checkpoint(str(folder))
+    result["loaded again"] = outcome(engine)
     engine = compact_engine(setup)
     attach(engine, mask_of(engine))
     engine.load_checkpoint(str(folder))
