@@ -19,14 +19,23 @@ struct IndexFacts {
   bool in_range, ascending;
 };
 
+// Scores that reached a bound and their positions, ascending; room for every element that is looked at.
+struct Found {
+  float* score;
+  int32_t* position;
+  int64_t count;
+};
+
 struct Kernels {
   const char* name;
   // sum += g, square += g * g; returns the number of non-finite entries. sum may be null.
   int64_t (*accumulate[kNumDTypes])(const void* grad, float* sum, float* square, int64_t n, float scale);
+  // accumulate, and filter of the new sums.
+  int64_t (*accumulate_filter[kNumDTypes])(const void* grad, float* sum, float* square, int64_t n, float scale,
+                                           float lam, const Bound& bound, Found& found);
   void (*score)(const float* sum, const float* square, float* out, int64_t n, float lam);
-  // Writes score and position of every score >= bound, ascending, and returns their number; room for n. n < 2^31.
-  int64_t (*filter)(const float* sum, const float* square, int64_t n, float lam, const Bound& bound, float* score,
-                    int32_t* position);
+  // Appends every score >= bound; n < 2^31.
+  void (*filter)(const float* sum, const float* square, int64_t n, float lam, const Bound& bound, Found& found);
   // counts: histogram_copies(bits) tables of 2^bits; n < 2^31 so that none overflows.
   void (*histogram)(const float* sum, const float* square, int64_t n, float lam, int shift, int bits, int64_t prefix,
                     uint32_t* counts);

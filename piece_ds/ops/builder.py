@@ -73,9 +73,11 @@ class _PieceBuilder:
             MissingCUDAException,
             CUDAMismatchException,
         ) as error:
+            log = folder.parent / f"{self.name}.log"
+            log.write_text(str(error), encoding="utf-8")
             raise UserError(
-                f"the piece_ds {self.device_type} kernels could not be compiled: set PIECE_DS_BACKEND=reference for "
-                f"the slow pure torch kernels, or repair this: {error}"
+                f"the piece_ds {self.device_type} kernels could not be compiled: {_first_error(str(error))} (all of it "
+                f"in {log}); repair that, or set PIECE_DS_BACKEND=reference for the slow pure torch kernels"
             ) from error
 
     def check_toolkit(self) -> None:
@@ -90,7 +92,7 @@ class PieceCPUBuilder(_PieceBuilder, CPUOpBuilder):
 
 
 class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
-    """The CUDA provider. DeepSpeed's own arguments hold --use_fast_math, which would flush denormals and approximate."""
+    """The CUDA provider. DeepSpeed's own arguments hold --use_fast_math, which flushes denormals and approximates."""
 
     recipe = RECIPES["cuda"]
     device_type = "cuda"
@@ -100,6 +102,12 @@ class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
 
     def check_toolkit(self) -> None:
         assert_no_cuda_mismatch(self.name)
+
+
+def _first_error(text: str) -> str:
+    """The first line of a compiler's output that says what is wrong, or the first line of anything else."""
+    lines = text.splitlines() or ["no message"]
+    return next((line for line in lines if " error: " in line), lines[0])
 
 
 BUILDERS: dict[str, Any] = {"cpu": PieceCPUBuilder, "cuda": PieceCUDABuilder}
