@@ -26,6 +26,14 @@ struct Found {
   int64_t count;
 };
 
+// Tokens that sampled_gradient_ turns round at a time: a panel of 4096 columns is then 1 MiB, a core's second cache.
+constexpr int64_t kTile = 64;
+
+// A place in a product of matrices, by rows of its panels.
+struct Entry {
+  int32_t row, column;
+};
+
 struct Kernels {
   const char* name;
   // sum += g, square += g * g; returns the number of non-finite entries. sum may be null.
@@ -41,10 +49,10 @@ struct Kernels {
                     uint32_t* counts);
   IndexFacts (*check_index)(const int64_t* index, int64_t n, int64_t limit);
   void (*adamw)(const AdamW& step, const float* grad, float* value, float* exp_avg, float* exp_avg_sq, int64_t n);
-  // panel[c * tile + t] = source[t * width + c] for c < columns, t < tokens; 0 for tokens <= t < tile. tile % 16 == 0.
-  void (*transpose[kNumDTypes])(const void* source, int64_t width, int64_t columns, int64_t tokens, int64_t tile,
-                                float* panel);
-  float (*dot)(const float* a, const float* b, int64_t n);  // n % 16 == 0
+  // panel[c * kTile + t] = source[t * width + c] for c < columns, t < tokens; 0 for tokens <= t < kTile.
+  void (*transpose[kNumDTypes])(const void* source, int64_t width, int64_t columns, int64_t tokens, float* panel);
+  // result[i] = sum over t < kTile of left[entry[i].row * kTile + t] * right[entry[i].column * kTile + t].
+  void (*dots)(const float* left, const float* right, const Entry* entry, int64_t n, float* result);
 };
 
 extern const Kernels kScalar;

@@ -10,9 +10,11 @@
 namespace {
 
 using piece::Bound;
+using piece::cpu::Entry;
 using piece::cpu::Found;
 using piece::cpu::IndexFacts;
 using piece::cpu::Kernels;
+using piece::cpu::kTile;
 
 template <bool with_sum>
 PIECE_HD F score_at(const float* sum, const float* square, int64_t i, F lam) {
@@ -189,35 +191,41 @@ void adamw(const piece::AdamW& h, const float* grad, float* value, float* exp_av
   for (; i < n; ++i) piece::adamw(h, grad[i], value[i], exp_avg[i], exp_avg_sq[i]);
 }
 
+// W tokens at a time, along their rows: W streams that the processor foresees, where W columns would be kTile of them.
 template <typename T>
-void transpose_panel(const void* source, int64_t width, int64_t columns, int64_t tokens, int64_t tile, float* panel) {
+void transpose_panel(const void* source, int64_t width, int64_t columns, int64_t tokens, float* panel) {
   const T* typed = static_cast<const T*>(source);
   const int64_t whole_tokens = tokens / W * W, whole_columns = columns / W * W;
-  for (int64_t c = 0; c < whole_columns; c += W) {
-    for (int64_t t = 0; t < whole_tokens; t += W) {
+  for (int64_t t = 0; t < whole_tokens; t += W) {
+    for (int64_t c = 0; c < whole_columns; c += W) {
       F rows[W];
       for (int j = 0; j < W; ++j) rows[j] = load(typed + (t + j) * width + c);
       transpose(rows);
-      for (int j = 0; j < W; ++j) store(panel + (c + j) * tile + t, rows[j]);
+      for (int j = 0; j < W; ++j) store(panel + (c + j) * kTile + t, rows[j]);
     }
   }
   for (int64_t c = 0; c < columns; ++c) {
     const int64_t done = c < whole_columns ? whole_tokens : 0;
-    for (int64_t t = done; t < tokens; ++t) panel[c * tile + t] = piece::to_float(typed[t * width + c]);
-    for (int64_t t = tokens; t < tile; ++t) panel[c * tile + t] = 0.0f;
+    for (int64_t t = done; t < tokens; ++t) panel[c * kTile + t] = piece::to_float(typed[t * width + c]);
+    for (int64_t t = tokens; t < kTile; ++t) panel[c * kTile + t] = 0.0f;
   }
 }
 
-float dot(const float* a, const float* b, int64_t n) {
-  constexpr int kWays = W == 16 ? 1 : W == 8 ? 2 : 16;
-  F sums[kWays];
-  for (int j = 0; j < kWays; ++j) sums[j] = all(0.0f);
-  for (int64_t i = 0; i < n; i += kWays * W) {
-    for (int j = 0; j < kWays; ++j) sums[j] = add(sums[j], mul(load(a + i + j * W), load(b + i + j * W)));
+void dots(const float* left, const float* right, const Entry* entry, int64_t n, float* result) {
+  constexpr int kSums = W < 4 ? 16 : 2;  // sums that do not wait for each other
+  for (int64_t i = 0; i < n; ++i) {
+    const float* a = left + entry[i].row * kTile;
+    const float* b = right + entry[i].column * kTile;
+    F sums[kSums];
+    for (int j = 0; j < kSums; ++j) sums[j] = mul(load(a + j * W), load(b + j * W));
+    for (int t = kSums * W; t < kTile; t += kSums * W) {
+      for (int j = 0; j < kSums; ++j) sums[j] = add(sums[j], mul(load(a + t + j * W), load(b + t + j * W)));
+    }
+    for (int size = kSums / 2; size; size /= 2) {
+      for (int j = 0; j < size; ++j) sums[j] = add(sums[j], sums[j + size]);
+    }
+    result[i] = total(sums[0]);
   }
-  float result = total(sums[0]);
-  for (int j = 1; j < kWays; ++j) result = piece::add(result, total(sums[j]));
-  return result;
 }
 
 constexpr Kernels kernels_named(const char* name) {
@@ -232,7 +240,7 @@ constexpr Kernels kernels_named(const char* name) {
           check_index,
           adamw,
           {transpose_panel<float>, transpose_panel<bf16>, transpose_panel<fp16>},
-          dot};
+          dots};
 }
 
 }  // namespace
