@@ -20,7 +20,7 @@ from deepspeed.ops.op_builder.builder import (
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
 from piece_ds.errors import UserError
-from piece_ds.ops.extension import CSRC, RECIPES, Recipe, compiler_command, load_extension
+from piece_ds.ops.extension import CSRC, RECIPES, Recipe, load_extension, require_compiler
 
 
 class _PieceBuilder:
@@ -61,7 +61,7 @@ class _PieceBuilder:
         Raises:
             UserError: a compiler is missing or fails.
         """
-        compiler_command()
+        require_compiler()
         try:
             with _environment(folder):
                 self.check_toolkit()

@@ -236,6 +236,7 @@ def test_a_machine_that_cannot_compile_the_kernels_is_told_before_the_model_is_r
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     run = launch("python", 1, "train.py", "--output_dir", tmp_path / "out")
     assert run.returncode == 2, run.stderr[-3000:]
     assert len(error_lines(run)) == 1

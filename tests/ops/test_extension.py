@@ -135,12 +135,16 @@ def test_the_name_of_a_library_follows_its_sources(
 
 
 def test_another_torch_or_compiler_has_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = extension._environment("cpu")
-    assert extension._environment("cpu") == before
+    environment, compiler = extension._environment("cpu"), extension.compiler_version()
+    assert (extension._environment("cpu"), extension.compiler_version()) == (environment, compiler)
     monkeypatch.setattr("torch.__version__", "2.10.0")
-    other_torch = extension._environment("cpu")
+    assert extension._environment("cpu") != environment
     monkeypatch.setenv("CXX", sys.executable)
-    assert before != other_torch != extension._environment("cpu")
+    assert extension.compiler_version() != compiler
+
+
+def test_a_machine_without_compiler_takes_what_another_one_built(built: Path) -> None:
+    assert result(python(SHOW, TORCH_EXTENSIONS_DIR=str(built), CXX="no-such-compiler")) == "cpp"
 
 
 def test_importing_builds_nothing(tmp_path: Path) -> None:
