@@ -1,5 +1,37 @@
-"""Package metadata lives in pyproject.toml; this file only names the version."""
+"""Package metadata lives in pyproject.toml; this file names the version and, where asked, compiles ahead of time.
+
+PIECE_DS_BUILD_OPS=1 compiles the kernels into the package: for the CPU, and for CUDA where torch has it and nvcc is
+there. Without it they are compiled on first use. The build must see the torch and DeepSpeed that will run the result:
+
+    PIECE_DS_BUILD_OPS=1 pip install --no-build-isolation .
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
-setup(version="0.1.0")
+
+def ahead_of_time() -> dict[str, Any]:
+    """What setup() needs to compile the kernels."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension
+
+        from piece_ds.ops.builder import PieceCPUBuilder, PieceCUDABuilder
+    except ImportError as error:
+        raise SystemExit(f"PIECE_DS_BUILD_OPS=1 needs torch and deepspeed in this environment ({error}): install them, "
+                         "then this with --no-build-isolation") from error  # fmt: skip
+    builders = [PieceCPUBuilder()]
+    if torch.version.cuda and CUDA_HOME:
+        builders.append(PieceCUDABuilder())
+    extensions = [builder.builder() for builder in builders]
+    for extension in extensions:  # setuptools takes no absolute path
+        extension.sources = [os.path.relpath(source, Path(__file__).parent) for source in extension.sources]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(version="0.1.0", **(ahead_of_time() if os.environ.get("PIECE_DS_BUILD_OPS") == "1" else {}))

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from piece_ds import ops
 from piece_ds.arguments import Settings
 from piece_ds.checkpoint import check_mask_file
 from piece_ds.distributed import world_size
@@ -79,6 +80,12 @@ def check_training(arguments: TrainingArguments, masked: bool) -> None:
     if masked and optimizer not in PROVEN_OPTIM:
         raise UserError(f"--optim {optimizer}: a zero gradient may move a weight; use one of {', '.join(PROVEN_OPTIM)}")
     resumes_from(arguments)
+
+
+def check_kernels(method: str, arguments: TrainingArguments) -> None:
+    """Raise UserError unless the ops that method needs can run on this device; builds them where they have to be."""
+    if method != "seqft":
+        ops.load(arguments.device.type)
 
 
 def resumes_from(arguments: TrainingArguments) -> bool:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from piece_ds.arguments import Settings, parse
-from piece_ds.checks import resumes_from
+from piece_ds.checks import check_kernels, resumes_from
 from piece_ds.command import start_distributed
 from piece_ds.distributed import barrier, broadcast_object, is_main, world_size
 from piece_ds.embedded import EmbeddedPaths, EmbeddedRecipe, write_embedded
@@ -42,6 +42,7 @@ def run_embedded(argv: list[str], settings: Settings, defaults: dict[str, Any]) 
     start_distributed()
     recipe = EmbeddedRecipe()
     arguments = settings.training_arguments()
+    check_kernels(settings.method.method, arguments)
     folder = RunFolder(Path(arguments.output_dir) if "output_dir" in settings.given else _free_folder())
     resume = resumes_from(arguments)
     folder.require_free(resume)

@@ -2,6 +2,7 @@
 
 from piece_ds.arguments import Settings, parse, print_help
 from piece_ds.checkpoint import save_mask
+from piece_ds.checks import check_kernels
 from piece_ds.command import with_default_config
 from piece_ds.distributed import is_main
 from piece_ds.engines import statistics_engine
@@ -40,6 +41,7 @@ def select_mask(settings: Settings) -> Mask:
         raise UserError("select_mask.py needs --model_name_or_path M")
     inputs = load_inputs(settings)
     settings, arguments, task = inputs.settings, inputs.arguments, inputs.tasks[0]
+    check_kernels(settings.method.method, arguments)
     model = load_model(settings.model, inputs.dtype)
     freeze_ineligible(model)
     if arguments.gradient_checkpointing:

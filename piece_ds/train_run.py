@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from piece_ds.arguments import Settings
-from piece_ds.checks import check_accumulation, check_method, check_training, resumes_from
+from piece_ds.checks import check_accumulation, check_kernels, check_method, check_training, resumes_from
 from piece_ds.distributed import world_size
 from piece_ds.engine import Stream, run_stream
 from piece_ds.errors import UserError
@@ -34,6 +34,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     check_training(arguments, masked=settings.method.method != "seqft")
     for task in inputs.tasks:
         check_accumulation(task, arguments, settings.output.incomplete_accumulation == "smaller_step")
+    check_kernels(settings.method.method, arguments)
     folder = RunFolder(Path(arguments.output_dir))
     resume = resumes_from(arguments)
     decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}

@@ -39,7 +39,7 @@ constexpr ScalarType scalar_type<uint8_t>() {
 }
 
 inline void require_layout(const Tensor& tensor, const char* name, int64_t n) {
-  require(tensor.is_contiguous(), std::string(name) + " must be contiguous: pass .contiguous() or a view of a flat buffer");
+  require(tensor.is_contiguous(), std::string(name) + " must be contiguous: pass a view of a flat buffer");
   require(tensor.numel() == n, std::string(name) + " must have " + std::to_string(n) + " elements, got " +
                                    std::to_string(tensor.numel()));
 }

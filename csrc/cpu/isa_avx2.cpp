@@ -6,10 +6,10 @@
 #include "kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c,popcnt,bmi"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,f16c,bmi"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c,popcnt,bmi")
+#pragma GCC target("avx2,f16c,bmi")
 #endif
 
 #include "vec_avx2.h"

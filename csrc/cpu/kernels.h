@@ -19,23 +19,40 @@ struct IndexFacts {
   bool in_range, ascending;
 };
 
+// Scores that reached a bound and their positions, ascending; room for every element that is looked at.
+struct Found {
+  float* score;
+  int32_t* position;
+  int64_t count;
+};
+
+// Tokens that sampled_gradient_ turns round at a time: a panel of 4096 columns is then 1 MiB, a core's second cache.
+constexpr int64_t kTile = 64;
+
+// A place in a product of matrices, by rows of its panels.
+struct Entry {
+  int32_t row, column;
+};
+
 struct Kernels {
   const char* name;
   // sum += g, square += g * g; returns the number of non-finite entries. sum may be null.
   int64_t (*accumulate[kNumDTypes])(const void* grad, float* sum, float* square, int64_t n, float scale);
+  // accumulate, and filter of the new sums.
+  int64_t (*accumulate_filter[kNumDTypes])(const void* grad, float* sum, float* square, int64_t n, float scale,
+                                           float lam, const Bound& bound, Found& found);
   void (*score)(const float* sum, const float* square, float* out, int64_t n, float lam);
-  // Writes score and position of every score >= bound, ascending, and returns their number; room for n. n < 2^31.
-  int64_t (*filter)(const float* sum, const float* square, int64_t n, float lam, const Bound& bound, float* score,
-                    int32_t* position);
+  // Appends every score >= bound; n < 2^31.
+  void (*filter)(const float* sum, const float* square, int64_t n, float lam, const Bound& bound, Found& found);
   // counts: histogram_copies(bits) tables of 2^bits; n < 2^31 so that none overflows.
   void (*histogram)(const float* sum, const float* square, int64_t n, float lam, int shift, int bits, int64_t prefix,
                     uint32_t* counts);
   IndexFacts (*check_index)(const int64_t* index, int64_t n, int64_t limit);
   void (*adamw)(const AdamW& step, const float* grad, float* value, float* exp_avg, float* exp_avg_sq, int64_t n);
-  // panel[c * tile + t] = source[t * width + c] for c < columns, t < tokens; 0 for tokens <= t < tile. tile % 16 == 0.
-  void (*transpose[kNumDTypes])(const void* source, int64_t width, int64_t columns, int64_t tokens, int64_t tile,
-                                float* panel);
-  float (*dot)(const float* a, const float* b, int64_t n);  // n % 16 == 0
+  // panel[c * kTile + t] = source[t * width + c] for c < columns, t < tokens; 0 for tokens <= t < kTile.
+  void (*transpose[kNumDTypes])(const void* source, int64_t width, int64_t columns, int64_t tokens, float* panel);
+  // result[i] = sum over t < kTile of left[entry[i].row * kTile + t] * right[entry[i].column * kTile + t].
+  void (*dots)(const float* left, const float* right, const Entry* entry, int64_t n, float* result);
 };
 
 extern const Kernels kScalar;

@@ -34,10 +34,14 @@ std::vector<int64_t> mask_to_index(const uint8_t* bits, int64_t num_bytes) {
         found.clear();
         const int64_t last = std::min((block + 1) * kBlock, num_bytes);
         for (int64_t byte = block * kBlock; byte < last;) {
-          // Eight bytes at a time where there are eight; put together by shifts, whatever the byte order.
           const int64_t size = std::min<int64_t>(8, last - byte);
           uint64_t word = 0;
-          for (int64_t j = 0; j < size; ++j) word |= static_cast<uint64_t>(bits[byte + j]) << (8 * j);
+          if (size == 8) {
+            std::memcpy(&word, bits + byte, 8);
+          } else {
+            std::memcpy(&word, bits + byte, size);
+          }
+          if (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) word = __builtin_bswap64(word);
           for (; word; word &= word - 1) found.push_back(8 * byte + __builtin_ctzll(word));
           byte += size;
         }

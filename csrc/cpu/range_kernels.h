@@ -10,35 +10,11 @@
 namespace {
 
 using piece::Bound;
+using piece::cpu::Entry;
+using piece::cpu::Found;
 using piece::cpu::IndexFacts;
 using piece::cpu::Kernels;
-
-template <typename T, bool with_sum>
-int64_t accumulate_range(const T* grad, float* sum, float* square, int64_t n, float scale) {
-  const F factor = all(scale);
-  int64_t num_nonfinite = 0, i = 0;
-  for (; i + W <= n; i += W) {
-    uint32_t bad;
-    const F g = mul(finite_or_zero(load(grad + i), bad), factor);
-    num_nonfinite += __builtin_popcount(bad);
-    if (with_sum) store(sum + i, add(load(sum + i), g));
-    store(square + i, add(load(square + i), mul(g, g)));
-  }
-  for (; i < n; ++i) {
-    const float x = piece::to_float(grad[i]), g = piece::gradient(x, scale);
-    num_nonfinite += !piece::is_finite(x);
-    if (with_sum) sum[i] = piece::add(sum[i], g);
-    square[i] = piece::add_square(square[i], g);
-  }
-  return num_nonfinite;
-}
-
-template <typename T>
-int64_t accumulate(const void* grad, float* sum, float* square, int64_t n, float scale) {
-  const T* typed = static_cast<const T*>(grad);
-  return sum ? accumulate_range<T, true>(typed, sum, square, n, scale)
-             : accumulate_range<T, false>(typed, sum, square, n, scale);
-}
+using piece::cpu::kTile;
 
 template <bool with_sum>
 PIECE_HD F score_at(const float* sum, const float* square, int64_t i, F lam) {
@@ -58,73 +34,128 @@ void score(const float* sum, const float* square, float* out, int64_t n, float l
 
 // A bit per lane that may reach the bound: piece::may_reach, or the comparison itself where there is no division.
 template <bool with_sum>
-PIECE_HD uint32_t may_reach(const float* sum, const float* square, int64_t i, F lam, F bound, F factor) {
-  if (!with_sum) return at_least(load(square + i), bound);
-  const F s = load(sum + i);
-  return at_least(mul(s, s), mul(factor, add(load(square + i), lam)));
+PIECE_HD uint32_t may_reach(F sum, F square, F lam, const Bound& bound) {
+  if (bound.exact_only) return 1;
+  if (!with_sum) return at_least(square, all(bound.bound));
+  return at_least(mul(sum, sum), mul(all(bound.factor), add(square, lam)));
+}
+
+// Add what reaches the bound among `size` elements, W or 1, from position i.
+template <bool with_sum>
+PIECE_HD void take(const float* sum, const float* square, int64_t i, int size, float lam, const Bound& bound,
+                   Found& found) {
+  float scores[W];
+  uint32_t lanes;
+  if (size == W) {
+    const F score_W = score_at<with_sum>(sum, square, i, all(lam));
+    store(scores, score_W);
+    lanes = at_least(score_W, all(bound.bound));
+  } else {
+    scores[0] = piece::score<with_sum>(with_sum ? sum[i] : 0.0f, square[i], lam);
+    lanes = scores[0] >= bound.bound;
+  }
+  for (; lanes; lanes &= lanes - 1) {
+    const int lane = __builtin_ctz(lanes);
+    found.score[found.count] = scores[lane];
+    found.position[found.count++] = static_cast<int32_t>(i + lane);
+  }
 }
 
 template <bool with_sum>
-int64_t filter_range(const float* sum, const float* square, int64_t n, float lam, const Bound& bound, float* score,
-                     int32_t* position) {
-  const F lam_W = all(lam), bound_W = all(bound.bound), factor_W = all(bound.factor);
-  int64_t found = 0, i = 0;
-  auto take = [&](int64_t first) {
-    float scores[W];
-    const F score_W = score_at<with_sum>(sum, square, first, lam_W);
-    store(scores, score_W);
-    for (uint32_t lanes = at_least(score_W, bound_W); lanes; lanes &= lanes - 1) {
-      const int lane = __builtin_ctz(lanes);
-      score[found] = scores[lane];
-      position[found++] = static_cast<int32_t>(first + lane);
-    }
+void filter_range(const float* sum, const float* square, int64_t n, float lam, const Bound& bound, Found& found) {
+  auto reaches = [&](int64_t i) {
+    return may_reach<with_sum>(with_sum ? load(sum + i) : all(0.0f), load(square + i), all(lam), bound);
   };
-  if (bound.exact_only) {
-    for (; i + W <= n; i += W) take(i);
-  } else {
-    for (; i + 4 * W <= n; i += 4 * W) {
-      uint32_t may[4];
-      for (int j = 0; j < 4; ++j) may[j] = may_reach<with_sum>(sum, square, i + j * W, lam_W, bound_W, factor_W);
-      if (may[0] | may[1] | may[2] | may[3]) {
-        for (int j = 0; j < 4; ++j) {
-          if (may[j]) take(i + j * W);
-        }
-      }
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    uint32_t may[4], any = 0;
+    for (int j = 0; j < 4; ++j) any |= may[j] = reaches(i + j * W);
+    for (int j = 0; any && j < 4; ++j) {
+      if (may[j]) take<with_sum>(sum, square, i + j * W, W, lam, bound, found);
     }
   }
-  for (; i < n; ++i) {
-    const float s = piece::score<with_sum>(with_sum ? sum[i] : 0.0f, square[i], lam);
-    if (s >= bound.bound) {
-      score[found] = s;
-      position[found++] = static_cast<int32_t>(i);
-    }
-  }
-  return found;
+  for (; i < n; ++i) take<with_sum>(sum, square, i, 1, lam, bound, found);
 }
 
-int64_t filter(const float* sum, const float* square, int64_t n, float lam, const Bound& bound, float* score,
-               int32_t* position) {
-  return sum ? filter_range<true>(sum, square, n, lam, bound, score, position)
-             : filter_range<false>(sum, square, n, lam, bound, score, position);
+void filter(const float* sum, const float* square, int64_t n, float lam, const Bound& bound, Found& found) {
+  sum ? filter_range<true>(sum, square, n, lam, bound, found) : filter_range<false>(sum, square, n, lam, bound, found);
+}
+
+// visit(i, lanes) sees every vector that may hold a score at the bound, right after its sums have been written.
+template <typename T, bool with_sum, bool filtered, typename Visit>
+PIECE_HD int64_t accumulate_range(const T* grad, float* sum, float* square, int64_t n, float scale, F lam,
+                                  const Bound& bound, Visit visit) {
+  const F factor = all(scale);
+  int64_t num_nonfinite = 0, i = 0;
+  for (; i + W <= n; i += W) {
+    uint32_t bad;
+    const F g = mul(finite_or_zero(load(grad + i), bad), factor);
+    num_nonfinite += __builtin_popcount(bad);
+    const F s = with_sum ? add(load(sum + i), g) : g, q = add(load(square + i), mul(g, g));
+    if (with_sum) store(sum + i, s);
+    store(square + i, q);
+    if (filtered && may_reach<with_sum>(s, q, lam, bound)) visit(i, W);
+  }
+  for (; i < n; ++i) {
+    const float x = piece::to_float(grad[i]), g = piece::gradient(x, scale);
+    num_nonfinite += !piece::is_finite(x);
+    if (with_sum) sum[i] = piece::add(sum[i], g);
+    square[i] = piece::add_square(square[i], g);
+    if (filtered) visit(i, 1);
+  }
+  return num_nonfinite;
+}
+
+template <typename T>
+int64_t accumulate(const void* grad, float* sum, float* square, int64_t n, float scale) {
+  const T* typed = static_cast<const T*>(grad);
+  const Bound none{};
+  auto nothing = [](int64_t, int) {};
+  return sum ? accumulate_range<T, true, false>(typed, sum, square, n, scale, all(0.0f), none, nothing)
+             : accumulate_range<T, false, false>(typed, sum, square, n, scale, all(0.0f), none, nothing);
+}
+
+template <typename T, bool with_sum>
+int64_t accumulate_filter_range(const T* grad, float* sum, float* square, int64_t n, float scale, float lam,
+                                const Bound& bound, Found& found) {
+  return accumulate_range<T, with_sum, true>(
+      grad, sum, square, n, scale, all(lam), bound,
+      [&](int64_t i, int size) { take<with_sum>(sum, square, i, size, lam, bound, found); });
+}
+
+template <typename T>
+int64_t accumulate_filter(const void* grad, float* sum, float* square, int64_t n, float scale, float lam,
+                          const Bound& bound, Found& found) {
+  const T* typed = static_cast<const T*>(grad);
+  return sum ? accumulate_filter_range<T, true>(typed, sum, square, n, scale, lam, bound, found)
+             : accumulate_filter_range<T, false>(typed, sum, square, n, scale, lam, bound, found);
 }
 
 template <bool with_sum>
 void histogram_range(const float* sum, const float* square, int64_t n, float lam, int shift, int bits, int64_t prefix,
                      uint32_t* counts) {
   const int copies = piece::cpu::histogram_copies(bits);
-  auto count = [&](int64_t i, float score) {
-    const int32_t key = piece::key_of(score);
-    if (piece::has_prefix(key, shift, bits, prefix)) {
-      ++counts[((i & (copies - 1)) << bits) + piece::digit(key, shift, bits)];
-    }
-  };
+  uint32_t* table[4];
+  for (int j = 0; j < 4; ++j) table[j] = counts + (static_cast<int64_t>(j & (copies - 1)) << bits);
+  const bool leading = shift + bits >= 31;
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    float scores[W];
-    store(scores, score_at<with_sum>(sum, square, i, all(lam)));
-    for (int j = 0; j < W; ++j) count(i + j, scores[j]);
+    int32_t digits[W];
+    const F score_W = score_at<with_sum>(sum, square, i, all(lam));
+    store_digits(digits, score_W, shift, (1 << bits) - 1);
+    if (leading) {
+      for (int j = 0; j < W; ++j) ++table[(W == 1 ? i : j) & 3][digits[j]];
+    } else {
+      for (uint32_t lanes = prefix_lanes(score_W, shift + bits, prefix); lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        ++table[lane & 3][digits[lane]];
+      }
+    }
   }
-  for (; i < n; ++i) count(i, piece::score<with_sum>(with_sum ? sum[i] : 0.0f, square[i], lam));
+  for (; i < n; ++i) {
+    const int32_t key = piece::key_of(piece::score<with_sum>(with_sum ? sum[i] : 0.0f, square[i], lam));
+    if (piece::has_prefix(key, shift, bits, prefix)) ++table[i & 3][piece::digit(key, shift, bits)];
+  }
 }
 
 void histogram(const float* sum, const float* square, int64_t n, float lam, int shift, int bits, int64_t prefix,
@@ -160,35 +191,41 @@ void adamw(const piece::AdamW& h, const float* grad, float* value, float* exp_av
   for (; i < n; ++i) piece::adamw(h, grad[i], value[i], exp_avg[i], exp_avg_sq[i]);
 }
 
+// W tokens at a time, along their rows: W streams that the processor foresees, where W columns would be kTile of them.
 template <typename T>
-void transpose_panel(const void* source, int64_t width, int64_t columns, int64_t tokens, int64_t tile, float* panel) {
+void transpose_panel(const void* source, int64_t width, int64_t columns, int64_t tokens, float* panel) {
   const T* typed = static_cast<const T*>(source);
   const int64_t whole_tokens = tokens / W * W, whole_columns = columns / W * W;
-  for (int64_t c = 0; c < whole_columns; c += W) {
-    for (int64_t t = 0; t < whole_tokens; t += W) {
+  for (int64_t t = 0; t < whole_tokens; t += W) {
+    for (int64_t c = 0; c < whole_columns; c += W) {
       F rows[W];
       for (int j = 0; j < W; ++j) rows[j] = load(typed + (t + j) * width + c);
       transpose(rows);
-      for (int j = 0; j < W; ++j) store(panel + (c + j) * tile + t, rows[j]);
+      for (int j = 0; j < W; ++j) store(panel + (c + j) * kTile + t, rows[j]);
     }
   }
   for (int64_t c = 0; c < columns; ++c) {
     const int64_t done = c < whole_columns ? whole_tokens : 0;
-    for (int64_t t = done; t < tokens; ++t) panel[c * tile + t] = piece::to_float(typed[t * width + c]);
-    for (int64_t t = tokens; t < tile; ++t) panel[c * tile + t] = 0.0f;
+    for (int64_t t = done; t < tokens; ++t) panel[c * kTile + t] = piece::to_float(typed[t * width + c]);
+    for (int64_t t = tokens; t < kTile; ++t) panel[c * kTile + t] = 0.0f;
   }
 }
 
-float dot(const float* a, const float* b, int64_t n) {
-  constexpr int kWays = W == 16 ? 1 : W == 8 ? 2 : 16;
-  F sums[kWays];
-  for (int j = 0; j < kWays; ++j) sums[j] = all(0.0f);
-  for (int64_t i = 0; i < n; i += kWays * W) {
-    for (int j = 0; j < kWays; ++j) sums[j] = add(sums[j], mul(load(a + i + j * W), load(b + i + j * W)));
+void dots(const float* left, const float* right, const Entry* entry, int64_t n, float* result) {
+  constexpr int kSums = W < 4 ? 16 : 2;  // sums that do not wait for each other
+  for (int64_t i = 0; i < n; ++i) {
+    const float* a = left + entry[i].row * kTile;
+    const float* b = right + entry[i].column * kTile;
+    F sums[kSums];
+    for (int j = 0; j < kSums; ++j) sums[j] = mul(load(a + j * W), load(b + j * W));
+    for (int t = kSums * W; t < kTile; t += kSums * W) {
+      for (int j = 0; j < kSums; ++j) sums[j] = add(sums[j], mul(load(a + t + j * W), load(b + t + j * W)));
+    }
+    for (int size = kSums / 2; size; size /= 2) {
+      for (int j = 0; j < size; ++j) sums[j] = add(sums[j], sums[j + size]);
+    }
+    result[i] = total(sums[0]);
   }
-  float result = total(sums[0]);
-  for (int j = 1; j < kWays; ++j) result = piece::add(result, total(sums[j]));
-  return result;
 }
 
 constexpr Kernels kernels_named(const char* name) {
@@ -196,13 +233,14 @@ constexpr Kernels kernels_named(const char* name) {
   using piece::fp16;
   return {name,
           {accumulate<float>, accumulate<bf16>, accumulate<fp16>},
+          {accumulate_filter<float>, accumulate_filter<bf16>, accumulate_filter<fp16>},
           score,
           filter,
           histogram,
           check_index,
           adamw,
           {transpose_panel<float>, transpose_panel<bf16>, transpose_panel<fp16>},
-          dot};
+          dots};
 }
 
 }  // namespace

@@ -9,8 +9,6 @@
 namespace piece::cpu {
 namespace {
 
-// Elements that are accumulated and then filtered while they are still in a core's first cache.
-constexpr int64_t kHotRun = 2048;
 constexpr int64_t kHistogramRun = 1 << 30;  // elements per 32-bit count
 
 int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
@@ -19,18 +17,30 @@ const void* advance(DType dtype, const void* p, int64_t elements) {
   return static_cast<const char*>(p) + elements * element_size(dtype);
 }
 
-// What a thread found in one block.
-struct Found {
+// What a thread finds in one block.
+struct BlockFound {
   std::unique_ptr<float[]> score{new float[kBlock]};
   std::unique_ptr<int32_t[]> position{new int32_t[kBlock]};
-  int64_t count = 0;
+  Found found{};
+
+  Found& empty() { return found = Found{score.get(), position.get(), 0}; }
 };
 
-void filter_into(Found& found, Scores block, const Bound& bound, int64_t first) {
-  const int64_t before = found.count;
-  found.count += active().filter(block.sum, block.square, block.n, block.lam, bound, found.score.get() + before,
-                                 found.position.get() + before);
-  for (int64_t i = before; first != 0 && i < found.count; ++i) found.position[i] += static_cast<int32_t>(first);
+Scores block_of(Scores scores, int64_t block) {
+  return scores.part(block * kBlock, std::min(kBlock, scores.n - block * kBlock));
+}
+
+// filter of all blocks; append(block, found) in ascending order.
+template <typename Append>
+void filter_blocks(Scores scores, float bound, const Append& append) {
+  const Bound prepared = make_bound(bound);
+  for_blocks_in_order(
+      num_blocks(scores.n), [] { return BlockFound(); },
+      [&](int64_t block, BlockFound& local) {
+        const Scores part = block_of(scores, block);
+        active().filter(part.sum, part.square, part.n, part.lam, prepared, local.empty());
+      },
+      [&](int64_t block, const BlockFound& local) { append(block, local.found); });
 }
 
 void append_candidates(const Found& found, int64_t offset, Candidates out) {
@@ -60,24 +70,20 @@ int64_t accumulate_filter(DType dtype, const void* grad, float* sum, float* squa
   std::atomic<int64_t> num_nonfinite{0};
   const Bound prepared = make_bound(bound);
   for_blocks_in_order(
-      num_blocks(n), [] { return Found(); },
-      [&](int64_t block, Found& found) {
-        found.count = 0;
-        const int64_t begin = block * kBlock, end = std::min(begin + kBlock, n);
-        for (int64_t first = begin; first < end; first += kHotRun) {
-          const Scores run = Scores{sum, square, n, lam}.part(first, std::min(kHotRun, end - first));
-          num_nonfinite += active().accumulate[dtype](advance(dtype, grad, first), sum ? sum + first : nullptr,
-                                                      square + first, run.n, scale);
-          filter_into(found, run, prepared, first - begin);
-        }
+      num_blocks(n), [] { return BlockFound(); },
+      [&](int64_t block, BlockFound& local) {
+        const int64_t first = block * kBlock, size = std::min(kBlock, n - first);
+        num_nonfinite +=
+            active().accumulate_filter[dtype](advance(dtype, grad, first), sum ? sum + first : nullptr, square + first,
+                                              size, scale, lam, prepared, local.empty());
       },
-      [&](int64_t block, const Found& found) { append_candidates(found, offset + block * kBlock, out); });
+      [&](int64_t block, const BlockFound& local) { append_candidates(local.found, offset + block * kBlock, out); });
   return num_nonfinite;
 }
 
 void score(Scores scores, float* out) {
   for_blocks(num_blocks(scores.n), [&](int64_t block) {
-    const Scores part = scores.part(block * kBlock, std::min(kBlock, scores.n - block * kBlock));
+    const Scores part = block_of(scores, block);
     active().score(part.sum, part.square, out + block * kBlock, part.n, part.lam);
   });
 }
@@ -108,33 +114,21 @@ void histogram(Scores scores, int shift, int bits, int64_t prefix, int64_t run, 
 }
 
 void filter(Scores scores, float bound, int64_t offset, Candidates out) {
-  const Bound prepared = make_bound(bound);
-  for_blocks_in_order(
-      num_blocks(scores.n), [] { return Found(); },
-      [&](int64_t block, Found& found) {
-        found.count = 0;
-        filter_into(found, scores.part(block * kBlock, std::min(kBlock, scores.n - block * kBlock)), prepared, 0);
-      },
-      [&](int64_t block, const Found& found) { append_candidates(found, offset + block * kBlock, out); });
+  filter_blocks(scores, bound,
+                [&](int64_t block, const Found& found) { append_candidates(found, offset + block * kBlock, out); });
 }
 
 std::vector<int64_t> select_above(Scores scores, int64_t key, int64_t num_ties) {
   std::vector<int64_t> selected;
   if (key > 0x7f800000) return selected;  // above the key of infinity there is nothing
   // The order of keys is the order of scores, so the filter finds what has this key or a greater one.
-  const Bound bound = make_bound(key < 0 ? -INFINITY : float_of(static_cast<uint32_t>(key)));
-  for_blocks_in_order(
-      num_blocks(scores.n), [] { return Found(); },
-      [&](int64_t block, Found& found) {
-        found.count = 0;
-        filter_into(found, scores.part(block * kBlock, std::min(kBlock, scores.n - block * kBlock)), bound, 0);
-      },
-      [&](int64_t block, const Found& found) {
-        for (int64_t i = 0; i < found.count; ++i) {
-          const int64_t own = key_of(found.score[i]);
-          if (own > key || (own == key && num_ties-- > 0)) selected.push_back(block * kBlock + found.position[i]);
-        }
-      });
+  const float bound = key < 0 ? -INFINITY : float_of(static_cast<uint32_t>(key));
+  filter_blocks(scores, bound, [&](int64_t block, const Found& found) {
+    for (int64_t i = 0; i < found.count; ++i) {
+      const int64_t own = key_of(found.score[i]);
+      if (own > key || (own == key && num_ties-- > 0)) selected.push_back(block * kBlock + found.position[i]);
+    }
+  });
   return selected;
 }
 

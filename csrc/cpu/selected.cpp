@@ -1,40 +1,15 @@
 // Work on the selected elements alone.
 #include <cstring>
-#include <memory>
 
 #include "ops.h"
 #include "parallel.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace piece::cpu {
 namespace {
 
-// Positions this far ahead are fetched: a selected element is a cache line of its own, hundreds of cycles away.
-constexpr int64_t kAhead = 24;
-// Bytes put together in cache and then written past it. A smaller gradient is written through the cache, because who
-// comes next will read it.
-constexpr int64_t kChunkBytes = 4096;
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
-
-// 16-byte aligned `to`, size % 16 == 0.
-void stream_copy(char* to, const char* from, int64_t size) {
-#if defined(__SSE2__)
-  for (int64_t i = 0; i < size; i += 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-  }
-#else
-  std::memcpy(to, from, size);
-#endif
-}
-
-void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
+// Positions this far ahead are fetched: a selected element is a cache line of its own, hundreds of cycles away. Cold
+// lines 1000 elements apart (AMD Zen 5, one thread): 6.3 ns each without, 5.0 with 24, 2.9 with 128, 2.7 with 256.
+constexpr int64_t kAhead = 128;
 
 struct Norm {
   double square = 0.0;
@@ -50,32 +25,20 @@ T scaled(T x, float scale, Norm& norm) {
   return kept;
 }
 
-// One block of the gradient: every line of it is written once, and only lines with a selected element are read.
+// One block of the gradient: what is kept is taken out, the block is zeroed, and what was kept is put back while the
+// block is in the cache. Stores past the cache (100 MB, one thread of an AMD Zen 5) took 2.1 ms for zeros alone instead
+// of 3.1, but then 160 ns for every line between them that had been read: 10 ms instead of 3.4 at 0.1 %.
 template <typename T>
-Norm apply_block(T* grad, int64_t begin, int64_t end, const int64_t* next, const int64_t* stop, float scale,
-                 bool stream) {
-  constexpr int64_t kChunk = kChunkBytes / sizeof(T);
-  alignas(64) T chunk[kChunk];
-  std::memset(chunk, 0, sizeof(chunk));
+Norm apply_block(T* grad, int64_t begin, int64_t end, const int64_t* first, const int64_t* last, const int64_t* stop,
+                 float scale, std::vector<T>& kept) {
   Norm norm;
-  for (int64_t first = begin; first < end;) {
-    // The first chunk ends where a cache line begins, so that all others are whole lines.
-    const int64_t misaligned = reinterpret_cast<uintptr_t>(grad + first) % 64 / sizeof(T);
-    const int64_t size = std::min(end - first, misaligned ? 64 / static_cast<int64_t>(sizeof(T)) - misaligned : kChunk);
-    const int64_t* const chunk_begin = next;
-    for (; next < stop && *next < first + size; ++next) {
-      if (next + kAhead < stop) __builtin_prefetch(grad + next[kAhead]);
-      chunk[*next - first] = scaled(grad[*next], scale, norm);
-    }
-    if (stream && size == kChunk) {
-      stream_copy(reinterpret_cast<char*>(grad + first), reinterpret_cast<const char*>(chunk), kChunkBytes);
-    } else {
-      std::memcpy(grad + first, chunk, size * sizeof(T));
-    }
-    for (const int64_t* done = chunk_begin; done < next; ++done) chunk[*done - first] = T{};
-    first += size;
+  kept.clear();
+  for (const int64_t* i = first; i < last; ++i) {
+    if (i + kAhead < stop) __builtin_prefetch(grad + i[kAhead]);
+    kept.push_back(scaled(grad[*i], scale, norm));
   }
-  if (stream) stream_fence();
+  std::memset(static_cast<void*>(grad + begin), 0, (end - begin) * sizeof(T));
+  for (const int64_t* i = first; i < last; ++i) grad[*i] = kept[i - first];
   return norm;
 }
 
@@ -84,12 +47,15 @@ void apply_mask_typed(T* grad, int64_t n, const int64_t* index, int64_t n_index,
                       int64_t* num_nonfinite) {
   const int64_t blocks = num_blocks(n);
   std::vector<Norm> norms(blocks);  // added in their order: the same norm for any number of threads
-  const bool stream = n * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
-  for_blocks(blocks, [&](int64_t block) {
-    const int64_t begin = block * kBlock, end = std::min(begin + kBlock, n);
-    const int64_t* first = std::lower_bound(index, index + n_index, begin);
-    const int64_t* last = std::lower_bound(first, index + n_index, end);
-    norms[block] = apply_block(grad, begin, end, first, last, scale, stream);
+  on_each_thread(blocks, [&](auto next) {
+    std::vector<T> kept;
+    for (int64_t block = next(); block >= 0; block = next()) {
+      const int64_t begin = block * kBlock, end = std::min(begin + kBlock, n);
+      const int64_t* stop = index + n_index;
+      const int64_t* first = std::lower_bound(index, stop, begin);
+      const int64_t* last = std::lower_bound(first, stop, end);
+      norms[block] = apply_block(grad, begin, end, first, last, stop, scale, kept);
+    }
   });
   Norm total;
   for (const Norm& norm : norms) {
@@ -111,11 +77,6 @@ void gather_add_typed(const T* grad, const int64_t* index, int64_t n, float scal
   });
 }
 
-template <typename T>
-void scatter(T* weight, const int64_t* index, const float* value, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) weight[index[i]] = from_float<T>(value[i]);
-}
-
 constexpr int64_t kAdamWBlock = 1 << 12;  // 4 of fp32 and the positions: 96 KiB, and a unit of sharing work
 constexpr int64_t kAdamWRun = 256;        // their weights' lines are on their way while their step is computed
 
@@ -128,7 +89,7 @@ void sparse_adamw_typed(const AdamW& step, const float* grad, float* value, floa
       const int64_t size = std::min(kAdamWRun, end - first);
       for (int64_t i = 0; i < size; ++i) __builtin_prefetch(weight + index[first + i], 1);
       active().adamw(step, grad + first, value + first, exp_avg + first, exp_avg_sq + first, size);
-      scatter(weight, index + first, value + first, size);
+      for (int64_t i = first; i < first + size; ++i) weight[index[i]] = from_float<T>(value[i]);
     }
   });
 }
@@ -144,9 +105,10 @@ void apply_mask(DType dtype, void* grad, int64_t n, const int64_t* index, int64_
     index = sorted.data();
   }
   const float factor = static_cast<float>(scale);
-  if (dtype == kFloat32) apply_mask_typed(static_cast<float*>(grad), n, index, n_index, factor, square_norm, num_nonfinite);
-  if (dtype == kBFloat16) apply_mask_typed(static_cast<bf16*>(grad), n, index, n_index, factor, square_norm, num_nonfinite);
-  if (dtype == kFloat16) apply_mask_typed(static_cast<fp16*>(grad), n, index, n_index, factor, square_norm, num_nonfinite);
+  auto run = [&](auto* typed) { apply_mask_typed(typed, n, index, n_index, factor, square_norm, num_nonfinite); };
+  if (dtype == kFloat32) run(static_cast<float*>(grad));
+  if (dtype == kBFloat16) run(static_cast<bf16*>(grad));
+  if (dtype == kFloat16) run(static_cast<fp16*>(grad));
 }
 
 void gather_add(DType dtype, const void* grad, const int64_t* index, int64_t n, float scale, float* total) {

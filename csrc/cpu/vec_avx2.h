@@ -41,6 +41,16 @@ PIECE_HD F finite_or_zero(F a, uint32_t& nonfinite) {
 PIECE_HD uint32_t at_least(F a, F b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
 }
+PIECE_HD void store_digits(int32_t* p, F a, int shift, int32_t mask) {
+  const __m256i digit = _mm256_srl_epi32(_mm256_castps_si256(a.v), _mm_cvtsi32_si128(shift));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_and_si256(digit, _mm256_set1_epi32(mask)));
+}
+PIECE_HD uint32_t prefix_lanes(F a, int shift, int64_t prefix) {
+  if (prefix != static_cast<int32_t>(prefix)) return 0;
+  const __m256i leading = _mm256_sra_epi32(_mm256_castps_si256(a.v), _mm_cvtsi32_si128(shift));
+  const __m256i equal = _mm256_cmpeq_epi32(leading, _mm256_set1_epi32(static_cast<int32_t>(prefix)));
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(equal)));
+}
 PIECE_HD float total(F a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -1,7 +1,8 @@
 // The vector of 16 elements (AVX-512 F, BW, DQ, VL): what range_kernels.h is written in.
 //
 // A vector header defines W, F and, lane by lane as scalar.h defines them: load (from fp32, bf16, fp16), store, all,
-// add, sub, mul, div, sqrt_rn, magnitude, clean; finite_or_zero and at_least, which give a bit per lane; total, the sum
+// add, sub, mul, div, sqrt_rn, magnitude, clean; finite_or_zero, at_least
+// and prefix_lanes, which give a bit per lane; store_digits; total, the sum
 // of the lanes in a fixed order; transpose, of W vectors.
 #pragma once
 
@@ -42,6 +43,15 @@ PIECE_HD F finite_or_zero(F a, uint32_t& nonfinite) {
   return {_mm512_maskz_mov_ps(static_cast<__mmask16>(~bad), a.v)};
 }
 PIECE_HD uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+PIECE_HD void store_digits(int32_t* p, F a, int shift, int32_t mask) {
+  const __m512i digit = _mm512_srl_epi32(_mm512_castps_si512(a.v), _mm_cvtsi32_si128(shift));
+  _mm512_storeu_si512(p, _mm512_and_si512(digit, _mm512_set1_epi32(mask)));
+}
+PIECE_HD uint32_t prefix_lanes(F a, int shift, int64_t prefix) {
+  if (prefix != static_cast<int32_t>(prefix)) return 0;
+  const __m512i leading = _mm512_sra_epi32(_mm512_castps_si512(a.v), _mm_cvtsi32_si128(shift));
+  return _mm512_cmpeq_epi32_mask(leading, _mm512_set1_epi32(static_cast<int32_t>(prefix)));
+}
 PIECE_HD float total(F a) { return _mm512_reduce_add_ps(a.v); }
 
 PIECE_HD void transpose(F* row) {

@@ -27,6 +27,8 @@ PIECE_HD F finite_or_zero(F a, uint32_t& nonfinite) {
   return {nonfinite ? 0.0f : a.v};
 }
 PIECE_HD uint32_t at_least(F a, F b) { return a.v >= b.v; }
+PIECE_HD void store_digits(int32_t* p, F a, int shift, int32_t mask) { *p = (piece::key_of(a.v) >> shift) & mask; }
+PIECE_HD uint32_t prefix_lanes(F a, int shift, int64_t prefix) { return (piece::key_of(a.v) >> shift) == prefix; }
 PIECE_HD float total(F a) { return a.v; }
 PIECE_HD void transpose(F*) {}
 

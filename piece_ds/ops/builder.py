@@ -20,7 +20,7 @@ from deepspeed.ops.op_builder.builder import (
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
 from piece_ds.errors import UserError
-from piece_ds.ops.extension import CSRC, RECIPES, Recipe, compiler_command, load_extension
+from piece_ds.ops.extension import CSRC, RECIPES, Recipe, load_extension, require_compiler
 
 
 class _PieceBuilder:
@@ -61,7 +61,7 @@ class _PieceBuilder:
         Raises:
             UserError: a compiler is missing or fails.
         """
-        compiler_command()
+        require_compiler()
         try:
             with _environment(folder):
                 self.check_toolkit()
@@ -73,9 +73,11 @@ class _PieceBuilder:
             MissingCUDAException,
             CUDAMismatchException,
         ) as error:
+            log = folder.parent / f"{self.name}.log"
+            log.write_text(str(error), encoding="utf-8")
             raise UserError(
-                f"the piece_ds {self.device_type} kernels could not be compiled: set PIECE_DS_BACKEND=reference for "
-                f"the slow pure torch kernels, or repair this: {error}"
+                f"the piece_ds {self.device_type} kernels could not be compiled: {_first_error(str(error))} (all of it "
+                f"in {log}); repair that, or set PIECE_DS_BACKEND=reference for the slow pure torch kernels"
             ) from error
 
     def check_toolkit(self) -> None:
@@ -100,6 +102,12 @@ class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
 
     def check_toolkit(self) -> None:
         assert_no_cuda_mismatch(self.name)
+
+
+def _first_error(text: str) -> str:
+    """The first line of a compiler's output that says what is wrong, or the first line of anything else."""
+    lines = text.splitlines() or ["no message"]
+    return next((line for line in lines if " error: " in line), lines[0])
 
 
 BUILDERS: dict[str, Any] = {"cpu": PieceCPUBuilder, "cuda": PieceCUDABuilder}

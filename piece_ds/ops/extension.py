@@ -103,7 +103,15 @@ def load_extension(device_type: str) -> Path:
         if path.exists():
             return _import(name, path)
     name = f"{name}_{_digest(_environment(device_type))}"
-    path = _cache_folder() / f"{name}.so"
+    folder = _cache_folder()
+    compiler = compiler_version()
+    if not compiler:  # a cluster's nodes may have none, and share the cache of one that does
+        built_elsewhere = sorted(folder.glob(f"{name}_*.so"))
+        if built_elsewhere:
+            return _import(built_elsewhere[0].stem, built_elsewhere[0])
+        require_compiler()
+    name = f"{name}_{_digest([compiler])}"
+    path = folder / f"{name}.so"
     if not path.exists():
         with _locked(path.with_suffix(".lock")):
             if not path.exists():  # another process may have built it while this one waited
@@ -116,26 +124,31 @@ def _digest(parts: list[str]) -> str:
 
 
 def _environment(device_type: str) -> list[str]:
-    """What a binary depends on besides its sources."""
-    compiler = compiler_command()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-    parts = [torch.__version__, *compiler, version, platform.machine(), sys.implementation.cache_tag or ""]
+    """What a binary depends on besides its sources and its compiler."""
+    parts = [torch.__version__, platform.machine(), sys.implementation.cache_tag or ""]
     if device_type == "cuda":
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         parts += [str(torch.version.cuda), os.environ.get("TORCH_CUDA_ARCH_LIST", ""), str(sorted(capabilities))]
     return parts
 
 
-def compiler_command() -> list[str]:
-    """The C++ compiler that torch's builder uses, found on the path."""
+def compiler_version() -> str:
+    """Command and version of the C++ compiler, empty where there is none."""
     command = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(command[0]) is None:
+        return ""
+    output = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    return f"{shlex.join(command)} {output.partition(chr(10))[0]}"
+
+
+def require_compiler() -> None:
+    """Raise UserError where there is no C++ compiler."""
+    if not compiler_version():
         raise UserError(
-            f"piece_ds compiles its kernels on first use and found no C++ compiler {command[0]!r}: install one (g++ of "
-            "Debian and Ubuntu, gcc-c++ of Fedora), name one in CXX, or set PIECE_DS_BACKEND=reference for the slow "
-            "pure torch kernels"
+            f"piece_ds compiles its kernels on first use and found no C++ compiler {os.environ.get('CXX') or 'c++'!r}: "
+            "install one (g++ of Debian and Ubuntu, gcc-c++ of Fedora), name one in CXX, or set "
+            "PIECE_DS_BACKEND=reference for the slow pure torch kernels"
         )
-    return command
 
 
 def _cache_folder() -> Path:

@@ -230,3 +230,16 @@ def test_a_launch_refuses_with_one_line_and_exit_code_2(
     assert "Traceback" not in run.stderr + run.stdout
     assert tree(tmp_path) == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_that_cannot_compile_the_kernels_is_told_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    run = launch("python", 1, "train.py", "--output_dir", tmp_path / "out")
+    assert run.returncode == 2, run.stderr[-3000:]
+    assert len(error_lines(run)) == 1
+    assert "no C++ compiler 'no-such-compiler'" in error_lines(run)[0]
+    assert "PIECE_DS_BACKEND=reference" in error_lines(run)[0]
+    assert not (tmp_path / "out").exists()

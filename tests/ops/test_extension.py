@@ -1,0 +1,152 @@
+"""The compiled provider is built once, whoever asks, survives a killed build, and never gives way in silence."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from piece_ds.ops import extension
+
+SHOW = "from piece_ds import ops; print(ops.load('cpu'))"
+
+
+def python(code: str, **environment: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
+    for name in ("PIECE_DS_BACKEND", "PIECE_DS_ISA"):
+        if not environment.get(name):
+            environment.pop(name, None)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=environment, start_new_session=True)  # fmt: skip
+
+
+def result(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out.strip()
+
+
+def fails(process: subprocess.Popen[str]) -> str:
+    _, err = process.communicate(timeout=200)
+    assert process.returncode != 0
+    return err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which three processes wanted the library at once, after a first one was killed while it built.
+
+    The killed one has left what the worst moment leaves: its lock file, torch's own lock file, half an object.
+    """
+    cache = tmp_path_factory.mktemp("extensions")
+    first = python(SHOW, TORCH_EXTENSIONS_DIR=str(cache))
+    deadline = time.monotonic() + 120
+    while not list(cache.glob("piece_ds/*.build-*/*/lock")):
+        assert first.poll() is None, "built before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert list(cache.glob("piece_ds/*.lock"))
+    assert list(cache.glob("piece_ds/*.build-*/*/lock"))
+    assert [result(p) for p in [python(SHOW, TORCH_EXTENSIONS_DIR=str(cache)) for _ in range(3)]] == ["cpp"] * 3
+    return cache
+
+
+def test_ranks_that_start_together_build_one_library_also_after_a_killed_build(built: Path) -> None:
+    assert len(list(built.glob("piece_ds/*.so"))) == 1
+    assert not list(built.glob("piece_ds/*.build-*"))
+
+
+def test_a_built_library_is_taken_without_deepspeed_and_without_a_compile(built: Path) -> None:
+    before = next(built.glob("piece_ds/*.so")).stat().st_mtime_ns
+    code = f"{SHOW}; import sys; print('deepspeed' in sys.modules)"
+    assert result(python(code, TORCH_EXTENSIONS_DIR=str(built))).split() == ["cpp", "False"]
+    assert next(built.glob("piece_ds/*.so")).stat().st_mtime_ns == before
+
+
+def test_the_library_needs_only_torch_functions_of_the_stable_abi(built: Path) -> None:
+    """Then one binary serves every later torch."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm, of binutils")
+    library = str(next(built.glob("piece_ds/*.so")))
+    symbols = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
+    names = [line.split(maxsplit=1)[1] for line in symbols.stdout.splitlines()]
+    assert [name for name in names if "torch" in name]
+    assert not [name for name in names if name.startswith(("at::", "c10::", "torch::"))]
+
+
+@pytest.mark.parametrize("name", ["scalar", ""])
+def test_the_instruction_set_can_be_named(built: Path, name: str) -> None:
+    code = "import logging; logging.basicConfig(level=20, format='%(message)s', force=True); " + SHOW
+    process = python(code, TORCH_EXTENSIONS_DIR=str(built), PIECE_DS_ISA=name)
+    _, err = process.communicate(timeout=60)
+    assert f"piece_ds ops on cpu: cpp, {name}" in err
+
+
+def test_an_unknown_instruction_set_is_refused(built: Path) -> None:
+    message = fails(python(SHOW, TORCH_EXTENSIONS_DIR=str(built), PIECE_DS_ISA="avx1024"))
+    assert "PIECE_DS_ISA='avx1024': expected avx512, avx2 or scalar" in message
+
+
+def test_a_missing_compiler_is_named_and_nothing_else_serves(tmp_path: Path) -> None:
+    message = fails(python(SHOW, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="no-such-compiler"))
+    assert "UserError" in message
+    assert "no C++ compiler 'no-such-compiler'" in message
+    assert "PIECE_DS_BACKEND=reference" in message
+    chosen = python(SHOW, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="no-such-compiler", PIECE_DS_BACKEND="reference")
+    assert result(chosen) == "reference"
+
+
+def test_a_failing_compiler_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *scores.cpp*) echo \'x: error: no luck\' >&2; exit 1;; esac\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    message = fails(python(SHOW, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX=str(compiler)))
+    assert not list(tmp_path.glob("piece_ds/*.so"))
+    assert not list(tmp_path.glob("piece_ds/*.build-*"))
+    assert "UserError: the piece_ds cpu kernels could not be compiled: x: error: no luck" in message
+    assert "scores.cpp" in next(tmp_path.glob("piece_ds/*.log")).read_text()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "set TORCH_EXTENSIONS_DIR" in fails(python(SHOW, TORCH_EXTENSIONS_DIR=str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize("device_type", list(extension.RECIPES))
+def test_the_name_of_a_library_follows_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device_type: str
+) -> None:
+    recipe = extension.RECIPES[device_type]
+    before = recipe.library_name()
+    shutil.copytree(extension.CSRC, tmp_path / "csrc")
+    monkeypatch.setattr(extension, "CSRC", tmp_path / "csrc")
+    assert recipe.library_name() == before
+    header = tmp_path / "csrc/include/piece/scalar.h"
+    header.write_text(header.read_text() + "\n// edited\n")
+    assert recipe.library_name() != before
+
+
+def test_another_torch_or_compiler_has_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment, compiler = extension._environment("cpu"), extension.compiler_version()
+    assert (extension._environment("cpu"), extension.compiler_version()) == (environment, compiler)
+    monkeypatch.setattr("torch.__version__", "2.10.0")
+    assert extension._environment("cpu") != environment
+    monkeypatch.setenv("CXX", sys.executable)
+    assert extension.compiler_version() != compiler
+
+
+def test_a_machine_without_compiler_takes_what_another_one_built(built: Path) -> None:
+    assert result(python(SHOW, TORCH_EXTENSIONS_DIR=str(built), CXX="no-such-compiler")) == "cpp"
+
+
+def test_importing_builds_nothing(tmp_path: Path) -> None:
+    result(python("import piece_ds.ops, piece_ds.engine", TORCH_EXTENSIONS_DIR=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
