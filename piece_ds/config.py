@@ -87,7 +87,7 @@ class MethodArguments:
     mask_ratio: float = field(default=0.001, metadata={"help": "selected elements / elements of the model, in (0, 1]"})
     mask_file: str | None = field(default=None, metadata={"help": "use this mask instead of estimating one"})
     update_mode: str = field(
-        default="masked",
+        default="compact",
         metadata={"help": "compact: optimise the selected values alone; masked: every weight, and mask the gradient"},
     )
     selected_gradient: str = field(
