@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from piece_ds.kernels.elements import is_finite, positions_of_block
+from piece_ds.kernels.elements import is_finite, positions_of_block, to_float
 from piece_ds.kernels.launch import BLOCK, DTYPES, OPTIONS, grid, require_sums, require_vector
 
 
@@ -14,7 +14,7 @@ def add_gradient(
     grad_ptr, sum_ptr, square_ptr, scale, num_nonfinite_ptr, position, mask, WITH_SUM: tl.constexpr
 ):  # fmt: skip
     """Update the sums at position; returns them as (sum, square sum)."""
-    grad = tl.load(grad_ptr + position, mask=mask, other=0.0).to(tl.float32)
+    grad = to_float(tl.load(grad_ptr + position, mask=mask, other=0.0))
     finite = is_finite(grad)
     num_bad = tl.sum((finite == 0).to(tl.int32))
     tl.atomic_add(num_nonfinite_ptr, num_bad.to(tl.int64), mask=num_bad > 0, sem="relaxed")

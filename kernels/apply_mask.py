@@ -1,11 +1,11 @@
-"""apply_mask_: keep the selected entries aside, zero the gradient, put them back; the norm comes with the first step."""
+"""apply_mask_: put the selected entries aside, zero the gradient, put them back; the norm comes with the first step."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from piece_ds.kernels.elements import is_finite, load_position, positions_of_block
+from piece_ds.kernels.elements import from_float, is_finite, load_position, positions_of_block, to_float
 from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, DTYPES, OPTIONS, grid, num_blocks, require_vector
 
 
@@ -26,9 +26,9 @@ def _apply_mask_keep_kernel(
     position, inside = load_position(index_ptr, j, mask, limit)
     value = tl.load(grad_ptr + position, mask=inside, other=0.0)
     if SCALED:
-        value = (value.to(tl.float32) * scale).to(value.dtype)
+        value = from_float(to_float(value) * scale, value.dtype)
     tl.store(kept_ptr + j, value, mask=mask)
-    x = value.to(tl.float32)
+    x = to_float(value)
     num_bad = tl.sum((is_finite(x) == 0).to(tl.int32))
     tl.atomic_add(num_nonfinite_ptr, num_bad.to(tl.int64), mask=num_bad > 0, sem="relaxed")
     tl.store(partial_ptr + tl.program_id(0), tl.sum(x.to(tl.float64) * x.to(tl.float64)))

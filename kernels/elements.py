@@ -14,6 +14,27 @@ def positions_of_block(n_elements, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def to_float(x):
+    """x in fp32. bf16 by its bits: exact for denormals too, and in Triton's interpreter, whose own cast is not."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def from_float(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest even; bf16 by its bits, as in to_float."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x != x, 0x7FC00000, rounded)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
 def is_finite(x):
     return (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from piece_ds.kernels.elements import load_position, positions_of_block
+from piece_ds.kernels.elements import load_position, positions_of_block, to_float
 from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, DTYPES, grid, require_vector
 
 
@@ -13,7 +13,7 @@ from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, DTYPES, grid, requir
 def _gather_add_kernel(grad_ptr, index_ptr, scale, total_ptr, limit, n_elements, BLOCK: tl.constexpr):
     j, mask = positions_of_block(n_elements, BLOCK)
     position, inside = load_position(index_ptr, j, mask, limit)
-    value = tl.load(grad_ptr + position, mask=inside, other=0.0).to(tl.float32)
+    value = to_float(tl.load(grad_ptr + position, mask=inside, other=0.0))
     tl.store(total_ptr + j, tl.load(total_ptr + j, mask=mask, other=0.0) + value * scale, mask=mask)
 
 

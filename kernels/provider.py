@@ -43,7 +43,7 @@ def register() -> None:
 
 
 def on_own_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function, run while the device of its first tensor is the current one, where Triton launches; all have to be on it."""
+    """function, run while its first tensor's device is the current one, where Triton launches; all have to be there."""
 
     @wraps(function)
     def call(*arguments: object) -> object:

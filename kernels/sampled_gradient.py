@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from piece_ds.kernels.elements import load_position, positions_of_block
+from piece_ds.kernels.elements import load_position, positions_of_block, to_float
 from piece_ds.kernels.launch import CHECKED_OPTIONS, DTYPES, grid, require, require_vector
 
 # Entries a program works on, and tokens it reads of each at a time.
@@ -40,8 +40,8 @@ def _sampled_gradient_kernel(
     for first in range(0, num_tokens, TOKENS):
         token = first + tl.arange(0, TOKENS)
         wanted = inside[:, None] & (token < num_tokens)[None, :]
-        a = tl.load(row[:, None] + token[None, :], mask=wanted, other=0.0).to(tl.float32)
-        b = tl.load(column[:, None] + token[None, :], mask=wanted, other=0.0).to(tl.float32)
+        a = to_float(tl.load(row[:, None] + token[None, :], mask=wanted, other=0.0))
+        b = to_float(tl.load(column[:, None] + token[None, :], mask=wanted, other=0.0))
         sums += a * b
     result = tl.sum(sums, axis=1) * scale
     tl.store(total_ptr + j, tl.load(total_ptr + j, mask=mask, other=0.0) + result, mask=mask)

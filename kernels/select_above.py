@@ -50,11 +50,11 @@ def _select_above_write_kernel(
     if (above_end > above) | ((ties_end > ties) & (ties < num_ties)):
         position, mask = positions_of_block(n_elements, BLOCK)
         is_above, is_tie = compare_keys(sum_ptr, square_ptr, lam, key, position, mask, WITH_SUM)
-        above = above + tl.cumsum(is_above) - is_above
-        ties = ties + tl.cumsum(is_tie) - is_tie
+        above_before = above + tl.cumsum(is_above) - is_above
+        ties_before = ties + tl.cumsum(is_tie) - is_tie
         # Positions written before this one: all above, and of the ties as many as were wanted.
-        taken = tl.where(ties < num_ties, ties, num_ties)
-        tl.store(out_ptr + above + taken, position, mask=(is_above > 0) | ((is_tie > 0) & (ties < num_ties)))
+        place = above_before + tl.where(ties_before < num_ties, ties_before, num_ties)
+        tl.store(out_ptr + place, position, mask=(is_above > 0) | ((is_tie > 0) & (ties_before < num_ties)))
 
 
 def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: int, num_ties: int) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from piece_ds.kernels.elements import load_position, positions_of_block
+from piece_ds.kernels.elements import from_float, load_position, positions_of_block
 from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, DTYPES, grid, require, require_vector
 
 
@@ -44,7 +44,7 @@ def _sparse_adamw_kernel(
     tl.store(value_ptr + j, value, mask=mask)
     tl.store(exp_avg_ptr + j, first, mask=mask)
     tl.store(exp_avg_sq_ptr + j, second, mask=mask)
-    tl.store(weight_ptr + position, value.to(weight_ptr.dtype.element_ty), mask=inside)
+    tl.store(weight_ptr + position, from_float(value, weight_ptr.dtype.element_ty), mask=inside)
 
 
 def sparse_adamw_(

@@ -1,6 +1,6 @@
 // score_histogram_: counts of one digit of the keys, in a table of each block's own where one fits its shared memory.
 //
-// Up to 13 bits (32 KiB) four blocks share a multiprocessor; 14 and 15 bits take most of its shared memory for one;
+// Up to 13 bits (32 KiB) some blocks share a multiprocessor; 14 and 15 bits take most of its shared memory for one;
 // 16 bits (256 KiB), and 15 where the device offers less, are counted in device memory. A thread keeps a run of equal
 // digits to itself, so that a tensor of zeros costs one atomic a thread and not one an element.
 
@@ -50,7 +50,7 @@ struct Table {
 };
 
 template <bool with_sum, bool in_shared, bool sampling, int width>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     histogram_kernel(Scores scores, Range range, Digit digit_of, Sample sample, int64_t* __restrict__ counts) {
   extern __shared__ uint32_t shared[];
   const int num_bins = 1 << digit_of.bits;
@@ -94,8 +94,12 @@ cudaError_t launch(const Scores& scores, const Range& range, const Digit& digit_
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
   }
+  // As many blocks as run at once: each has a table to fill with zeros and to add to the result.
   const int threads = is_small ? kMaxThreads / 2 : kMaxThreads;
-  const int64_t blocks = grid_for(range.n, threads * width, is_small ? 4 : 1);
+  int resident = 1;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = grid_for(range.n, threads * width, resident);
   kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(scores, range, digit_of, sample, counts);
   return cudaGetLastError();
 }

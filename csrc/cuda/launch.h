@@ -11,10 +11,11 @@
 namespace piece::cuda {
 
 constexpr int kThreads = 256;
-// Blocks a multiprocessor gets: 8 x 256 threads are all that it can hold.
-constexpr int kBlocksPerSM = 8;
+// Blocks a multiprocessor gets. It holds 5 to 8 at once, as registers allow; with some waves of them the hardware
+// deals out evenly what is left.
+constexpr int kBlocksPerSM = 32;
 
-// ceil(count / per_block) blocks, at most as many as run at once.
+// ceil(count / per_block) blocks, at most blocks_per_sm on every multiprocessor.
 inline int64_t grid_for(int64_t count, int64_t per_block, int blocks_per_sm = kBlocksPerSM) {
   int device = 0, num_sms = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
