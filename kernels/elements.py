@@ -1,0 +1,83 @@
+"""Device functions that several kernels share: one element's arithmetic, as csrc/include/piece/scalar.h has it."""
+
+import triton
+import triton.language as tl
+
+FLT_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def positions_of_block(n_elements, BLOCK: tl.constexpr):
+    """(positions, which of them exist) of this program's elements, 64 bits wide."""
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return position, position < n_elements
+
+
+@triton.jit
+def to_float(x):
+    """x in fp32. bf16 by its bits: exact for denormals too, and in Triton's interpreter, whose own cast is not."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def from_float(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest even; bf16 by its bits, as in to_float."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x != x, 0x7FC00000, rounded)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def is_finite(x):
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+
+
+@triton.jit
+def score_of(total, square, lam, WITH_SUM: tl.constexpr):
+    """The score: never NaN, never -0; square itself without a sum. Square root and division are IEEE's."""
+    if WITH_SUM:
+        magnitude = (total.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+        value = tl.div_rn(magnitude, tl.sqrt_rn(square + lam))
+    else:
+        value = square
+    value = tl.where(value != value, 0.0, value)
+    value = tl.where(value < -FLT_MAX, -FLT_MAX, value)
+    return tl.where(value == 0.0, 0.0, value)
+
+
+@triton.jit
+def load_score(sum_ptr, square_ptr, lam, position, mask, WITH_SUM: tl.constexpr):
+    square = tl.load(square_ptr + position, mask=mask, other=0.0)
+    if WITH_SUM:
+        total = tl.load(sum_ptr + position, mask=mask, other=0.0)
+    else:
+        total = square
+    return score_of(total, square, lam, WITH_SUM)
+
+
+@triton.jit
+def append(found, score, index, candidate_score_ptr, candidate_index_ptr, num_candidates_ptr, capacity):
+    """Append where found: one atomic a program. Candidates without room are counted only."""
+    count = tl.sum(found.to(tl.int32))
+    if count > 0:
+        first = tl.atomic_add(num_candidates_ptr, count.to(tl.int64), sem="relaxed")
+        place = first + tl.cumsum(found.to(tl.int32)) - 1
+        has_room = found & (place < capacity)
+        tl.store(candidate_score_ptr + place, score, mask=has_room)
+        tl.store(candidate_index_ptr + place, index, mask=has_room)
+
+
+@triton.jit
+def load_position(index_ptr, j, mask, limit):
+    """index[j], which has to lie in [0, limit): the kernel stops with a message where it does not."""
+    position = tl.load(index_ptr + j, mask=mask, other=0)
+    inside = (position >= 0) & (position < limit)
+    tl.device_assert(inside, "piece_ds: a position in index lies outside of its tensor", mask=mask)
+    return position, mask & inside

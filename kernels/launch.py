@@ -1,0 +1,54 @@
+"""What every Triton launcher needs: checks at the door, the grid, and options that keep arithmetic as it is written."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Elements per program. 4 warps x 8 elements: two 16-byte loads of fp32 or one of bf16 per thread.
+BLOCK = 1024
+
+# Fused multiply-adds round once where reference.py rounds twice. Newer versions of Triton do not fuse on their own;
+# it is said all the same, because results depend on it.
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+# Positions are checked on the device; overflow checks, which come with assertions, would cost and find nothing.
+CHECKED_OPTIONS: dict[str, Any] = {**OPTIONS, "debug": True, "sanitize_overflow": False}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def num_blocks(n: int, block: int = BLOCK) -> int:
+    """Programs of `block` elements for n elements."""
+    return -(-n // block)
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise RuntimeError(f"piece_ds: {message}")
+
+
+def require_vector(name: str, tensor: Tensor | None, n: int, *dtypes: torch.dtype) -> None:
+    """tensor, where there is one, has n contiguous elements of one of dtypes."""
+    if tensor is None:
+        return
+    require(tensor.dtype in dtypes, f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    require(tensor.is_contiguous(), f"{name} must be contiguous: pass .contiguous() or a view of a flat buffer")
+    require(tensor.numel() == n, f"{name} must have {n} elements, got {tensor.numel()}")
+
+
+def require_sums(grad_sum: Tensor | None, square_sum: Tensor) -> None:
+    n = square_sum.numel()
+    require_vector("grad_sum", grad_sum, n, torch.float32)
+    require_vector("square_sum", square_sum, n, torch.float32)
+
+
+def require_candidates(score: Tensor, index: Tensor, num_found: Tensor) -> None:
+    require_vector("candidate_score", score, index.numel(), torch.float32)
+    require_vector("candidate_index", index, score.numel(), torch.int64)
+    require_vector("num_candidates", num_found, 1, torch.int64)
+
+
+def grid(n: int, block: int = BLOCK) -> tuple[int]:
+    """One program for every `block` elements; n > 0."""
+    return (triton.cdiv(n, block),)

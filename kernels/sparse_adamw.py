@@ -1,0 +1,79 @@
+"""sparse_adamw_: one AdamW step of the selected elements and their new values into the weight, in one pass."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from piece_ds.kernels.elements import from_float, load_position, positions_of_block
+from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, DTYPES, grid, require, require_vector
+
+
+@triton.jit
+def _sparse_adamw_kernel(
+    grad_ptr,
+    value_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    weight_ptr,
+    index_ptr,
+    grad_scale,
+    decay,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    step_size,
+    correction,
+    limit,
+    n_elements,
+    BLOCK: tl.constexpr,
+):
+    j, mask = positions_of_block(n_elements, BLOCK)
+    position, inside = load_position(index_ptr, j, mask, limit)
+    grad = tl.load(grad_ptr + j, mask=mask, other=0.0) * grad_scale
+    value = tl.load(value_ptr + j, mask=mask, other=0.0) * decay
+    first = tl.load(exp_avg_ptr + j, mask=mask, other=0.0)
+    second = tl.load(exp_avg_sq_ptr + j, mask=mask, other=0.0)
+    first += (grad - first) * one_minus_beta1
+    second = second * beta2 + (grad * grad) * one_minus_beta2
+    denominator = tl.sqrt_rn(second) * correction + eps
+    value -= tl.div_rn(first, denominator) * step_size
+    tl.store(value_ptr + j, value, mask=mask)
+    tl.store(exp_avg_ptr + j, first, mask=mask)
+    tl.store(exp_avg_sq_ptr + j, second, mask=mask)
+    tl.store(weight_ptr + position, from_float(value, weight_ptr.dtype.element_ty), mask=inside)
+
+
+def sparse_adamw_(
+    grad: Tensor,
+    value: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    grad_scale: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """See piece_ds.ops.sparse_adamw_."""
+    require(step >= 1, f"sparse_adamw_ expected step >= 1, got {step}")
+    k = index.numel()
+    require_vector("weight", weight, weight.numel(), *DTYPES)
+    require_vector("index", index, k, torch.int64)
+    for name, tensor in (("grad", grad), ("value", value), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        require_vector(name, tensor, k, torch.float32)
+    if k == 0:
+        return
+    # In fp64; Triton rounds each to fp32 once, as it hands them over.
+    step_size, correction = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
+    _sparse_adamw_kernel[grid(k)](
+        grad, value, exp_avg, exp_avg_sq, weight, index, grad_scale, 1.0 - lr * weight_decay, 1.0 - beta1, beta2,
+        1.0 - beta2, eps, step_size, correction, weight.numel(), k, BLOCK, **CHECKED_OPTIONS,
+    )  # fmt: skip

@@ -1,0 +1,173 @@
+"""What can be said of GPU code without a GPU: it compiles, spills nothing, and rounds as reference.py does.
+
+Rounding is read off the PTX: IEEE square root and division, no approximation, no flushing of denormals, no fused
+multiply-add. ptxas is free to fuse only where an instruction does not name its rounding; both compilers name it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from piece_ds.ops.extension import CSRC, RECIPES
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+INEXACT = re.compile(r"\.ftz|\.approx|div\.full|\bfma\.")
+ARCHITECTURES = [80, pytest.param(90, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+# The Triton compiler is fast enough for all of them.
+TRITON_ARCHITECTURES = [80, 90, 100]
+
+
+def assert_exact(ptx: str, what: str) -> None:
+    found = sorted(set(INEXACT.findall(ptx)))
+    assert not found, f"{what}: {found}"
+
+
+def compile_cuda(source: Path, architecture: int, folder: Path) -> tuple[str, str]:
+    """(PTX, what ptxas reports) of a .cu file."""
+    arguments = [NVCC, *RECIPES["cuda"].nvcc_args, "-std=c++17", f"-I{CSRC / 'include'}", f"-arch=sm_{architecture}"]
+    arguments += ["-Xptxas", "-v", "-Werror", "all-warnings", "--keep", f"--keep-dir={folder}", "-cubin", str(source)]
+    done = subprocess.run(
+        [*arguments, "-o", str(folder / f"{source.stem}.cubin")], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return (folder / f"{source.stem}.ptx").read_text(), done.stderr
+
+
+@pytest.fixture(scope="module")
+def cuda_code(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """File name -> (PTX, report), all files compiled at once."""
+    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(lambda source: compile_cuda(source, request.param, folder), SOURCES))
+    return dict(zip((source.name for source in SOURCES), compiled, strict=True))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("cuda_code", ARCHITECTURES, indirect=True, ids="sm_{}".format)
+class TestCuda:
+    def test_no_kernel_spills(self, cuda_code: dict[str, tuple[str, str]]) -> None:
+        for name, (_, report) in cuda_code.items():
+            frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+            assert frames, name
+            assert set(frames) == {("0", "0", "0")}, f"{name}: {set(frames)}"
+
+    def test_arithmetic_is_exact(self, cuda_code: dict[str, tuple[str, str]]) -> None:
+        for name, (ptx, _) in cuda_code.items():
+            assert_exact(ptx, name)
+        for name in ("accumulate.cu", "score.cu", "histogram.cu", "compact.cu", "selected.cu"):
+            assert "div.rn.f32" in cuda_code[name][0], name
+            assert "sqrt.rn.f32" in cuda_code[name][0], name
+
+    def test_memory_is_read_16_bytes_at_a_time(self, cuda_code: dict[str, tuple[str, str]]) -> None:
+        wide = re.compile(r"ld\.global(\.nc)?\.(v4\.(u32|b32|f32)|v2\.(u64|b64|f64))")
+        for name, (ptx, _) in cuda_code.items():
+            if name != "selected.cu":  # which follows an index
+                assert wide.search(ptx), name
+
+
+@needs_nvcc
+def test_bindings_compile_against_the_stable_abi() -> None:
+    """With the headers of any torch, also one without CUDA; not linked."""
+    described = subprocess.run([NVCC, "-E", "-v", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    toolkit = Path(re.findall("TOP=(.*)", described)[0].strip()) / "include"
+    includes = [CSRC / "include", Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"], toolkit]
+    arguments = [*RECIPES["cuda"].cxx_args, "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only"]
+    arguments += ["-DTORCH_EXTENSION_NAME=piece_ds_cuda", f"-I{includes[0]}"]
+    for folder in includes[1:]:
+        arguments += ["-isystem", str(folder)]
+    done = subprocess.run(["c++", *arguments, str(CSRC / "bind" / "cuda.cpp")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.stderr, done.stderr[-3000:]
+
+
+# ---- Triton ----
+
+POINTERS = {
+    **dict.fromkeys(("grad_ptr", "kept_ptr", "weight_ptr", "outputs_ptr", "inputs_ptr"), "*bf16"),
+    **dict.fromkeys(("num_nonfinite_ptr", "candidate_index_ptr", "num_candidates_ptr", "counts_ptr"), "*i64"),
+    **dict.fromkeys(("above_ptr", "ties_ptr", "before_ptr", "index_ptr"), "*i64"),
+    "words_ptr": "*i32",
+    "bits_ptr": "*u8",
+    "partial_ptr": "*fp64",
+}
+INTEGERS = {
+    **dict.fromkeys(("shift", "bits", "prefix", "num_steps", "key"), "i32"),
+    **dict.fromkeys(("n_elements", "n_bytes", "offset", "capacity", "limit", "num_ties", "run", "stride"), "i64"),
+    **dict.fromkeys(("num_sampled", "num_tokens", "num_inputs"), "i64"),
+}
+CONSTANTS = {"WITH_SUM": True, "LEADING": False, "SAMPLING": False, "SCALED": True, "ENTRIES": 8, "TOKENS": 256}
+OUTPUT_OF_POSITIONS = ("_select_above_write_kernel", "_mask_to_index_write_kernel")
+
+
+def signature_of(kernel, block: int, num_private: int) -> tuple[dict[str, str], dict[str, object], dict]:
+    """(types, compile-time values, divisibility of pointers and lengths by 16) of a kernel's arguments."""
+    types, constants, attributes = {}, {}, {}
+    values = {**CONSTANTS, "BLOCK": block, "NUM_PRIVATE": num_private}
+    for i, name in enumerate(kernel.arg_names):
+        if name in values:
+            types[name], constants[name] = "constexpr", values[name]
+        elif name.endswith("_ptr"):
+            is_position = name == "out_ptr" and kernel.fn.__name__ in OUTPUT_OF_POSITIONS
+            types[name] = "*i64" if is_position else POINTERS.get(name, "*fp32")
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            types[name] = INTEGERS.get(name, "fp32")
+            if name in ("n_elements", "n_bytes", "num_tokens", "num_sampled"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def compile_triton(kernel, architecture: int, options: dict[str, object], num_private: int = 2048) -> tuple[str, int]:
+    """(PTX, bytes of local memory a thread needs, which is what it spills) of a kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from piece_ds.kernels.launch import BLOCK
+
+    types, constants, attributes = signature_of(kernel, BLOCK, num_private)
+    source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return compiled.asm["ptx"], compiled.asm["ptx"].count(".local ")
+
+
+def triton_kernels() -> dict[str, object]:
+    """Name -> kernel, of every file in kernels/."""
+    from importlib import import_module
+
+    files = [path.stem for path in (CSRC.parent / "kernels").glob("*.py")]
+    modules = [import_module(f"piece_ds.kernels.{name}") for name in files]
+    return {
+        name: value for module in modules for name, value in vars(module).items() if re.fullmatch("_.*_kernel", name)
+    }
+
+
+@pytest.mark.parametrize("architecture", TRITON_ARCHITECTURES, ids="sm_{}".format)
+def test_triton_kernels_compile_and_are_exact(architecture: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from piece_ds.kernels.launch import CHECKED_OPTIONS, OPTIONS
+
+    kernels = triton_kernels()
+    assert len(kernels) == 15
+    for name, kernel in kernels.items():
+        follows_index = "index_ptr" in kernel.arg_names and name != "_apply_mask_scatter_kernel"
+        ptx, local = compile_triton(kernel, architecture, CHECKED_OPTIONS if follows_index else OPTIONS)
+        assert_exact(ptx, name)
+        assert local == 0, f"{name}: local memory"
+        assert ("__assertfail" in ptx) == follows_index, f"{name}: positions are checked on the device"
+        if {"lam", "beta2"} & set(kernel.arg_names):
+            assert "div.rn.f32" in ptx, name
+            assert "sqrt.rn.f32" in ptx, name
+        if not follows_index:
+            widest = "v2.b32" if "bits_ptr" in kernel.arg_names else "v4.b32|v2.b64"  # a mask is 8 bytes a thread
+            assert re.search(rf"ld\.global(\.\w+)*\.({widest})", ptx), f"{name}: narrow loads"
+    compile_triton(kernels["_score_histogram_kernel"], architecture, OPTIONS, num_private=0)

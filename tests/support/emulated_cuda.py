@@ -1,0 +1,99 @@
+"""csrc/cuda and its binding, compiled for the CPU with cuda_emulator.h as ops of the namespace piece_ds_emulated.
+
+The sources are used as they are but for what C++ cannot read: a launch `kernel<<<configuration>>>(arguments)` becomes
+a call, dynamic shared memory a pointer, and the binding is registered for CPU tensors. Misaligned accesses and other
+undefined behaviour end the process (-fsanitize=undefined).
+"""
+
+import os
+import re
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from piece_ds.ops.extension import CSRC, RECIPES
+from piece_ds.ops.schema import SCHEMAS
+
+NAMESPACE = "piece_ds_emulated"
+SUPPORT = Path(__file__).parent
+HEADERS = ("cuda_runtime_api.h", "cooperative_groups.h", "cub/block/block_scan.cuh", "cub/block/block_reduce.cuh")
+SANITIZE = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
+
+BINDING = {
+    "STABLE_TORCH_LIBRARY_IMPL(piece_ds, CUDA, m)": f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)",
+    "tensor.is_cuda()": "tensor.is_cpu()",
+    "torch::stable::accelerator::DeviceGuard guard_;": "int32_t guard_;",
+    "aoti_torch_get_current_cuda_stream(index_, &stream)": "0",
+}
+
+
+def plain_launches(source: str) -> str:
+    """source with every `kernel<<<configuration>>>(arguments)` as a call of the emulator."""
+    while "<<<" in source:
+        opening = source.index("<<<")
+        begin = max(source.rindex(mark, 0, opening) for mark in ";{}" if mark in source[:opening]) + 1
+        closing = source.index(">>>(", opening)
+        depth, end = 1, closing + 4
+        while depth:
+            depth += {"(": 1, ")": -1}.get(source[end], 0)
+            end += 1
+        kernel, configuration = source[begin:opening].strip(), source[opening + 3 : closing]
+        call = f"emulator::launch({configuration}, [&] {{ {kernel}({source[closing + 4 : end - 1]}); }})"
+        source = f"{source[:begin]} {call}{source[end:]}"
+    return source
+
+
+def rewritten(path: Path) -> str:
+    """The text that is compiled in place of csrc's file."""
+    text = plain_launches(path.read_text(encoding="utf-8"))
+    for name, replacement in BINDING.items() if path.name == "cuda.cpp" else ():
+        assert name in text, f"{path.name} no longer says {name}"
+        text = text.replace(name, replacement)
+    shared = "reinterpret_cast<uint32_t*>(emulator::dynamic_shared.data())"
+    return re.sub(r"extern __shared__ uint32_t (\w+)\[\];", rf"uint32_t* \1 = {shared};", text)
+
+
+def build(folder: Path) -> Path:
+    """Compile everything into a library in folder, which is empty."""
+    for header in HEADERS:
+        path = folder / "include" / header
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('#include "cuda_emulator.h"\n')
+    for path in [*CSRC.glob("cuda/*"), *CSRC.glob("bind/*.h"), CSRC / "bind" / "cuda.cpp"]:
+        target = folder / path.parent.name / path.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(rewritten(path) if path.suffix in (".cu", ".cpp") else path.read_text(encoding="utf-8"))
+    torch_folder = Path(torch.__file__).parent
+    arguments = ["c++", *RECIPES["cuda"].cxx_args, "-O1", "-std=c++17", "-fPIC", "-fvisibility=default", *SANITIZE]
+    arguments += [f"-I{folder / 'include'}", f"-I{SUPPORT}", f"-I{CSRC / 'include'}", "-DTORCH_EXTENSION_NAME=emulated"]
+    arguments += ["-isystem", str(torch_folder / "include"), "-isystem", sysconfig.get_paths()["include"], "-w"]
+    sources = [*sorted(folder.glob("cuda/*.cu")), folder / "bind" / "cuda.cpp"]
+
+    def compile_one(source: Path) -> Path:
+        run([*arguments, "-x", "c++", "-c", str(source), "-o", str(source.with_suffix(".o"))])
+        return source.with_suffix(".o")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(path) for path in pool.map(compile_one, sources)]
+    library = folder / "emulated.so"
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    run(["c++", "-shared", *SANITIZE, *objects, *libraries, f"-Wl,-rpath,{torch_folder / 'lib'}", "-o", str(library)])
+    return library
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def load(folder: Path) -> dict[str, Callable[..., Any]]:
+    """Build in folder; op name -> function on CPU tensors that runs the emulated CUDA kernels."""
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"{NAMESPACE}::{name}", schema)
+    torch.ops.load_library(str(build(folder)))
+    return {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in SCHEMAS}
