@@ -38,12 +38,12 @@ bench-kernels: $(VENV)/.ready
 
 venv: $(VENV)/.ready
 
-# An installed CUDA torch is kept: the environment sees it, and nothing in it may replace it.
+# An installed CUDA torch is kept, with the Triton it came with: the environment sees it, and nothing may replace it.
 $(VENV)/.ready: constraints.txt pyproject.toml
 	if $(PYTHON) -c 'import torch, sys; sys.exit(torch.version.cuda is None)' 2>/dev/null; then \
 		$(PYTHON) -m venv --system-site-packages $(VENV) && \
 		$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt && \
-		grep -v '^torch==' constraints.txt >> $(VENV)/constraints.txt; \
+		grep -Ev '^(torch|triton)==' constraints.txt >> $(VENV)/constraints.txt; \
 	else \
 		$(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt; \
 	fi
