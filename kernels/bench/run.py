@@ -37,8 +37,9 @@ def main() -> None:
     for provider in options.providers:
         for huge_pages in (0, 1) if _device() == "cpu" else (0,):
             rows += _in_a_process(provider, huge_pages)
-    write_rows(RESULTS / f"{device_name()}.csv", rows)
-    print(f"written to {RESULTS / device_name()}.csv")
+    path = Path(options.output or RESULTS / f"{device_name()}.csv")
+    write_rows(path, rows)
+    print(f"written to {path}")
 
 
 def _in_a_process(provider: str, huge_pages: int) -> list[dict[str, Any]]:
@@ -103,6 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--providers", nargs="+", default=["cuda", "triton"] if _device() == "cuda" else ["cpp"])
     parser.add_argument("--ops", nargs="+", default=[], help="only these")
     parser.add_argument("--no_compile", action="store_true", help="do not race torch.compile")
+    parser.add_argument("--output", default="", help="another file than results/<device>.csv")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
