@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from emulated_cuda import load
-from guarded_memory import guarded
 from gpu_cases import LARGE, SIZES, cases, run_cases
+from guarded_memory import guarded
 
 # Every setting at the sizes that hurt, a few at a size past one block of every kernel.
 EVERY_NTH_LARGE = 11
