@@ -41,7 +41,7 @@ class GradientCollection:
         dense = []
         for name, part in parts:
             module = model.get_submodule(name.rpartition(".")[0])
-            if gradient == "auto" and can_sample(module, name, weights[name]):
+            if gradient == "auto" and can_sample(module, name, weights[name], part.device.type):
                 self._sampled.append(SampledGradient(module, name, weights[name], part))
                 self._remove.append(self._sampled[-1].remove)
             else:

@@ -73,7 +73,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, clipped: list[nn.P
 def test_a_sampled_layer_forms_no_gradient_and_keeps_no_weight() -> None:
     """Saved tensors of a forward must not have a layer's weight among them twice: ZeRO-3 could not release it."""
     layer = nn.Linear(64, 64, bias=False)
-    mask = select(layout_of(layer), "random", MAX_DENSITY / 2)
+    mask = select(layout_of(layer), "random", MAX_DENSITY["cpu"] / 2)
     optimizer = SparseAdamW(layer, mask)
     saved: list[Tensor] = []
     x = torch.randn(5, 64)
