@@ -16,7 +16,7 @@ from piece_ds import ops
 from piece_ds.state.partition import full_shape
 from piece_ds.zero.weights import SelectedWeights
 
-# Above this density the dense gradient is as fast. On a CPU, measured (4-7 times faster at 1 % in bf16, slower at 10 %);
+# Above this density the dense gradient is as fast. On a CPU, measured (4-7 times faster at 1 % in bf16, not at 10 %);
 # on a GPU, from the op's memory traffic against the tensor cores' rate.
 MAX_DENSITY = {"cpu": 0.02, "cuda": 0.002}
 
