@@ -77,7 +77,7 @@ def print_masks(paths: list[str]) -> None:
     masks = [read_index(path) for path in paths]
     for path, (index, numel, metadata) in zip(paths, masks, strict=True):
         heading = f"{path}: {metadata.get('selected')} of {metadata.get('total')} ({metadata.get('method')})"
-        console.print(_table(heading, mask_statistics(index, numel)))
+        console.print(statistics_table(heading, mask_statistics(index, numel)))
     if len(paths) > 1:
         table = Table(title="overlap (Jaccard)")
         for column in ("", *paths):
@@ -87,7 +87,8 @@ def print_masks(paths: list[str]) -> None:
         console.print(table)
 
 
-def _table(heading: str, counts: dict[str, dict[str, dict[str, int]]]) -> Table:
+def statistics_table(heading: str, counts: dict[str, dict[str, dict[str, int]]]) -> Table:
+    """What mask_statistics() returns as a table of layers and module types."""
     modules = sorted({module for row in counts.values() for module in row})
     table = Table(title=heading)
     table.add_column("layer")

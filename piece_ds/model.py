@@ -70,12 +70,17 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str
         raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
 
 
-def empty_layout(arguments: ModelArguments, config: Any) -> Layout:
-    """The layout of the model from its configuration alone: no weight is read and no memory taken."""
+def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The model from its configuration alone, on the meta device: no weight is read and no memory taken."""
     with _no_zero3(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
-    return layout_of(model)
+    return model
+
+
+def empty_layout(arguments: ModelArguments, config: Any) -> Layout:
+    """The layout of the model from its configuration alone."""
+    return layout_of(empty_model(config, arguments.trust_remote_code))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ LEVELS = [
     {"errors", "config", "distributed", "files", "progress", "ops"},
     {"state"},
     {"importance", "selection", "stream", "evaluation"},
-    {"zero", "update", "checkpoint", "report", "baselines"},
+    {"zero", "update", "checkpoint", "report", "baselines", "deltas"},
     # everything else: the modules that stand directly in piece_ds, and embedded
 ]
 

@@ -1,0 +1,95 @@
+"""64 bits that tell one set of weights from another, and that a task delta can be added to and taken from.
+
+The fingerprint is the sum modulo 2**64 of a hash of (parameter name, flat position, bits) over all elements. Ranks add
+their shares in any order, files add their tensors, and a changed element moves the sum by the difference of two
+hashes: the fingerprint of base + delta is known without reading the base again. It does not withstand an attacker.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from piece_ds.distributed import all_reduce_sum_
+from piece_ds.state.mask import Mask, collective_device
+from piece_ds.zero.weights import read_weight
+
+# Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014), as signed integers.
+_GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Elements hashed at a time. On a CPU the int64 temporaries then stay in cache: 380 M elements/s on two cores against
+# 18 M/s with 2**23; on an accelerator launches would dominate.
+_CPU_CHUNK, _DEVICE_CHUNK = 1 << 16, 1 << 23
+
+
+def bits_of(values: Tensor) -> Tensor:
+    """values as integers of the same width; a view."""
+    return values.view(_INTEGER[values.element_size()])
+
+
+def hash_range(name: str, bits: Tensor, start: int = 0) -> int:
+    """Sum of the hashes of elements [start, start + bits.numel()) of a parameter, in [0, 2**64).
+
+    Args:
+        bits: 1-D integers, see bits_of().
+    """
+    chunk = _CPU_CHUNK if bits.device.type == "cpu" else _DEVICE_CHUNK
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    positions = torch.arange(min(chunk, bits.numel()), device=bits.device) + _seed(name)
+    for begin in range(0, bits.numel(), chunk):
+        piece = bits[begin : begin + chunk]
+        total += _hash(positions[: piece.numel()] + (start + begin), piece).sum()
+    return int(total) % 2**64
+
+
+def hash_elements(name: str, index: Tensor, bits: Tensor) -> int:
+    """Sum of the hashes of some elements of a parameter, in [0, 2**64).
+
+    Args:
+        index: 1-D int64, flat positions in the whole parameter.
+        bits: as many integers, see bits_of().
+    """
+    return int(_hash(index + _seed(name), bits).sum()) % 2**64
+
+
+def hash_unselected(model: nn.Module, mask: Mask) -> int:
+    """Sum of the hashes of all weights outside mask, the same for any number of ranks. A collective.
+
+    Cost: reads this rank's share of the weights once; 8 bytes of communication.
+    """
+    params = dict(model.named_parameters())
+    total = 0
+    for info in mask.layout.parameters:
+        part = mask.layout.partition(info)
+        if part.numel == 0:
+            continue
+        bits = bits_of(read_weight(params[info.name], part.start, part.numel))
+        total += hash_range(info.name, bits, part.start)
+        if info.name in mask.index:
+            index = mask.index[info.name].to(bits.device)
+            total -= hash_elements(info.name, index, bits[index - part.start])
+    share = torch.tensor([_signed(total)], dtype=torch.int64, device=collective_device())
+    return int(all_reduce_sum_(share)) % 2**64
+
+
+def hexadecimal(fingerprint: int) -> str:
+    """16 digits, as files keep it."""
+    return f"{fingerprint % 2**64:016x}"
+
+
+def _signed(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+
+
+def _hash(positions: Tensor, bits: Tensor) -> Tensor:
+    """SplitMix64's finalizer of position and bits; int64 arithmetic wraps around."""
+    mixed = positions * _GAMMA + bits.long()
+    mixed = (mixed ^ ((mixed >> 30) & ((1 << 34) - 1))) * _MIX_1
+    mixed = (mixed ^ ((mixed >> 27) & ((1 << 37) - 1))) * _MIX_2
+    return mixed ^ ((mixed >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,21 @@
+"""Task deltas as files that are put on a model folder and taken off again, bit for bit."""
+
+from piece_ds.deltas.compose import compose
+from piece_ds.deltas.delta import Delta, find_deltas, open_delta
+from piece_ds.deltas.folder import ModelFolder, open_folder
+from piece_ds.deltas.patch import patch_in_place, patch_to, require_free
+from piece_ds.deltas.verify import Step, verify
+
+__all__ = [
+    "Delta",
+    "ModelFolder",
+    "Step",
+    "compose",
+    "find_deltas",
+    "open_delta",
+    "open_folder",
+    "patch_in_place",
+    "patch_to",
+    "require_free",
+    "verify",
+]

@@ -1,0 +1,86 @@
+"""One delta that does what a stack of deltas does."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from piece_ds.checkpoint.fingerprint import checksum
+from piece_ds.deltas.delta import Change, Delta
+from piece_ds.errors import UserError
+from piece_ds.files import write_whole
+
+INT32_MAX = 2**31 - 1
+
+
+def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = True) -> None:
+    """Write the delta that equals applying deltas in order: the last value of each position, the first previous one.
+
+    Args:
+        deltas: consecutive in one stack; a single one is rewritten, for instance without its previous values.
+        with_previous: keep previous values, so that the result can be reverted.
+    Raises:
+        UserError: deltas of different models or dtypes, or not consecutive.
+    Memory: the result.
+    """
+    first, last = deltas[0], deltas[-1]
+    for before, after in pairwise(deltas):
+        _check_consecutive(before, after)
+    names = list(dict.fromkeys(name for delta in deltas for name in delta.shapes))
+    shapes = {name: shape for delta in deltas for name, shape in delta.shapes.items()}
+    keep_previous = with_previous and all(delta.reversible for delta in deltas)
+    if with_previous and not keep_previous:
+        raise UserError("a delta without previous values is among those to compose: add --without_previous")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        changes = [delta.change(name) for delta in deltas if name in delta.shapes]
+        index, values, previous = _overlay(name, changes)
+        largest = int(torch.Size(shapes[name]).numel())
+        tensors[f"{name}.indices"] = index if largest > INT32_MAX else index.to(torch.int32)
+        tensors[f"{name}.values"] = values
+        if keep_previous and previous is not None:
+            tensors[f"{name}.previous"] = previous
+    selected = sum(tensors[f"{name}.indices"].numel() for name in names)
+    metadata = first.metadata | {
+        "method": "+".join(dict.fromkeys(delta.metadata.get("method", "unknown") for delta in deltas)),
+        "ratio": repr(selected / int(first.metadata["total"])) if "total" in first.metadata else "nan",
+        "selected": str(selected),
+        "shapes": json.dumps(shapes),
+        "checksum": checksum(tensors),
+    }
+    if last.result_fingerprint is not None:
+        metadata["result_fingerprint"] = last.result_fingerprint
+    write_whole(output, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _check_consecutive(before: Delta, after: Delta) -> None:
+    if before.metadata.get("model_fingerprint") != after.metadata.get("model_fingerprint"):
+        raise UserError(f"deltas {before.path} and {after.path} are of different models")
+    if any(after.dtypes[name] != dtype for name, dtype in before.dtypes.items() if name in after.dtypes):
+        raise UserError(f"deltas {before.path} and {after.path} hold values of different dtypes")
+    if None in (before.result_fingerprint, after.base_fingerprint):
+        raise UserError(f"delta {after.path if after.base_fingerprint is None else before.path} has no fingerprints: "
+                        "nothing can show that it belongs to this stack")  # fmt: skip
+    if before.result_fingerprint != after.base_fingerprint:
+        raise UserError(f"delta {after.path} does not follow {before.path}: it was made on weights "
+                        f"{after.base_fingerprint}, that one leaves {before.result_fingerprint}; give consecutive "
+                        "deltas of one run, in task order")  # fmt: skip
+
+
+def _overlay(name: str, changes: Sequence[Change]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(ascending positions, last values, first previous values or None) of one parameter."""
+    index = torch.cat([change.index for change in changes]).unique()
+    values = torch.empty(index.numel(), dtype=changes[0].values.dtype)
+    for change in changes:
+        values[torch.searchsorted(index, change.index)] = change.values
+    previous = None
+    if all(change.previous is not None for change in changes):
+        previous = torch.empty_like(values)
+        for change in reversed(changes):
+            assert change.previous is not None
+            previous[torch.searchsorted(index, change.index)] = change.previous
+    return index, values, previous

@@ -1,0 +1,118 @@
+"""A delta in the layouts that other tools take: vLLM's sparse weight patches, and a PEFT adapter.
+
+vLLM (vllm/distributed/weight_transfer/sparse_nccl_engine.py and model_executor/model_loader/checkpoint_weight_patch.py;
+pull requests 40096, 50723, 53751 of vllm-project/vllm, 2026) takes patches in checkpoint coordinates: tensor name,
+full shape, 1-D int32 flat indices and replacement values in the tensor's dtype, where NaN stands for "unchanged".
+
+PEFT's SHiRA (peft/tuners/shira, read at 0.21.2) adds fp32 differences at 2-D int32 positions to the weights of Linear
+modules, r * (rows + columns) of them in every module, r the same for all.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from piece_ds.deltas.delta import Change, Delta
+from piece_ds.errors import UserError
+from piece_ds.files import write_json, write_whole
+
+INT32_MAX = 2**31 - 1
+
+
+def export_vllm(
+    delta: Delta, output: Path | str, stored_as: Callable[[str], Iterable[str]] = lambda name: (name,)
+) -> None:
+    """Write NAME.indices (int32), NAME.values and metadata `full_shapes` (JSON): the fields of SparseWeightPatch.
+
+    Args:
+        stored_as: names of a parameter's tensors in the checkpoint that vLLM serves.
+    Raises:
+        UserError: a value is NaN, or a tensor has more elements than int32 can count.
+    """
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for parameter, shape in delta.shapes.items():
+        if prod(shape) > INT32_MAX:
+            raise UserError(f"vLLM's patches have int32 indices, {parameter!r} has {prod(shape)} elements")
+        change = delta.change(parameter)
+        if bool(change.values.isnan().any()):
+            raise UserError(f"delta {delta.path} holds NaN in {parameter!r}, which vLLM reads as 'unchanged'")
+        for name in stored_as(parameter):
+            shapes[name] = list(shape)
+            tensors[f"{name}.indices"] = change.index.to(torch.int32)
+            tensors[f"{name}.values"] = change.values.clone()  # a tensor may be stored under two names
+    metadata = {"format": "vllm-sparse-weight-patch", "full_shapes": json.dumps(shapes)}
+    write_whole(output, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: str) -> int:
+    """Write adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained(model, output).
+
+    A module's differences are padded with zeros at its first element up to r * (rows + columns), r the smallest that
+    serves all modules.
+
+    Args:
+        linear: parameters that are the weight of an nn.Linear.
+        base_model: what the adapter's configuration names as its base.
+    Returns:
+        How many selected values base + difference does not give to the bit: where a value crosses zero or changes by
+        orders of magnitude, no fp32 difference may lead from one to the other.
+    Raises:
+        UserError: no previous values; a selected element outside Linear weights; more of them than SHiRA can hold.
+    """
+    if not delta.reversible:
+        raise UserError(f"delta {delta.path} has no previous values, which an adapter of differences needs")
+    outside = [name for name in delta.shapes if name not in linear]
+    if outside:
+        raise UserError(f"a PEFT adapter holds changes of Linear weights alone, delta {delta.path} also changes "
+                        f"{len(outside)} other parameters, {outside[0]!r} for one: use piece_ds delta merge"
+                        )  # fmt: skip
+    changes = {name: delta.change(name) for name in delta.shapes}
+    rank = max(-(-change.index.numel() // sum(delta.shapes[name])) for name, change in changes.items())
+    tight = [name for name in changes if rank * sum(delta.shapes[name]) > prod(delta.shapes[name])]
+    if tight:
+        raise UserError(f"SHiRA gives every module r * (rows + columns) elements, here r = {rank}, which is more than "
+                        f"{tight[0]!r} of shape {list(delta.shapes[tight[0]])} has: use piece_ds delta merge"
+                        )  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    num_inexact = 0
+    for name, change in changes.items():
+        rows_columns, weight, inexact = _shira(change, delta.shapes[name], rank)
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{module}.shira_indices"], tensors[f"{module}.shira_weight"] = rows_columns, weight
+        num_inexact += inexact
+    output = Path(output)
+    write_whole(output / "adapter_model.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    write_json(output / "adapter_config.json", _adapter_config(rank, list(changes), base_model))
+    return num_inexact
+
+
+def _shira(change: Change, shape: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor, int]:
+    """(int32[2, r (m + n)] positions, fp32[r (m + n)] differences, values that they do not reproduce)"""
+    assert change.previous is not None
+    length = rank * sum(shape)
+    difference = (change.values.double() - change.previous.double()).float()
+    reproduced = (change.previous.float() + difference).to(change.values.dtype)
+    index = torch.zeros(length, dtype=torch.int64)
+    weight = torch.zeros(length)
+    index[: change.index.numel()], weight[: change.index.numel()] = change.index, difference
+    positions = torch.stack([index // shape[1], index % shape[1]]).to(torch.int32)
+    return positions, weight, int((reproduced != change.values).sum())
+
+
+def _adapter_config(rank: int, names: list[str], base_model: str) -> dict[str, object]:
+    """What ShiraConfig.from_pretrained needs. A mask_type other than 'random' leaves the positions to the file."""
+    return {
+        "peft_type": "SHIRA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "mask_type": "precomputed",
+        "target_modules": [name.removesuffix(".weight") for name in names],
+    }

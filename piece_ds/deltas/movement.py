@@ -1,0 +1,56 @@
+"""How far a task moved its selected values."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from piece_ds.deltas.delta import Change
+
+
+@dataclass
+class Movement:
+    """Sums over selected values, in fp64.
+
+    Attributes:
+        num_values: of them.
+        num_changed: those whose value is another one after the task.
+        sum_distance, max_distance: of |value - previous|.
+        sum_previous: of |previous|.
+    """
+
+    num_values: int = 0
+    num_changed: int = 0
+    sum_distance: float = 0.0
+    max_distance: float = 0.0
+    sum_previous: float = 0.0
+
+    @property
+    def mean_distance(self) -> float:
+        return self.sum_distance / self.num_values
+
+    @property
+    def relative(self) -> float:
+        """Mean |value - previous| over mean |previous|; nan where all were zero."""
+        return self.sum_distance / self.sum_previous if self.sum_previous else float("nan")
+
+    def add(self, change: Change) -> None:
+        """Count one parameter's selected values."""
+        assert change.previous is not None
+        before = change.previous.double()
+        distance = (change.values.double() - before).abs()
+        self.num_values += distance.numel()
+        self.num_changed += int(distance.count_nonzero())
+        self.sum_distance += float(distance.sum())
+        self.max_distance = max(self.max_distance, float(distance.max()))
+        self.sum_previous += float(before.abs().sum())
+
+
+def movements(changes: Iterable[tuple[str, Change]]) -> dict[str, Movement]:
+    """Movement per label, in the labels' first order.
+
+    Args:
+        changes: (label, change of one parameter).
+    """
+    found: dict[str, Movement] = {}
+    for label, change in changes:
+        found.setdefault(label, Movement()).add(change)
+    return found

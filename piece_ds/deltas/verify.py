@@ -1,0 +1,166 @@
+"""Do these deltas belong on these weights? Answered in one reading pass, before a byte is written.
+
+Every selected value must be what the delta says it was, and the fingerprint of all weights must be that of the base
+the delta was trained on, which also names deltas that are missing, out of order, or there already.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from piece_ds.checkpoint.fingerprint import model_fingerprint
+from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hash_range, hexadecimal
+from piece_ds.deltas.delta import Delta
+from piece_ds.deltas.folder import ModelFolder, map_bits
+from piece_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One delta put on (undo False) or taken off."""
+
+    delta: Delta
+    undo: bool = False
+
+    def bits(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(positions, bits expected there or None where the file does not say, bits to write)."""
+        change = self.delta.change(name)
+        values = bits_of(change.values)
+        previous = None if change.previous is None else bits_of(change.previous)
+        if self.undo:
+            assert previous is not None
+            return change.index, values, previous
+        return change.index, previous, values
+
+    @property
+    def before(self) -> str | None:
+        """Fingerprint of the weights that this step is for."""
+        return self.delta.result_fingerprint if self.undo else self.delta.base_fingerprint
+
+
+@dataclass
+class _Count:
+    """What was found where one step writes."""
+
+    change: int = 0  # of the fingerprint
+    num_other: int = 0  # selected values that are not what the step expects
+    num_done: int = 0  # ... that are already what it writes
+
+
+@dataclass
+class Verified:
+    """What a pass over the folder found.
+
+    Attributes:
+        fingerprints: of all weights, before the first step and after each.
+        files: file -> (sum of its tensors' hashes before, after), for files that change.
+    """
+
+    fingerprints: list[str] = field(default_factory=list)
+    files: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def verify(folder: ModelFolder, steps: Sequence[Step]) -> Verified:
+    """Check that steps, taken in this order, fit the folder's weights.
+
+    Raises:
+        UserError: another model, another dtype, other weights, a wrong order, or a delta that cannot be undone.
+    Cost: reads all weights once. Memory: the largest tensor that changes, in its dtype.
+    """
+    for step in steps:
+        _check_kind(folder, step)
+    counts = [_Count() for _ in steps]
+    verified = Verified()
+    total, counted = 0, set()
+    for file in folder.files:
+        before = after = 0
+        for name in folder.in_file(file):
+            parameter = folder.parameter_of[name]
+            own, changes = _visit(folder, name, steps, counts, parameter not in counted)
+            before, after = before + own, after + own + changes
+            total += 0 if parameter in counted else own
+            counted.add(parameter)
+        if before != after:
+            verified.files[file] = hexadecimal(before), hexadecimal(after)
+    for step, count in zip(steps, counts, strict=True):
+        verified.fingerprints.append(hexadecimal(total))
+        _check_weights(folder, step, count, verified.fingerprints[-1])
+        total += count.change
+    verified.fingerprints.append(hexadecimal(total))
+    return verified
+
+
+def _visit(folder: ModelFolder, name: str, steps: Sequence[Step], counts: list[_Count], first: bool) -> tuple[int, int]:
+    """(hash of one stored tensor, what the steps add to it); counts what each step finds, on a private copy.
+
+    Args:
+        first: this is the parameter's first copy, the one that the fingerprint counts.
+    """
+    place, parameter = folder.stored[name], folder.parameter_of[name]
+    if place.dtype is None:
+        return 0, 0
+    flat = map_bits(folder.root / place.file, place, "c")
+    own, changes = hash_range(parameter, flat), 0
+    for step, count in zip(steps, counts, strict=True):
+        if parameter in step.delta.shapes:
+            index, old, new = step.bits(parameter)
+            current = flat[index]
+            count.num_other += 0 if old is None else int((current != old).sum())
+            count.num_done += int((current == new).sum())
+            change = hash_elements(parameter, index, new) - hash_elements(parameter, index, current)
+            count.change += change if first else 0
+            changes += change
+            flat[index] = new
+    return own, changes
+
+
+def file_fingerprint(folder: ModelFolder, file: str) -> str:
+    """Sum of the hashes of one file's tensors, as in Verified.files."""
+    total = 0
+    for name in folder.in_file(file):
+        if folder.stored[name].dtype is not None:
+            bits = map_bits(folder.root / file, folder.stored[name], "c")
+            total += hash_range(folder.parameter_of[name], bits)
+    return hexadecimal(total)
+
+
+def _check_kind(folder: ModelFolder, step: Step) -> None:
+    """What can be said from headers and metadata alone."""
+    delta, shapes = step.delta, folder.layout.shapes()
+    fingerprint = delta.metadata.get("model_fingerprint")
+    if fingerprint not in (None, model_fingerprint(folder.layout)):
+        raise UserError(f"delta {delta.path} was made for another model than {folder.root}: parameter names or shapes "
+                        "differ; give the model that the run began with")  # fmt: skip
+    for name, shape in delta.shapes.items():
+        if shapes.get(name) != shape:
+            raise UserError(f"delta {delta.path} changes {name!r} of shape {list(shape)}, {folder.root} has "
+                            f"{list(shapes[name]) if name in shapes else 'no such parameter'}")  # fmt: skip
+        for stored in folder.stored_as(name):
+            dtype = folder.stored[stored].dtype
+            if dtype != delta.dtypes[name]:
+                raise UserError(f"delta {delta.path} holds {delta.dtypes[name]} values of {name!r}, {folder.root} "
+                                f"stores {dtype or 'a quantized type'}: save the model in the dtype it was trained in"
+                                )  # fmt: skip
+    if step.undo and not delta.reversible:
+        raise UserError(f"delta {delta.path} was written without previous values and cannot be reverted: keep a copy "
+                        "of the base, or use a delta with them")  # fmt: skip
+    if not delta.reversible and step.before is None:
+        raise UserError(f"delta {delta.path} holds neither previous values nor its base's fingerprint: nothing can "
+                        "show that it belongs to this model; write it again")  # fmt: skip
+
+
+def _check_weights(folder: ModelFolder, step: Step, count: _Count, fingerprint: str) -> None:
+    path, verb = step.delta.path, "reverted" if step.undo else "applied"
+    selected = step.delta.num_selected
+    fits = step.before in (None, fingerprint)
+    if not count.num_other and fits:
+        return
+    if count.num_done >= selected and not fits:  # tied weights may be stored, and counted, twice
+        raise UserError(f"delta {path} is {verb} already in {folder.root}, or the weights around it differ from those "
+                        "it was made with: leave it out")  # fmt: skip
+    what = (f"{count.num_other} of its {selected} selected values are not what it expects" if count.num_other else
+            f"weights outside its selection differ (fingerprint {fingerprint}, expected {step.before})")  # fmt: skip
+    order = ("only the last delta of a stack can be taken off, then the one before" if step.undo else
+             "give the base it was trained on and the deltas before it, in task order")  # fmt: skip
+    raise UserError(f"delta {path} cannot be {verb} on {folder.root}: {what}; {order}")
