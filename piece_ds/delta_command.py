@@ -27,7 +27,7 @@ from piece_ds.deltas.export import export_peft, export_vllm
 from piece_ds.deltas.movement import movements
 from piece_ds.errors import UserError
 from piece_ds.mask_statistics import mask_statistics, place_of, statistics_table
-from piece_ds.model import empty_model, load_config
+from piece_ds.model import empty_model, load_config, names_in_files
 from piece_ds.state.partition import input_embedding, layout_of
 
 
@@ -123,9 +123,7 @@ def _open(paths: list[str]) -> list[Delta]:
 def _open_model(arguments: argparse.Namespace) -> ModelFolder:
     """The model folder with what its configuration says of its parameters."""
     model = _empty_model(arguments)
-    first: dict[int, str] = {}
-    ties = {name: first.setdefault(id(param), name) for name, param in model.named_parameters(remove_duplicate=False)}
-    return open_folder(arguments.model, layout_of(model), ties)
+    return open_folder(arguments.model, layout_of(model), names_in_files(model))
 
 
 def _empty_model(arguments: argparse.Namespace) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from piece_ds.config import ModelArguments
@@ -76,6 +77,19 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
     return model
+
+
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """Every name under which a checkpoint may hold a parameter whole -> its name in named_parameters().
+
+    The names differ for tied weights, which a checkpoint may hold under either or both, and where transformers renames
+    while loading (GPT-NeoX's embed_out). Parameters that it stacks while loading (experts) are not in the result under
+    the names of their parts.
+    """
+    parameter_of = {id(param): name for name, param in model.named_parameters()}
+    stored = [*model.named_parameters(remove_duplicate=False)]
+    stored += revert_weight_conversion(model, dict(model.state_dict(keep_vars=True))).items()
+    return {name: parameter_of[id(param)] for name, param in stored if id(param) in parameter_of}
 
 
 def empty_layout(arguments: ModelArguments, config: Any) -> Layout:

@@ -45,8 +45,7 @@ class ModelFolder:
         root: the folder.
         layout: the model's parameters, from its configuration.
         stored: name in the files -> where; only tensors of parameters.
-        parameter_of: name in the files -> name in layout. They differ for tied weights, which may be stored under
-            either name or both.
+        parameter_of: name in the files -> name in layout. A tied weight may be stored under two names.
     """
 
     root: Path
@@ -81,19 +80,19 @@ def map_bits(path: Path, place: Stored, mode: str) -> Tensor:
     return torch.from_numpy(np.memmap(path, kind, mode, place.offset, (place.numel,)))  # type: ignore[call-overload]
 
 
-def open_folder(root: Path | str, layout: Layout, ties: Mapping[str, str]) -> ModelFolder:
+def open_folder(root: Path | str, layout: Layout, known: Mapping[str, str]) -> ModelFolder:
     """Read the headers of a model folder's files.
 
     Args:
         layout: of the model that the folder's configuration describes.
-        ties: every other name of a tied parameter -> its name in layout.
+        known: every name under which files may hold a parameter -> its name in layout.
     Raises:
         UserError: no safetensors files, one is damaged, or a parameter is not in them.
     """
     root = Path(root)
     shapes = layout.shapes()
     stored = {name: place for file in _files(root) for name, place in _header(root / file, file).items()}
-    parameter_of = {name: ties.get(name, name) for name in stored if ties.get(name, name) in shapes}
+    parameter_of = {name: known[name] for name in stored if name in known}
     for name, parameter in parameter_of.items():
         if stored[name].shape != shapes[parameter]:
             raise UserError(f"{root}: {name!r} has shape {list(stored[name].shape)}, the folder's config.json makes it "
@@ -101,9 +100,9 @@ def open_folder(root: Path | str, layout: Layout, ties: Mapping[str, str]) -> Mo
     present = set(parameter_of.values())
     missing = [name for name in shapes if name not in present]
     if missing:
-        raise UserError(f"{root}: {len(missing)} of {len(shapes)} parameters are not in its files under their names, "
-                        f"{missing[0]!r} for one: deltas name parameters as the loaded model does, and this folder "
-                        "stores them converted; save the loaded model with save_original_format=False and use that"
+        raise UserError(f"{root}: {len(missing)} of {len(shapes)} parameters are not in its files, {missing[0]!r} for "
+                        "one: the folder is incomplete, or transformers puts them together from parts while loading; "
+                        "then save the loaded model with save_pretrained(..., save_original_format=False) and use that"
                         )  # fmt: skip
     return ModelFolder(root, layout, {name: stored[name] for name in parameter_of}, parameter_of)
 

@@ -1,0 +1,177 @@
+"""Deltas go on a model folder and off again: the very files, whatever the dtype, the sharding and the tying."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.deltas import Run, make_run, sha256_of
+from support.models import make_model
+from transformers import AutoModelForCausalLM
+
+from piece_ds.__main__ import main
+from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hash_range, hash_unselected
+from piece_ds.deltas import open_delta, patch
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import layout_of
+
+KINDS = [
+    ("llama", torch.bfloat16, False),
+    ("llama", torch.bfloat16, True),
+    ("llama", torch.float32, True),
+    ("qwen3", torch.bfloat16, False),
+    ("qwen3", torch.float32, True),
+    ("neox", torch.float16, True),
+]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}-{'sharded' if kind[2] else 'single'}")
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    family, dtype, sharded = request.param
+    made = make_run(tmp_path, family, dtype, sharded)
+    assert (len(list(made.base.glob("*.safetensors"))) > 2) == sharded
+    return made
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Run:
+    return make_run(tmp_path, sharded=True)
+
+
+def delta(*arguments: object) -> None:
+    main(["delta", *map(str, arguments)])
+
+
+def test_base_and_stack_are_the_final_model_and_back_are_the_same_files(run: Run, tmp_path: Path) -> None:
+    delta("apply", run.base, run.folder, "--output", tmp_path / "out")
+    weights = {name: sha for name, sha in sha256_of(tmp_path / "out").items() if name != "piece_ds.json"}
+    assert weights == sha256_of(run.final)
+    assert weights != sha256_of(run.base)
+    delta("revert", tmp_path / "out", run.folder, "--output", tmp_path / "back")
+    assert sha256_of(tmp_path / "back") == sha256_of(run.base)
+
+
+def test_in_place_one_delta_at_a_time(run: Run) -> None:
+    before, after = sha256_of(run.base), sha256_of(run.final)
+    for path in run.deltas:
+        delta("apply", run.base, path, "--in_place")
+    record = json.loads((run.base / "piece_ds.json").read_text())
+    assert [entry["delta"] for entry in record["applied"]] == [f"{i:02d}-task/delta.safetensors" for i in range(3)]
+    assert {name: sha for name, sha in sha256_of(run.base).items() if name != "piece_ds.json"} == after
+    for path in reversed(run.deltas):
+        delta("revert", run.base, path, "--in_place")
+    assert sha256_of(run.base) == before
+
+
+def test_a_trained_model_without_a_record_is_reverted(small: Run, tmp_path: Path) -> None:
+    delta("revert", small.final, small.folder, "--output", tmp_path / "back")
+    assert sha256_of(tmp_path / "back") == sha256_of(small.base)
+
+
+def test_merged_folder_is_plain_and_loads_with_the_final_weights(run: Run, tmp_path: Path) -> None:
+    delta("merge", run.base, *run.deltas, "--output", tmp_path / "merged")
+    assert sha256_of(tmp_path / "merged") == sha256_of(run.final)
+    merged, final = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "merged", run.final))
+    for (name, one), (_, other) in zip(merged.named_parameters(), final.named_parameters(), strict=True):
+        assert torch.equal(bits_of(one.data), bits_of(other.data)), name
+
+
+def test_composed_delta_equals_the_stack_both_ways(run: Run, tmp_path: Path) -> None:
+    delta("compose", run.folder, "--output", tmp_path / "one.safetensors")
+    delta("apply", run.base, tmp_path / "one.safetensors", "--output", tmp_path / "out")
+    assert all(sha256_of(tmp_path / "out")[name] == sha for name, sha in sha256_of(run.final).items())
+    delta("revert", tmp_path / "out", tmp_path / "one.safetensors", "--output", tmp_path / "back")
+    assert sha256_of(tmp_path / "back") == sha256_of(run.base)
+
+
+def test_without_previous_values_a_16_bit_delta_costs_6_bytes_a_value(small: Run, tmp_path: Path) -> None:
+    delta("compose", small.deltas[0], "--without_previous", "--output", tmp_path / "short.safetensors")
+    short, num_selected = load_file(tmp_path / "short.safetensors"), open_delta(small.deltas[0]).num_selected
+    assert sum(tensor.nbytes for tensor in short.values()) == 6 * num_selected
+    assert sum(tensor.nbytes for tensor in load_file(small.deltas[0]).values()) == 8 * num_selected
+    delta("apply", small.base, tmp_path / "short.safetensors", "--output", tmp_path / "out")
+    delta("apply", tmp_path / "out", *small.deltas[1:], "--output", tmp_path / "all")
+    assert all(sha256_of(tmp_path / "all")[name] == sha for name, sha in sha256_of(small.final).items())
+
+
+def test_a_tied_weight_stored_under_both_names_is_changed_under_both(tmp_path: Path) -> None:
+    """Some published checkpoints hold a copy of the tied head; a mask file may select embeddings."""
+    run = make_run(tmp_path, "qwen3", select=lambda name: True)
+    for folder in (run.base, run.final):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    expected = load_file(run.final / "model.safetensors")
+    before = sha256_of(run.base)
+    delta("apply", run.base, run.folder, "--in_place")
+    found = load_file(run.base / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(bits_of(found[name]), bits_of(expected[name])) for name in expected)
+    delta("revert", run.base, run.folder, "--in_place")
+    assert sha256_of(run.base) == before
+
+
+@pytest.mark.parametrize("num_done", [0, 1, 2])
+def test_an_interrupted_change_in_place_is_finished_by_the_same_command(
+    small: Run, num_done: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def write_whole(path: Path, write: object) -> None:
+        if len(calls) == num_done:
+            raise KeyboardInterrupt
+        calls.append(path)
+        original(path, write)
+
+    original = patch.write_whole
+    monkeypatch.setattr(patch, "write_whole", write_whole)
+    with pytest.raises(KeyboardInterrupt):
+        delta("apply", small.base, *small.deltas[:2], "--in_place")
+    monkeypatch.undo()
+    for other in (["apply", small.base, small.deltas[0], "--in_place"], ["merge", small.base, small.deltas[0],
+                  "--output", small.base.parent / "m"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            delta(*other)
+        assert "interrupted: run the same command again" in capsys.readouterr().err
+    delta("apply", small.base, *small.deltas[:2], "--in_place")
+    delta("apply", small.base, small.deltas[2], "--in_place")
+    assert {k: v for k, v in sha256_of(small.base).items() if k != "piece_ds.json"} == sha256_of(small.final)
+
+
+def test_a_failing_copy_leaves_nothing(small: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(patch, "_patch_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        delta("apply", small.base, small.folder, "--output", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "run", "final"}
+
+
+def test_fingerprints_chain_through_the_stack(small: Run) -> None:
+    deltas = [open_delta(path) for path in small.deltas]
+    assert [d.result_fingerprint for d in deltas[:-1]] == [d.base_fingerprint for d in deltas[1:]]
+    assert len({d.base_fingerprint for d in deltas} | {deltas[-1].result_fingerprint}) == 4
+
+
+@pytest.mark.parametrize("numel", [1, 65535, 65536, 65537, 200_003])
+def test_hash_of_a_range_is_the_sum_of_its_parts_and_of_its_elements(numel: int) -> None:
+    bits = bits_of(torch.randn(numel, generator=torch.Generator().manual_seed(1)).bfloat16())
+    cut = numel // 3
+    whole = hash_range("a", bits)
+    assert (hash_range("a", bits[:cut]) + hash_range("a", bits[cut:], cut)) % 2**64 == whole
+    assert hash_elements("a", torch.arange(numel), bits) == whole
+    assert hash_range("b", bits) != whole
+    if numel > 1:
+        assert hash_range("a", bits.flip(0)) != whole
+
+
+def test_hash_of_unselected_weights_does_not_see_the_selected_ones() -> None:
+    model = make_model("llama")
+    mask = Mask(layout_of(model), {"lm_head.weight": torch.tensor([0, 5, 3394])}, 3)
+    before = hash_unselected(model, mask)
+    model.lm_head.weight.data.view(-1)[[0, 5, 3394]] += 1
+    assert hash_unselected(model, mask) == before
+    model.lm_head.weight.data.view(-1)[6] += 1
+    assert hash_unselected(model, mask) != before
