@@ -1,5 +1,6 @@
 """A stream of two tasks, launched as a user does: every file is what it should be, against plain PyTorch."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -23,6 +24,8 @@ from support.stream_runs import (
     Material,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from piece_ds.__main__ import main
 
 FOLDERS = {"letter": "00-letter", "text": "01-text"}
 TASK_FILES = {"mask.safetensors", "delta.safetensors", "metrics.jsonl"}
@@ -113,6 +116,18 @@ def test_base_and_deltas_in_order_are_the_final_model_and_revert_to_the_base(mat
             if f"{name}.indices" in delta:
                 current[name].view(-1)[delta[f"{name}.indices"].long()] = delta[f"{name}.previous"]
     assert same_bits(current, base)
+
+
+def test_delta_commands_take_the_base_to_the_final_model_and_back(
+    material: Material, stream: Path, tmp_path: Path
+) -> None:
+    """The fingerprints that two ranks of ZeRO-3 wrote are those of the files."""
+    main(["delta", "apply", str(material.base), str(stream), "--output", str(tmp_path / "out")])
+    assert same_bits(weights(tmp_path / "out"), weights(stream / "01-text" / "model"))
+    main(["delta", "revert", str(tmp_path / "out"), str(stream), "--output", str(tmp_path / "back")])
+    sha256 = [hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+              for folder in (material.base, tmp_path / "back")]  # fmt: skip
+    assert sha256[0] == sha256[1]
 
 
 @pytest.fixture(scope="session", params=FOLDERS)

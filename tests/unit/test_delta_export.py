@@ -1,0 +1,131 @@
+"""Exports are what the other tools read: PEFT itself loads the adapter; vLLM's patch is applied as its loader does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.deltas import make_run
+from transformers import AutoModelForCausalLM
+
+from piece_ds.__main__ import main
+from piece_ds.checkpoint.weights_hash import bits_of
+from piece_ds.deltas import open_delta
+from piece_ds.deltas.delta import Change
+from piece_ds.deltas.export import _shira
+
+
+def linear(name: str) -> bool:
+    return name.endswith("proj.weight") or name == "lm_head.weight"
+
+
+def delta(*arguments: object) -> None:
+    main(["delta", *map(str, arguments)])
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        delta(*arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peft_loads_the_adapter_and_gives_the_tasks_logits(
+    tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, dtype=dtype, select=linear)
+    delta("apply", run.base, run.deltas[0], "--output", tmp_path / "task")
+    delta("export", run.deltas[0], "--format", "peft", "--model", run.base, "--output", tmp_path / "adapter")
+    num_inexact = int(capsys.readouterr().out.splitlines()[-1].split("bytes; ")[1].split()[0])
+    base = AutoModelForCausalLM.from_pretrained(run.base).eval()
+    ids = torch.arange(40).view(2, 20)
+    plain = base(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=ids).logits
+    task = AutoModelForCausalLM.from_pretrained(tmp_path / "task").eval()(input_ids=ids).logits
+    assert (plain - task).abs().max() > 0.01
+    if num_inexact == 0:
+        assert torch.equal(adapted, task)
+    else:  # the last bit of a few weights
+        assert num_inexact < 0.05 * open_delta(run.deltas[0]).num_selected
+        assert (adapted - task).abs().max() < 1e-5
+    assert num_inexact == 0 or dtype == torch.float32
+
+
+def test_inexact_differences_are_counted() -> None:
+    """1e-9 cannot be reached from 1 by adding an fp32 number."""
+    index = torch.tensor([0, 3, 5])
+    change = Change(index, torch.tensor([1e-9, 2.0, 0.5]), torch.tensor([1.0, 1.0, 0.5]))
+    positions, weight, num_inexact = _shira(change, (2, 3), 1)
+    assert num_inexact == 1
+    assert positions.tolist() == [[0, 1, 1, 0, 0], [0, 0, 2, 0, 0]]
+    assert weight.tolist() == [-1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_peft_cannot_hold_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    out = ["--format", "peft", "--output", tmp_path / "a"]
+    assert "Linear weights alone" in refuse(capsys, "export", run.deltas[0], *out, "--model", run.base)
+    assert "needs --model" in refuse(capsys, "export", run.deltas[0], *out)
+    assert "takes one delta" in refuse(capsys, "export", run.folder, *out, "--model", run.base)
+    assert "in task order" in refuse(capsys, "export", run.deltas[1], *out, "--model", run.base)
+    assert not (tmp_path / "a").exists()
+
+
+def test_peft_cannot_hold_most_of_a_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, select=lambda name: "k_proj" in name, density=0.9)
+    error = refuse(capsys, "export", run.deltas[0], "--format", "peft", "--model", run.base, "--output", tmp_path / "a")
+    assert "SHiRA gives every module" in error
+
+
+def test_peft_needs_previous_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, select=linear, with_previous=False)
+    error = refuse(capsys, "export", run.deltas[0], "--format", "peft", "--model", run.base, "--output", tmp_path / "a")
+    assert "has no previous values" in error
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_vllm_patch_in_checkpoint_coordinates_gives_the_tasks_checkpoint(tmp_path: Path, family: str) -> None:
+    """As vLLM's loader: full tensors of NaN, values copied in at flat indices, NaN left alone."""
+    run = make_run(tmp_path, family)
+    delta("apply", run.base, run.deltas[0], "--output", tmp_path / "task")
+    delta("export", run.deltas[0], "--format", "vllm", "--model", run.base, "--output", tmp_path / "patch.safetensors")
+    with safe_open(tmp_path / "patch.safetensors", framework="pt") as file:
+        shapes = json.loads(file.metadata()["full_shapes"])
+        patches = {name: (file.get_tensor(f"{name}.indices"), file.get_tensor(f"{name}.values")) for name in shapes}
+    found, expected = load_file(run.base / "model.safetensors"), load_file(tmp_path / "task" / "model.safetensors")
+    for name, (indices, values) in patches.items():
+        assert indices.dtype == torch.int32
+        assert values.dtype == found[name].dtype
+        staged = torch.full(shapes[name], float("nan"), dtype=values.dtype)
+        staged.view(-1).index_copy_(0, indices.long(), values)
+        found[name] = torch.where(staged.isnan(), found[name], staged)
+    assert all(torch.equal(bits_of(found[name]), bits_of(expected[name])) for name in expected)
+
+
+def test_vllm_patch_without_a_model_has_the_parameters_names(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    delta("export", run.deltas[0], "--format", "vllm", "--output", tmp_path / "patch.safetensors")
+    names = {name.rpartition(".")[0] for name in load_file(tmp_path / "patch.safetensors")}
+    assert names == set(open_delta(run.deltas[0]).shapes)
+
+
+def test_lists_and_tables_say_what_is_in_a_delta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    delta("list", run.folder)
+    printed = capsys.readouterr().out
+    deltas = [open_delta(path) for path in run.deltas]
+    assert all(str(d.num_selected) in printed and str(d.base_fingerprint) in printed for d in deltas)
+    delta("inspect", run.deltas[0].parent)
+    printed = capsys.readouterr().out
+    assert f"{deltas[0].num_selected} of " in printed
+    assert str(deltas[0].metadata["model_fingerprint"]) in printed
+    change = deltas[0].change("lm_head.weight")
+    row = next(line for line in printed.splitlines() if "lm_head" in line and "%" in line and "layer" not in line)
+    distance = (change.values.double() - change.previous.double()).abs()
+    assert str(distance.numel()) in row
+    assert f"{distance.mean():.3g}" in row
+    assert f"{distance.max():.3g}" in row
