@@ -1,0 +1,191 @@
+"""Bytes that one rank holds, term by term, at three moments of a task. ds_configs/ as they are; DeepSpeed 0.19.8.
+
+Legend: N elements of the model, T elements that DeepSpeed optimises, E that may be selected, K selected ones, B bytes
+of a parameter's element, W ranks, w = W from stage 1 (else 1), p = W at stage 3 (else 1). The formulas of masked mode
+are held against engines of two ranks by tests/distributed/test_plan.py, to 5 % of the sum over all terms but those
+marked as estimates. Compact mode's are from its design.
+"""
+
+from dataclasses import dataclass
+
+from piece_ds.plan.setting import Setting
+from piece_ds.plan.shapes import ModelShape
+
+# In time: the pass over the data that selects, a backward, the optimizer step. A run needs the most of the three.
+MOMENTS = ("statistics", "backward", "step")
+
+# DeepSpeed's stage3 defaults: elements that may be gathered at a time, and that one sub-group steps at a time.
+MAX_LIVE, SUB_GROUP = 10**9, 10**9
+# Elements of one exchange in the statistics pass, and slots for candidates of the selection.
+EXCHANGE_BUCKET, CANDIDATE_BYTES, CANDIDATE_FLOOR = 1 << 25, 12, 1 << 16
+
+
+@dataclass(frozen=True)
+class Term:
+    """One thing in memory.
+
+    Attributes:
+        name: what it is.
+        formula: in the legend's letters.
+        size: bytes on this rank.
+        moments: when it is there.
+        on_host: in the CPU's memory instead of the accelerator's.
+        is_estimate: an upper bound or a rule of thumb, not a sum of tensors.
+    """
+
+    name: str
+    formula: str
+    size: float
+    moments: tuple[str, ...] = MOMENTS
+    on_host: bool = False
+    is_estimate: bool = False
+
+
+def memory_terms(shape: ModelShape, setting: Setting) -> list[Term]:
+    """Every term for one rank."""
+    terms = [
+        *_state(shape, setting),
+        *_gradients(shape, setting),
+        *_selection(shape, setting),
+        *_working(shape, setting),
+    ]
+    return [term for term in terms if term.size]
+
+
+def peak(terms: list[Term], on_host: bool = False) -> tuple[float, str]:
+    """(bytes, moment) where one rank needs the most."""
+    sizes = {moment: total(terms, moment, on_host) for moment in MOMENTS}
+    moment = max(sizes, key=lambda name: sizes[name])
+    return sizes[moment], moment
+
+
+def total(terms: list[Term], moment: str, on_host: bool = False) -> float:
+    """Bytes of all terms that are there at one moment."""
+    return sum(term.size for term in terms if moment in term.moments and term.on_host == on_host)
+
+
+def _state(shape: ModelShape, setting: Setting) -> list[Term]:
+    """Parameters, fp32 masters and Adam's two moments.
+
+    Stage 0 in fp32 steps the parameters themselves; every other way keeps masters, also in fp32. Moments appear with
+    the first step, after the statistics, except at stage 0 in 16 bits.
+    """
+    optimised, ranks, size = setting.optimised(shape), setting.optimizer_ranks, setting.itemsize
+    has_masters = setting.zero > 0 or size < 4
+    early = MOMENTS if setting.zero == 0 and size < 4 else MOMENTS[1:]
+    host = setting.offload_optimizer
+    return [
+        Term("parameters", "B N / p", size * shape.total / setting.parameter_ranks, on_host=setting.offload_param),
+        Term("parameters added", "B T / p", size * setting.added(shape) / setting.parameter_ranks,
+             on_host=setting.offload_param),
+        Term("fp32 masters", "4 T / w", 4 * optimised / ranks if has_masters else 0, on_host=host),
+        Term("Adam moments", "8 T / w", 8 * optimised / ranks, early, on_host=host),
+    ]  # fmt: skip
+
+
+def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
+    """Gradients kept until the step, and the fp32 copy that the step makes.
+
+    Stage 0 keeps them whole; stage 1 reduces at the last micro-batch of a step, and keeps them whole until then; stages
+    2 and 3 add the reduced partition up in fp32. Compact mode has K fp32 sums on every rank beside its partition.
+    """
+    if setting.update_mode == "compact":
+        k = setting.selected(shape)
+        return [
+            Term("gradient of the selected", "4 K", 4 * k, MOMENTS[1:]),
+            Term("... their partition", "4 K / w", 4 * k / setting.optimizer_ranks, MOMENTS[1:],
+                 on_host=setting.offload_optimizer),
+        ]  # fmt: skip
+    optimised, ranks, size, zero = setting.optimised(shape), setting.optimizer_ranks, setting.itemsize, setting.zero
+    part, backward, step = optimised / ranks, ("backward",), ("step",)
+    if zero == 0:
+        return [
+            Term("gradients", "B T", size * optimised, MOMENTS[1:]),
+            Term("fp32 gradients", "4 T", 4 * optimised if size < 4 else 0, step),
+        ]
+    if setting.offload_optimizer:
+        return _offloaded_gradients(shape, setting, part)
+    if zero == 1:
+        whole = setting.accumulation > 1
+        return [
+            Term("gradients", "B T" if whole else "B T / w", size * (optimised if whole else part), backward),
+            Term("fp32 gradients", "4 T / w", 4 * part, step),
+        ]
+    if zero == 2:
+        return [Term("fp32 gradients", "4 T / w", 4 * part, MOMENTS[1:])]
+    return [
+        Term("fp32 gradients", "4 T / w", 4 * part),
+        Term("fp32 gradients of a sub-group", "4 min(T / w, 1e9)", 4 * min(part, SUB_GROUP), step),
+    ]
+
+
+def _offloaded_gradients(shape: ModelShape, setting: Setting, part: float) -> list[Term]:
+    """What the CPU keeps besides masters and moments.
+
+    Stages 1 and 2: the masters' gradients, a copy of the updated parameters, sums over micro-batches where there are
+    several, and a buffer of the largest parameter on either side. Stage 3: its flat buffer and the masters' gradients.
+    """
+    size = setting.itemsize
+    if setting.zero == 3:
+        return [
+            Term("fp32 gradients", "4 T / w", 4 * part, on_host=True),
+            Term("fp32 gradients of the masters", "4 T / w", 4 * part, on_host=True),
+        ]
+    accumulated = (4 if setting.zero == 2 else size) * part if setting.accumulation > 1 else 0
+    return [
+        Term("fp32 gradients of the masters", "4 T / w", 4 * part, on_host=True),
+        Term("gradients of earlier micro-batches", "4 T / w", accumulated, MOMENTS[1:], on_host=True),
+        Term("updated parameters, before their copy", "B T / w", size * part, on_host=True),
+        Term("buffer of the largest parameter", "B largest", size * shape.largest, on_host=True),
+        Term("buffer of the largest parameter", "B largest", size * shape.largest),
+    ]
+
+
+def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
+    """Statistics, candidates, and where the selected elements are.
+
+    Masked: int64 positions in gradients and in masters, on the device and on the CPU, and the mask's own. Compact:
+    int32 positions on the device, on every rank.
+    """
+    k = setting.selected(shape)
+    if not k:
+        return []
+    owned, statistics = shape.eligible / setting.world, MOMENTS[:1]
+    sums, letters = (2, "8 E / W") if setting.method == "piece-s" else (1, "4 E / W")
+    room = min(owned, 4 * k + CANDIDATE_FLOOR)
+    bucket = min(EXCHANGE_BUCKET, shape.eligible)
+    part = k / setting.optimizer_ranks
+    compact = setting.update_mode == "compact"
+    return [
+        Term("statistics", letters, 4 * sums * owned, statistics),
+        Term("gradients in exchange", "B (largest + 2 min(2^25, E))", setting.itemsize * (shape.largest + 2 * bucket),
+             statistics, is_estimate=True),
+        Term("candidates", "12 min(4 K, E / W)", CANDIDATE_BYTES * room, statistics, is_estimate=True),
+        Term("positions", "4 K" if compact else "16 K / w", 4 * k if compact else 16 * part, MOMENTS[1:]),
+        Term("positions, on the CPU", "8 K / W" if compact else "8 K / W + 8 K / w",
+             8 * k / setting.world + (0 if compact else 8 * part), MOMENTS[1:], on_host=True),
+    ]  # fmt: skip
+
+
+def _working(shape: ModelShape, setting: Setting) -> list[Term]:
+    """Buckets, gathered parameters and activations.
+
+    transformers sets the bucket to hidden^2 elements; stages 1 and 2 have two, made when backward begins. Stage 3 may
+    have 1e9 gathered elements at a time. Activations are those of gradient checkpointing: a layer's input per layer,
+    one layer inside (34 B a token and unit of hidden at 16 bits: Korthikanti et al. 2022, without the attention
+    matrix), and the logits in the model's dtype, in fp32 and their gradient.
+    """
+    size, tokens, hidden = setting.itemsize, setting.tokens, shape.hidden
+    reduces = setting.update_mode != "compact"
+    inside = 17 * size * tokens * hidden
+    layers = size * tokens * hidden * shape.layers + inside
+    bucket = {1: 2 * size, 2: 2 * size, 3: 4}.get(setting.zero, 0) * hidden**2
+    gathered = size * min(shape.total, MAX_LIVE) if setting.zero == 3 and setting.world > 1 else 0
+    forward = MOMENTS[:2]
+    return [
+        Term("reduce buckets", "2 B hidden^2" if setting.zero < 3 else "4 hidden^2", bucket * reduces,
+             MOMENTS if setting.zero == 3 else ("backward",)),
+        Term("gathered parameters, at most", "B min(N, 1e9)", gathered, forward, is_estimate=True),
+        Term("activations", "B tokens hidden (layers + 17)", layers, forward, is_estimate=True),
+        Term("logits", "(B + 8) tokens vocab", (size + 8) * tokens * shape.vocab, forward, is_estimate=True),
+    ]  # fmt: skip

@@ -1,0 +1,70 @@
+"""What crosses ranks in one optimizer step, term by term. ds_configs/ as they are; DeepSpeed 0.19.8.
+
+Legend as in memory.py, and A micro-batches per step on one rank. Elements are those of the tensor handed to the
+collective; bytes are what one rank receives when it runs as a ring: (W - 1) / W of them for a gather or a
+reduce-scatter, twice as many for an all-reduce. The elements of masked mode are counted in engines of two ranks by
+tests/distributed/test_plan.py.
+"""
+
+from dataclasses import dataclass
+
+from piece_ds.plan.setting import Setting
+from piece_ds.plan.shapes import ModelShape
+
+# Stage 3 keeps what is used again within stage3_max_reuse_distance = 1e9 elements: the last half of that before the
+# turn from forward to backward.
+KEPT_AT_THE_TURN = 5 * 10**8
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective.
+
+    Attributes:
+        name: what is sent.
+        collective: all-reduce, all-gather, reduce-scatter or all-to-all.
+        elements: per optimizer step, of the whole tensors.
+        itemsize: bytes of an element on the wire.
+        world: ranks.
+    """
+
+    name: str
+    collective: str
+    elements: float
+    itemsize: int
+    world: int
+
+    @property
+    def received(self) -> float:
+        """Bytes that one rank receives."""
+        passes = 2 if self.collective == "all-reduce" else 1
+        return passes * self.elements * self.itemsize * (self.world - 1) / self.world
+
+
+def transfers(shape: ModelShape, setting: Setting) -> list[Transfer]:
+    """Collectives of one optimizer step, and of one round of the statistics pass (a micro-batch on each rank).
+
+    Gradients go in fp32 (communication_data_type). Stage 0 and 1 reduce once a step, stages 2 and 3 at every
+    micro-batch. Stages 1 and 2 all-reduce their buckets although each rank keeps a part: DeepSpeed's
+    use_multi_rank_bucket_allreduce. Compact mode all-reduces K sums once, gathers K values, and still gathers all
+    parameters at stage 3.
+    """
+    if setting.world == 1:
+        return []
+    size, zero, count = setting.itemsize, setting.zero, setting.accumulation
+    optimised, k = setting.optimised(shape), setting.selected(shape)
+    rows: list[tuple[str, str, float, int]] = []
+    if setting.update_mode == "compact":
+        rows.append(("gradient of the selected", "all-reduce", k, 4))
+        rows.append(("values", "all-gather", k if zero else 0, size))
+    else:
+        collective = "reduce-scatter" if zero == 3 else "all-reduce"
+        rows.append(("gradients", collective, optimised * (count if zero >= 2 else 1), 4))
+        rows.append(("updated parameters", "all-gather", optimised if zero in (1, 2) else 0, size))
+    if zero == 3:
+        stored = shape.total + (setting.added(shape) if setting.update_mode == "lora" else 0)
+        rows.append(("parameters, forward", "all-gather", stored * count, size))
+        rows.append(("parameters, backward", "all-gather", max(0, stored - KEPT_AT_THE_TURN) * count, size))
+    if k:
+        rows.append(("statistics, per round", "all-to-all", shape.eligible, size))
+    return [Transfer(*row, setting.world) for row in rows if row[2]]

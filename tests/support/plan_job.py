@@ -1,0 +1,165 @@
+"""A job: engines of every stage, and what they really hold and send; results for test_plan.py."""
+
+import gc
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from piece_ds.model import freeze_ineligible
+from piece_ds.plan import Setting
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import layout_of
+from piece_ds.update import attach
+from piece_ds.zero import collect_statistics
+from support.jobs import Results, collect_case, finish, start
+from support.launches import CONFIGS
+from support.models import cast_parameters
+
+NUM_RANKS, ACCUMULATION, RATIO = 2, 2, 0.01
+HIDDEN = 128
+
+SETTINGS = {
+    f"zero{zero}-{dtype}{'-offload' if offload else ''}{'-all' if offload_param else ''}": Setting(
+        world=NUM_RANKS, zero=zero, dtype=dtype, ratio=RATIO, accumulation=ACCUMULATION, offload_optimizer=offload,
+        offload_param=offload_param)
+    for zero in (0, 1, 2, 3)
+    for dtype in ("fp32", "bf16")
+    for offload, offload_param in ((False, False), (True, False), (True, True))
+    if zero >= (3 if offload_param else 2 if offload else 0) and not (offload and dtype == "fp32")
+}  # fmt: skip
+
+_COLLECTIVES = {
+    "all_reduce": "all-reduce",
+    "all_gather_into_tensor": "all-gather",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "all_to_all_single": "all-to-all",
+}
+_sent: Counter[str] = Counter()
+
+
+def make_plan_model() -> nn.Module:
+    """Large beside what does not scale with it (norms, buckets), small beside a second of CPU."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=512)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    freeze_ineligible(model)
+    return model
+
+
+def main() -> None:
+    _count_collectives()  # before DeepSpeed takes the functions
+    start()
+    gc.collect()
+    gc.freeze()  # what the imports made is not looked through again
+    results: Results = {}
+    for name, setting in SETTINGS.items():
+        collect_case(results, name, lambda setting=setting: measure(setting))  # type: ignore[misc]
+    finish(results)
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Bytes of all tensors that an engine brought into the process, and elements handed to collectives."""
+    import deepspeed
+
+    gc.collect()
+    before = set(_storages())
+    model = cast_parameters(make_plan_model(), {"fp32": torch.float32, "bf16": torch.bfloat16}[setting.dtype])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(setting))
+    result: dict[str, Any] = {}
+
+    def note(moment: str) -> None:
+        gc.collect()
+        held = sum(size for pointer, size in _storages().items() if pointer not in before)
+        result[moment] = max(held, result.get(moment, 0))
+
+    batch = {"input_ids": torch.arange(16).view(1, 16), "labels": torch.arange(16).view(1, 16)}
+    _sent.clear()
+    stats = collect_statistics(engine, [batch, batch])
+    result["statistics_sent"] = _sent["all-to-all"]
+    note("statistics")
+    result["statistics_bytes"] = sum(t.nbytes for t in (stats.grad_sum, stats.square_sum))
+    del stats
+    attach(engine, _mask_of(engine.module))
+    for step in range(2):  # moments appear with the first step
+        _sent.clear()
+        for micro_batch in range(ACCUMULATION):
+            engine.backward(engine(**batch).loss)
+            if step == 1:
+                note("backward")
+                if micro_batch == ACCUMULATION - 1:
+                    engine.basic_optimizer.register_step_pre_hook(lambda *_: note("step"))
+            engine.step()
+            if step == 1 and micro_batch == 0:
+                note("backward")
+    result["sent"] = dict(_sent)
+    result["wrapper"] = type(engine.optimizer).__name__
+    engine.destroy()
+    return result
+
+
+def config_of(setting: Setting) -> dict[str, Any]:
+    """The project's configuration with what transformers fills in for "auto"."""
+    suffix = "_offload_all" if setting.offload_param else "_offload" if setting.offload_optimizer else ""
+    config = json.loads((CONFIGS / f"zero{setting.zero}{suffix}.json").read_text())
+    del config["train_batch_size"], config["fp16"]
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": ACCUMULATION,
+               "gradient_clipping": 1.0, "bf16": {"enabled": setting.dtype == "bf16"},
+               "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}  # fmt: skip
+    values = {"reduce_bucket_size": HIDDEN**2, "stage3_prefetch_bucket_size": int(0.9 * HIDDEN**2),
+              "stage3_param_persistence_threshold": 10 * HIDDEN}  # fmt: skip
+    zero = config["zero_optimization"]
+    config["zero_optimization"] = {k: values[k] if v == "auto" else v for k, v in zero.items()}
+    return config
+
+
+def _mask_of(model: nn.Module) -> Mask:
+    """As many elements of this rank as the ratio gives, evenly spaced."""
+    layout = layout_of(model)
+    stride = round(layout.num_eligible / (RATIO * layout.total))
+    index = {}
+    for info, part, _ in layout.owned():
+        positions = torch.arange(-(-part.start // stride) * stride, part.stop, stride)
+        if positions.numel():
+            index[info.name] = positions
+    count = torch.tensor(sum(positions.numel() for positions in index.values()))
+    dist.all_reduce(count)
+    return Mask(layout, index, int(count))
+
+
+def _storages() -> dict[int, int]:
+    """Address -> bytes of the memory under every tensor of the process, gradients included."""
+    found = {}
+    for item in gc.get_objects():
+        if type(item) in (Tensor, nn.Parameter):
+            for tensor in (item, item.grad):
+                if tensor is not None and tensor.device.type == "cpu":
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def _count_collectives() -> None:
+    """Let the collectives of torch.distributed count the elements of the larger of their tensors."""
+
+    def counted(function: Callable[..., Any], collective: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            _sent[collective] += max(t.numel() for t in tensors)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name, collective in _COLLECTIVES.items():
+        setattr(dist, name, counted(getattr(dist, name), collective))
+
+
+if __name__ == "__main__":
+    main()
