@@ -2,8 +2,8 @@
 
 Legend: N elements of the model, T elements that DeepSpeed optimises, E that may be selected, K selected ones, B bytes
 of a parameter's element, W ranks, w = W from stage 1 (else 1), p = W at stage 3 (else 1). The formulas of masked mode
-are held against engines of two ranks by tests/distributed/test_plan.py, to 5 % of the sum over all terms but those
-marked as estimates. Compact mode's are from its design.
+are held against engines of two ranks by tests/distributed/test_plan_engines.py, to 5 % of the sum over all terms but
+those marked as estimates. Compact mode's are from its design.
 """
 
 from dataclasses import dataclass

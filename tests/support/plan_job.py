@@ -1,4 +1,4 @@
-"""A job: engines of every stage, and what they really hold and send; results for test_plan.py."""
+"""A job: engines of every stage, and what they really hold and send; results for test_plan_engines.py."""
 
 import gc
 import json
