@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from piece_ds.checkpoint.metadata import describe
-from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hash_unselected, hexadecimal
+from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hexadecimal, weights_fingerprint
 from piece_ds.distributed import barrier, is_main
 from piece_ds.errors import UserError
 from piece_ds.files import write_whole
@@ -52,7 +52,7 @@ def save_delta(
     whole = mask.whole()
     all_values = gather_fragments(mask.layout, read_selected(model, mask), dtype_of)
     all_previous = gather_fragments(mask.layout, previous, dtype_of)
-    surroundings = hash_unselected(model, mask)
+    surroundings = int(weights_fingerprint(model, mask))
     if is_main():
         tensors: dict[str, Tensor] = {}
         numel = {info.name: info.numel for info in mask.layout.parameters}

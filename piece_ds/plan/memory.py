@@ -1,9 +1,9 @@
 """Bytes that one rank holds, term by term, at three moments of a task. ds_configs/ as they are; DeepSpeed 0.19.8.
 
 Legend: N elements of the model, T elements that DeepSpeed optimises, E that may be selected, K selected ones, B bytes
-of a parameter's element, W ranks, w = W from stage 1 (else 1), p = W at stage 3 (else 1). The formulas of masked mode
-are held against engines of two ranks by tests/distributed/test_plan_engines.py, to 5 % of the sum over all terms but
-those marked as estimates. Compact mode's are from its design.
+of a parameter's element, W ranks, w = W from stage 1 (else 1), p = W at stage 3 (else 1). The formulas of masked and
+compact mode are held against engines of two ranks by tests/distributed/test_plan_engines.py, to 5 % of the sum over all
+terms but those marked as estimates.
 """
 
 from dataclasses import dataclass
@@ -145,7 +145,7 @@ def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
     """Statistics, candidates, and where the selected elements are.
 
     Masked: int64 positions in gradients and in masters, on the device and on the CPU, and the mask's own. Compact:
-    int32 positions on the device, on every rank.
+    int32 positions in the weights and int64 ones in the masters on the device, all of them and the mask's on the CPU.
     """
     k = setting.selected(shape)
     if not k:
@@ -161,9 +161,10 @@ def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
         Term("gradients in exchange", "B (largest + 2 min(2^25, E))", setting.itemsize * (shape.largest + 2 * bucket),
              statistics, is_estimate=True),
         Term("candidates", "12 min(4 K, E / W)", CANDIDATE_BYTES * room, statistics, is_estimate=True),
-        Term("positions", "4 K" if compact else "16 K / w", 4 * k if compact else 16 * part, MOMENTS[1:]),
-        Term("positions, on the CPU", "8 K / W" if compact else "8 K / W + 8 K / w",
-             8 * k / setting.world + (0 if compact else 8 * part), MOMENTS[1:], on_host=True),
+        Term("positions", "4 K / p + 8 K / w" if compact else "16 K / w",
+             4 * k / setting.parameter_ranks + 8 * part if compact else 16 * part, MOMENTS[1:]),
+        Term("positions, on the CPU", "8 K + 8 K / W" if compact else "8 K / W + 8 K / w",
+             8 * k / setting.world + (8 * k if compact else 8 * part), MOMENTS[1:], on_host=True),
     ]  # fmt: skip
 
 
@@ -176,9 +177,9 @@ def _working(shape: ModelShape, setting: Setting) -> list[Term]:
     matrix), and the logits in the model's dtype, in fp32 and their gradient.
     """
     size, tokens, hidden = setting.itemsize, setting.tokens, shape.hidden
-    reduces = setting.update_mode != "compact"
     inside = 17 * size * tokens * hidden
     layers = size * tokens * hidden * shape.layers + inside
+    reduces = setting.update_mode != "compact" or setting.zero == 3  # stage 3 makes its bucket whatever it optimises
     bucket = {1: 2 * size, 2: 2 * size, 3: 4}.get(setting.zero, 0) * hidden**2
     gathered = size * min(shape.total, MAX_LIVE) if setting.zero == 3 and setting.world > 1 else 0
     forward = MOMENTS[:2]

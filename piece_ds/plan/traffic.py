@@ -2,7 +2,7 @@
 
 Legend as in memory.py, and A micro-batches per step on one rank. Elements are those of the tensor handed to the
 collective; bytes are what one rank receives when it runs as a ring: (W - 1) / W of them for a gather or a
-reduce-scatter, twice as many for an all-reduce. The elements of masked mode are counted in engines of two ranks by
+reduce-scatter, twice as many for an all-reduce. Elements are counted in engines of two ranks by
 tests/distributed/test_plan_engines.py.
 """
 

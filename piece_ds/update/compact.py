@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from piece_ds.checkpoint.delta_file import read_selected
-from piece_ds.checkpoint.fingerprint import weights_fingerprint
+from piece_ds.checkpoint.weights_hash import weights_fingerprint
 from piece_ds.distributed import all_reduce_sum_, world_size
 from piece_ds.errors import UserError
 from piece_ds.state.mask import Mask, gather_fragments

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from piece_ds.model import freeze_ineligible
 from piece_ds.plan import Setting
-from piece_ds.state.mask import Mask
+from piece_ds.selection import select
 from piece_ds.state.partition import layout_of
-from piece_ds.update import attach
+from piece_ds.update import attach, prepare_compact
 from piece_ds.zero import collect_statistics
 from support.jobs import Results, collect_case, finish, start
 from support.launches import CONFIGS
@@ -33,6 +33,12 @@ SETTINGS = {
     for dtype in ("fp32", "bf16")
     for offload, offload_param in ((False, False), (True, False), (True, True))
     if zero >= (3 if offload_param else 2 if offload else 0) and not (offload and dtype == "fp32")
+}  # fmt: skip
+
+SETTINGS |= {
+    f"compact{zero}-{dtype}": Setting(world=NUM_RANKS, zero=zero, dtype=dtype, ratio=RATIO, accumulation=ACCUMULATION,
+                                      update_mode="compact")
+    for zero, dtype in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (3, "fp32"))
 }  # fmt: skip
 
 _COLLECTIVES = {
@@ -72,6 +78,8 @@ def measure(setting: Setting) -> dict[str, Any]:
     gc.collect()
     before = set(_storages())
     model = cast_parameters(make_plan_model(), {"fp32": torch.float32, "bf16": torch.bfloat16}[setting.dtype])
+    if setting.update_mode == "compact":
+        prepare_compact(model, RATIO)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(setting))
     result: dict[str, Any] = {}
@@ -91,7 +99,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     note("statistics")
     result["statistics_bytes"] = sum(t.nbytes for t in (stats.grad_sum, stats.square_sum))
     del stats
-    attach(engine, _mask_of(engine.module))
+    attach(engine, select(layout_of(engine.module), "random", RATIO))
     for step in range(2):  # moments appear with the first step
         _sent.clear()
         for micro_batch in range(ACCUMULATION):
@@ -122,20 +130,6 @@ def config_of(setting: Setting) -> dict[str, Any]:
     zero = config["zero_optimization"]
     config["zero_optimization"] = {k: values[k] if v == "auto" else v for k, v in zero.items()}
     return config
-
-
-def _mask_of(model: nn.Module) -> Mask:
-    """As many elements of this rank as the ratio gives, evenly spaced."""
-    layout = layout_of(model)
-    stride = round(layout.num_eligible / (RATIO * layout.total))
-    index = {}
-    for info, part, _ in layout.owned():
-        positions = torch.arange(-(-part.start // stride) * stride, part.stop, stride)
-        if positions.numel():
-            index[info.name] = positions
-    count = torch.tensor(sum(positions.numel() for positions in index.values()))
-    dist.all_reduce(count)
-    return Mask(layout, index, int(count))
 
 
 def _storages() -> dict[int, int]:

@@ -7,7 +7,7 @@ import torch
 from support.models import make_model
 from torch import nn
 
-from piece_ds.checkpoint.fingerprint import weights_fingerprint
+from piece_ds.checkpoint.weights_hash import weights_fingerprint
 from piece_ds.errors import UserError
 from piece_ds.selection import select
 from piece_ds.selection.budget import num_selected
@@ -121,7 +121,7 @@ def test_fingerprint_does_not_depend_on_how_much_is_hashed_at_a_time(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = fingerprint(model)
-    monkeypatch.setattr("piece_ds.checkpoint.fingerprint.HASHED_ELEMENTS", 13)
+    monkeypatch.setattr("piece_ds.checkpoint.weights_hash.CPU_CHUNK", 13)
     assert fingerprint(model) == before
 
 

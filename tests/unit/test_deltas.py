@@ -11,7 +11,7 @@ from support.models import make_model
 from transformers import AutoModelForCausalLM
 
 from piece_ds.__main__ import main
-from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hash_range, hash_unselected
+from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hash_range, weights_fingerprint
 from piece_ds.deltas import open_delta, patch
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import layout_of
@@ -167,11 +167,11 @@ def test_hash_of_a_range_is_the_sum_of_its_parts_and_of_its_elements(numel: int)
         assert hash_range("a", bits.flip(0)) != whole
 
 
-def test_hash_of_unselected_weights_does_not_see_the_selected_ones() -> None:
+def test_fingerprint_of_unselected_weights_does_not_see_the_selected_ones() -> None:
     model = make_model("llama")
     mask = Mask(layout_of(model), {"lm_head.weight": torch.tensor([0, 5, 3394])}, 3)
-    before = hash_unselected(model, mask)
+    before = weights_fingerprint(model, mask)
     model.lm_head.weight.data.view(-1)[[0, 5, 3394]] += 1
-    assert hash_unselected(model, mask) == before
+    assert weights_fingerprint(model, mask) == before
     model.lm_head.weight.data.view(-1)[6] += 1
-    assert hash_unselected(model, mask) != before
+    assert weights_fingerprint(model, mask) != before

@@ -60,9 +60,9 @@ def test_masked_zero3_by_hand() -> None:
 
 
 def test_compact_zero3_by_hand() -> None:
-    """2 N / W + K (2 + 4 + 8 + 4) / W + K (4 + 4) on every rank."""
+    """2 N / W + K (2 + 4 + 8 + 4) / W, K fp32 sums on every rank, and positions of the owned: int32 and int64."""
     setting = Setting(world=4, update_mode="compact")
-    assert math.isclose(sizes(setting, "step"), 500_000 + 18 * 250 + 8 * 1_000)
+    assert math.isclose(sizes(setting, "step"), 500_000 + 18 * 250 + 4 * 1_000 + (4 + 8) * 250)
 
 
 def test_lora_has_rank_times_rows_and_columns() -> None:
