@@ -23,6 +23,7 @@ TRAINING = {
     "lr_scheduler_type": "constant",
     "weight_decay": WEIGHT_DECAY,
     "max_grad_norm": MAX_GRAD_NORM,
+    "max_new_tokens_text": 8,
     "train_sampling_strategy": "sequential",
     "save_model": "each",
     "logging_steps": 1,

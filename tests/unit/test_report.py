@@ -22,7 +22,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def make_run(name: str = "piece-s 5 %", loss: float = 0.5) -> RunResults:
-    matrix = ResultMatrix(tasks=("qa|b", "摘要")).with_before({"qa|b": 0.1}, {"qa|b": 3.0, "摘要": 2.0}, 1.5)
+    matrix = ResultMatrix(("qa|b", "摘要"), ("accuracy", "loss")).with_before(
+        {"qa|b": 0.1}, {"qa|b": 3.0, "摘要": 2.0}, 1.5
+    )
     matrix = matrix.with_row({"qa|b": 0.8}, {"qa|b": loss}, 1.6)
     matrix = matrix.with_row({"qa|b": 0.6}, {"qa|b": loss + 0.25, "摘要": 1.25}, 1.75)
     counts = {
@@ -109,7 +111,7 @@ def test_summary_has_a_row_a_run_and_no_empty_column() -> None:
 
 
 def test_runs_without_accuracy_have_no_accuracy_table() -> None:
-    run = RunResults("x", "seqft", 1.0, ResultMatrix(tasks=("a",)).with_row({}, {"a": 1.0}))
+    run = RunResults("x", "seqft", 1.0, ResultMatrix(("a",), ("loss",)).with_row({}, {"a": 1.0}))
     assert [grid.title for grid in result_grids(run)] == ["x: loss (nats per answer token)"]
     assert "OP" not in summary_grid([run]).header
 
@@ -178,7 +180,7 @@ def test_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
 
 
 def test_report_of_an_unfinished_run_and_of_none(tmp_path: Path) -> None:
-    begun = RunResults("x", "seqft", 1.0, ResultMatrix(tasks=("a",)))
+    begun = RunResults("x", "seqft", 1.0, ResultMatrix(("a",), ("loss",)))
     assert make_figures([begun]) == []
     assert write_report(tmp_path, [begun]).is_file()
     with pytest.raises(UserError, match="at least one run"):
@@ -189,7 +191,10 @@ def test_report_of_an_unfinished_run_and_of_none(tmp_path: Path) -> None:
 
 def test_runs_of_other_tasks_are_left_out_of_the_common_figures() -> None:
     other = replace(
-        make_run("other"), matrix=ResultMatrix(tasks=("z",)).with_row({"z": 1.0}, {"z": 1.0}), masks={}, overlaps=[]
+        make_run("other"),
+        matrix=ResultMatrix(("z",), ("accuracy",)).with_row({"z": 1.0}, {"z": 1.0}),
+        masks={},
+        overlaps=[],
     )
     names = [figure.file_name for figure in make_figures([make_run(), other])]
     assert "1-other-accuracy.png" in names
