@@ -1,16 +1,19 @@
 """lm-evaluation-harness on the model as it is now: any of its tasks, also between two tasks of a stream."""
 
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from piece_ds.distributed import broadcast_object, is_main
 from piece_ds.errors import UserError, nearest
 from piece_ds.evaluation.mode import evaluating
 
@@ -57,9 +60,12 @@ def run_harness(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    class Model(HFLM):
-        device = torch.device(device)  # parameters that ZeRO-3 has moved to the CPU would name that one
+    place = torch.device(device)
 
+    class Model(HFLM):
+        device = place  # parameters that ZeRO-3 has moved to the CPU would name that one
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every way it could have been called
     module = getattr(model, "module", model)
     with evaluating(module), same_random_states():
         wrapped = Model(pretrained=module, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
@@ -71,9 +77,15 @@ def run_harness(
             bootstrap_iters=0,
             log_samples=False,
         )
+    # The harness gives results to one process a machine.
+    return cast(dict[str, float], broadcast_object(_flat(found["results"]) if is_main() else None))
+
+
+def _flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """ "TASK METRIC" -> value, with the name of a filter where it is not the only one; errors and counts left out."""
     return {
         f"{task} {metric.removesuffix(',none')}": float(value)
-        for task, metrics in found["results"].items()
+        for task, metrics in results.items()
         for metric, value in metrics.items()
         if isinstance(value, int | float) and "stderr" not in metric and not metric.startswith("sample")
     }
@@ -89,6 +101,7 @@ def same_random_states() -> Iterator[None]:
     np.random.set_state(of_numpy)
 
 
+@cache  # it reads some thousand YAML files
 def _task_manager(path: str | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
