@@ -32,7 +32,9 @@ def main(argv: list[str]) -> None:
         if scores.general_loss is not None:
             print(f"general text: loss {scores.general_loss:.4f}")
         for name, value in scores.ability.items():
-            print(f"{name}: {value:.2%}")
+            print(f"{name}: {value:.4f}")
+        if scores.num_tokens:
+            print(f"generated: {scores.num_tokens} tokens, {scores.num_tokens / scores.generate_seconds:.0f} a second")
 
 
 def evaluate(settings: Settings) -> tuple[Scores, dict[str, str]]:

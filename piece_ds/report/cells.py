@@ -65,13 +65,16 @@ def run_grids(run: RunResults) -> list[Grid]:
 
 
 def measures_grid(run: RunResults) -> Grid:
-    """What was measured beside the scores: parts of a score, SARI, general ability; a row a moment and task."""
+    """What was measured beside the scores: parts of a score, SARI, general ability; a row a moment and task.
+
+    Plain numbers, since the harness also has measures that are no shares, such as a perplexity.
+    """
     moments: list[tuple[str, str, Mapping[str, float]]] = []
     for moment, of_task in run.measures.items():
         moments += [(moment, task, values) for task, values in of_task.items() if values]
     moments += [(moment, "general ability", values) for moment, values in run.ability.items() if values]
     names = list(dict.fromkeys(name for _, _, values in moments for name in values))
-    rows = [(moment, task, *(percent(values.get(name)) for name in names)) for moment, task, values in moments]
+    rows = [(moment, task, *(nats(values.get(name)) for name in names)) for moment, task, values in moments]
     return Grid(f"{run.name}: beside the scores", ("", "task", *names), tuple(rows))
 
 
@@ -106,7 +109,7 @@ def points(value: float | None) -> str:
 
 
 def nats(value: float | None) -> str:
-    """A loss."""
+    """A loss, or another plain number."""
     return ABSENT if value is None else f"{value:.3f}"
 
 

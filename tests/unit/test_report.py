@@ -13,7 +13,7 @@ from rich.console import Console
 from piece_ds.errors import UserError
 from piece_ds.evaluation import ResultMatrix
 from piece_ds.report import RunResults, markdown_results, print_results, read_results, write_report
-from piece_ds.report.cells import cost_grid, quantity, result_grids, summary_grid
+from piece_ds.report.cells import cost_grid, quantity, result_grids, run_grids, summary_grid
 from piece_ds.report.figures import make_figures
 from piece_ds.report.heat_maps import mask_heat_map, overlap_heat_map, result_heat_map
 from piece_ds.report.lines import smoothed, stream_figure, training_figure
@@ -96,6 +96,29 @@ def test_result_tables_hold_every_number() -> None:
     )
     assert loss.header[-1] == "general text"
     assert loss.rows[-1] == ("after 摘要", "0.750", "1.250", "1.000", "1.750")
+
+
+def test_what_was_measured_beside_the_scores_has_a_table() -> None:
+    measures = {"before": {"qa|b": {"bleu_4": 0.25, "sari": 0.5}}, "after 摘要": {"qa|b": {"bleu_4": 0.125}}}
+    run = replace(make_run(), measures=measures, ability={"before": {"wiki perplexity": 12.5}})
+    assert RunResults.from_json(run.to_json()) == run
+    grid = run_grids(run)[-1]
+    assert grid.header == ("", "task", "bleu_4", "sari", "wiki perplexity")
+    assert grid.rows == (
+        ("before", "qa|b", "0.250", "0.500", "-"),
+        ("after 摘要", "qa|b", "0.125", "-", "-"),
+        ("before", "general ability", "-", "-", "12.500"),
+    )
+    assert len(run_grids(make_run())) == 2
+
+
+def test_scores_of_several_kinds_are_not_called_accuracy() -> None:
+    matrix = ResultMatrix(("a", "b", "c"), ("accuracy", "edit similarity", "loss"))
+    matrix = matrix.with_row({"a": 0.5, "b": 0.25}, {"a": 1.0, "b": 1.0, "c": 1.0})
+    assert (matrix.score_name, matrix.accuracy.after) == ("score", ((0.5, None, None),))
+    assert result_grids(RunResults("x", "random", 0.1, matrix))[0].rows == (
+        ("after a", "50.0 %", "25.0 %", "-", "50.0 %"),
+    )
 
 
 def test_summary_has_a_row_a_run_and_no_empty_column() -> None:
