@@ -99,7 +99,7 @@ def generate_texts(
             if not share.counted and not synced:
                 continue
             ids, mask = pad_left([prompts[index] for index in share.indices], cast(int, config.pad_token_id))
-            with _drawing_from(decoding.seed + share.indices[0], ids.to(device).device, decoding.sample):
+            with _drawing_from(decoding.seed + share.indices[0], torch.device(device), decoding.sample):
                 written = module.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
@@ -128,13 +128,9 @@ def _drawing_from(seed: int, device: torch.device, sample: bool) -> Iterator[Non
     if not sample:
         yield
         return
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_accelerator(device)):
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed)
         yield
-
-
-def _accelerator(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type
 
 
 def is_partitioned(module: nn.Module) -> bool:

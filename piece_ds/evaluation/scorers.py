@@ -30,7 +30,6 @@ class Scorer:
         clean, authors: the two formulas; None where nothing is generated.
         is_short: whether the answer stands in the first few tokens (--max_new_tokens, else --max_new_tokens_text).
         is_short_for_authors: the same under --scoring authors.
-        meaning: a line for --help and reports.
     """
 
     metric: str
@@ -38,7 +37,6 @@ class Scorer:
     authors: Formula | None
     is_short: bool
     is_short_for_authors: bool
-    meaning: str
 
     @property
     def generates(self) -> bool:
@@ -125,6 +123,18 @@ def _same_choice(output: str, gold: str) -> bool:
     return choice is not None and choice == authors.first_choice(gold)
 
 
+def _same_stance(output: str, gold: str) -> bool:
+    return authors.stance(output) == gold
+
+
+def _same_number(output: str, gold: str) -> bool:
+    return authors.first_number(output) == gold
+
+
+def _same_text(output: str, gold: str) -> bool:
+    return bool(output) and output == gold
+
+
 def _text(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
     return _bleu_and_rouge(texts.bleu_4(outputs, golds), texts.rouge_l(outputs, golds))
 
@@ -170,27 +180,16 @@ def _first_line(text: str) -> str:
 
 _BLEU_ROUGE, _EDIT = "(BLEU-4 + ROUGE-L) / 2", "edit similarity"
 _SCORERS = {
-    "letter": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_choice), True, True, "one capital letter"),
-    "reasons": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_choice), True, False, "a letter, then reasons"),
-    "stance": Scorer(
-        ACCURACY, _of_kind(LETTER), _accuracy(lambda output, gold: authors.stance(output) == gold), True, True,
-        "a letter, or the Chinese word for a stance",
-    ),
-    "number": Scorer(
-        ACCURACY, _of_kind(NUMBER), _accuracy(lambda output, gold: authors.first_number(output) == gold), True, True,
-        "a number",
-    ),
-    "word": Scorer(
-        ACCURACY, _of_kind(WORD), _accuracy(lambda output, gold: bool(output) and output == gold), True, True,
-        "a word, as it stands",
-    ),
-    "text": Scorer(_BLEU_ROUGE, _text, _text_authors, False, False, "free text"),
-    "simplification": Scorer(
-        _BLEU_ROUGE, _simplification, _simplification_authors, False, False, "free text, SARI beside the score"
-    ),
-    "code": Scorer(_EDIT, _code, _code_authors, False, False, "a line of code"),
-    "loss": Scorer(LOSS, None, None, True, True, "nothing is generated"),
-}  # fmt: skip
+    "letter": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_choice), True, True),
+    "reasons": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_choice), True, False),  # a letter, then reasons
+    "stance": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_stance), True, True),
+    "number": Scorer(ACCURACY, _of_kind(NUMBER), _accuracy(_same_number), True, True),
+    "word": Scorer(ACCURACY, _of_kind(WORD), _accuracy(_same_text), True, True),
+    "text": Scorer(_BLEU_ROUGE, _text, _text_authors, False, False),
+    "simplification": Scorer(_BLEU_ROUGE, _simplification, _simplification_authors, False, False),
+    "code": Scorer(_EDIT, _code, _code_authors, False, False),
+    "loss": Scorer(LOSS, None, None, True, True),
+}
 _OF_KIND = {LETTER: "letter", NUMBER: "number", WORD: "word", TEXT: "text"}
 
 # Names of the folders of the benchmark's tasks (arXiv 2310.06762).
