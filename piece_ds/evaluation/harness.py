@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -68,7 +69,8 @@ def run_harness(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every way it could have been called
     module = getattr(model, "module", model)
     with evaluating(module), same_random_states():
-        wrapped = Model(pretrained=module, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        # A copy of the tokenizer: the harness gives it a padding token of its own.
+        wrapped = Model(pretrained=module, tokenizer=deepcopy(tokenizer), batch_size=batch_size, backend="causal")
         found: Any = simple_evaluate(
             wrapped,
             tasks=task_names(tasks),
@@ -82,7 +84,7 @@ def run_harness(
 
 
 def _flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """ "TASK METRIC" -> value, with the name of a filter where it is not the only one; errors and counts left out."""
+    """Values by "TASK METRIC", with the name of a filter where it is not the only one; errors and counts left out."""
     return {
         f"{task} {metric.removesuffix(',none')}": float(value)
         for task, metrics in results.items()

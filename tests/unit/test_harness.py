@@ -66,10 +66,13 @@ def test_results_are_the_models_and_nothing_is_disturbed(llama: LlamaForCausalLM
     llama.train()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     states = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    found = run_harness(llama, make_tokenizer(64), "tiny_choice", str(folder), None, 4, "cpu")
+    tokenizer = make_tokenizer(64)
+    tokenizer.pad_token, tokenizer.padding_side = None, "right"
+    found = run_harness(llama, tokenizer, "tiny_choice", str(folder), None, 4, "cpu")
     assert found == {"tiny_choice acc": pytest.approx(expected)}
     assert 0 < expected < 1
     assert llama.training
+    assert (tokenizer.pad_token, tokenizer.padding_side) == (None, "right")
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
 
