@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model on tasks.
+"""Loss, scores and general ability of a model on tasks.
 
 deepspeed launch/eval_tasks.py --deepspeed ds_configs/zero3.json --model_name_or_path M [flags]
 """

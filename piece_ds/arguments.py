@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from piece_ds.config import DataArguments, MethodArguments, ModelArguments, OutputArguments
+from piece_ds.config import DataArguments, EvaluationArguments, MethodArguments, ModelArguments, OutputArguments
 from piece_ds.errors import UserError, nearest
 
-OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments)
+OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments, EvaluationArguments)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Settings:
     """Everything a run was asked to do.
 
     Attributes:
-        model, data, method, output: this project's settings.
+        model, data, method, output, evaluation: this project's settings.
         flags: the flags that transformers' TrainingArguments is made from.
         given: names of the flags and YAML keys that were set by the user, without dashes.
     """
@@ -35,6 +35,7 @@ class Settings:
     data: DataArguments
     method: MethodArguments
     output: OutputArguments
+    evaluation: EvaluationArguments
     flags: tuple[str, ...]
     given: frozenset[str]
 
@@ -80,7 +81,7 @@ class Settings:
         return found
 
     def _ours(self) -> tuple[Any, ...]:
-        return self.model, self.data, self.method, self.output
+        return self.model, self.data, self.method, self.output, self.evaluation
 
 
 def parse(argv: list[str], defaults: dict[str, Any] | None = None) -> Settings:
@@ -105,8 +106,8 @@ def parse(argv: list[str], defaults: dict[str, Any] | None = None) -> Settings:
     for item in rest:
         if item.startswith("--") and _flag_name(item) not in known:
             raise UserError(f"unknown flag {item.split('=')[0]}.{nearest(_flag_name(item), known)}")
-    model, data, method, output = parsed[: len(OURS)]
-    return Settings(model, data, method, output, tuple(rest), given)
+    model, data, method, output, evaluation = parsed[: len(OURS)]
+    return Settings(model, data, method, output, evaluation, tuple(rest), given)
 
 
 def given_names(argv: list[str]) -> frozenset[str]:

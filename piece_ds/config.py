@@ -11,6 +11,7 @@ from piece_ds.errors import UserError, nearest
 UPDATE_MODES = ["masked", "compact"]
 SELECTED_GRADIENTS = ["auto", "dense"]
 BUDGETS = ["model", "layer", "tensor"]
+SCORINGS = ["clean", "authors"]
 SAVE_MODEL = ["last", "each", "never"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
@@ -138,3 +139,41 @@ class OutputArguments:
     def __post_init__(self) -> None:
         require_choice("save_model", self.save_model, SAVE_MODEL)
         require_choice("incomplete_accumulation", self.incomplete_accumulation, ["refuse", "smaller_step"])
+
+
+@dataclass
+class EvaluationArguments:
+    """What a model is judged by, before any task and after each."""
+
+    scorers: str | None = field(
+        default=None,
+        metadata={
+            "help": "TASK=NAME,TASK=NAME with letter, reasons, stance, number, word, text, simplification, code or "
+            "loss (nothing is generated); without it TRACE's own for its tasks, else by the gold answers"
+        },
+    )
+    scoring: str = field(default="clean", metadata={"help": "clean, or authors: the authors' parsers and formulas"})
+    max_new_tokens_text: int = field(default=256, metadata={"help": "tokens generated for free text or a line of code"})
+    sample: bool = field(
+        default=False, metadata={"help": "draw tokens as the authors do (0.3, top 10, 0.95) instead of the likeliest"}
+    )
+    sample_seed: int = field(default=42, metadata={"help": "seed of --sample; any number of ranks draws the same"})
+    forward_transfer: bool = field(
+        default=False, metadata={"help": "after each task judge the next one too, untrained: gives forward transfer"}
+    )
+    humaneval: bool = field(
+        default=False, metadata={"help": "pass@1 on HumanEval: runs code that the model wrote, shut off (extra: eval)"}
+    )
+    lm_eval_tasks: str | None = field(
+        default=None, metadata={"help": "comma-separated tasks of lm-evaluation-harness, run beside ours (extra: eval)"}
+    )
+    lm_eval_path: str | None = field(default=None, metadata={"help": "folder with the harness's YAML files of tasks"})
+    lm_eval_limit: int | None = field(default=None, metadata={"help": "the harness uses the first N rows of each task"})
+
+    def __post_init__(self) -> None:
+        require_choice("scoring", self.scoring, SCORINGS)
+        require_positive("max_new_tokens_text", self.max_new_tokens_text)
+        if self.lm_eval_limit is not None:
+            require_positive("lm_eval_limit", self.lm_eval_limit)
+        if not self.lm_eval_tasks and (self.lm_eval_path or self.lm_eval_limit):
+            raise UserError("--lm_eval_path and --lm_eval_limit belong to --lm_eval_tasks")

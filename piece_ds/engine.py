@@ -37,6 +37,7 @@ class Stream:
     settings: Settings
     tokenizer: PreTrainedTokenizerBase
     tasks: list[Task]
+    scorers: dict[str, str]
     general: datasets.Dataset | None
     dtype: torch.dtype
     folder: RunFolder
@@ -53,7 +54,7 @@ def run_stream(stream: Stream, resume: bool) -> RunResults:
         resume: continue from what is in the folder: finished tasks are not done again, and an unfinished one goes on
             from its last checkpoint, where there is one.
     """
-    results = open_results(stream.folder.results_file, stream.settings, stream.tasks, resume)
+    results = open_results(stream.folder.results_file, stream.settings, stream.tasks, stream.scorers, resume)
     first = num_finished(results)
     if first == len(stream.tasks):
         return results
@@ -92,23 +93,25 @@ def _masked_names(mask_file: str | None) -> set[str] | None:
 
 def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults, checkpoint: str | None) -> RunResults:
     settings, task = stream.settings, stream.tasks[index]
+    folder = stream.folder.task(index, task.name)
     logger.warning("task %d of %d: %s (%d rows)", index + 1, len(stream.tasks), task.name, len(task.train))
     scores: list[Scores] = []
 
     def before(engine: Any) -> None:
         nonlocal results
-        results = with_before(results, _judge(stream, engine, stream.tasks))
+        results = with_before(results, _judge(stream, engine, stream.tasks, "before"))
         write_results(results, stream.folder.results_file)
 
     def after(engine: Any) -> None:
-        scores.append(_judge(stream, engine, stream.tasks[: index + 1]))
+        seen = index + 1 + settings.evaluation.forward_transfer
+        scores.append(_judge(stream, engine, stream.tasks[:seen], folder.name))
 
     trained = train_task(
         model,
         stream.tokenizer,
         task,
         settings,
-        stream.folder.task(index, task.name),
+        folder,
         checkpoint,
         before if index == 0 else None,
         after,
@@ -124,15 +127,17 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
     return results
 
 
-def _judge(stream: Stream, engine: Any, tasks: list[Task]) -> Scores:
+def _judge(stream: Stream, engine: Any, tasks: list[Task], moment: str) -> Scores:
     return judge(
         engine,
         stream.tokenizer,
         tasks,
+        stream.scorers,
         stream.general,
         stream.eval_batch_size,
-        stream.settings.data.max_new_tokens,
+        stream.settings,
         engine.device,
+        stream.folder.predictions(moment),
     )
 
 

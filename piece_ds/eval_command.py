@@ -1,5 +1,6 @@
-"""launch/eval_tasks.py: loss and accuracy of a model on tasks, under any ZeRO stage and number of ranks."""
+"""launch/eval_tasks.py: loss and scores of a model on tasks, under any ZeRO stage and number of ranks."""
 
+from pathlib import Path
 from typing import Any
 
 from piece_ds.arguments import Settings, parse, print_help
@@ -7,6 +8,8 @@ from piece_ds.command import with_default_config
 from piece_ds.distributed import barrier, is_main
 from piece_ds.engines import inference_model
 from piece_ds.errors import UserError
+from piece_ds.evaluation import get_scorer
+from piece_ds.evaluation.matrix import ACCURACY
 from piece_ds.files import write_json
 from piece_ds.flags import default_flags
 from piece_ds.inputs import load_inputs
@@ -20,17 +23,25 @@ def main(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
         print_help()
         return
-    scores = evaluate(parse(with_default_config(argv), default_flags(argv)))
+    scores, metrics = evaluate(parse(with_default_config(argv), default_flags(argv)))
     if is_main():
         for task, loss in scores.loss.items():
-            accuracy = scores.accuracy[task]
-            print(f"{task}: loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.2%}"))
+            score = scores.score[task]
+            shown = {} if score is None else {metrics[task]: score, **scores.measures.get(task, {})}
+            print(", ".join([f"{task}: loss {loss:.4f}", *(f"{name} {value:.2%}" for name, value in shown.items())]))
         if scores.general_loss is not None:
             print(f"general text: loss {scores.general_loss:.4f}")
+        for name, value in scores.ability.items():
+            print(f"{name}: {value:.4f}")
+        if scores.num_tokens:
+            print(f"generated: {scores.num_tokens} tokens, {scores.num_tokens / scores.generate_seconds:.0f} a second")
 
 
-def evaluate(settings: Settings) -> Scores:
-    """Judge the model and write --output_file.
+def evaluate(settings: Settings) -> tuple[Scores, dict[str, str]]:
+    """Judge the model and write --output_file, and what the model wrote to a folder beside it, NAME-predictions.
+
+    Returns:
+        The scores, and for each task what its score is.
 
     Raises:
         UserError: settings or data that cannot be used; nothing has been written then.
@@ -47,16 +58,22 @@ def evaluate(settings: Settings) -> Scores:
         model,
         inputs.tokenizer,
         inputs.tasks,
+        inputs.scorers,
         inputs.general,
         arguments.per_device_eval_batch_size,
-        settings.data.max_new_tokens,
+        settings,
         arguments.device,
+        Path(output_file).with_name(f"{Path(output_file).stem}-predictions"),
     )
+    metrics = {task: get_scorer(name).metric for task, name in inputs.scorers.items()}
     if is_main():
-        content = {"loss": scores.loss, "accuracy": scores.accuracy, "general_loss": scores.general_loss}
+        accuracy = {task: score if metrics[task] == ACCURACY else None for task, score in scores.score.items()}
+        content = {"loss": scores.loss, "score": scores.score, "accuracy": accuracy, "metrics": metrics,
+                   "general_loss": scores.general_loss, "measures": scores.measures, "ability": scores.ability,
+                   "cost": scores.cost}  # fmt: skip
         write_json(output_file, {**content, "settings": settings.shown(), "versions": versions()})
     barrier()
     if hasattr(model, "empty_partition_cache"):
         model.empty_partition_cache()
         model.destroy()
-    return scores
+    return scores, metrics

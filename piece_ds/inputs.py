@@ -7,9 +7,12 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from piece_ds.ability import check_ability
 from piece_ds.arguments import Settings
 from piece_ds.checks import check_deepspeed_file, check_mask
 from piece_ds.command import start_distributed
+from piece_ds.evaluation import choose_scorers
+from piece_ds.evaluation.scorers import parse_scorers
 from piece_ds.flags import with_precision
 from piece_ds.model import dtype_of, load_config, load_tokenizer, require_weights
 from piece_ds.stream import Task, load_general, load_task_stream
@@ -25,6 +28,7 @@ class Inputs:
         tokenizer: the model's.
         dtype: to load and train the model in.
         tasks: tokenized, in order.
+        scorers: task -> name of its scorer.
         general: tokenized text that no task trains, or None.
         arguments: made from settings; while it lives, transformers loads models partitioned under ZeRO-3.
     """
@@ -34,6 +38,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     tasks: list[Task]
+    scorers: dict[str, str]
     general: datasets.Dataset | None
     arguments: TrainingArguments
 
@@ -50,10 +55,13 @@ def load_inputs(settings: Settings) -> Inputs:
     check_mask(settings, config)
     tokenizer = load_tokenizer(settings.model)
     data = settings.data
+    parse_scorers(settings.evaluation.scorers)
+    check_ability(settings.evaluation)
     tasks = load_task_stream(data, tokenizer)
+    scorers = choose_scorers([(task.name, task.answers) for task in tasks], settings.evaluation.scorers)
     general = None
     if data.general_file:
         general = load_general(data.general_file, tokenizer, data.cutoff, max_rows=data.max_eval_samples)
     start_distributed()
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
-    return Inputs(settings, config, tokenizer, dtype, tasks, general, settings.training_arguments())
+    return Inputs(settings, config, tokenizer, dtype, tasks, scorers, general, settings.training_arguments())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from piece_ds.arguments import Settings
 from piece_ds.distributed import barrier, is_main
-from piece_ds.evaluation import ResultMatrix
+from piece_ds.evaluation import ResultMatrix, get_scorer
 from piece_ds.files import write_json
 from piece_ds.judge import Scores
 from piece_ds.mask_statistics import mask_statistics, overlap, read_index
@@ -19,8 +19,14 @@ from piece_ds.report import RunResults, read_results
 from piece_ds.stream import Task
 
 
-def open_results(path: Path, settings: Settings, tasks: list[Task], resume: bool) -> RunResults:
-    """What path holds where the run is resumed, else results of nothing yet."""
+def open_results(
+    path: Path, settings: Settings, tasks: list[Task], scorers: dict[str, str], resume: bool
+) -> RunResults:
+    """What path holds where the run is resumed, else results of nothing yet.
+
+    Args:
+        scorers: task -> name of its scorer.
+    """
     if resume and path.is_file():
         return read_results(path)
     method = settings.method
@@ -31,7 +37,9 @@ def open_results(path: Path, settings: Settings, tasks: list[Task], resume: bool
         name=method.method if ratio == 1.0 else f"{method.method} {100 * ratio:g} %",
         method=method.method,
         ratio=ratio,
-        matrix=ResultMatrix(tuple(task.name for task in tasks)),
+        matrix=ResultMatrix(
+            tuple(task.name for task in tasks), tuple(get_scorer(scorers[task.name]).metric for task in tasks)
+        ),
         settings=settings.shown(),
         notes=notes,
     )
@@ -44,7 +52,8 @@ def num_finished(results: RunResults) -> int:
 
 def with_before(results: RunResults, scores: Scores) -> RunResults:
     """results with the row before any task."""
-    return replace(results, matrix=results.matrix.with_before(scores.accuracy, scores.loss, scores.general_loss))
+    matrix = results.matrix.with_before(scores.score, scores.loss, scores.general_loss)
+    return _with_details(replace(results, matrix=matrix), "before", scores)
 
 
 def with_task(
@@ -63,13 +72,21 @@ def with_task(
         numel: elements of each parameter.
     """
     masks = results.masks if index is None else {**results.masks, task: mask_statistics(index, numel)}
-    return replace(
+    results = replace(
         results,
-        matrix=results.matrix.with_row(scores.accuracy, scores.loss, scores.general_loss),
+        matrix=results.matrix.with_row(scores.score, scores.loss, scores.general_loss),
         masks=masks,
         logs={**results.logs, task: log},
-        cost={**results.cost, task: {**cost, "evaluate_seconds": scores.seconds}},
+        cost={**results.cost, task: {**cost, **scores.cost}},
     )
+    return _with_details(results, f"after {task}", scores)
+
+
+def _with_details(results: RunResults, moment: str, scores: Scores) -> RunResults:
+    """results with what was measured beside the scores at moment."""
+    measures = {**results.measures, moment: scores.measures} if scores.measures else results.measures
+    ability = {**results.ability, moment: scores.ability} if scores.ability else results.ability
+    return replace(results, measures=measures, ability=ability)
 
 
 def with_overlaps(results: RunResults, mask_files: list[Path]) -> RunResults:

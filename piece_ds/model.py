@@ -15,6 +15,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from piece_ds.config import ModelArguments
 from piece_ds.errors import UserError
+from piece_ds.positions import count_positions_from_mask_
 from piece_ds.state.partition import Layout, input_embedding, layout_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,9 +67,11 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    count_positions_from_mask_(model)
+    return model
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:

@@ -43,6 +43,10 @@ class RunFolder:
     def model(self, index: int, name: str) -> Path:
         return self.task(index, name) / "model"
 
+    def predictions(self, moment: str) -> Path:
+        """Where what the model wrote at a moment of the stream lies: "before", or the name of a task's folder."""
+        return self.root / "predictions" / moment
+
     def require_free(self, resume: bool) -> None:
         """Raise UserError, on all ranks, where the folder holds a run and resume is not asked."""
         if broadcast_object(self.run_file.exists() and not resume):

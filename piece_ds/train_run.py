@@ -50,6 +50,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         settings,
         inputs.tokenizer,
         inputs.tasks,
+        inputs.scorers,
         inputs.general,
         inputs.dtype,
         folder,

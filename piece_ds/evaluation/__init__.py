@@ -1,23 +1,23 @@
 """How well a model does: its loss, its answers, and what both say about a whole stream of tasks."""
 
-from piece_ds.evaluation.answers import LETTER, NUMBER, TEXT, WORD, accuracy, answer_kind
-from piece_ds.evaluation.generate import generate_texts, is_partitioned
+from piece_ds.evaluation.generate import Decoding, Generated, generate_texts, is_partitioned
 from piece_ds.evaluation.loss import LossResult, count_labels, evaluate_loss
 from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.evaluation.measure import Measure
+from piece_ds.evaluation.scorers import Scorer, choose_scorers, get_scorer, scorer_names
 
 __all__ = [
-    "LETTER",
-    "NUMBER",
-    "TEXT",
-    "WORD",
+    "Decoding",
+    "Generated",
     "LossResult",
     "Measure",
     "ResultMatrix",
-    "accuracy",
-    "answer_kind",
+    "Scorer",
+    "choose_scorers",
     "count_labels",
     "evaluate_loss",
     "generate_texts",
+    "get_scorer",
     "is_partitioned",
+    "scorer_names",
 ]

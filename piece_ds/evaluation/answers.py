@@ -9,7 +9,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
-from math import nan
 
 LETTER = "letter"  # one capital letter, perhaps with reasons after it
 NUMBER = "number"  # a number; a few words among the answers do no harm
@@ -58,23 +57,24 @@ def answer_kind(golds: Sequence[str]) -> str:
     return NUMBER if share >= MIN_NUMBER_SHARE else WORD
 
 
-def accuracy(outputs: Sequence[str], golds: Sequence[str], kind: str) -> float:
-    """Share of outputs that give their gold answer, in [0, 1]; nan without rows.
+def is_right(output: str, gold: str, kind: str) -> bool:
+    """Whether output gives the answer gold.
 
     Args:
-        outputs: what the model wrote after each prompt.
-        golds: the right answers, in the same order.
+        output: what the model wrote after the prompt.
+        gold: the right answer.
         kind: LETTER, NUMBER or WORD.
     Raises:
-        ValueError: TEXT or an unknown kind, or lengths that differ.
+        ValueError: TEXT or an unknown kind.
     """
     if kind not in _JUDGES:
-        raise ValueError(f"answers of kind {kind!r} have no accuracy; kinds that have: {', '.join(_JUDGES)}")
-    if len(outputs) != len(golds):
-        raise ValueError(f"{len(outputs)} outputs for {len(golds)} gold answers")
-    judge = _JUDGES[kind]
-    right = sum(judge(_after_thinking(output), gold) for output, gold in zip(outputs, golds, strict=True))
-    return right / len(golds) if golds else nan
+        raise ValueError(f"answers of kind {kind!r} are not right or wrong; kinds that are: {', '.join(_JUDGES)}")
+    return _JUDGES[kind](output, gold)
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last </think> of a reasoning model's output."""
+    return text.rsplit("</think>", 1)[-1]
 
 
 def parse_letter(text: str) -> str | None:
@@ -124,11 +124,6 @@ def _word_is_right(output: str, gold: str) -> bool:
 
 
 _JUDGES = {LETTER: _letter_is_right, NUMBER: _number_is_right, WORD: _word_is_right}
-
-
-def _after_thinking(text: str) -> str:
-    """What follows the last </think> of a reasoning model's output."""
-    return text.rsplit("</think>", 1)[-1]
 
 
 def _is_word(text: str) -> bool:

@@ -1,8 +1,10 @@
-"""Greedy answers to many prompts, with the work dealt over ranks and every answer on every rank."""
+"""Answers to many prompts, greedy or drawn, with the work dealt over ranks and every answer on every rank."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,48 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from piece_ds.distributed import all_gather_objects, world_size
 from piece_ds.evaluation.dealing import deal_batches
 from piece_ds.evaluation.mode import evaluating
+from piece_ds.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen.
+
+    Attributes:
+        sample: draw it; False takes the likeliest.
+        temperature, top_k, top_p: of drawing; the defaults are those of the method's authors.
+        seed: of drawing. Every batch is drawn from a state of its own, so that texts do not depend on the ranks.
+    """
+
+    sample: bool = False
+    temperature: float = 0.3
+    top_k: int = 10
+    top_p: float = 0.95
+    seed: int = 42
+
+    def config(self) -> dict[str, Any]:
+        """The settings as GenerationConfig takes them."""
+        if not self.sample:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+
+GREEDY = Decoding()
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Texts with what they cost.
+
+    Attributes:
+        texts: in the order of the prompts, without special tokens.
+        num_tokens: tokens generated, the ending one of each text included, padding not.
+        seconds: wall time on this rank.
+    """
+
+    texts: list[str]
+    num_tokens: int
+    seconds: float
 
 
 def generate_texts(
@@ -20,9 +64,11 @@ def generate_texts(
     max_new_tokens: int,
     batch_size: int,
     device: torch.device | str,
+    decoding: Decoding = GREEDY,
     synced_gpus: bool | None = None,
-) -> list[str]:
-    """What model writes after each prompt, the likeliest token each time; call it on every rank.
+    description: str = "generating",
+) -> Generated:
+    """What model writes after each prompt; call it on every rank.
 
     Args:
         model: a causal model of transformers, or the DeepSpeed engine around one. Its training mode is restored.
@@ -30,36 +76,61 @@ def generate_texts(
         tokenizer: the model's; its pad (or EOS) token pads on the left, its EOS token ends an answer, besides those
             of the model's own generation settings, of which nothing else is used.
         max_new_tokens: most tokens of an answer, >= 1.
-        batch_size: prompts generated together.
+        batch_size: prompts generated together; the longest come first, neighbours in length together.
         device: where the batches go.
+        decoding: greedy, or drawn.
         synced_gpus: whether every rank must keep making forward passes until the last has finished; None looks
             whether the parameters are partitioned (ZeRO-3).
+        description: of the progress bar.
     Returns:
-        The texts in the order of prompts, without special tokens, on every rank.
+        The same texts and number of tokens on every rank.
     Cost: prompts / (batch_size * ranks) rounds of up to max_new_tokens passes; the texts go through pickle once.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt to generate from needs at least one token id")
+    begin = time.perf_counter()
     module = getattr(model, "module", model)
     synced = is_partitioned(module) if synced_gpus is None else synced_gpus
-    config = greedy_config(module, tokenizer, max_new_tokens)
-    texts: list[tuple[int, str]] = []
+    config = generation_config(module, tokenizer, max_new_tokens, decoding)
+    found: list[tuple[int, str, int]] = []
     with evaluating(model), no_generation_defaults(module):
-        for share in deal_batches([len(prompt) for prompt in prompts], batch_size):
+        shares = deal_batches([len(prompt) for prompt in prompts], batch_size)
+        for share in progress_bar(shares, description, unit="batch"):
             if not share.counted and not synced:
                 continue
             ids, mask = pad_left([prompts[index] for index in share.indices], cast(int, config.pad_token_id))
-            written = module.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                synced_gpus=synced and world_size() > 1,
-            )
+            with _drawing_from(decoding.seed + share.indices[0], torch.device(device), decoding.sample):
+                written = module.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=config,
+                    synced_gpus=synced and world_size() > 1,
+                )[:, ids.shape[1] :]
             if share.counted:
-                answers = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-                texts += zip(share.indices, answers, strict=True)
-    gathered = cast(list[list[tuple[int, str]]], all_gather_objects(texts))
-    return [text for _, text in sorted(pair for of_rank in gathered for pair in of_rank)]
+                answers = tokenizer.batch_decode(written, skip_special_tokens=True)
+                found += zip(share.indices, answers, _num_tokens(written, config), strict=True)
+    gathered = cast(list[list[tuple[int, str, int]]], all_gather_objects(found))
+    in_order = sorted(row for of_rank in gathered for row in of_rank)
+    texts = [text for _, text, _ in in_order]
+    return Generated(texts, sum(num for _, _, num in in_order), time.perf_counter() - begin)
+
+
+def _num_tokens(written: Tensor, config: GenerationConfig) -> list[int]:
+    """Tokens of each row up to its first end, which counts."""
+    ends = torch.isin(written, torch.tensor(config.eos_token_id or [-1], device=written.device))
+    before_end = (ends.cumsum(dim=1) - ends.long()) == 0
+    return before_end.sum(dim=1).tolist()
+
+
+@contextmanager
+def _drawing_from(seed: int, device: torch.device, sample: bool) -> Iterator[None]:
+    """Inside, the random states of the CPU and device start from seed; afterwards they are as before."""
+    if not sample:
+        yield
+        return
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 def is_partitioned(module: nn.Module) -> bool:
@@ -67,8 +138,10 @@ def is_partitioned(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
-def greedy_config(module: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Greedy settings; an answer ends at the tokenizer's EOS or one of the model's own (chat models have several)."""
+def generation_config(
+    module: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, decoding: Decoding = GREEDY
+) -> GenerationConfig:
+    """Settings of a generation. An answer ends at the tokenizer's EOS or the model's own (chat models have several)."""
     own = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -76,9 +149,9 @@ def greedy_config(module: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new
         max_new_tokens=max_new_tokens,
         pad_token_id=0 if pad is None else pad,
         eos_token_id=sorted(ends) or None,
-        do_sample=False,
         num_beams=1,
         use_cache=True,
+        **decoding.config(),
     )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from piece_ds.evaluation.measure import FIGURES, Measure, Row, difference, row_from_json, row_to_json
 
+ACCURACY, LOSS = "accuracy", "loss"  # metrics of tasks; the others are named in scorers.py
+
 
 @dataclass(frozen=True)
 class ResultMatrix:
@@ -13,38 +15,54 @@ class ResultMatrix:
 
     Attributes:
         tasks: names, in the order of training.
-        accuracy: share of right answers in [0, 1]; None where a task's answers are free text.
+        metrics: per task what its score is: "accuracy", "(BLEU-4 + ROUGE-L) / 2", "edit similarity", or "loss" where
+            nothing is generated.
+        score: in [0, 1], higher is better; None where the metric is "loss".
         loss: nats per answer token.
         general_loss: nats per token of text that no task trains, after each task.
         general_loss_before: the same before any task.
     """
 
     tasks: tuple[str, ...]
-    accuracy: Measure = field(default_factory=Measure)
+    metrics: tuple[str, ...]
+    score: Measure = field(default_factory=Measure)
     loss: Measure = field(default_factory=lambda: Measure(higher_is_better=False))
     general_loss: Row = ()
     general_loss_before: float | None = None
 
+    def __post_init__(self) -> None:
+        if len(self.metrics) != len(self.tasks):
+            raise ValueError(f"{len(self.metrics)} metrics for {len(self.tasks)} tasks")
+
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Per task the name of its main measure: accuracy where it was ever known, else loss."""
-        rows = [*self.accuracy.after, *([self.accuracy.before] if self.accuracy.before else [])]
-        known = [any(row[task] is not None for row in rows) for task in range(len(self.tasks))]
-        return tuple("accuracy" if has_accuracy else "loss" for has_accuracy in known)
+    def score_name(self) -> str:
+        """What the scores are called together: "accuracy" where all of them are, else "score"."""
+        return ACCURACY if set(self.metrics) <= {ACCURACY, LOSS} else "score"
+
+    @property
+    def accuracy(self) -> Measure:
+        """The scores that are accuracies; None for the other tasks."""
+        kept = [metric == ACCURACY for metric in self.metrics]
+
+        def only(row: Row) -> Row:
+            return tuple(value if keep else None for value, keep in zip(row, kept, strict=True))
+
+        before = None if self.score.before is None else only(self.score.before)
+        return Measure(tuple(map(only, self.score.after)), before)
 
     def with_before(
-        self, accuracy: Mapping[str, float | None], loss: Mapping[str, float | None], general_loss: float | None = None
+        self, score: Mapping[str, float | None], loss: Mapping[str, float | None], general_loss: float | None = None
     ) -> "ResultMatrix":
         """This matrix with the row before any task; tasks that a mapping leaves out were not evaluated."""
         return replace(
             self,
-            accuracy=replace(self.accuracy, before=self._row(accuracy)),
+            score=replace(self.score, before=self._row(score)),
             loss=replace(self.loss, before=self._row(loss)),
             general_loss_before=general_loss,
         )
 
     def with_row(
-        self, accuracy: Mapping[str, float | None], loss: Mapping[str, float | None], general_loss: float | None = None
+        self, score: Mapping[str, float | None], loss: Mapping[str, float | None], general_loss: float | None = None
     ) -> "ResultMatrix":
         """This matrix with the row of the next trained task; tasks that a mapping leaves out were not evaluated.
 
@@ -55,15 +73,15 @@ class ResultMatrix:
             raise ValueError(f"all {len(self.tasks)} tasks have their row already")
         return replace(
             self,
-            accuracy=replace(self.accuracy, after=(*self.accuracy.after, self._row(accuracy))),
+            score=replace(self.score, after=(*self.score.after, self._row(score))),
             loss=replace(self.loss, after=(*self.loss.after, self._row(loss))),
             general_loss=(*self.general_loss, general_loss),
         )
 
     def summary(self) -> dict[str, float | None]:
-        """The derived figures by name: those of accuracy, those of loss, and the change of the general loss."""
+        """The derived figures by name: of scores, the accuracies among them, losses; the change of the general loss."""
         figures: dict[str, float | None] = {}
-        for name, measure in (("accuracy", self.accuracy), ("loss", self.loss)):
+        for name, measure in (("score", self.score), ("accuracy", self.accuracy), ("loss", self.loss)):
             for figure in FIGURES:
                 figures[f"{name}_{figure}"] = getattr(measure, figure)()
         last = self.general_loss[-1] if self.general_loss else None
@@ -75,6 +93,7 @@ class ResultMatrix:
         return {
             "tasks": list(self.tasks),
             "metrics": list(self.metrics),
+            "score": self.score.to_json(),
             "accuracy": self.accuracy.to_json(),
             "loss": self.loss.to_json(),
             "general_loss": {
@@ -86,11 +105,13 @@ class ResultMatrix:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ResultMatrix":
-        """The matrix that to_json wrote; metrics and summary are derived, not read."""
+        """The matrix that to_json wrote; accuracy and summary are derived. (Files written before there were other
+        scores have accuracies alone.)"""
         general = values["general_loss"]
         return cls(
             tasks=tuple(values["tasks"]),
-            accuracy=Measure.from_json(values["accuracy"], higher_is_better=True),
+            metrics=tuple(values["metrics"]),
+            score=Measure.from_json(values.get("score", values["accuracy"]), higher_is_better=True),
             loss=Measure.from_json(values["loss"], higher_is_better=False),
             general_loss=row_from_json(general["after"]),
             general_loss_before=row_from_json([general["before"]])[0],

@@ -2,6 +2,15 @@
 
 from piece_ds.report.html import write_report
 from piece_ds.report.results import RunResults, read_results
+from piece_ds.report.seeds import Interval, over_seeds
 from piece_ds.report.table import markdown_results, print_results
 
-__all__ = ["RunResults", "markdown_results", "print_results", "read_results", "write_report"]
+__all__ = [
+    "Interval",
+    "RunResults",
+    "markdown_results",
+    "over_seeds",
+    "print_results",
+    "read_results",
+    "write_report",
+]

@@ -1,6 +1,6 @@
 """Results as rows of short texts, once for the console, Markdown and HTML."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from piece_ds.evaluation.measure import Measure
@@ -25,14 +25,14 @@ class Grid:
 
 
 def result_grids(run: RunResults) -> list[Grid]:
-    """The result matrix of a run: one grid of accuracies, where any task has them, and one of losses.
+    """The result matrix of a run: one grid of scores, where any task has them, and one of losses.
 
     A row is a moment of the stream (before it, after each task), a column a task; the last columns are the overall
     performance at that moment and the loss on general text.
     """
     grids = []
-    if "accuracy" in run.matrix.metrics:
-        grids.append(_matrix_grid(f"{run.name}: accuracy", run, run.matrix.accuracy, percent))
+    if has_scores(run.matrix.score):
+        grids.append(_matrix_grid(f"{run.name}: {run.matrix.score_name}", run, run.matrix.score, percent))
     grids.append(_matrix_grid(f"{run.name}: loss (nats per answer token)", run, run.matrix.loss, nats, general=True))
     return grids
 
@@ -40,12 +40,12 @@ def result_grids(run: RunResults) -> list[Grid]:
 def summary_grid(runs: Sequence[RunResults]) -> Grid:
     """Runs in rows, the derived figures in columns; figures that no run has are left out."""
     columns: list[tuple[str, str, Callable[[float | None], str]]] = [
-        ("OP", "accuracy_overall", percent),
-        ("learned", "accuracy_learning", percent),
-        ("BWT", "accuracy_backward_transfer", points),
-        ("BWT (authors)", "accuracy_backward_transfer_authors", points),
-        ("forgetting", "accuracy_forgetting", points),
-        ("FWT", "accuracy_forward_transfer", points),
+        ("OP", "score_overall", percent),
+        ("learned", "score_learning", percent),
+        ("BWT", "score_backward_transfer", points),
+        ("BWT (authors)", "score_backward_transfer_authors", points),
+        ("forgetting", "score_forgetting", points),
+        ("FWT", "score_forward_transfer", points),
         ("loss OP", "loss_overall", nats),
         ("loss BWT", "loss_backward_transfer", signed_nats),
         ("general loss change", "general_loss_change", signed_nats),
@@ -56,6 +56,32 @@ def summary_grid(runs: Sequence[RunResults]) -> Grid:
         (run.name, *(form(summary[key]) for _, key, form in kept)) for run, summary in zip(runs, summaries, strict=True)
     ]
     return Grid("Derived figures", ("run", *(label for label, _, _ in kept)), tuple(rows))
+
+
+def run_grids(run: RunResults) -> list[Grid]:
+    """Every grid of one run but its costs."""
+    beside = measures_grid(run)
+    return [*result_grids(run), *([beside] if beside.rows else [])]
+
+
+def measures_grid(run: RunResults) -> Grid:
+    """What was measured beside the scores: parts of a score, SARI, general ability; a row a moment and task.
+
+    Plain numbers, since the harness also has measures that are no shares, such as a perplexity.
+    """
+    moments: list[tuple[str, str, Mapping[str, float]]] = []
+    for moment, of_task in run.measures.items():
+        moments += [(moment, task, values) for task, values in of_task.items() if values]
+    moments += [(moment, "general ability", values) for moment, values in run.ability.items() if values]
+    names = list(dict.fromkeys(name for _, _, values in moments for name in values))
+    rows = [(moment, task, *(nats(values.get(name)) for name in names)) for moment, task, values in moments]
+    return Grid(f"{run.name}: beside the scores", ("", "task", *names), tuple(rows))
+
+
+def has_scores(measure: Measure) -> bool:
+    """Whether any task was scored at any moment."""
+    rows = [*measure.after, *([measure.before] if measure.before else [])]
+    return any(value is not None for row in rows for value in row)
 
 
 def cost_grid(runs: Sequence[RunResults]) -> Grid:
@@ -83,7 +109,7 @@ def points(value: float | None) -> str:
 
 
 def nats(value: float | None) -> str:
-    """A loss."""
+    """A loss, or another plain number."""
     return ABSENT if value is None else f"{value:.3f}"
 
 

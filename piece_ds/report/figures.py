@@ -8,7 +8,7 @@ from piece_ds.report.lines import Values, stream_figure, training_figure
 from piece_ds.report.page import ReportFigure
 from piece_ds.report.results import RunResults
 
-ACCURACY_PANEL = "accuracy, mean of the tasks seen"
+SCORE_PANEL = "score, mean of the tasks seen"
 
 
 def make_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
@@ -22,8 +22,8 @@ def make_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
 def _stream_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
     """Overall performance and general loss along the stream; runs of other tasks than the first run's are left out."""
     alike = [run for run in runs if run.tasks == runs[0].tasks]
-    accuracies: dict[str, Values] = {
-        run.name: [None, *(run.matrix.accuracy.overall(stage) for stage in range(len(run.matrix.accuracy.after)))]
+    scores: dict[str, Values] = {
+        run.name: [None, *(run.matrix.score.overall(stage) for stage in range(len(run.matrix.score.after)))]
         for run in alike
     }
     losses: dict[str, Values] = {
@@ -32,12 +32,12 @@ def _stream_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
     }
     general: dict[str, Values] = {run.name: [run.matrix.general_loss_before, *run.matrix.general_loss] for run in alike}
     candidates = {
-        ACCURACY_PANEL: accuracies,
+        SCORE_PANEL: scores,
         "loss, mean of the tasks seen": losses,
         "loss on general text": general,
     }
     panels = {title: of_run for title, of_run in candidates.items() if any(map(_has_values, of_run.values()))}
-    if ACCURACY_PANEL in panels:
+    if SCORE_PANEL in panels:
         panels.pop("loss, mean of the tasks seen", None)
     if not panels:
         return []
@@ -46,7 +46,7 @@ def _stream_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
         "each task: what is learned, and what it costs in general ability."
     )
     return [
-        ReportFigure("stream.png", caption, stream_figure(panels, ["before", *runs[0].tasks], shares=[ACCURACY_PANEL]))
+        ReportFigure("stream.png", caption, stream_figure(panels, ["before", *runs[0].tasks], shares=[SCORE_PANEL]))
     ]
 
 
@@ -62,13 +62,13 @@ def _training_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
 def _run_figures(run: RunResults, stem: str) -> list[ReportFigure]:
     matrix, figures = run.matrix, []
     for name, measure, ends, form in (
-        ("accuracy", matrix.accuracy, (0.0, 1.0), lambda value: f"{100 * value:.0f}"),
+        (matrix.score_name, matrix.score, (0.0, 1.0), lambda value: f"{100 * value:.0f}"),
         ("loss", matrix.loss, (None, None), "{:.2f}".format),
     ):
         rows = [*([measure.before] if measure.before else []), *measure.after]
         names = [*(["before"] if measure.before else []), *(f"after {task}" for task in run.tasks)][: len(rows)]
         if any(map(_has_values, rows)):
-            unit = "%" if name == "accuracy" else "nats per answer token"
+            unit = "nats per answer token" if name == "loss" else "%"
             png = result_heat_map(rows, names, run.tasks, f"{run.name}: {name} ({unit})", ends, form)
             caption = f"Result matrix of {run.name}, {name}: a row is a moment of the stream, a column a task."
             figures.append(ReportFigure(f"{stem}-{name}.png", caption, png))

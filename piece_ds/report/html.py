@@ -5,7 +5,7 @@ from pathlib import Path
 
 from piece_ds.errors import UserError
 from piece_ds.files import write_text, write_whole
-from piece_ds.report.cells import cost_grid, result_grids, summary_grid
+from piece_ds.report.cells import cost_grid, run_grids, summary_grid
 from piece_ds.report.page import render_page
 from piece_ds.report.results import RunResults
 
@@ -36,7 +36,7 @@ def write_report(output_dir: Path | str, runs: Sequence[RunResults], title: str 
     costs = cost_grid(runs)
     grids = [
         summary_grid(runs),
-        *(grid for run in runs for grid in result_grids(run)),
+        *(grid for run in runs for grid in run_grids(run)),
         *([costs] if costs.rows else []),
     ]
     page = render_page(

@@ -10,11 +10,11 @@ from piece_ds.report.cells import Grid
 
 DEFINITIONS = {
     "R[i][j]": "result on task j after training on task i; the row “before” is the model before any task. "
-    "Accuracy is the share of right answers where an answer is a letter, a number or a word; loss is the mean over "
-    "all answer tokens, in nats.",
+    "A score is in [0, 1]: accuracy where an answer is a letter, a number or a word, (BLEU-4 + ROUGE-L) / 2 where it "
+    "is free text, edit similarity where it is a line of code. Loss is the mean over all answer tokens, in nats.",
     "OP": "overall performance: mean of R[T][j] over the tasks j trained so far, T the last of them.",
     "learned": "mean of R[i][i], each task right after it was trained.",
-    "BWT": "backward transfer: mean over i < T of R[T][i] - R[i][i]. Negative accuracy (positive loss) is forgetting.",
+    "BWT": "backward transfer: mean over i < T of R[T][i] - R[i][i]. Negative (for a loss, positive) is forgetting.",
     "BWT (authors)": "as the method's authors compute it: the last task is left out, mean over i ≤ T-1 of "
     "R[T-1][i] - R[i][i], the zero term i = T-1 included.",
     "forgetting": "mean over i < T of the best R[l][i] with i ≤ l < T, minus R[T][i]; positive where ability was lost.",

@@ -26,6 +26,8 @@ class RunResults:
         matrix: results on every task after every task; it also holds the tasks' names and order.
         masks: task -> layer -> module type -> selected and total elements; tasks without a mask are left out.
         overlaps: Jaccard index of every two masks, in [0, 1], in the order of masks.
+        measures: moment ("before", "after TASK") -> task -> what was measured beside its score, in [0, 1].
+        ability: moment -> measure of general ability -> value.
         logs: task -> the trainer's log; entries with "step" and "loss" make the training curve.
         cost: task -> what was measured, by a name that says the unit ("train_seconds", "peak_bytes").
         settings: flags worth showing, as JSON values.
@@ -38,6 +40,8 @@ class RunResults:
     matrix: ResultMatrix
     masks: Mapping[str, Counts] = field(default_factory=dict)
     overlaps: Sequence[Sequence[float]] = ()
+    measures: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    ability: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +82,8 @@ class RunResults:
             "ratio": self.ratio,
             "finished": len(self.matrix.loss.after),
             "matrix": self.matrix.to_json(),
+            "measures": self.measures,
+            "ability": self.ability,
             "masks": self.masks,
             "overlaps": self.overlaps,
             "cost": self.cost,
@@ -91,7 +97,7 @@ class RunResults:
         """The results in the content of a results.json.
 
         Args:
-            values: as to_json gives them; name, settings and notes may be absent.
+            values: as to_json gives them; name, measures, ability, settings and notes may be absent.
             name: what to call the run; None means its own name, or else its method.
         Raises:
             UserError: values are not of this format and version, or a part is missing.
@@ -106,7 +112,7 @@ class RunResults:
         except (KeyError, TypeError) as error:
             raise UserError(f"results: a part is missing or of the wrong form ({error!r}); run again") from None
         name = name or values.get("name") or str(values["method"])
-        optional = {part: values[part] for part in ("settings", "notes") if part in values}
+        optional = {part: values[part] for part in ("measures", "ability", "settings", "notes") if part in values}
         return cls(name=name, matrix=matrix, **parts, **optional)
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from piece_ds.report.cells import Grid, result_grids, summary_grid
+from piece_ds.report.cells import Grid, run_grids, summary_grid
 from piece_ds.report.results import RunResults
 
 
@@ -20,7 +20,7 @@ def print_results(runs: Sequence[RunResults], console: Console | None = None) ->
             that is no terminal: wrapped rows would be unreadable in a log.
     """
     console = console or Console()
-    for grid in (*(grid for run in runs for grid in result_grids(run)), summary_grid(runs)):
+    for grid in (*(grid for run in runs for grid in run_grids(run)), summary_grid(runs)):
         if console.is_terminal:
             console.print(_rich_table(grid))
         else:
@@ -37,7 +37,7 @@ def markdown(grid: Grid) -> str:
 
 def markdown_results(runs: Sequence[RunResults]) -> str:
     """What print_results prints, as Markdown."""
-    grids = [*(grid for run in runs for grid in result_grids(run)), summary_grid(runs)]
+    grids = [*(grid for run in runs for grid in run_grids(run)), summary_grid(runs)]
     return "\n".join(map(markdown, grids))
 
 

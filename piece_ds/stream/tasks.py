@@ -1,5 +1,6 @@
 """The task stream: which rows are learned in which order, and which rows each task is judged on."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class Task:
         train, eval, test: columns input_ids and labels. eval is for the loss during training, test for the result
             matrix; where a file is absent the other stands in, and where both are, the first training rows.
         answers: the gold answers of test, as text, in its order.
+        prompt_texts: the prompts of test, as text, in its order.
         held_out: whether test holds rows other than the training file's.
     """
 
@@ -35,6 +37,7 @@ class Task:
     eval: datasets.Dataset
     test: datasets.Dataset
     answers: list[str] = field(repr=False)
+    prompt_texts: list[str] = field(repr=False)
     held_out: bool = True
 
     def prompts(self) -> list[list[int]]:
@@ -107,19 +110,25 @@ def _load_task(name: str, files: dict[str, str], encoder: Encoder, max_eval_samp
     judged = splits["train"] if held_out else first_rows(splits["train"], max_eval_samples or NUM_TRAINING_ROWS_JUDGED)
     test_split = "test" if "test" in files else "eval" if "eval" in files else "train"
     test = splits[test_split] if held_out else judged
+    prompt_texts, answers = _texts(first_rows(rows[test_split], len(test)), encoder)
     return Task(
         name=name,
         train=splits["train"],
         eval=splits.get("eval", test),
         test=test,
-        answers=_answers(first_rows(rows[test_split], len(test)), encoder),
+        answers=answers,
+        prompt_texts=prompt_texts,
         held_out=held_out,
     )
 
 
-def _answers(rows: datasets.Dataset, encoder: Encoder) -> list[str]:
-    """Gold answers as text; for rows of token ids, what their labels decode to."""
+def _texts(rows: datasets.Dataset, encoder: Encoder) -> tuple[list[str], list[str]]:
+    """Prompts and gold answers as text; for rows of token ids, what these decode to."""
     if "answer" in rows.column_names:
-        return list(rows["answer"])
-    labels = [split_prompt(row["input_ids"], row["labels"])[1] for row in rows]
-    return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in labels]
+        return list(rows["prompt"]), list(rows["answer"])
+    prompts, answers = zip(*(split_prompt(row["input_ids"], row["labels"]) for row in rows), strict=True)
+
+    def decode(many: Iterable[list[int]]) -> list[str]:
+        return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in many]
+
+    return decode(prompts), decode(answers)

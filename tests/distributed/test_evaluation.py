@@ -1,4 +1,4 @@
-"""Loss and generation give the same for one process, for two ranks, and under ZeRO-3; no rank waits for another.
+"""Loss, texts and scores are the same for one process and for two ranks under ZeRO-2 and 3; no rank waits for another.
 
 Run as a script this file is the worker of its own tests: one rank of a job that torchrun started.
 """
@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from piece_ds.distributed import all_gather_objects, is_main
 from piece_ds.embedded.tokenizer import make_tokenizer
-from piece_ds.evaluation import evaluate_loss, generate_texts
+from piece_ds.evaluation import Decoding, evaluate_loss, generate_texts, get_scorer, scorer_names
+from piece_ds.evaluation.humaneval import Problem, passed
 from piece_ds.stream import Collator, Encoder
 
 # Lengths differ a lot, and neither 7 rows nor 4 batches of 2 divide among the ranks evenly in every case below.
@@ -33,17 +34,25 @@ def alone() -> Iterator[dict[str, Any]]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_equal_one_process(tmp_path: Path, alone: dict[str, Any], stage: int) -> None:
     together = run_job(tmp_path, num_ranks=2, stage=stage)
     assert together["texts"] == alone["texts"]
     assert together["tokens"] == alone["tokens"]
+    assert together["drawn"] == alone["drawn"] != alone["texts"]["7"]
+    assert together["scores"] == alone["scores"]  # the same bits: JSON keeps every digit
+    assert together["passed"] == alone["passed"] == [True, False] * 3 + [True]
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
 
 def test_generations_end_at_different_steps(alone: dict[str, Any]) -> None:
     """Otherwise the jobs above would not show that an early rank keeps step with a late one."""
     assert len({len(text) for text in alone["texts"]["7"]}) > 2
+
+
+def test_the_scores_that_are_compared_are_between_nothing_and_everything(alone: dict[str, Any]) -> None:
+    assert all(0 < alone["scores"][f"{name} {scoring}"]["score"] < 1
+               for name in ("text", "simplification", "code") for scoring in ("clean", "authors"))  # fmt: skip
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -75,8 +84,21 @@ def evaluate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> dict
         loss = evaluate_loss(model, rows[:num_rows], Collator(pad_id=0), batch_size=2, device="cpu")
         results["losses"][str(num_rows)] = loss.sum_loss
         results["tokens"][str(num_rows)] = loss.num_tokens
-        texts = generate_texts(model, prompts[:num_rows], tokenizer, max_new_tokens=24, batch_size=2, device="cpu")
-        results["texts"][str(num_rows)] = texts
+        results["texts"][str(num_rows)] = generate_texts(model, prompts[:num_rows], tokenizer, 24, 2, "cpu").texts
+    drawn = Decoding(sample=True, temperature=1.0, top_k=50)
+    results["drawn"] = generate_texts(model, prompts, tokenizer, 24, 2, "cpu", drawn).texts
+    # The model writes noise, so the gold answers are pieces of what it wrote, cut at different places.
+    outputs, questions = results["texts"]["7"], [prompt for prompt, _ in PAIRS]
+    golds = [output[: 1 + index % 5] or "A" for index, output in enumerate(outputs)]
+    results["scores"] = {
+        f"{name} {scoring}": get_scorer(name).score(outputs, golds, questions, scoring)
+        for name in scorer_names()
+        for scoring in ("clean", "authors")
+        if get_scorer(name).generates
+    }
+    problems = [Problem(str(index), "", "", "f") for index in range(len(PAIRS))]
+    completions = [str(index % 2) for index in range(len(PAIRS))]
+    results["passed"] = passed(problems, completions, lambda program: program.startswith("0"))
     assert model.training
     return results
 

@@ -26,6 +26,7 @@ from support.stream_runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from piece_ds.__main__ import main
+from piece_ds.predictions import rescore
 
 FOLDERS = {"letter": "00-letter", "text": "01-text"}
 TASK_FILES = {"mask.safetensors", "delta.safetensors", "metrics.jsonl"}
@@ -47,6 +48,8 @@ def test_stream_writes_exactly_the_files_of_the_contract(stream: Path) -> None:
     for folder in FOLDERS.values():
         expected |= {f"{folder}/{name}" for name in TASK_FILES}
         expected |= {f"{folder}/model/{name}" for name in MODEL_FILES}
+    moments = {"before": FOLDERS, "00-letter": ["letter"], "01-text": FOLDERS}
+    expected |= {f"predictions/{moment}/{task}.jsonl" for moment, tasks in moments.items() for task in tasks}
     assert tree(stream) - figures == expected
     assert figures
 
@@ -172,6 +175,21 @@ def test_result_matrix_is_complete(stream: Path) -> None:
     assert torch.equal(overlaps, overlaps.T)
     assert overlaps.diagonal().tolist() == [1.0, 1.0]
     assert all(cost["num_steps"] == NUM_STEPS for cost in results["cost"].values())
+
+
+def test_what_was_written_gives_the_scores_again(stream: Path) -> None:
+    """At every moment, for every task seen: a letter task has an accuracy, a text task BLEU and ROUGE too."""
+    results = results_of(stream)
+    matrix = results["matrix"]
+    assert matrix["metrics"] == ["accuracy", "(BLEU-4 + ROUGE-L) / 2"]
+    for moment, row in zip(["before", *FOLDERS.values()], [matrix["score"]["before"], *matrix["score"]["after"]],
+                           strict=True):  # fmt: skip
+        files = {path.stem: path for path in (stream / "predictions" / moment).iterdir()}
+        assert {task: rescore(path)["score"] for task, path in files.items()} == {
+            task: value for task, value in zip(FOLDERS, row, strict=True) if value is not None
+        }
+    assert list(results["measures"]["after text"]["text"]) == ["bleu_4", "rouge_l"]
+    assert results["cost"]["text"]["generated_tokens_per_second"] > 0
 
 
 def _assert_lower_triangle(table: dict[str, Any]) -> None:

@@ -34,6 +34,21 @@ def assert_only_selected_moved(base: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_next_task_is_judged_where_forward_transfer_is_asked_for(
+    material: Material, slow_variants: Results
+) -> None:
+    """And a task whose scorer is "loss" is not generated for."""
+    result_of(slow_variants, "ahead")
+    matrix = json.loads((material.out("ahead") / "results.json").read_text())["matrix"]
+    assert matrix["metrics"] == ["loss", "(BLEU-4 + ROUGE-L) / 2"]
+    assert all(value is not None for row in matrix["loss"]["after"] for value in row)
+    assert matrix["summary"]["loss_forward_transfer"] is not None
+    assert matrix["score"]["after"][0][0] is None
+    files = (material.out("ahead") / "predictions").rglob("*.jsonl")
+    assert {path.stem for path in files} == {"text"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [path.stem for path in sorted(CONFIGS.glob("*.json"))])
 def test_every_configuration_trains_only_selected_weights(
     material: Material, slow_variants: Results, config: str

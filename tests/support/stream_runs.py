@@ -23,6 +23,7 @@ TRAINING = {
     "lr_scheduler_type": "constant",
     "weight_decay": WEIGHT_DECAY,
     "max_grad_norm": MAX_GRAD_NORM,
+    "max_new_tokens_text": 8,
     "train_sampling_strategy": "sequential",
     "save_model": "each",
     "logging_steps": 1,
@@ -99,6 +100,8 @@ def slow_variant_flags(material: Material) -> dict[str, list[str]]:
     runs |= {f"save-{mode}": material.stream_flags(f"save-{mode}", **few, save_model=mode)
              for mode in ("last", "each", "never")}  # fmt: skip
     return runs | {
+        "ahead": material.stream_flags("ahead", **few, save_model="never", forward_transfer=True, sample=True,
+                                       scoring="authors", scorers="letter=loss"),
         "statistics-first": short("statistics-first", **statistics),
         "statistics-ratio": short("statistics-ratio", **statistics, method="piece-f", mask_ratio=0.01),
         "evaluated": short("evaluated", max_steps=2, eval_strategy="steps", eval_steps=1,

@@ -31,7 +31,7 @@ from piece_ds.stream import Task
 
 def make_task(num_rows: int) -> Task:
     rows = datasets.Dataset.from_dict({"input_ids": [[1, 2]] * num_rows, "labels": [[-100, 2]] * num_rows})
-    return Task("sums", rows, rows, rows, ["x"] * num_rows)
+    return Task("sums", rows, rows, rows, ["x"] * num_rows, ["?"] * num_rows)
 
 
 def training(**values: Any) -> Any:

@@ -1,15 +1,23 @@
 """Answers: what kind a task has, and which outputs count as right."""
 
 import json
-import math
 import os
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from piece_ds.evaluation import LETTER, NUMBER, TEXT, WORD, accuracy, answer_kind
-from piece_ds.evaluation.answers import parse_letter, parse_number
+from piece_ds.evaluation.answers import (
+    LETTER,
+    NUMBER,
+    TEXT,
+    WORD,
+    after_thinking,
+    answer_kind,
+    is_right,
+    parse_letter,
+    parse_number,
+)
 
 TRACE = Path(os.environ.get("PIECE_DS_SHARED", Path(__file__).parents[3] / "shared")) / "trace"
 
@@ -105,27 +113,29 @@ def test_numbers_are_read_from_free_writing(output: str, number: str | None) -> 
     assert parse_number(output) == (None if number is None else Decimal(number))
 
 
-def test_accuracy_by_letter_counts_the_gold_letter_before_its_reasons() -> None:
-    outputs = ["B", "The answer is (A).", "", "<think>A or B?</think>\nB"]
-    assert accuracy(outputs, ["B\nbecause", "A\nsince", "C\nas", "B\nx"], LETTER) == 0.75
+def right(outputs: list[str], golds: list[str], kind: str) -> list[bool]:
+    return [is_right(output, gold, kind) for output, gold in zip(outputs, golds, strict=True)]
 
 
-def test_accuracy_by_number_compares_values_and_words_as_they_stand() -> None:
+def test_right_by_letter_is_the_gold_letter_before_its_reasons() -> None:
+    outputs = ["B", "The answer is (A).", "", after_thinking("<think>A or B?</think>\nB")]
+    assert right(outputs, ["B\nbecause", "A\nsince", "C\nas", "B\nx"], LETTER) == [True, True, False, True]
+
+
+def test_right_by_number_compares_values_and_words_as_they_stand() -> None:
     outputs = ["11.0", "$1,000", "Friday.", "Monday", "12 apples", "x"]
-    assert accuracy(outputs, ["11", "1000", "Friday", "Friday", "12", "3"], NUMBER) == pytest.approx(4 / 6)
+    golds = ["11", "1000", "Friday", "Friday", "12", "3"]
+    assert right(outputs, golds, NUMBER) == [True, True, True, False, True, False]
 
 
-def test_accuracy_by_word_needs_the_whole_first_line() -> None:
+def test_right_by_word_needs_the_whole_first_line() -> None:
     outputs = [" dog\n", "dog.", "dogs", "Dog", "a dog", ""]
-    assert accuracy(outputs, ["dog"] * 6, WORD) == pytest.approx(2 / 6)
+    assert right(outputs, ["dog"] * 6, WORD) == [True, True, False, False, False, False]
 
 
-def test_accuracy_of_nothing_is_nan_and_bad_calls_are_refused() -> None:
-    assert math.isnan(accuracy([], [], LETTER))
-    with pytest.raises(ValueError, match="2 outputs for 1 gold"):
-        accuracy(["A", "B"], ["A"], LETTER)
-    with pytest.raises(ValueError, match="kind 'text' have no accuracy"):
-        accuracy(["A"], ["A"], TEXT)
+def test_text_is_not_right_or_wrong() -> None:
+    with pytest.raises(ValueError, match="kind 'text' are not right or wrong"):
+        is_right("A", "A", TEXT)
 
 
 @pytest.mark.skipif(not TRACE.is_dir(), reason="TRACE is not here")
@@ -148,5 +158,5 @@ def test_trace_tasks_have_the_kind_of_their_official_score(task: str, kind: str)
         golds = [row["answer"] for row in rows]
         assert answer_kind(golds) == kind
         if kind != TEXT:
-            assert accuracy(golds, golds, kind) == 1.0
-            assert accuracy([row["prompt"] for row in rows], golds, kind) < 0.6
+            assert all(right(golds, golds, kind))
+            assert sum(right([row["prompt"] for row in rows], golds, kind)) < 0.6 * len(rows)

