@@ -136,7 +136,9 @@ def main(stage: int, path: Path) -> None:
         path.write_text(json.dumps(results))
     engine.destroy()
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # gloo's threads abort a process that exits without it
+    torch.distributed.destroy_process_group()  # gloo's threads abort a process that exits without it,
+    sys.stdout.flush()
+    os._exit(0)  # and once in a long while one that goes on to take the interpreter down
 
 
 if __name__ == "__main__":
