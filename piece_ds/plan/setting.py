@@ -27,7 +27,7 @@ class Setting:
 
     world: int = 1
     zero: int = 3
-    update_mode: str = "masked"
+    update_mode: str = "compact"
     dtype: str = "bf16"
     ratio: float = 0.001
     method: str = "piece-s"

@@ -27,6 +27,7 @@ HIDDEN = 128
 
 SETTINGS = {
     f"zero{zero}-{dtype}{'-offload' if offload else ''}{'-all' if offload_param else ''}": Setting(
+        update_mode="masked",
         world=NUM_RANKS, zero=zero, dtype=dtype, ratio=RATIO, accumulation=ACCUMULATION, offload_optimizer=offload,
         offload_param=offload_param)
     for zero in (0, 1, 2, 3)

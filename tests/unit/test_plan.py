@@ -52,11 +52,14 @@ def sizes(setting: Setting, moment: str, on_host: bool = False) -> float:
 
 def test_masked_zero3_by_hand() -> None:
     """2 N + (4 + 8 + 4) T over 4 ranks, one more fp32 gradient in the step, 16 K / 4 positions; 8 E to select."""
-    setting = Setting(world=4)
+    setting = Setting(world=4, update_mode="masked")
     assert sizes(setting, "backward") == 500_000 + 16 * 225_000 + 16 * 250
     assert sizes(setting, "step") == 500_000 + 20 * 225_000 + 16 * 250
     assert sizes(setting, "statistics") == 500_000 + 8 * 225_000 + 8 * 225_000
-    assert sizes(Setting(world=4, method="piece-f"), "statistics") == 500_000 + 8 * 225_000 + 4 * 225_000
+    assert (
+        sizes(Setting(world=4, update_mode="masked", method="piece-f"), "statistics")
+        == 500_000 + 8 * 225_000 + 4 * 225_000
+    )
 
 
 def test_compact_zero3_by_hand() -> None:
@@ -71,21 +74,22 @@ def test_lora_has_rank_times_rows_and_columns() -> None:
 
 
 def test_offload_moves_masters_and_moments_to_the_cpu() -> None:
-    here, there = Setting(world=4), Setting(world=4, offload_optimizer=True)
+    here, there = (Setting(world=4, update_mode="masked", offload_optimizer=off) for off in (False, True))
     assert sizes(here, "backward") - sizes(there, "backward") == 16 * 225_000
     assert sizes(there, "backward", on_host=True) == 20 * 225_000 + sizes(here, "backward", on_host=True)
-    both = Setting(world=4, offload_optimizer=True, offload_param=True)
+    both = Setting(world=4, update_mode="masked", offload_optimizer=True, offload_param=True)
     assert sizes(there, "backward") - sizes(both, "backward") == 500_000
 
 
 def test_peak_is_the_largest_moment() -> None:
-    terms = memory_terms(ROUND, Setting(world=4))
+    terms = memory_terms(ROUND, Setting(world=4, update_mode="masked"))
     assert peak(terms) == max((total(terms, moment), moment) for moment in MOMENTS)
 
 
 def test_traffic_by_hand() -> None:
     """Ring: three quarters of a gather over 4 ranks, twice that of an all-reduce."""
-    received = {t.name: t.received for t in transfers(ROUND, Setting(world=4, zero=2, accumulation=3))}
+    masked = Setting(world=4, zero=2, update_mode="masked", accumulation=3)
+    received = {t.name: t.received for t in transfers(ROUND, masked)}
     assert received["gradients"] == 3 * 2 * 0.75 * 4 * 900_000
     assert received["updated parameters"] == 0.75 * 2 * 900_000
     compact = {t.name: t.received for t in transfers(ROUND, Setting(world=4, update_mode="compact", accumulation=3))}
