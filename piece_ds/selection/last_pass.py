@@ -4,7 +4,7 @@ from torch import Tensor
 
 from piece_ds import ops
 from piece_ds.importance import estimator
-from piece_ds.selection.budget import num_to_select
+from piece_ds.selection.budget import num_selected
 from piece_ds.selection.candidates import are_proven, room_for, sampled_bound
 from piece_ds.selection.runs import ScoreSource
 from piece_ds.state.partition import Layout
@@ -26,7 +26,7 @@ class LastPassFilter:
         """
         self.layout = layout
         self.scorer = estimator(method)
-        self.k = min(num_to_select(ratio, layout.total), layout.num_eligible)
+        self.k = num_selected(layout, ratio)
         self.lam = lam
         self.bound = 0.0
         self.candidates: ops.Candidates | None = None
