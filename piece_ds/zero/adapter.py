@@ -26,6 +26,7 @@ class Adapter(ABC):
     """
 
     private_names: tuple[str, ...] = ()
+    replicated = False  # whether every rank holds the whole reduced gradient
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -90,6 +91,24 @@ class Adapter(ABC):
 
         self.engine._take_model_step = _take_model_step
         return lambda: self.engine.__dict__.pop("_take_model_step", None)
+
+    @abstractmethod
+    def gradients(self) -> list[tuple[Tensor, list[Piece]]]:
+        """At an accumulation boundary: the flat tensors that hold the reduced gradient here, which may be written.
+
+        Not with optimizer offload, where norms were taken while gradients arrived.
+        """
+
+    def weights(self) -> list[tuple[Tensor, list[Piece]]]:
+        """fp32 values of the elements whose reduced gradient is here; not to be written. A collective."""
+        return self.masters()
+
+    def places(self) -> list[Piece]:
+        """The elements whose reduced gradient is here; offsets mean nothing."""
+        return [piece for _, pieces in self.masters() for piece in pieces]
+
+    def refresh_norm(self) -> None:  # noqa: B027 - DeepSpeed takes the norm itself, later, at most stages
+        """Report the norm of the gradient as it is now."""
 
     @abstractmethod
     def local_backward(self) -> AbstractContextManager[None]:

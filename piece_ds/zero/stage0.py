@@ -14,6 +14,8 @@ class Stage0(Adapter):
     """fp32: the bare optimizer steps the parameters themselves. bf16: FP16_Optimizer (one flat master a group) or
     FP16_UnfusedOptimizer (one master a parameter)."""
 
+    replicated = True
+
     def masters(self) -> list[tuple[Tensor, list[Piece]]]:
         flat_masters = getattr(self.optimizer, "fp32_groups_flat", None)
         if flat_masters is not None:
@@ -58,6 +60,13 @@ class Stage0(Adapter):
             if param.grad is not None:
                 self._bound.mask_(self.name_of[id(param)], param.grad)
         self._report_norm([param.grad for param in self._params if param.grad is not None])
+
+    def gradients(self) -> list[tuple[Tensor, list[Piece]]]:
+        params = [p for p in self.engine.module.parameters() if p.requires_grad and p.grad is not None]
+        return [(p.grad.view(-1), [Piece(self.name_of[id(p)], 0, p.numel(), 0)]) for p in params]
+
+    def refresh_norm(self) -> None:
+        self._report_norm([grad for grad, _ in self.gradients()])
 
     def _report_norm(self, grads: list[Tensor]) -> None:
         if self.optimizer is self.engine.basic_optimizer:  # fp32: DeepSpeed keeps no norm of its own here

@@ -56,6 +56,15 @@ class Stage12(Adapter):
                     self._bound.mask_(group, grad, offset)
                     offset += grad.numel()
 
+    def gradients(self) -> list[tuple[Tensor, list[Piece]]]:
+        result = []
+        for group in range(len(self.optimizer.round_robin_bit16_groups)):
+            partition, offset = self._partition(group), 0
+            for grad in self.optimizer.averaged_gradients[group]:
+                result.append((grad.view(-1), cut(partition, offset, offset + grad.numel())))
+                offset += grad.numel()
+        return result
+
     def _mask_offloaded_(self, group: int) -> None:
         self.optimizer._wait_for_offload_copies()
         grad = self.optimizer.single_partition_of_fp32_groups[group].grad

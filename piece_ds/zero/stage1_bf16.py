@@ -6,6 +6,7 @@ step is partitioned. So the whole buffer is masked.
 
 from contextlib import AbstractContextManager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,6 +22,8 @@ class Stage1BF16(Adapter):
         "bf16_groups",
         "real_dp_process_group",
     )
+
+    replicated = True
 
     def _pieces(self, group: int) -> list[Piece]:
         pieces, offset = [], 0
@@ -44,6 +47,23 @@ class Stage1BF16(Adapter):
     def mask_gradients_(self) -> None:
         for group, grad in enumerate(self.optimizer.fp32_groups_gradients_flat):
             self._bound.mask_(group, grad)
+
+    def gradients(self) -> list[tuple[Tensor, list[Piece]]]:
+        flats = self.optimizer.fp32_groups_gradients_flat
+        return [(grad, self._pieces(group)) for group, grad in enumerate(flats)]
+
+    def weights(self) -> list[tuple[Tensor, list[Piece]]]:
+        """Masters are partitioned here: each group is gathered."""
+        result = []
+        for group, master in enumerate(self.optimizer.fp32_groups_flat_partition):
+            ranks = self.optimizer.real_dp_process_group[group]
+            parts = [torch.empty_like(master) for _ in range(dist.get_world_size(group=ranks))]
+            dist.all_gather(parts, master.detach(), group=ranks)
+            result.append((torch.cat(parts), self._pieces(group)))
+        return result
+
+    def places(self) -> list[Piece]:
+        return [piece for group in range(len(self.optimizer.bf16_groups)) for piece in self._pieces(group)]
 
     def set_gradient(self, grad: Tensor) -> None:
         self.optimizer.fp32_groups_gradients_flat[0][: grad.numel()].copy_(grad)

@@ -58,6 +58,13 @@ class Stage3(Adapter):
             for param, grad in zip(params, self.optimizer.averaged_gradients[group], strict=True):
                 self._bound.mask_(self.name_of[id(param)], grad)
 
+    def gradients(self) -> list[tuple[Tensor, list[Piece]]]:
+        return [
+            (grad.view(-1), [self._piece(param)])
+            for group, params in enumerate(self.optimizer.fp16_groups)
+            for param, grad in zip(params, self.optimizer.averaged_gradients[group], strict=True)
+        ]
+
     def install_mask(self) -> Callable[[], None]:
         if not self.optimizer.offload_optimizer:
             return super().install_mask()

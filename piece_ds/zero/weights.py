@@ -29,7 +29,7 @@ def read_weight(param: nn.Parameter, start: int, numel: int) -> Tensor:
 
 
 def read_whole(param: nn.Parameter, device: torch.device) -> Tensor:
-    """All elements of a 1-D parameter on every rank, on device; a view where it is whole here. A collective.
+    """All elements of a parameter on every rank, on device: 1-D under ZeRO-3, else as it is. A collective.
 
     Cost: under ZeRO-3, one all-gather of the parameter, past DeepSpeed's bookkeeping of what is gathered.
     """

@@ -1,0 +1,115 @@
+"""A term added to the reduced gradient at every accumulation boundary, before overflow check, norm, clip and step.
+
+What a penalty in the loss would add, once per step and on the elements whose gradient this rank holds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from piece_ds.errors import UserError
+from piece_ds.state.mask import collective_device
+from piece_ds.state.partition import Layout, ParameterInfo, partition_of
+from piece_ds.zero.door import open_door
+from piece_ds.zero.pieces import Piece
+
+# Parameter name -> (flat index of the first element, values): one range of each parameter.
+Ranges = dict[str, tuple[int, Tensor]]
+
+
+class GradientTerm:
+    """Reads weights and gradients where they lie and adds to the gradients.
+
+    Attributes:
+        replicated: whether every rank holds all of them; else each holds its share.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        """
+        Raises:
+            UserError: the optimizer is offloaded: norms are then taken while gradients arrive, before a term is added.
+        """
+        offload = engine._config.zero_config.offload_optimizer
+        if offload is not None and str(getattr(offload.device, "value", offload.device)) != "none":
+            raise UserError("this method changes the reduced gradient, which is not proven with optimizer offload: use "
+                            "a DeepSpeed configuration without zero_optimization.offload_optimizer")  # fmt: skip
+        self._engine, self._adapter = engine, open_door(engine)
+        self.replicated = self._adapter.replicated or engine.dp_world_size == 1
+
+    def weights(self) -> Ranges:
+        """fp32 values of the trained elements here. A collective."""
+        return _ranges(self._adapter.weights())
+
+    def gradients(self) -> Ranges:
+        """The reduced gradient here, without DeepSpeed's loss scale, fp32; copies."""
+        scale = self.loss_scale
+        return {
+            name: (start, grad.float() / scale) for name, (start, grad) in _ranges(self._adapter.gradients()).items()
+        }
+
+    @property
+    def loss_scale(self) -> float:
+        """What DeepSpeed will divide the gradient by."""
+        return float(self._adapter.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
+
+    def add_(self, term: Ranges) -> None:
+        """Add term to the reduced gradient; ranges must cover what they are added to, other parameters stay."""
+        for grad, pieces in self._adapter.gradients():
+            for piece in pieces:
+                if piece.name in term:
+                    start, values = term[piece.name]
+                    part = values[piece.start - start : piece.start - start + piece.numel].to(
+                        grad.device, torch.float32
+                    )
+                    place = grad[piece.offset : piece.offset + piece.numel]
+                    place.copy_(place.float() + part * self.loss_scale)
+        self._adapter.refresh_norm()
+
+    def install(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Call function at every accumulation boundary; returns remove."""
+        return self._adapter.around_step(function)
+
+    def ranges_of(self, layout: Layout, flat_N: Tensor) -> Ranges:
+        """What the canonical layout holds (Layout.owned()), where this rank's gradients lie. A collective.
+
+        Cost: where ZeRO deals parameters out otherwise (stages 0 to 2, several ranks), 4 bytes per element received.
+        """
+        found: Ranges = {}
+        offset_of = {info.name: (part, offset) for info, part, offset in layout.owned()}
+        places = {piece.name: piece for piece in self._adapter.places()}
+        for info in layout.eligible():
+            part, offset = offset_of[info.name]
+            own, place = flat_N[offset : offset + part.numel], places.get(info.name)
+            if type(self._adapter).__name__ == "Stage3" or layout.num_ranks == 1:
+                start, whole = part.start, own
+            else:
+                start, whole = 0, _gather(info, own, layout)
+            if place is not None:
+                found[info.name] = (place.start, _cut(whole, start, place))
+        return found
+
+
+def _cut(values: Tensor, start: int, place: Piece) -> Tensor:
+    return values[place.start - start : place.start - start + place.numel].clone()
+
+
+def _ranges(flats: list[tuple[Tensor, list[Piece]]]) -> Ranges:
+    found: Ranges = {}
+    for flat, pieces in flats:
+        for piece in pieces:
+            assert piece.name not in found, f"{piece.name} lies in two buffers"
+            found[piece.name] = piece.start, flat.detach().view(-1)[piece.offset : piece.offset + piece.numel]
+    return found
+
+
+def _gather(info: ParameterInfo, own: Tensor, layout: Layout) -> Tensor:
+    """All elements of one parameter, fp32, from every rank's chunk. A collective."""
+    chunk = partition_of(info.numel, 0, layout.num_ranks).numel
+    padded = torch.zeros(chunk, dtype=torch.float32, device=collective_device())
+    padded[: own.numel()] = own
+    parts = [torch.empty_like(padded) for _ in range(layout.num_ranks)]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)[: info.numel].to(own.device)
