@@ -15,10 +15,17 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from piece_ds.config import DataArguments, EvaluationArguments, MethodArguments, ModelArguments, OutputArguments
+from piece_ds.config import (
+    BaselineArguments,
+    DataArguments,
+    EvaluationArguments,
+    MethodArguments,
+    ModelArguments,
+    OutputArguments,
+)
 from piece_ds.errors import UserError, nearest
 
-OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments, EvaluationArguments)
+OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments, EvaluationArguments, BaselineArguments)
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Settings:
     """Everything a run was asked to do.
 
     Attributes:
-        model, data, method, output, evaluation: this project's settings.
+        model, data, method, output, evaluation, baseline: this project's settings.
         flags: the flags that transformers' TrainingArguments is made from.
         given: names of the flags and YAML keys that were set by the user, without dashes.
     """
@@ -36,6 +43,7 @@ class Settings:
     method: MethodArguments
     output: OutputArguments
     evaluation: EvaluationArguments
+    baseline: BaselineArguments
     flags: tuple[str, ...]
     given: frozenset[str]
 
@@ -81,7 +89,7 @@ class Settings:
         return found
 
     def _ours(self) -> tuple[Any, ...]:
-        return self.model, self.data, self.method, self.output, self.evaluation
+        return self.model, self.data, self.method, self.output, self.evaluation, self.baseline
 
 
 def parse(argv: list[str], defaults: dict[str, Any] | None = None) -> Settings:
@@ -106,8 +114,8 @@ def parse(argv: list[str], defaults: dict[str, Any] | None = None) -> Settings:
     for item in rest:
         if item.startswith("--") and _flag_name(item) not in known:
             raise UserError(f"unknown flag {item.split('=')[0]}.{nearest(_flag_name(item), known)}")
-    model, data, method, output, evaluation = parsed[: len(OURS)]
-    return Settings(model, data, method, output, evaluation, tuple(rest), given)
+    model, data, method, output, evaluation, baseline = parsed[: len(OURS)]
+    return Settings(model, data, method, output, evaluation, baseline, tuple(rest), given)
 
 
 def given_names(argv: list[str]) -> frozenset[str]:

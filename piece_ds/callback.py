@@ -11,7 +11,7 @@ the trainer's own data and the mask goes in.
 import logging
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from piece_ds.checkpoint import load_mask, save_mask
 from piece_ds.config import UPDATE_MODES, require_choice
 from piece_ds.distributed import barrier, is_main
 from piece_ds.errors import UserError
-from piece_ds.estimate import estimate_mask
+from piece_ds.estimate import count_selected, estimate_mask
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.state.values import selected_values
@@ -56,6 +56,7 @@ class PieceCallback(TrainerCallback):
         update_mode: str = "masked",
         save_full: bool = False,
         selected_gradient: str = "auto",
+        count: Callable[[nn.Module], int] | None = None,
         estimate: Callable[[Any, MicroBatches, Layout], Mask] | None = None,
         **options: Any,
     ) -> None:
@@ -70,6 +71,7 @@ class PieceCallback(TrainerCallback):
             save_full: in compact mode, the trainer's checkpoints hold the whole model. Else they hold what training
                 changes; to resume from one, make the trainer with the model that training began with.
             selected_gradient: in compact mode, 'auto' or 'dense'; see GradientCollection.
+            count: model -> how many weights the mask will have, for compact mode; None means what method says.
             estimate: called instead of estimate_mask() with (engine, micro-batches, layout).
             options: more arguments of estimate_mask().
         Raises:
@@ -85,7 +87,7 @@ class PieceCallback(TrainerCallback):
         self._update_mode, self._save_full = update_mode, save_full
         self._selected_gradient = selected_gradient
         if update_mode == "compact":
-            self._prepare(ratio)
+            self._prepare(count or partial(count_selected, method, ratio=ratio, seed=options.get("seed", 42)))
         self._estimate = estimate or (
             lambda engine, batches, layout: estimate_mask(engine, batches, method, ratio, layout=layout, **options)
         )
@@ -124,18 +126,15 @@ class PieceCallback(TrainerCallback):
             self._update = None
             self.trainer.__dict__.pop("save_model", None)
 
-    def _prepare(self, ratio: float) -> None:
+    def _prepare(self, count: Callable[[nn.Module], int]) -> None:
         """Before the trainer makes its optimizer and engine: values for as many weights as will be selected."""
         trainer, model = self.trainer, self.trainer.model
         if trainer.optimizer is not None or model is None:
             raise UserError("compact mode makes the trainer's optimizer be one of the selected values: give Trainer a "
                             "model and no optimizer, or use update_mode='masked'")  # fmt: skip
         decays = trainer.get_decay_parameter_names(model)
-        if self.mask_file is None:
-            prepare_compact(model, ratio, decays=decays)
-        else:
-            given = load_mask(self.mask_file, layout_of(model))
-            prepare_compact(model, num_selected=given.num_selected, decays=decays)
+        given = load_mask(self.mask_file, layout_of(model)) if self.mask_file is not None else None
+        prepare_compact(model, num_selected=given.num_selected if given else count(model), decays=decays)
         if not self._save_full:
             trainer.save_model = _outside_checkpoints(trainer.save_model)
 

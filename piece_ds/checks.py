@@ -9,16 +9,14 @@ from transformers import TrainingArguments
 
 from piece_ds import ops
 from piece_ds.arguments import Settings
+from piece_ds.baselines import BASELINES, SELECTIONS
 from piece_ds.checkpoint import check_mask_file
 from piece_ds.distributed import world_size
 from piece_ds.errors import UserError, nearest
 from piece_ds.importance import estimator_names
 from piece_ds.model import empty_layout
-from piece_ds.stream import Task
 
 logger = logging.getLogger(__name__)
-
-BASELINES = ["seqft"]
 
 # transformers' names of the optimizers in zero/door.py's PROVEN_OPTIMIZERS that it can make.
 PROVEN_OPTIM = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
@@ -26,7 +24,7 @@ PROVEN_OPTIM = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
 
 def check_method(method: str) -> None:
     """Raise UserError unless method is one that exists."""
-    known = [*estimator_names(), *BASELINES]
+    known = [*estimator_names(), *SELECTIONS, *BASELINES]
     if method not in known:
         raise UserError(f"--method {method!r} is unknown; known: {', '.join(known)}.{nearest(method, known)}")
 
@@ -84,7 +82,7 @@ def check_training(arguments: TrainingArguments, masked: bool) -> None:
 
 def check_kernels(method: str, arguments: TrainingArguments) -> None:
     """Raise UserError unless the ops that method needs can run on this device; builds them where they have to be."""
-    if method != "seqft":
+    if method not in BASELINES or method in ("ewc", "gem"):  # these two take statistics
         ops.load(arguments.device.type)
 
 
@@ -108,17 +106,35 @@ def check_mask(settings: Settings, config: Any) -> None:
     """Raise UserError where --mask_file is damaged or of another model; only the model's configuration is needed."""
     if settings.method.mask_file is None:
         return
-    if settings.method.method == "seqft":
-        raise UserError("--mask_file has no meaning with --method seqft, which trains every weight")
+    if settings.method.method in BASELINES:
+        raise UserError(f"--mask_file has no meaning with --method {settings.method.method}, which has no mask")
     check_mask_file(settings.method.mask_file, empty_layout(settings.model, config))
 
 
-def check_accumulation(task: Task, arguments: TrainingArguments, allow_smaller: bool) -> None:
+def check_sources(settings: Settings, num_tasks: int) -> None:
+    """Raise UserError where a method lacks what it selects by, or a setting is given that it would ignore."""
+    method, data = settings.method, settings.data
+    if method.method == "piece-ratio" and not data.general_importance_file:
+        raise UserError("--method piece-ratio needs text that stands for general ability: --general_importance_file F")
+    if method.method == "piece-s-disjoint" and num_tasks < 2:
+        raise UserError(
+            "--method piece-s-disjoint avoids earlier tasks' weights: it needs a stream (--task_dir, --tasks)"
+        )
+    if method.method in SELECTIONS and method.statistics_file:
+        raise UserError(f"--statistics_file has no meaning with --method {method.method}: statistics that any ratio "
+                        "can use are those of piece-s and piece-f")  # fmt: skip
+    if method.method in SELECTIONS and method.budget != "model":
+        raise UserError(f"--budget {method.budget} has no meaning with --method {method.method}, which has its own")
+    if method.method != "piece-ratio" and (data.general_importance_file or method.general_statistics):
+        raise UserError("--general_importance_file and --general_statistics belong to --method piece-ratio")
+
+
+def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow_smaller: bool) -> None:
     """Raise UserError where the last step of an epoch would accumulate fewer micro-batches than the others.
 
     Nothing would be dropped, but that step's rows would weigh more; it is an option, not an accident.
     """
-    rows, accumulation = len(task.train), arguments.gradient_accumulation_steps
+    accumulation = arguments.gradient_accumulation_steps
     per_round = arguments.per_device_train_batch_size * world_size()
     rounds = -(-rows // per_round)
     steps = -(-rounds // accumulation)
@@ -127,7 +143,7 @@ def check_accumulation(task: Task, arguments: TrainingArguments, allow_smaller: 
         return
     left = rounds % accumulation
     message = (
-        f"task {task.name}: {rows} rows make {rounds} micro-batches of {arguments.per_device_train_batch_size} rows on "
+        f"task {name}: {rows} rows make {rounds} micro-batches of {arguments.per_device_train_batch_size} rows on "
         f"{world_size()} ranks, and gradient_accumulation_steps is {accumulation}: the last of {steps} steps of an "
         f"epoch would accumulate {left} instead of {accumulation}"
     )

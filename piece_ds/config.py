@@ -54,6 +54,9 @@ class DataArguments:
     general_file: str | None = field(
         default=None, metadata={"help": "text that no task trains; its loss is the general-ability column"}
     )
+    general_importance_file: str | None = field(
+        default=None, metadata={"help": "text that stands for general ability when piece-ratio selects; not judged on"}
+    )
     max_prompt_len: int = field(default=1024, metadata={"help": "tokens; prompt and answer are each cut to the sum"})
     max_ans_len: int = field(default=512, metadata={"help": "tokens; see max_prompt_len"})
     chat_template: bool = field(default=False, metadata={"help": "wrap the prompt in the tokenizer's chat template"})
@@ -84,7 +87,13 @@ class DataArguments:
 class MethodArguments:
     """How the weights to train are chosen and updated."""
 
-    method: str = field(default="piece-s", metadata={"help": "piece-s, piece-f, random, magnitude, or seqft (no mask)"})
+    method: str = field(
+        default="piece-s",
+        metadata={
+            "help": "piece-s, piece-f; selections: random, magnitude, lift, hft, layernorm, migu, shira, piece-ratio, "
+            "piece-s-disjoint; baselines: seqft, ewc, gem, lwf, replay, replay-online, lora, o-lora"
+        },
+    )
     mask_ratio: float = field(default=0.001, metadata={"help": "selected elements / elements of the model, in (0, 1]"})
     mask_file: str | None = field(default=None, metadata={"help": "use this mask instead of estimating one"})
     update_mode: str = field(
@@ -105,7 +114,18 @@ class MethodArguments:
         default=None, metadata={"help": "folder of saved statistics: read when it exists, else written"}
     )
 
+    lift_rank: int | None = field(
+        default=None, metadata={"help": "lift: rank of the approximation; without it 1/32 of a matrix's shorter side"}
+    )
+    general_statistics: str | None = field(
+        default=None,
+        metadata={"help": "piece-ratio: folder of the base model's statistics of --general_importance_file, kept there "
+                  "for other runs; without it OUTPUT_DIR/general_statistics"},
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
+        if self.lift_rank is not None:
+            require_positive("lift_rank", self.lift_rank)
         if not 0.0 < self.mask_ratio <= 1.0:
             raise UserError(f"--mask_ratio must be in (0, 1], got {self.mask_ratio}")
         require_choice("update_mode", self.update_mode, UPDATE_MODES)
@@ -114,6 +134,39 @@ class MethodArguments:
         require_choice("statistics_device", self.statistics_device, ["auto", "cpu"])
         require_positive("importance_batch_size", self.importance_batch_size)
         require_positive("importance_lambda", self.importance_lambda)
+
+
+@dataclass
+class BaselineArguments:
+    """What the methods without a mask need; each reads its own."""
+
+    ewc_lambda: float = field(default=400.0, metadata={"help": "ewc: weight of the quadratic penalty"})
+    ewc_decay: float = field(default=1.0, metadata={"help": "ewc: what is left of earlier tasks' Fisher, in (0, 1]"})
+    memory_ratio: float = field(
+        default=0.1, metadata={"help": "gem, replay, replay-online: share of each earlier task's rows that is kept"}
+    )
+    gem_margin: float = field(default=0.5, metadata={"help": "gem: least weight of a violated task's gradient"})
+    lwf_weight: float = field(default=1.0, metadata={"help": "lwf: weight of the distillation loss"})
+    lwf_temperature: float = field(default=2.0, metadata={"help": "lwf: temperature of both distributions"})
+    lora_r: int = field(default=8, metadata={"help": "lora, o-lora: rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "lora, o-lora: scaling is lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.1, metadata={"help": "lora, o-lora: dropout before the first factor"})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "lora, o-lora: comma-separated names as in peft, or all-linear"}
+    )
+    o_lora_lambda: float = field(default=0.5, metadata={"help": "o-lora: weight of the orthogonality penalty"})
+
+    def __post_init__(self) -> None:
+        for name in ("lwf_temperature", "lora_r", "lora_alpha", "ewc_decay", "memory_ratio"):
+            require_positive(name, getattr(self, name))
+        for name in ("ewc_decay", "memory_ratio"):
+            if getattr(self, name) > 1:
+                raise UserError(f"--{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("ewc_lambda", "gem_margin", "lwf_weight", "o_lora_lambda"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
 
 
 @dataclass

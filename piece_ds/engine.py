@@ -13,9 +13,10 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from piece_ds.arguments import Settings
+from piece_ds.baselines import Baseline, TaskContext
 from piece_ds.distributed import barrier, is_main
 from piece_ds.errors import UserError
 from piece_ds.judge import Scores, judge
@@ -24,7 +25,8 @@ from piece_ds.model import freeze_ineligible, load_model
 from piece_ds.report import RunResults
 from piece_ds.run_folder import RunFolder
 from piece_ds.state.partition import layout_of
-from piece_ds.stream import Task
+from piece_ds.stream import Task, make_collator
+from piece_ds.task_mask import MaskSource
 from piece_ds.task_run import PREVIOUS_NAME, train_task
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stream:
-    """A run: what to do, on which data, where to."""
+    """A run: what to do, on which data, where to.
+
+    Attributes:
+        baseline: the method, where it is one without a mask.
+        general_importance: text that piece-ratio takes statistics of.
+    """
 
     settings: Settings
     tokenizer: PreTrainedTokenizerBase
@@ -42,6 +49,9 @@ class Stream:
     dtype: torch.dtype
     folder: RunFolder
     eval_batch_size: int
+    seed: int
+    baseline: Baseline | None = None
+    general_importance: datasets.Dataset | None = None
 
     def model_folder(self, index: int) -> Path:
         return self.folder.model(index, self.tasks[index].name)
@@ -61,15 +71,18 @@ def run_stream(stream: Stream, resume: bool) -> RunResults:
     model = _load(stream, first)
     for index in range(first, len(stream.tasks)):
         folder = stream.folder.task(index, stream.tasks[index].name)
-        checkpoint = _last_checkpoint(folder) if resume and index == first else None
+        goes_on = resume and index == first and (stream.baseline is None or stream.baseline.resumes_inside)
+        checkpoint = _last_checkpoint(folder) if goes_on else None
         results = _run_task(stream, model, index, results, checkpoint)
     return results
 
 
 def _load(stream: Stream, first: int) -> nn.Module:
     """The model that task `first` starts from."""
-    source = None
+    source, previous = None, None
     if first > 0:
+        previous = stream.folder.task(first - 1, stream.tasks[first - 1].name)
+    if first > 0 and not (stream.baseline and stream.baseline.saves_itself):
         source = stream.model_folder(first - 1)
         if not (source / "config.json").is_file():
             raise UserError(f"{source} is missing: with --save_model never a stream cannot go on after task {first}; "
@@ -78,6 +91,9 @@ def _load(stream: Stream, first: int) -> nn.Module:
     arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
     model = load_model(stream.settings.model, stream.dtype, source)
     freeze_ineligible(model, _masked_names(stream.settings.method.mask_file))
+    if stream.baseline is not None:
+        set_seed(stream.seed)  # adapters are drawn, the same on every rank
+        model = stream.baseline.adapt(model, len(stream.tasks), previous)
     del arguments
     return model
 
@@ -112,6 +128,8 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         task,
         settings,
         folder,
+        _mask_source(stream, index) if stream.baseline is None else stream.baseline,
+        _context(stream, index),
         checkpoint,
         before if index == 0 else None,
         after,
@@ -125,6 +143,34 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         _tidy(stream, index)
     barrier()
     return results
+
+
+def _mask_source(stream: Stream, index: int) -> MaskSource:
+    method = stream.settings.method
+    return MaskSource(
+        method,
+        stream.tasks[index].name,
+        stream.seed,
+        _mask_files(stream, index) if method.method == "piece-s-disjoint" else (),
+        stream.general_importance,
+        Path(method.general_statistics or stream.folder.root / "general_statistics"),
+        is_base=index == 0,
+    )
+
+
+def _context(stream: Stream, index: int) -> TaskContext:
+    folders = [stream.folder.task(i, task.name) for i, task in enumerate(stream.tasks)]
+    return TaskContext(
+        index,
+        len(stream.tasks),
+        stream.tasks[index],
+        tuple(stream.tasks[:index]),
+        folders[index],
+        folders[index - 1] if index else None,
+        make_collator(stream.tokenizer),
+        stream.settings.method.importance_batch_size,
+        stream.seed,
+    )
 
 
 def _judge(stream: Stream, engine: Any, tasks: list[Task], moment: str) -> Scores:
@@ -152,6 +198,9 @@ def _tidy(stream: Stream, index: int) -> None:
     (folder / PREVIOUS_NAME).unlink(missing_ok=True)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+    if index > 0 and stream.baseline is not None:
+        for name in stream.baseline.passing:
+            shutil.rmtree(stream.folder.task(index - 1, stream.tasks[index - 1].name) / name, ignore_errors=True)
     if stream.settings.output.save_model == "last" and index > 0:
         shutil.rmtree(stream.model_folder(index - 1), ignore_errors=True)
 

@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from piece_ds.baselines import SELECTIONS, SelectionOptions, SelectionRequest
 from piece_ds.importance import estimator
 from piece_ds.selection import LastPassFilter, select
+from piece_ds.selection.budget import num_selected
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.state.statistics import GradientStats
@@ -24,13 +26,14 @@ def estimate_mask(
     device: torch.device | str | None = None,
     layout: Layout | None = None,
     stats: GradientStats | None = None,
+    options: SelectionOptions | None = None,
 ) -> Mask:
     """Estimate importance on data and select the most important weights of the model. A collective.
 
     Args:
         engine: deepspeed.DeepSpeedEngine, ZeRO 0-3.
         micro_batches: all of the task's micro-batches, the same on every rank (see stream.MicroBatches).
-        method: 'piece-s', 'piece-f', 'random' or 'magnitude'.
+        method: 'piece-s', 'piece-f', 'random', 'magnitude', or a name in baselines.SELECTIONS.
         ratio: selected / all elements of the model, in (0, 1].
         budget: 'model', 'layer' or 'tensor': what shares one top-k.
         lam: lambda of piece-s.
@@ -38,12 +41,18 @@ def estimate_mask(
         device: where statistics live; None means where gradients are, 'cpu' saves accelerator memory.
         layout: of the model; None means layout_of(engine.module).
         stats: statistics taken before; None means that they are taken now, if the method needs them.
+        options: what some of baselines.SELECTIONS need; these have their own budget, and take their own statistics.
     Returns:
         Mask; give it to attach().
     Cost: of collect_statistics() and select().
     """
-    scorer = estimator(method)
     layout = layout or layout_of(engine.module)
+    if method in SELECTIONS:
+        options = options or SelectionOptions()
+        return SELECTIONS[method].select(
+            SelectionRequest(engine, micro_batches, layout, method, ratio, lam, seed, device, options)
+        )
+    scorer = estimator(method)
     candidates = None
     if stats is None and scorer.needs_squares:
         last_pass = LastPassFilter(layout, method, ratio, lam) if budget == "model" else None
@@ -55,3 +64,11 @@ def estimate_mask(
         return read_weight(params[name], start, numel)
 
     return select(layout, method, ratio, stats, weight_of, budget, lam, seed, candidates)
+
+
+def count_selected(method: str, model: nn.Module, ratio: float, seed: int = 42, task: str = "") -> int:
+    """How many elements estimate_mask() will select in model; known before anything is scored."""
+    layout = layout_of(model)
+    if method in SELECTIONS:
+        return SELECTIONS[method].count(model, layout, ratio, seed, task)
+    return num_selected(layout, ratio)

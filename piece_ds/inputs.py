@@ -30,6 +30,7 @@ class Inputs:
         tasks: tokenized, in order.
         scorers: task -> name of its scorer.
         general: tokenized text that no task trains, or None.
+        general_importance: tokenized text that piece-ratio takes statistics of, or None.
         arguments: made from settings; while it lives, transformers loads models partitioned under ZeRO-3.
     """
 
@@ -40,6 +41,7 @@ class Inputs:
     tasks: list[Task]
     scorers: dict[str, str]
     general: datasets.Dataset | None
+    general_importance: datasets.Dataset | None
     arguments: TrainingArguments
 
 
@@ -62,6 +64,11 @@ def load_inputs(settings: Settings) -> Inputs:
     general = None
     if data.general_file:
         general = load_general(data.general_file, tokenizer, data.cutoff, max_rows=data.max_eval_samples)
+    general_importance = None
+    if data.general_importance_file:
+        general_importance = load_general(data.general_importance_file, tokenizer, data.cutoff)
     start_distributed()
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
-    return Inputs(settings, config, tokenizer, dtype, tasks, scorers, general, settings.training_arguments())
+    return Inputs(
+        settings, config, tokenizer, dtype, tasks, scorers, general, general_importance, settings.training_arguments()
+    )

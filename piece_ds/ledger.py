@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from piece_ds.arguments import Settings
+from piece_ds.baselines import BASELINES, SELECTIONS
 from piece_ds.distributed import barrier, is_main
 from piece_ds.evaluation import ResultMatrix, get_scorer
 from piece_ds.files import write_json
@@ -30,7 +31,7 @@ def open_results(
     if resume and path.is_file():
         return read_results(path)
     method = settings.method
-    ratio = 1.0 if method.method == "seqft" else method.mask_ratio
+    ratio = 1.0 if method.method in BASELINES or _ignores_ratio(method.method) else method.mask_ratio
     notes = [f"{task.name} was judged on rows it trained on: it has no held-out ones." for task in tasks
              if not task.held_out]  # fmt: skip
     return RunResults(
@@ -43,6 +44,10 @@ def open_results(
         settings=settings.shown(),
         notes=notes,
     )
+
+
+def _ignores_ratio(method: str) -> bool:
+    return method in SELECTIONS and SELECTIONS[method].ignores_ratio
 
 
 def num_finished(results: RunResults) -> int:
@@ -72,6 +77,9 @@ def with_task(
         numel: elements of each parameter.
     """
     masks = results.masks if index is None else {**results.masks, task: mask_statistics(index, numel)}
+    if index is not None and _ignores_ratio(results.method):
+        num_selected = sum(positions.numel() for positions in index.values())
+        results = replace(results, ratio=num_selected / sum(numel.values()))
     results = replace(
         results,
         matrix=results.matrix.with_row(scores.score, scores.loss, scores.general_loss),

@@ -1,20 +1,23 @@
 """launch/select_mask.py: importance and selection alone, from a model and a data file to a mask file."""
 
+from pathlib import Path
+
 from piece_ds.arguments import Settings, parse, print_help
+from piece_ds.baselines import BASELINES, SELECTIONS
 from piece_ds.checkpoint import save_mask
-from piece_ds.checks import check_kernels
+from piece_ds.checks import check_kernels, check_method, check_sources
 from piece_ds.command import with_default_config
 from piece_ds.distributed import is_main
 from piece_ds.engines import statistics_engine
 from piece_ds.errors import UserError
 from piece_ds.flags import default_flags
-from piece_ds.importance import estimator
+from piece_ds.importance import estimator_names
 from piece_ds.inputs import load_inputs
 from piece_ds.model import freeze_ineligible, load_model
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import layout_of
 from piece_ds.stream import MicroBatches, make_collator
-from piece_ds.task_mask import mask_of_task
+from piece_ds.task_mask import MaskSource
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +36,11 @@ def select_mask(settings: Settings) -> Mask:
     Raises:
         UserError: settings or data that cannot be used; nothing has been written then.
     """
-    estimator(settings.method.method)
+    method = settings.method.method
+    check_method(method)
+    if method in BASELINES:
+        raise UserError(f"--method {method} has no mask; select_mask.py expects one of "
+                        f"{', '.join([*estimator_names(), *SELECTIONS])}")  # fmt: skip
     output_file = settings.output.output_file
     if output_file is None or settings.data.train_file is None:
         raise UserError("select_mask.py needs --train_file F and --output_file MASK")
@@ -41,6 +48,7 @@ def select_mask(settings: Settings) -> Mask:
         raise UserError("select_mask.py needs --model_name_or_path M")
     inputs = load_inputs(settings)
     settings, arguments, task = inputs.settings, inputs.arguments, inputs.tasks[0]
+    check_sources(settings, num_tasks=1)
     check_kernels(settings.method.method, arguments)
     model = load_model(settings.model, inputs.dtype)
     freeze_ineligible(model)
@@ -48,7 +56,11 @@ def select_mask(settings: Settings) -> Mask:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
     engine = statistics_engine(model, arguments)
     batches = MicroBatches(task.train, make_collator(inputs.tokenizer), settings.method.importance_batch_size)
-    mask = mask_of_task(settings.method, task.name, arguments.seed, engine, batches, layout_of(engine.module))
+    general = Path(settings.method.general_statistics or f"{output_file}.general_statistics")
+    source = MaskSource(
+        settings.method, task.name, arguments.seed, general=inputs.general_importance, general_folder=general
+    )
+    mask = source.estimate(engine, batches, layout_of(engine.module))
     save_mask(output_file, mask)
     engine.empty_partition_cache()
     engine.destroy()

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from piece_ds.arguments import Settings
-from piece_ds.checks import check_accumulation, check_kernels, check_method, check_training, resumes_from
+from piece_ds.baselines import BASELINES
+from piece_ds.checks import check_accumulation, check_kernels, check_method, check_sources, check_training, resumes_from
 from piece_ds.distributed import world_size
 from piece_ds.engine import Stream, run_stream
 from piece_ds.errors import UserError
@@ -31,9 +32,12 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         raise UserError("no data: give --train_file F, or --task_dir D with --tasks A,B,C")
     inputs = load_inputs(settings)
     settings, arguments = inputs.settings, inputs.arguments
-    check_training(arguments, masked=settings.method.method != "seqft")
-    for task in inputs.tasks:
-        check_accumulation(task, arguments, settings.output.incomplete_accumulation == "smaller_step")
+    check_sources(settings, len(inputs.tasks))
+    baseline = BASELINES[settings.method.method](settings.baseline) if settings.method.method in BASELINES else None
+    check_training(arguments, masked=baseline is None)
+    for index, task in enumerate(inputs.tasks):
+        num_rows = baseline.num_rows(task, inputs.tasks[:index]) if baseline else len(task.train)
+        check_accumulation(task.name, num_rows, arguments, settings.output.incomplete_accumulation == "smaller_step")
     check_kernels(settings.method.method, arguments)
     folder = RunFolder(Path(arguments.output_dir))
     resume = resumes_from(arguments)
@@ -55,6 +59,9 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         inputs.dtype,
         folder,
         arguments.per_device_eval_batch_size,
+        arguments.seed,
+        baseline,
+        inputs.general_importance,
     )
     return run_stream(stream, resume), folder
 
