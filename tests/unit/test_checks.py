@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from support.launches import CONFIGS, make_model_folder
@@ -26,12 +25,6 @@ from piece_ds.checks import (
 from piece_ds.errors import UserError
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import layout_of
-from piece_ds.stream import Task
-
-
-def make_task(num_rows: int) -> Task:
-    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2]] * num_rows, "labels": [[-100, 2]] * num_rows})
-    return Task("sums", rows, rows, rows, ["x"] * num_rows, ["?"] * num_rows)
 
 
 def training(**values: Any) -> Any:
@@ -138,15 +131,15 @@ def test_incomplete_accumulation_is_refused(
     monkeypatch.setattr(checks, "world_size", lambda: num_ranks)
     arguments = training(gradient_accumulation_steps=accumulation, max_steps=max_steps)
     if fits:
-        check_accumulation(make_task(num_rows), arguments, False)
+        check_accumulation("law", num_rows, arguments, False)
         return
-    with pytest.raises(UserError, match=rf"task sums: {num_rows} rows .* --incomplete_accumulation smaller_step"):
-        check_accumulation(make_task(num_rows), arguments, False)
+    with pytest.raises(UserError, match=rf"task law: {num_rows} rows .* --incomplete_accumulation smaller_step"):
+        check_accumulation("law", num_rows, arguments, False)
 
 
 def test_incomplete_accumulation_can_be_accepted_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        check_accumulation(make_task(5), training(gradient_accumulation_steps=4), True)
+        check_accumulation("law", 5, training(gradient_accumulation_steps=4), True)
     assert "would accumulate 1 instead of 4" in caplog.text
 
 

@@ -1,0 +1,252 @@
+"""What defines each selection: LIFT's ranks, HFT's half, SHiRA's positions, MIGU's outputs, piece-ratio's division."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.shira.mask_functions import random_mask
+from support.models import make_micro_batches, make_model
+from torch import Tensor, nn
+
+from piece_ds.baselines import SELECTIONS, SelectionOptions, SelectionRequest
+from piece_ds.baselines.beyond import exclude_earlier, median_above_zero, ratio_score
+from piece_ds.baselines.lift import low_rank
+from piece_ds.baselines.linear import linear_weights
+from piece_ds.baselines.migu import output_magnitudes
+from piece_ds.baselines.whole_tensors import half_names
+from piece_ds.errors import UserError
+from piece_ds.estimate import count_selected
+from piece_ds.model import freeze_ineligible
+from piece_ds.selection.budget import num_to_select, share_out
+from piece_ds.state.partition import layout_of
+from piece_ds.state.statistics import GradientStats
+
+ALONE = ("lift", "hft", "layernorm", "migu", "shira")  # no DeepSpeed needed
+FAMILIES = ("llama", "qwen3", "neox", "gpt2")
+
+
+class Engine(nn.Module):
+    """What these selections see of an engine: the model, its device, a call."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **batch: Tensor) -> object:
+        return self.module(**batch)
+
+
+def request_of(family: str, method: str, ratio: float = 0.02, **changes: object) -> SelectionRequest:
+    model = make_model(family)
+    freeze_ineligible(model)
+    one = SelectionRequest(Engine(model), make_micro_batches(), layout_of(model), method, ratio)
+    return replace(one, **changes)
+
+
+@pytest.mark.parametrize("method", ALONE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_many_are_selected_as_were_announced(family: str, method: str) -> None:
+    """Compact mode makes room for them before anything is scored."""
+    request = request_of(family, method)
+    mask = SELECTIONS[method].select(request)
+    found = sum(positions.numel() for positions in mask.index.values())
+    assert found == mask.num_selected == count_selected(method, request.model, request.ratio)
+    if not SELECTIONS[method].ignores_ratio:
+        assert found == num_to_select(request.ratio, request.layout.total)
+    assert mask.method == method
+    assert mask.layout is request.layout
+
+
+@pytest.mark.parametrize("method", ALONE)
+def test_positions_are_ascending_and_of_eligible_parameters(method: str) -> None:
+    request = request_of("llama", method)
+    eligible = {info.name: info.numel for info in request.layout.eligible()}
+    for name, positions in SELECTIONS[method].select(request).index.items():
+        assert torch.equal(positions, positions.unique())
+        assert 0 <= int(positions[0]) <= int(positions[-1]) < eligible[name]
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
+@pytest.mark.parametrize("rank", [1, 3, 9])
+def test_low_rank_equals_a_truncated_svd(shape: tuple[int, int], rank: int) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    u, s, v = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    want = (u[:, :rank] * s[:rank]) @ v[:rank]
+    np.testing.assert_allclose(low_rank(matrix, rank).numpy(), want, atol=2e-6)
+
+
+def test_lift_takes_the_largest_of_each_matrix_after_rank_reduction() -> None:
+    request = request_of("llama", "lift", options=SelectionOptions(lift_rank=2))
+    mask = SELECTIONS["lift"].select(request)
+    params = dict(request.model.named_parameters())
+    names = [weight.name for weight in linear_weights(request.model)]
+    shares = share_out(mask.num_selected, [params[name].numel() for name in names])
+    for name, share in zip(names, shares, strict=True):
+        u, s, v = np.linalg.svd(params[name].detach().double().numpy(), full_matrices=False)
+        score = np.abs((u[:, :2] * s[:2]) @ v[:2]).ravel()
+        assert set(mask.index[name].tolist()) == set(np.argsort(-score)[:share].tolist())
+
+
+def test_linear_weights_are_the_blocks_matrices_without_the_head() -> None:
+    assert not any("head" in w.name or "embed" in w.name for f in FAMILIES for w in linear_weights(make_model(f)))
+    assert len(linear_weights(make_model("llama"))) == 2 * 7
+    assert [w.out_first for w in linear_weights(make_model("gpt2"))] == [False] * 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hft_trains_half_of_each_category_of_each_block(family: str) -> None:
+    request = request_of(family, "hft")
+    names = half_names(request.model, request.layout, seed=3, task="law")
+    feed_forward = []
+    for block in (0, 1):
+        inside = sorted({n.rpartition(".")[0] for n in request.layout.shapes() if re.search(rf"\.{block}\.", n)})
+        chosen = {n.rpartition(".")[0] for n in names}
+        norms = [u for u in inside if "norm" in type(request.model.get_submodule(u)).__name__.lower()]
+        attention = [u for u in inside if "att" in u and u not in norms]
+        rest = [u for u in inside if u not in norms and u not in attention]
+        assert len(chosen & set(attention)) * 2 == len(attention)
+        assert len(chosen & set(norms)) * 2 == len(norms)
+        feed_forward.append((len(chosen & set(rest)), len(rest)))
+    taken, there = (sum(column) for column in zip(*feed_forward, strict=True))
+    assert 2 * taken == there  # of three matrices, two in one block and one in the next
+    assert {n for n in names if not re.search(r"\.\d+\.", n)} == {
+        info.name for info in request.layout.eligible() if not re.search(r"\.\d+\.", info.name)
+    }
+
+
+def test_hft_draws_anew_for_each_task_and_the_same_for_the_same() -> None:
+    request = request_of("llama", "hft")
+    law, medicine = (half_names(request.model, request.layout, 3, task) for task in ("law", "medicine"))
+    assert law == half_names(request.model, request.layout, 3, "law")
+    assert law != medicine
+    assert law != half_names(request.model, request.layout, 4, "law")
+
+
+def test_layernorm_selects_every_norm_whole_and_nothing_else() -> None:
+    for family, num_norms in (("llama", 5), ("qwen3", 9), ("neox", 10)):
+        request = request_of(family, "layernorm")
+        index = SELECTIONS["layernorm"].select(request).index
+        assert len(index) == num_norms
+        assert all("norm" in name for name in index)
+        assert all(
+            positions.numel() == dict(request.model.named_parameters())[n].numel() for n, positions in index.items()
+        )
+
+
+def test_a_model_without_norms_is_refused() -> None:
+    model = make_model("branches")
+    request = SelectionRequest(Engine(model), [], layout_of(model), "layernorm", 0.1)
+    with pytest.raises(UserError, match="no parameter to select"):
+        SELECTIONS["layernorm"].select(request)
+
+
+def test_shira_selects_the_positions_of_pefts_random_mask() -> None:
+    """With a budget of exactly 2 (rows + columns) per matrix."""
+    model = make_model("llama")
+    weights = linear_weights(model)
+    k = sum(2 * sum(w.module.weight.shape) for w in weights)
+    request = request_of("llama", "shira", (k + 0.5) / layout_of(model).total)
+    index = SELECTIONS["shira"].select(request).index
+    for weight in weights:
+        want = random_mask(weight.module, r=2, random_seed=request.seed).view(-1).nonzero().view(-1)
+        assert torch.equal(index[weight.name], want)
+
+
+def test_shira_refuses_a_share_that_a_matrix_cannot_hold() -> None:
+    with pytest.raises(UserError, match="lower --mask_ratio"):
+        SELECTIONS["shira"].select(request_of("llama", "shira", 0.9))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_migus_magnitudes_are_mean_shares_of_the_l1_norm(family: str) -> None:
+    """Against a forward pass with hooks of its own, row by row, padding left out."""
+    request = request_of(family, "migu")
+    weights = linear_weights(request.model)
+    found = output_magnitudes(request.engine, request.micro_batches, weights)
+    model = request.model.eval()
+    outputs: dict[str, Tensor] = {}
+    for w in weights:
+        w.module.register_forward_hook(lambda _, args, out, name=w.name: outputs.__setitem__(name, out.double()))
+    want = {w.name: 0.0 for w in weights}
+    for batch in request.micro_batches:
+        with torch.no_grad():
+            model(**batch)
+        tokens = batch["attention_mask"].bool()
+        for name, out in outputs.items():
+            shares = [
+                token.abs() / token.abs().sum() for row, keep in zip(out, tokens, strict=True) for token in row[keep]
+            ]
+            want[name] = want[name] + torch.stack(shares).mean(0)
+    for name, values in found.items():
+        torch.testing.assert_close(values, want[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_migu_selects_the_weights_of_the_largest_outputs(family: str) -> None:
+    request = request_of(family, "migu", 0.1)
+    index = SELECTIONS["migu"].select(request).index
+    magnitudes = output_magnitudes(request.engine, request.micro_batches, linear_weights(request.model))
+    for weight in linear_weights(request.model):
+        columns = weight.module.weight.shape[1]
+        outputs = index[weight.name] // columns if weight.out_first else index[weight.name] % columns
+        chosen = magnitudes[weight.name][outputs.unique()]
+        others = magnitudes[weight.name][
+            [i for i in range(len(magnitudes[weight.name])) if i not in set(outputs.tolist())]
+        ]
+        assert float(chosen.min()) >= float(others.max())
+
+
+def layout_and_stats() -> tuple[SelectionRequest, GradientStats]:
+    request = request_of("llama", "piece-s-disjoint", 0.3)
+    generator = torch.Generator().manual_seed(2)
+    sums = torch.randn(2, request.layout.num_owned, generator=generator)
+    return request, GradientStats(request.layout, sums[0].square(), sums[1], 1)
+
+
+def test_median_is_that_of_the_positive_values() -> None:
+    request, stats = layout_and_stats()
+    values = stats.square_sum.clone()
+    values[::3] = 0.0
+    positive = np.sort(values[values > 0].numpy())
+    assert median_above_zero(values, request.layout) == positive[len(positive) - 1 - len(positive) // 2]
+    with pytest.raises(UserError, match="gives no gradient"):
+        median_above_zero(torch.zeros_like(values), request.layout)
+
+
+def test_ratio_prefers_what_the_task_needs_and_general_text_does_not() -> None:
+    f, g = torch.tensor([1.0, 1.0, 0.5, 0.0]), torch.tensor([0.0, 9.0, 0.0, 0.0])
+    torch.testing.assert_close(ratio_score(f, g, 1.0), torch.tensor([1.0, 0.1, 0.5, 0.0]))
+    assert not ratio_score(torch.tensor([float("inf")]), torch.tensor([float("inf")]), 1.0).isnan().any()
+
+
+def test_ratio_without_general_text_is_refused() -> None:
+    with pytest.raises(UserError, match="--general_importance_file"):
+        SELECTIONS["piece-ratio"].select(request_of("llama", "piece-ratio"))
+
+
+def test_disjoint_masks_share_nothing_and_end_where_no_weight_is_free() -> None:
+    request, _ = layout_and_stats()
+    earlier: list[dict[str, Tensor]] = []
+    while len(earlier) < 3 and 0.3 * request.layout.total * (len(earlier) + 1) <= request.layout.num_eligible:
+        stats = layout_and_stats()[1]
+        mask = exclude_earlier(replace(request, options=SelectionOptions(earlier=earlier)), stats)
+        for before in earlier:
+            for name in mask.index.keys() & before.keys():
+                assert not torch.isin(mask.index[name], before[name]).any()
+        earlier.append(mask.index)
+    assert len(earlier) >= 2
+    with pytest.raises(UserError, match="not taken by an earlier task"):
+        exclude_earlier(replace(request, options=SelectionOptions(earlier=earlier)), layout_and_stats()[1])
+
+
+def test_first_disjoint_mask_is_piece_s() -> None:
+    from piece_ds.selection import select
+
+    request, stats = layout_and_stats()
+    want = select(request.layout, "piece-s", 0.3, layout_and_stats()[1])
+    found = exclude_earlier(request, stats)
+    assert all(torch.equal(want.index[name], found.index[name]) for name in want.index)
