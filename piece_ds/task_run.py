@@ -19,6 +19,7 @@ from piece_ds.checkpoint import read_selected, save_delta
 from piece_ds.checkpoint.delta_file import load_previous
 from piece_ds.distributed import barrier, is_main
 from piece_ds.files import write_text
+from piece_ds.memory import host_peak_bytes, peak_bytes, reset_peaks
 from piece_ds.state.mask import Mask
 from piece_ds.stream import Task, make_collator
 from piece_ds.task_mask import mask_of_task
@@ -52,12 +53,16 @@ class TaskCost:
         train_seconds: optimizer steps.
         num_steps: optimizer steps.
         peak_bytes: most memory allocated on the accelerator; None on the CPU.
+        host_peak_bytes: most resident memory of the process; None where the system does not tell.
+        save_seconds: delta and model.
     """
 
     select_seconds: float
     train_seconds: float
     num_steps: int
     peak_bytes: int | None
+    host_peak_bytes: int | None
+    save_seconds: float
 
 
 class TaskTrainer(Trainer):
@@ -96,6 +101,7 @@ def train_task(
     before_training: Callable[[Any], None] | None,
     after_training: Callable[[Any], None],
     save_model_to: Path | None,
+    reporter: TrainerCallback,
 ) -> TaskResult:
     """Train one task and write its mask, delta, metrics and, if asked, model.
 
@@ -105,8 +111,10 @@ def train_task(
         before_training: called with the engine before anything is estimated (not after a resume).
         after_training: called with the engine after the last step.
         save_model_to: transformers folder for the trained model, or None.
+        reporter: takes the place of the Trainer's own reporters.
     """
-    arguments = settings.training_arguments(output_dir=folder)
+    knows_host_peak = reset_peaks()
+    arguments = settings.training_arguments(output_dir=folder, report_to="none")
     use_cache = getattr(model.config, "use_cache", None)
     trainer = TaskTrainer(
         model=model,
@@ -116,6 +124,7 @@ def train_task(
         data_collator=make_collator(tokenizer),
         processing_class=tokenizer,
     )
+    trainer.add_callback(reporter)
     if before_training is not None and checkpoint is None:
         trainer.add_callback(_OnBegin(lambda: before_training(trainer.model_wrapped)))
     callback = None
@@ -135,7 +144,7 @@ def train_task(
     trainer.add_callback(clock)
     trainer.train(resume_from_checkpoint=checkpoint)
     engine = trainer.model_wrapped
-    index = None
+    index, saving_since = None, time.perf_counter()
     if callback is not None and callback.mask is not None:
         save_delta(folder / DELTA_NAME, engine.module, callback.mask, callback.previous)
         index = callback.mask.whole()
@@ -146,12 +155,15 @@ def train_task(
             (save_model_to / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says more
     if is_main():
         write_text(folder / METRICS_NAME, "".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
+    save_seconds = time.perf_counter() - saving_since
     after_training(engine)
     cost = TaskCost(
         select_seconds=(callback.select_seconds or 0.0) if callback else 0.0,
         train_seconds=clock.seconds,
         num_steps=trainer.state.global_step,
-        peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        peak_bytes=peak_bytes(),
+        host_peak_bytes=host_peak_bytes() if knows_host_peak else None,
+        save_seconds=save_seconds,
     )
     log = list(trainer.state.log_history)
     release(trainer)
