@@ -28,11 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="piece_ds", description="Task deltas as files, and what a run will need.")
+    parser = _Parser(prog="piece_ds", description="Task deltas as files, what a run will need, and runs compared.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     delta = commands.add_parser("delta", help="list, inspect, apply, revert, merge, compose and export task deltas")
     _add_delta_commands(delta.add_subparsers(metavar="COMMAND", required=True))
     _add_plan(commands.add_parser("plan", help="memory and traffic of a run, from a model's shapes alone"))
+    _add_report(commands.add_parser("report", help="compare runs: a table, and a page with figures"))
     return parser
 
 
@@ -81,6 +82,16 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--lora_rank", type=int, default=32, help="of update_mode lora, on all Linear layers")
     plan.add_argument("--table", action="store_true", help="1.5B to 405B at 1, 8, 64 and 512 ranks, as Markdown")
     plan.set_defaults(run="piece_ds.plan_command:plan")
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.description = (
+        "Runs of one stream side by side, finished or not; those that differ in their seed alone become one row, with "
+        "95 %% confidence intervals."
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="an output folder of launch/train.py")
+    report.add_argument("--output", metavar="FILE", default="comparison.html", help="the page; default: %(default)s")
+    report.set_defaults(run="piece_ds.report_command:report")
 
 
 if __name__ == "__main__":

@@ -152,6 +152,8 @@ def _flag_name(item: str) -> str:
 def _as_flags(name: str, value: Any) -> list[str]:
     if value is None:
         return []
+    if isinstance(value, list) and name == "report_to":  # on the command line transformers takes one text for it
+        return [f"--{name}", ",".join(map(str, value))]
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
     if isinstance(value, dict):  # as lr_scheduler_kwargs: transformers reads JSON

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from piece_ds.arguments import Settings, parse
+from piece_ds.baseline_trainer import TaskTrainer
 from piece_ds.checks import check_kernels, resumes_from
 from piece_ds.command import start_distributed
 from piece_ds.distributed import barrier, broadcast_object, is_main, world_size
@@ -19,9 +20,10 @@ from piece_ds.embedded import EmbeddedPaths, EmbeddedRecipe, write_embedded
 from piece_ds.errors import UserError
 from piece_ds.model import load_model
 from piece_ds.report import RunResults
+from piece_ds.reporters import open_reporters
 from piece_ds.run_folder import RunFolder
 from piece_ds.stream import Encoder, load_rows, make_collator, tokenize_rows
-from piece_ds.task_run import TaskTrainer, release
+from piece_ds.task_run import release
 from piece_ds.train_run import train
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ def run_embedded(argv: list[str], settings: Settings, defaults: dict[str, Any]) 
     arguments = settings.training_arguments()
     check_kernels(settings.method.method, arguments)
     folder = RunFolder(Path(arguments.output_dir) if "output_dir" in settings.given else _free_folder())
+    open_reporters(arguments.report_to, folder.root)  # refused here, before minutes of training
     resume = resumes_from(arguments)
     folder.require_free(resume)
     paths = _write(folder.root / "material", arguments.seed, recipe)
@@ -87,6 +90,7 @@ def _train_base(base: Path, paths: EmbeddedPaths, recipe: EmbeddedRecipe, settin
         adam_beta2=recipe.adam_beta2,
         save_strategy="no",
         logging_steps=100,
+        report_to="none",
     )
     logger.warning("training the base model: %d steps", recipe.base_steps)
     tokenizer = AutoTokenizer.from_pretrained(paths.model_dir)

@@ -20,10 +20,19 @@ from piece_ds.baselines import Baseline, TaskContext
 from piece_ds.distributed import barrier, is_main
 from piece_ds.errors import UserError
 from piece_ds.judge import Scores, judge
-from piece_ds.ledger import num_finished, open_results, with_before, with_overlaps, with_task, write_results
+from piece_ds.ledger import (
+    num_finished,
+    num_steps_before,
+    open_results,
+    with_before,
+    with_overlaps,
+    with_task,
+    write_results,
+)
 from piece_ds.model import freeze_ineligible, load_model
 from piece_ds.report import RunResults
-from piece_ds.run_folder import RunFolder
+from piece_ds.reporters import StreamReporters
+from piece_ds.run_folder import RunFolder, written_bytes
 from piece_ds.state.partition import layout_of
 from piece_ds.stream import Task, make_collator
 from piece_ds.task_mask import MaskSource
@@ -50,6 +59,7 @@ class Stream:
     folder: RunFolder
     eval_batch_size: int
     seed: int
+    reporters: StreamReporters
     baseline: Baseline | None = None
     general_importance: datasets.Dataset | None = None
 
@@ -74,6 +84,7 @@ def run_stream(stream: Stream, resume: bool) -> RunResults:
         goes_on = resume and index == first and (stream.baseline is None or stream.baseline.resumes_inside)
         checkpoint = _last_checkpoint(folder) if goes_on else None
         results = _run_task(stream, model, index, results, checkpoint)
+    stream.reporters.close(model=model, processing_class=stream.tokenizer)
     return results
 
 
@@ -117,6 +128,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         nonlocal results
         results = with_before(results, _judge(stream, engine, stream.tasks, "before"))
         write_results(results, stream.folder.results_file)
+        stream.reporters.log_results(results)
 
     def after(engine: Any) -> None:
         seen = index + 1 + settings.evaluation.forward_transfer
@@ -134,11 +146,14 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         before if index == 0 else None,
         after,
         None if settings.output.save_model == "never" else stream.model_folder(index),
+        stream.reporters.of_task(num_steps_before(results)),
     )
     numel = {info.name: info.numel for info in layout_of(model).parameters}
-    results = with_task(results, task.name, scores[0], asdict(trained.cost), trained.index, numel, trained.log)
+    cost = {**asdict(trained.cost), **written_bytes(folder)}
+    results = with_task(results, task.name, scores[0], cost, trained.index, numel, trained.log)
     results = with_overlaps(results, _mask_files(stream, index + 1))
     write_results(results, stream.folder.results_file)
+    stream.reporters.log_results(results)
     if is_main():
         _tidy(stream, index)
     barrier()

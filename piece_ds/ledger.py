@@ -55,6 +55,11 @@ def num_finished(results: RunResults) -> int:
     return len(results.matrix.loss.after)
 
 
+def num_steps_before(results: RunResults) -> int:
+    """Optimizer steps of all finished tasks."""
+    return sum(int(cost.get("num_steps", 0)) for cost in results.cost.values())
+
+
 def with_before(results: RunResults, scores: Scores) -> RunResults:
     """results with the row before any task."""
     matrix = results.matrix.with_before(scores.score, scores.loss, scores.general_loss)

@@ -21,6 +21,9 @@ from piece_ds.files import write_json
 _FREE = {"output_dir", "resume_from_checkpoint", "logging_steps", "report_to", "disable_tqdm", "save_total_limit",
          "save_steps", "save_strategy", "save_full", "deepspeed", "local_rank", "run_name"}  # fmt: skip
 
+_KINDS = {"mask.safetensors": "mask_bytes", "delta.safetensors": "delta_bytes", "model": "model_bytes"}
+_NOT_COUNTED = {"previous.safetensors", "metrics.jsonl"}  # removed when the task is finished; a log
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -91,6 +94,18 @@ class RunFolder:
         if not resume:
             return self._taken()
         return None
+
+
+def written_bytes(task_folder: Path) -> dict[str, int]:
+    """Bytes that a finished task left in its folder, by what they are; without the trainer's checkpoints."""
+    files = [path for path in task_folder.rglob("*") if path.is_file()]
+    found: dict[str, int] = {}
+    for path in files:
+        top = path.relative_to(task_folder).parts[0]
+        if not top.startswith("checkpoint-") and top not in _NOT_COUNTED:
+            kind = _KINDS.get(top, "other_bytes")
+            found[kind] = found.get(kind, 0) + path.stat().st_size
+    return found
 
 
 def versions() -> dict[str, str]:

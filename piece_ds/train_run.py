@@ -11,6 +11,7 @@ from piece_ds.engine import Stream, run_stream
 from piece_ds.errors import UserError
 from piece_ds.inputs import load_inputs
 from piece_ds.report import RunResults
+from piece_ds.reporters import open_reporters
 from piece_ds.run_folder import RunFolder
 
 # What decides the results; a resumed run must have the same.
@@ -40,6 +41,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         check_accumulation(task.name, num_rows, arguments, settings.output.incomplete_accumulation == "smaller_step")
     check_kernels(settings.method.method, arguments)
     folder = RunFolder(Path(arguments.output_dir))
+    reporters = open_reporters(arguments.report_to, folder.root)
     resume = resumes_from(arguments)
     decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}
     # A checkpoint of DeepSpeed is cut for one number of ranks and one stage.
@@ -60,6 +62,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         folder,
         arguments.per_device_eval_batch_size,
         arguments.seed,
+        reporters,
         baseline,
         inputs.general_importance,
     )

@@ -84,18 +84,39 @@ def has_scores(measure: Measure) -> bool:
     return any(value is not None for row in rows for value in row)
 
 
+COST_LABELS = {
+    "peak_bytes": "peak memory",
+    "host_peak_bytes": "peak host memory",
+    "generated_tokens_per_second": "tokens/s",
+    "other_bytes": "other files",
+}
+_COST_ORDER = ("select_seconds", "train_seconds", "num_steps", "evaluate_seconds", "generated_tokens_per_second",
+               "save_seconds", "peak_bytes", "host_peak_bytes", "mask_bytes", "delta_bytes", "model_bytes")  # fmt: skip
+
+
 def cost_grid(runs: Sequence[RunResults]) -> Grid:
-    """What each task of each run cost, with its mask's size."""
-    keys = list(dict.fromkeys(key for run in runs for cost in run.cost.values() for key in cost))
+    """What each task of each run cost, with its mask's size; columns that nothing was measured for are left out."""
+    costs = [cost for run in runs for cost in run.cost.values()]
+    known = dict.fromkeys(key for cost in costs for key, value in cost.items() if value is not None)
+    keys = [*(key for key in _COST_ORDER if key in known), *(key for key in known if key not in _COST_ORDER)]
+    has_masks = any(run.masks for run in runs)
+    named, has_masks = len(runs) > 1, any(run.masks for run in runs)
     rows = []
     for run in runs:
         counts = run.selected_counts
         for task, cost in run.cost.items():
             selected, total = counts.get(task, (None, None))
             mask = f"{selected:,} of {total:,}" if total else ABSENT
-            rows.append((run.name, task, mask, *(quantity(key, cost.get(key)) for key in keys)))
-    labels = [key.replace("num_", "").removesuffix("_seconds").removesuffix("_bytes").replace("_", " ") for key in keys]
-    return Grid("Cost", ("run", "task", "selected weights", *labels), tuple(rows))
+            values = (quantity(key, cost.get(key)) for key in keys)
+            rows.append((*([run.name] if named else []), task, *([mask] if has_masks else []), *values))
+    first = ("run", "task") if named else ("task",)
+    header = (*first, *(["selected weights"] if has_masks else []), *map(_cost_label, keys))
+    return Grid("Cost of each task, on rank 0", header, tuple(rows))
+
+
+def _cost_label(key: str) -> str:
+    plain = key.removeprefix("num_").removesuffix("_seconds").removesuffix("_bytes").replace("_", " ")
+    return COST_LABELS.get(key, plain)
 
 
 def percent(value: float | None) -> str:
@@ -119,14 +140,23 @@ def signed_nats(value: float | None) -> str:
 
 
 def quantity(name: str, value: object) -> str:
-    """A measured value in the unit that its name says."""
+    """A measured value in the unit that its name says: 12.3 s, 5.0 min, 1.50 GiB, 4,007."""
     if not isinstance(value, int | float):
         return ABSENT if value is None else str(value)
     if name.endswith("_seconds"):
-        return f"{value:.1f} s"
+        return _in_unit(float(value), ((3600, "h"), (60, "min"), (1, "s")), from_count=2)
     if name.endswith("_bytes"):
-        return f"{value / 2**30:.2f} GiB"
-    return f"{value:,.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else f"{value:,}"
+        return _in_unit(float(value), ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")))
+    if isinstance(value, float) and abs(value) < 1000:
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    return f"{value:,.0f}"
+
+
+def _in_unit(value: float, units: Sequence[tuple[int, str]], from_count: int = 1) -> str:
+    """value in the first, largest unit of which it has at least from_count, or in the last."""
+    size, unit = next((pair for pair in units if abs(value) >= from_count * pair[0]), units[-1])
+    num_decimals = 0 if unit == "B" else 2 if unit == "s" and value < 1 else 1
+    return f"{value / size:,.{num_decimals}f} {unit}"
 
 
 def _matrix_grid(

@@ -7,70 +7,100 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from piece_ds.report.canvas import figure_style, label_ticks, new_axes, png
+from piece_ds.report.canvas import figure_style, label_ticks, new_axes, png, wrapped
 
 # cividis is made to look the same with and without colour blindness, and its lightness grows evenly.
 COLORS = "cividis"
 ABSENT_COLOR = "#EFEFEF"
 MAX_CELLS_WITH_TEXT = 14  # columns; more and the numbers touch
+MAX_WIDTH = 10.0  # inches of a figure, so that its text can be read on a page
+
+Rows = Sequence[Sequence[float | None]]
+Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
 
 
 def result_heat_map(
-    rows: Sequence[Sequence[float | None]],
+    rows: Rows,
     row_names: Sequence[str],
     tasks: Sequence[str],
     title: str,
     color_range: tuple[float | None, float | None] = (None, None),
     form: Callable[[float], str] = "{:.2f}".format,
 ) -> bytes:
+    """result_heat_maps() of one run; title says what is measured, of which run."""
+    return result_heat_maps({title: rows}, row_names, tasks, color_range, form)
+
+
+def result_heat_maps(
+    panels: Mapping[str, Rows],
+    row_names: Sequence[str],
+    tasks: Sequence[str],
+    color_range: tuple[float | None, float | None] = (None, None),
+    form: Callable[[float], str] = "{:.2f}".format,
+) -> bytes:
     """Results on every task (columns) at every moment of the stream (rows); what was not evaluated stays grey.
 
     Args:
-        rows: one measure; None where not evaluated.
-        row_names: "before", "after X".
+        panels: title -> one measure; None where not evaluated. Panels stand side by side and share one colour scale;
+            one that has come less far than the others has fewer rows.
+        row_names: "before", "after X"; those of the longest panel.
         tasks: names of the columns.
-        title: what is measured, of which run.
         color_range: values at the ends of the colour scale; None takes them from the data.
         form: a value's text in its cell.
     Returns:
         PNG bytes.
     """
-    values = _array(rows, len(tasks))
+    values = {title: _array(rows, len(tasks), len(row_names)) for title, rows in panels.items()}
+    low, high = _range(np.concatenate([part.flatten() for part in values.values()]), *color_range)
+    width, height = 0.4 + 0.6 * max(len(tasks), 4), 0.6 + 0.34 * max(len(row_names), 2)
+    num_columns = max(1, min(len(values), int((MAX_WIDTH - 1.8) // width)))
+    num_rows = -(-len(values) // num_columns)
+    with_text = len(tasks) <= MAX_CELLS_WITH_TEXT
     with figure_style():
-        figure, (axes,) = new_axes(1.8 + 0.75 * max(len(tasks), 4), 1.3 + 0.4 * max(len(row_names), 2))
-        image = _image(axes, values, *color_range)
-        label_ticks(axes, tasks, row_names)
-        axes.set_title(title)
-        if len(tasks) <= MAX_CELLS_WITH_TEXT:
-            _write_cells(axes, image, values, form)
-        else:
-            figure.colorbar(image, ax=axes, shrink=0.8)
+        figure, all_axes = new_axes(width * num_columns + 1.8, height * num_rows + 0.9, len(values), num_columns)
+        for place, (axes, (title, part)) in enumerate(zip(all_axes, values.items(), strict=True)):
+            image = _image(axes, part, low, high)
+            is_lowest, is_leftmost = place + num_columns >= len(values), place % num_columns == 0
+            label_ticks(axes, tasks if is_lowest else [""] * len(tasks), row_names if is_leftmost else None)
+            if not is_leftmost:
+                axes.set_yticks([])
+            axes.set_title(wrapped(title, width))
+            if with_text:
+                _write_cells(axes, image, part, form)
+        if not with_text:
+            figure.colorbar(image, ax=all_axes, shrink=0.8)
         return png(figure)
 
 
-def mask_heat_map(counts: Mapping[str, Mapping[str, Mapping[str, int]]], title: str) -> bytes:
-    """Where a mask's weights lie: for each layer and module type its share of all selected weights.
+def mask_heat_maps(masks: Mapping[str, Counts]) -> bytes:
+    """Where masks' weights lie: for each layer and module type its share of all that the mask selected.
 
     Args:
-        counts: layer -> module type -> {"selected", "total"}; layers that are numbers come first, in their order.
-        title: which mask.
+        masks: title, as a task -> layer -> module type -> {"selected", "total"}; layers that are numbers come first,
+            in their order. Masks of one model: all panels have the same layers, modules and colour scale.
     Returns:
         PNG bytes; a cell is grey where the layer has no such module.
     """
-    layers = sorted(counts, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))
-    modules = list(dict.fromkeys(module for layer in layers for module in counts[layer]))
-    selected = _array([[counts[layer].get(m, {}).get("selected") for m in modules] for layer in layers], len(modules))
-    shares = 100 * selected / max(np.nansum(selected), 1)
+    layers = sorted({layer for counts in masks.values() for layer in counts}, key=_layer_order)
+    modules = list(dict.fromkeys(m for layer in layers for counts in masks.values() for m in counts.get(layer, {})))
+    shares = {title: _shares(counts, layers, modules) for title, counts in masks.items()}
+    low, high = _range(np.concatenate([part.flatten() for part in shares.values()]), 0.0, None)
+    num_columns = 1 if len(masks) == 1 else 2
+    num_rows = -(-len(masks) // num_columns)
+    width = min(1.2 + 0.5 * max(len(modules), 5), MAX_WIDTH / num_columns if num_columns > 1 else MAX_WIDTH)
+    height = 0.5 + min(0.26 * max(len(layers), 3), 5.0)
     with figure_style():
-        height = 1.6 + min(0.3 * max(len(layers), 2), 8.0)
-        figure, (axes,) = new_axes(2.2 + 0.62 * max(len(modules), 4), height)
-        image = _image(axes, shares, 0.0, None)
-        label_ticks(axes, modules, layers)
-        every = -(-len(layers) // 26)  # a tick for every layer as long as they do not touch
-        axes.set_yticks(range(0, len(layers), every), layers[::every])
-        axes.set(xlabel="module type", ylabel="layer")
-        axes.set_title(title)
-        figure.colorbar(image, ax=axes, label="% of the selected weights", pad=0.02)
+        figure, all_axes = new_axes(width * num_columns + 0.9, height * num_rows + 1.5, len(masks), num_columns)
+        for place, (axes, (title, part)) in enumerate(zip(all_axes, shares.items(), strict=True)):
+            image = _image(axes, part, low, high)
+            is_lowest = place + num_columns >= len(masks)
+            label_ticks(axes, modules if is_lowest else [""] * len(modules))
+            every = -(-len(layers) // 20)  # a tick for every layer as long as they do not touch
+            axes.set_yticks(range(0, len(layers), every), layers[::every])
+            axes.set_title(wrapped(title, width))
+            if place % num_columns == 0:
+                axes.set_ylabel("layer")
+        figure.colorbar(image, ax=all_axes, label="% of the selected weights", pad=0.02, aspect=14 * num_rows)
         return png(figure)
 
 
@@ -88,8 +118,8 @@ def overlap_heat_map(overlaps: Sequence[Sequence[float]], tasks: Sequence[str], 
     np.fill_diagonal(values, nan)
     highest = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
     with figure_style():
-        side = 0.62 * max(len(tasks), 3)
-        figure, (axes,) = new_axes(2.0 + side, 1.5 + side)
+        side = 0.55 * max(len(tasks), 3)
+        figure, (axes,) = new_axes(2.2 + side, 1.5 + side)
         image = _image(axes, values, 0.0, max(highest, 1e-6))
         axes.set_aspect("equal")
         label_ticks(axes, tasks, tasks)
@@ -101,22 +131,37 @@ def overlap_heat_map(overlaps: Sequence[Sequence[float]], tasks: Sequence[str], 
         return png(figure)
 
 
-def _array(rows: Sequence[Sequence[float | None]], num_columns: int) -> np.ndarray:
-    """rows as fp64 with nan for None."""
+def _layer_order(name: str) -> tuple[bool, int]:
+    return not name.isdigit(), int(name) if name.isdigit() else 0
+
+
+def _shares(counts: Counts, layers: Sequence[str], modules: Sequence[str]) -> np.ndarray:
+    """Percent of a mask's selected weights by layer and module; nan where there is no such module."""
+    cells = [[counts.get(layer, {}).get(module, {}).get("selected") for module in modules] for layer in layers]
+    selected = _array(cells, len(modules))
+    return 100 * selected / max(np.nansum(selected), 1)
+
+
+def _array(rows: Rows, num_columns: int, num_rows: int = 0) -> np.ndarray:
+    """rows as fp64 with nan for None, and rows of nan up to num_rows."""
     values = [[nan if value is None else float(value) for value in row] for row in rows]
+    values += [[nan] * num_columns] * (num_rows - len(values))
     return np.array(values, dtype=np.float64).reshape(len(values), num_columns)
 
 
-def _image(axes: Axes, values: np.ndarray, low: float | None, high: float | None) -> AxesImage:
-    """values as coloured cells with thin white lines between them."""
+def _range(values: np.ndarray, low: float | None, high: float | None) -> tuple[float, float]:
+    """Ends of the colour scale: what is given, else those of the finite values."""
     finite = values[np.isfinite(values)]
-    low = low if low is not None else float(finite.min(initial=0.0) if finite.size == 0 else finite.min())
+    low = low if low is not None else float(finite.min()) if finite.size else 0.0
     high = high if high is not None else float(finite.max()) if finite.size else 1.0
+    return low, max(high, low + 1e-9)
+
+
+def _image(axes: Axes, values: np.ndarray, low: float, high: float) -> AxesImage:
+    """values as coloured cells with thin white lines between them."""
     axes.set_facecolor(ABSENT_COLOR)
     shown = np.ma.masked_invalid(values)
-    image = axes.imshow(
-        shown, cmap=COLORS, vmin=low, vmax=max(high, low + 1e-9), aspect="auto", interpolation="nearest"
-    )
+    image = axes.imshow(shown, cmap=COLORS, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.grid(False)
     axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from piece_ds.errors import UserError
 from piece_ds.files import write_text, write_whole
 from piece_ds.report.cells import cost_grid, run_grids, summary_grid
-from piece_ds.report.page import render_page
+from piece_ds.report.page import ReportFigure, render_page
 from piece_ds.report.results import RunResults
 
 REPORT_NAME = "report.html"
@@ -31,8 +31,7 @@ def write_report(output_dir: Path | str, runs: Sequence[RunResults], title: str 
     from piece_ds.report.figures import make_figures  # matplotlib, which only the rank that writes should load
 
     figures = make_figures(runs)
-    for figure in figures:
-        write_whole(Path(output_dir) / FIGURES_FOLDER / figure.file_name, _writer(figure.png))
+    write_figures(Path(output_dir) / FIGURES_FOLDER, figures)
     costs = cost_grid(runs)
     grids = [
         summary_grid(runs),
@@ -50,6 +49,12 @@ def write_report(output_dir: Path | str, runs: Sequence[RunResults], title: str 
     path = Path(output_dir) / REPORT_NAME
     write_text(path, page)
     return path
+
+
+def write_figures(folder: Path, figures: Sequence[ReportFigure]) -> None:
+    """Each figure as a PNG file in folder."""
+    for figure in figures:
+        write_whole(folder / figure.file_name, _writer(figure.png))
 
 
 def _writer(content: bytes) -> Callable[[Path], None]:

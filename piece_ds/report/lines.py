@@ -1,104 +1,111 @@
-"""Figures of what changes along the stream: performance, general loss, training loss. Plain values in, PNG out."""
+"""Figures of what changes along the stream: performance, general loss, training loss. Plain values in, PNG out.
+
+A run may be given several times over (its seeds): its line is the mean, and a band goes from the lowest to the highest.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from math import isfinite
-from typing import Any
+from statistics import fmean
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from piece_ds.report.canvas import (
     GREY,
-    LINE_COLORS,
-    LINE_STYLES,
-    MARKERS,
+    Look,
     figure_style,
     label_ticks,
+    log_if_wide,
+    looks,
     new_axes,
     png,
     shortened,
 )
 
 Values = Sequence[float | None]
+Points = Sequence[tuple[int, float]]
 MAX_PLAIN_POINTS = 60  # more points than this are smoothed to show the trend, with the raw curve faint behind
 SMOOTHING_PARTS = 30  # half a smoothing window is this part of a curve
+MAX_INSIDE_LEGEND = 4  # more names than this hide the lines, and stand below
+LEGEND_ROW_INCHES = 0.19
 
 
 def stream_figure(
-    panels: Mapping[str, Mapping[str, Values]], moments: Sequence[str], shares: Collection[str] = ()
+    panels: Mapping[str, Mapping[str, Sequence[Values]]],
+    moments: Sequence[str],
+    shares: Collection[str] = (),
+    may_be_log: Collection[str] = (),
+    families: Sequence[str] = (),
 ) -> bytes:
     """Measures along the stream, a panel each, with one line a run.
 
     Args:
-        panels: y label, which is the panel's title -> run -> value at each moment; None where not evaluated.
-        moments: names of the x axis, such as "before" and the tasks.
-        shares: panels whose axis goes from 0 to 1, so that a small difference looks small.
+        panels: y label, which is the panel's title -> run -> for each repetition the value at each moment; None
+            where not evaluated.
+        moments: names of the x axis, such as "before" and the tasks. A panel begins with the first that has a value.
+        shares: panels whose axis goes from 0 to 100 %, so that a small difference looks small.
+        may_be_log: panels whose axis is logarithmic where one diverged run would flatten the others.
+        families: what each run belongs to; runs of one family have one colour. Without, each is its own.
     Returns:
         PNG bytes.
     """
+    names = list(next(iter(panels.values()), {}))
     with figure_style():
-        width = 1.6 + 0.55 * max(len(moments), 5)
-        figure, all_axes = new_axes(max(width * len(panels), 5.5), 3.3, num_panels=max(len(panels), 1))
+        width, legend_height = 1.6 + 0.55 * max(len(moments), 5), _legend_height(names)
+        width = max(width * len(panels), 5.5)
+        figure, all_axes = new_axes(width, 3.3 + legend_height, num_panels=max(len(panels), 1))
         for axes, (title, runs) in zip(all_axes, panels.items(), strict=False):
-            for index, (run, values) in enumerate(runs.items()):
-                known = [(x, y) for x, y in enumerate(values) if y is not None and isfinite(y)]
-                axes.plot(*_columns(known), label=run, marker=MARKERS[index % len(MARKERS)], **_line(index))
-            axes.set_xlim(-0.3, len(moments) - 0.7)
+            curves = [_mean_and_band([list(enumerate(values)) for values in several]) for several in runs.values()]
+            first = min((points[0][0] for points, _ in curves if points), default=0)
+            for run, (points, band), look in zip(runs, curves, looks(families or names), strict=True):
+                axes.plot(*_columns(points), label=run, marker=look.marker, **look.line)
+                _fill(axes, band, look)
+            label_ticks(axes, moments)
+            axes.set_xlim(first - 0.3, len(moments) - 0.7)  # after the ticks, which widen it
             if title in shares:
                 axes.set_ylim(-0.02, 1.02)
-            label_ticks(axes, moments)
+                axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            elif title in may_be_log:
+                title += log_if_wide(axes, [y for points, _ in curves for _, y in points])
             axes.set_title(title)
-        _legend(all_axes[0], len(next(iter(panels.values()), {})))
+        _legend(figure, all_axes[0], names)
         return png(figure)
 
 
-def training_figure(losses: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], tasks: Sequence[str]) -> bytes:
+def training_figure(
+    losses: Mapping[str, Sequence[Mapping[str, Points]]], tasks: Sequence[str], families: Sequence[str] = ()
+) -> bytes:
     """Training loss over all steps of the stream, task after task, with one line a run.
 
     Args:
-        losses: run -> task -> (step within the task, loss) in step order.
+        losses: run -> for each repetition, task -> (step within the task, loss) in step order.
         tasks: in the order of training.
+        families: as in stream_figure().
     Returns:
         PNG bytes; tasks are set apart by thin lines. Long curves are smoothed, the raw values faint behind.
     """
-    lengths = [
-        max((points[-1][0] for run in losses.values() if (points := run.get(task))), default=0) for task in tasks
-    ]
+    logs = [log for several in losses.values() for log in several]
+    lengths = [max((points[-1][0] for log in logs if (points := log.get(task))), default=0) for task in tasks]
     starts = [0, *accumulate(lengths)]
+    names = list(losses)
     with figure_style():
-        figure, (axes,) = new_axes(max(6.5, 1.1 * len(tasks) + 2), 3.3)
-        for index, (run, of_task) in enumerate(losses.items()):
+        figure, (axes,) = new_axes(max(7.5, 1.1 * len(tasks) + 2), 3.3 + _legend_height(names))
+        for (run, several), look in zip(losses.items(), looks(families or names), strict=True):
             for start, task in zip(starts, tasks, strict=False):
-                points = [(start + step, loss) for step, loss in of_task.get(task, ()) if isfinite(loss)]
-                _curve(axes, points, index, label=run if task == tasks[0] else None)
+                shifted = [[(start + step, loss) for step, loss in log.get(task, ())] for log in several]
+                _curve(axes, shifted, look, label=run if task == tasks[0] else None)
         for start, length, task in zip(starts, lengths, tasks, strict=False):
             axes.axvline(start, color=GREY, linewidth=0.6, linestyle=":")
-            axes.annotate(
-                shortened(task, 14),
-                (start + length / 2, 1.0),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="bottom",
-                color=GREY,
-                fontsize=7.5,
-            )
+            if length:
+                _name_above(axes, start + length / 2, shortened(task, max(6, int(72 * length / starts[-1]))))
         axes.set(xlabel="optimizer step of the stream", ylabel="training loss (nats per token)")
         axes.set_xlim(0, max(starts[-1], 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.grid(axis="x", visible=False)
-        _legend(axes, len(losses))
+        _legend(figure, axes, names)
         return png(figure)
-
-
-def _curve(axes: Axes, points: list[tuple[int, float]], index: int, label: str | None) -> None:
-    """One task's curve of one run."""
-    steps, values = _columns(points)
-    if len(points) > MAX_PLAIN_POINTS:
-        axes.plot(steps, values, color=LINE_COLORS[index % len(LINE_COLORS)], alpha=0.2, linewidth=0.7)
-        values = smoothed(values)
-    marker = "." if len(points) == 1 else None
-    axes.plot(steps, values, label=label, marker=marker, **_line(index))
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -112,15 +119,66 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return averages
 
 
-def _line(index: int) -> dict[str, Any]:
-    return {"color": LINE_COLORS[index % len(LINE_COLORS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
+Band = list[tuple[int, float, float]]  # place, lowest, highest
+
+
+def _mean_and_band(several: Sequence[Sequence[tuple[int, float | None]]]) -> tuple[list[tuple[int, float]], Band]:
+    """The mean of repeated curves where any has a finite value; the band is empty without repetitions."""
+    at: dict[int, list[float]] = {}
+    for curve in several:
+        for place, value in curve:
+            if value is not None and isfinite(value):
+                at.setdefault(place, []).append(value)
+    places = sorted(at)
+    band = [(place, min(at[place]), max(at[place])) for place in places] if len(several) > 1 else []
+    return [(place, fmean(at[place])) for place in places], band
+
+
+def _curve(axes: Axes, several: Sequence[Points], look: Look, label: str | None) -> None:
+    """One task's curve of one run."""
+    points, band = _mean_and_band(several)
+    steps, values = _columns(points)
+    if len(points) > MAX_PLAIN_POINTS:
+        if not band:
+            axes.plot(steps, values, color=look.color, alpha=0.2, linewidth=0.7)
+        values = smoothed(values)
+        lows, highs = smoothed([low for _, low, _ in band]), smoothed([high for _, _, high in band])
+        band = [(step, low, high) for (step, *_), low, high in zip(band, lows, highs, strict=True)]
+    marker = "." if len(points) == 1 else None
+    axes.plot(steps, values, label=label, marker=marker, **look.line)
+    _fill(axes, band, look)
+
+
+def _fill(axes: Axes, band: Band, look: Look) -> None:
+    if band:
+        places, lows, highs = zip(*band, strict=True)
+        axes.fill_between(places, lows, highs, color=look.color, alpha=0.15, linewidth=0)
+
+
+def _name_above(axes: Axes, place: float, name: str) -> None:
+    coordinates = ("data", "axes fraction")
+    axes.annotate(name, (place, 1.01), xycoords=coordinates, ha="center", va="bottom", color=GREY, fontsize=7.5)
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _legend(axes: Axes, num_runs: int) -> None:
-    """Names of the runs; one run needs none."""
-    if num_runs > 1:
+def _legend_height(names: Sequence[str]) -> float:
+    """Inches below the panels."""
+    return (
+        0.0 if len(names) <= MAX_INSIDE_LEGEND else LEGEND_ROW_INCHES * (1 + -(-len(names) // _legend_columns(names)))
+    )
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    return max(1, min(4, 110 // (max(map(len, names)) + 8)))
+
+
+def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    """Names of the runs, below the panels where they are many; one run needs none."""
+    if 1 < len(names) <= MAX_INSIDE_LEGEND:
         axes.legend(fontsize=8)
+    elif len(names) > 1:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", fontsize=8, ncols=_legend_columns(names))

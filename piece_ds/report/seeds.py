@@ -48,7 +48,7 @@ def over_seeds(runs: Sequence[RunResults], confidence: float = 0.95) -> dict[str
                                 f"{run.name} has {other}")  # fmt: skip
     summaries = [run.matrix.summary() for run in runs]
     known = {name: [s[name] for s in summaries if s[name] is not None] for name in summaries[0]}
-    return {name: _interval([float(v) for v in values if v is not None], confidence)
+    return {name: interval([float(v) for v in values if v is not None], confidence)
             for name, values in known.items() if values}  # fmt: skip
 
 
@@ -59,7 +59,8 @@ def _identity(run: RunResults) -> tuple[object, ...]:
     return run.method, run.ratio, run.tasks, run.matrix.metrics, len(run.matrix.loss.after)
 
 
-def _interval(values: list[float], confidence: float) -> Interval:
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """The mean of at least one value and, of two or more, its interval from Student's t."""
     if len(values) < 2:
         return Interval(values[0], None, len(values))
     from scipy.stats import t  # a second to import

@@ -19,8 +19,13 @@ def print_results(runs: Sequence[RunResults], console: Console | None = None) ->
         console: where to; None means standard output, as aligned plain text with long lines when
             that is no terminal: wrapped rows would be unreadable in a log.
     """
+    print_grids([*(grid for run in runs for grid in run_grids(run)), summary_grid(runs)], console)
+
+
+def print_grids(grids: Sequence[Grid], console: Console | None = None) -> None:
+    """Print tables one after another, as print_results() does."""
     console = console or Console()
-    for grid in (*(grid for run in runs for grid in run_grids(run)), summary_grid(runs)):
+    for grid in grids:
         if console.is_terminal:
             console.print(_rich_table(grid))
         else:

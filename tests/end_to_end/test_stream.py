@@ -236,6 +236,27 @@ def test_report_shows_figures_that_exist_and_the_table_is_printed(stream: Path) 
     assert printed.count("report:") == 1  # one rank prints
 
 
+def test_costs_are_those_of_the_files(stream: Path) -> None:
+    for task, cost in results_of(stream)["cost"].items():
+        folder = stream / FOLDERS[task]
+        assert cost["mask_bytes"] == (folder / "mask.safetensors").stat().st_size
+        assert cost["delta_bytes"] == (folder / "delta.safetensors").stat().st_size
+        assert cost["model_bytes"] == sum(path.stat().st_size for path in (folder / "model").iterdir())
+        assert cost["save_seconds"] > 0
+
+
+def test_a_reporter_sees_one_run_of_all_tasks(material: Material, variants: Results) -> None:
+    result_of(variants, "again")
+    rows = [json.loads(line) for line in (material.out("again") / "recorded.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows if row["event"] != "log"] == ["begin", "end"]
+    assert [row["step"] for row in rows if "loss" in row] == [*range(1, 2 * NUM_STEPS + 1)]
+    matrix = results_of(material.out("again"))["matrix"]
+    reported = [(row["step"], row["eval_stream/general_loss"]) for row in rows if "eval_stream/general_loss" in row]
+    general = [matrix["general_loss"]["before"], *matrix["general_loss"]["after"]]
+    assert reported == list(zip((0, NUM_STEPS, 2 * NUM_STEPS), general, strict=True))
+    assert rows[-2]["eval_tasks/00-letter/score"] == matrix["score"]["after"][-1][0]
+
+
 def test_the_same_command_gives_the_same_bits(material: Material, stream: Path, variants: Results) -> None:
     result_of(variants, "again")
     again = material.out("again")

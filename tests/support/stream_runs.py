@@ -76,7 +76,7 @@ def variant_flags(material: Material) -> dict[str, list[str]]:
     other = write_rows(root / "other" / "train.json", make_rows(99, 32, ("yes", "no")))
     statistics = {"statistics_file": root / "statistics", "importance_batch_size": 8}
     return {
-        "again": material.stream_flags("again", general_file=root / "general.jsonl"),
+        "again": material.stream_flags("again", general_file=root / "general.jsonl", report_to="recorder"),
         "seqft": short("seqft", method="seqft"),
         "given": short("given", mask_file=root / "given.safetensors"),
         "statistics-write": short("statistics-write", **statistics),

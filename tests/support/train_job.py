@@ -5,9 +5,33 @@ Importing costs more than such a run does; what is tested is files, and they are
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from support.jobs import collect_case, finish, start
+
+RECORD_NAME = "recorded.jsonl"
+
+
+class Recorder(TrainerCallback):
+    """A reporter: what it is told goes to recorded.jsonl in the run's folder, a row an event."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(args, state, "begin", {})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self._write(args, state, "log", logs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(args, state, "end", {})
+
+    def _write(self, args: Any, state: Any, event: str, values: dict[str, Any]) -> None:
+        if state.is_world_process_zero:
+            with open(Path(args.output_dir) / RECORD_NAME, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, "step": state.global_step, **values}) + "\n")
 
 
 def run_case(argv: list[str]) -> dict[str, Any]:
@@ -20,6 +44,7 @@ def run_case(argv: list[str]) -> dict[str, Any]:
 if __name__ == "__main__":
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}  # looked for, not used: the group exists
     folder = start()
+    INTEGRATION_TO_CALLBACK["recorder"] = Recorder  # so that --report_to recorder is one
     results: dict[str, dict[str, Any]] = {}
     for name, argv in json.loads((folder / "runs.json").read_text()).items():
         collect_case(results, name, lambda argv=argv: run_case(argv))

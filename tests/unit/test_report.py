@@ -15,7 +15,7 @@ from piece_ds.evaluation import ResultMatrix
 from piece_ds.report import RunResults, markdown_results, print_results, read_results, write_report
 from piece_ds.report.cells import cost_grid, quantity, result_grids, run_grids, summary_grid
 from piece_ds.report.figures import make_figures
-from piece_ds.report.heat_maps import mask_heat_map, overlap_heat_map, result_heat_map
+from piece_ds.report.heat_maps import mask_heat_maps, overlap_heat_map, result_heat_map, result_heat_maps
 from piece_ds.report.lines import smoothed, stream_figure, training_figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -140,10 +140,25 @@ def test_runs_without_accuracy_have_no_accuracy_table() -> None:
 
 
 def test_cost_says_its_units() -> None:
-    rows = cost_grid([make_run()]).rows
-    assert rows[0] == ("piece-s 5 %", "qa|b", "4 of 160", "1.2 s", "10.0 s", "2", "-")
-    assert rows[1][-1] == "1.00 GiB"
-    assert quantity("x", 1234.5) == "1,234.5"
+    grid = cost_grid([make_run()])
+    assert grid.header == ("task", "selected weights", "select", "train", "steps", "peak memory")
+    assert grid.rows[0] == ("qa|b", "4 of 160", "1.2 s", "10.0 s", "2", "-")
+    assert grid.rows[1][-1] == "1.0 GiB"
+    bare = cost_grid([replace(make_run(), masks={}, cost={"qa|b": {"train_seconds": 5.0, "peak_bytes": None}})])
+    assert (bare.header, bare.rows) == (("task", "train"), (("qa|b", "5.0 s"),))
+    assert cost_grid([make_run("a"), make_run("b")]).rows[3][:2] == ("b", "摘要")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("tokens_per_second", 4007.075, "4,007"), ("tokens_per_second", 12.5, "12.5"), ("num_steps", 12345, "12,345"),
+     ("x_seconds", 0.034, "0.03 s"), ("x_seconds", 119.0, "119.0 s"),
+     ("x_seconds", 300.0, "5.0 min"), ("x_seconds", 9000.0, "2.5 h"),
+     ("x_bytes", 512, "512 B"), ("x_bytes", 3 * 2**19, "1.5 MiB"), ("x_bytes", 5 * 2**30, "5.0 GiB"),
+     ("x", None, "-"), ("x", "text", "text")],
+)  # fmt: skip
+def test_quantities_are_in_the_unit_of_their_name(name: str, value: object, text: str) -> None:
+    assert quantity(name, value) == text
 
 
 def test_console_without_a_terminal_gets_plain_aligned_lines() -> None:
@@ -231,13 +246,16 @@ def test_runs_of_other_tasks_are_left_out_of_the_common_figures() -> None:
         lambda: result_heat_map([[None, None]], ["before"], ["a", "b"], "nothing known"),
         lambda: result_heat_map([[float("nan"), 1.0]], ["before"], ["a", "b"], "diverged"),
         lambda: result_heat_map([[0.1] * 40] * 40, ["r"] * 40, ["a long task name"] * 40, "many"),
-        lambda: mask_heat_map({"0": {"q": {"selected": 0, "total": 4}}}, "nothing selected"),
-        lambda: mask_heat_map({str(i): {"q": {"selected": i, "total": 4}} for i in range(80)}, "deep"),
+        lambda: result_heat_maps({"far": [[1.0, None], [0.5, 1.0]], "begun": []}, ["after a", "after b"], ["a", "b"]),
+        lambda: mask_heat_maps({"nothing selected": {"0": {"q": {"selected": 0, "total": 4}}}}),
+        lambda: mask_heat_maps({"deep": {str(i): {"q": {"selected": i, "total": 4}} for i in range(80)}}),
+        lambda: mask_heat_maps({str(i): {"0": {f"m{i}": {"selected": i, "total": 4}}} for i in range(9)}),
         lambda: overlap_heat_map([[1.0]], ["a"], "one mask"),
         lambda: overlap_heat_map([[1.0, 0.0], [0.0, 1.0]], ["a", "b"], "disjoint"),
-        lambda: stream_figure({"loss": {str(i): [None, 1.0, float("inf")] for i in range(9)}}, ["before", "a", "b"]),
-        lambda: training_figure({"x": {"a": [(i, 1 / i) for i in range(1, 200)], "b": [(1, 2.0)]}}, ["a", "b", "c"]),
-        lambda: training_figure({"x": {}}, ["a"]),
+        lambda: stream_figure({"loss": {str(i): [[None, 1.0, float("inf")]] for i in range(9)}}, ["before", "a", "b"]),
+        lambda: training_figure({"x": [{"a": [(i, 1 / i) for i in range(1, 200)], "b": [(1, 2.0)]}]}, ["a", "b", "c"]),
+        lambda: training_figure({"x": [{"a": [(i, k / i) for i in range(1, 200)]} for k in (1, 2)]}, ["a"]),
+        lambda: training_figure({"x": [{}]}, ["a"]),
     ],
 )
 def test_figures_of_extreme_values_are_drawn(png: object, recwarn: pytest.WarningsRecorder) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from piece_ds.errors import UserError
-from piece_ds.run_folder import RunFolder
+from piece_ds.run_folder import RunFolder, written_bytes
 
 CONFIGURATION: dict[str, Any] = {"MethodArguments": {"mask_ratio": 0.1, "method": "piece-s"}, "world_size": 2,
                                  "TrainingArguments": {"seed": 42}}  # fmt: skip
@@ -94,3 +94,13 @@ def test_damaged_run_file_is_refused(tmp_path: Path) -> None:
 def test_tasks_are_numbered_folders_with_a_model_inside(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).task(3, "sums") == tmp_path / "03-sums"
     assert RunFolder(tmp_path).model(11, "a b") == tmp_path / "11-a b" / "model"
+
+
+def test_written_bytes_are_counted_by_kind_without_checkpoints_and_logs(tmp_path: Path) -> None:
+    files = {"mask.safetensors": 3, "delta.safetensors": 5, "model/a.safetensors": 7, "model/config.json": 11,
+             "adapter/b.bin": 13, "extra.bin": 1, "checkpoint-4/c.bin": 100, "previous.safetensors": 100,
+             "metrics.jsonl": 100}  # fmt: skip
+    for name, size in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    assert written_bytes(tmp_path) == {"mask_bytes": 3, "delta_bytes": 5, "model_bytes": 18, "other_bytes": 14}
