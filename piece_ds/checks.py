@@ -80,6 +80,14 @@ def check_training(arguments: TrainingArguments, masked: bool) -> None:
     resumes_from(arguments)
 
 
+def check_offload(method: str, arguments: TrainingArguments) -> None:
+    """Raise UserError where the optimizer is offloaded and the method changes the reduced gradient."""
+    device = arguments.hf_deepspeed_config.get_value("zero_optimization.offload_optimizer.device", "none")
+    if method in BASELINES and BASELINES[method].changes_gradient and device != "none":
+        raise UserError(f"--method {method} changes the reduced gradient, which is not proven with optimizer offload: "
+                        "use a DeepSpeed configuration without zero_optimization.offload_optimizer")  # fmt: skip
+
+
 def check_kernels(method: str, arguments: TrainingArguments) -> None:
     """Raise UserError unless the ops that method needs can run on this device; builds them where they have to be."""
     if method not in BASELINES or method in ("ewc", "gem"):  # these two take statistics

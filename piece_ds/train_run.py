@@ -5,7 +5,15 @@ from typing import Any
 
 from piece_ds.arguments import Settings
 from piece_ds.baselines import BASELINES
-from piece_ds.checks import check_accumulation, check_kernels, check_method, check_sources, check_training, resumes_from
+from piece_ds.checks import (
+    check_accumulation,
+    check_kernels,
+    check_method,
+    check_offload,
+    check_sources,
+    check_training,
+    resumes_from,
+)
 from piece_ds.distributed import world_size
 from piece_ds.engine import Stream, run_stream
 from piece_ds.errors import UserError
@@ -39,6 +47,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     for index, task in enumerate(inputs.tasks):
         num_rows = baseline.num_rows(task, inputs.tasks[:index]) if baseline else len(task.train)
         check_accumulation(task.name, num_rows, arguments, settings.output.incomplete_accumulation == "smaller_step")
+    check_offload(settings.method.method, arguments)
     check_kernels(settings.method.method, arguments)
     folder = RunFolder(Path(arguments.output_dir))
     reporters = open_reporters(arguments.report_to, folder.root)

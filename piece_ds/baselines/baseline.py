@@ -66,11 +66,13 @@ class Baseline:
         passing: names of folders in a task's folder that nobody needs once the next task is finished.
         resumes_inside: whether a task that was interrupted goes on from the trainer's checkpoint.
         saves_itself: whether save_model() is to be called in the trainer's place.
+        changes_gradient: whether it changes the reduced gradient, which optimizer offload does not allow.
     """
 
     passing: tuple[str, ...] = ()
     resumes_inside = True
     saves_itself = False
+    changes_gradient = False
 
     def __init__(self, settings: BaselineArguments) -> None:
         self.settings = settings

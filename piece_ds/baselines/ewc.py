@@ -25,6 +25,7 @@ class EWC(Baseline):
 
     passing = (FOLDER,)
     resumes_inside = False
+    changes_gradient = True
 
     def engine_callback(self, context: TaskContext) -> EngineCallback | None:
         if context.previous is None or self.settings.ewc_lambda == 0:

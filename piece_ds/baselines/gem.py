@@ -25,6 +25,7 @@ class GEM(Baseline):
     """
 
     resumes_inside = False
+    changes_gradient = True
 
     def engine_callback(self, context: TaskContext) -> EngineCallback | None:
         if not context.earlier:

@@ -119,6 +119,8 @@ class OLoRA(LoRA):
     Source: O-LoRA (Wang et al., arXiv 2310.14152); lambda_2 = 0.
     """
 
+    changes_gradient = True
+
     def adapter_names(self, num_tasks: int) -> list[str]:
         return [f"task{index:02d}" for index in range(num_tasks)]
 
