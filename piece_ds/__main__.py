@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from piece_ds.errors import UserError
+from piece_ds.errors import MachineError, UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except MachineError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
-"""The one exception that means "the caller gave us something we cannot use".
+"""The exceptions whose message says all: input that cannot be used, and a machine that fails.
 
-Launch scripts print its message as a single line on stderr and exit with code 2; everything else keeps its
-traceback, because everything else is a defect of the machine or of this package.
+Launch scripts print it as a single line on stderr and exit with code 2 or 1; everything else keeps its traceback,
+because everything else is a defect of this package.
 """
 
 from difflib import get_close_matches
@@ -9,6 +9,13 @@ from difflib import get_close_matches
 
 class UserError(ValueError):
     """Input that cannot be used. The message says what was expected, what came, which object, and what to do."""
+
+
+class MachineError(RuntimeError):
+    """The machine, not the input, is at fault, in a way that needs no traceback: a full disk, a lost rank.
+
+    Launch scripts print the message as a single line on stderr and exit with code 1.
+    """
 
 
 def nearest(word: str, choices: list[str]) -> str:

@@ -8,10 +8,11 @@ as in a mask file, and the fingerprints of all weights before (base_fingerprint)
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from piece_ds.checkpoint.fingerprint import checksum_of
 from piece_ds.checkpoint.metadata import describe
 from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hexadecimal, weights_fingerprint
 from piece_ds.distributed import barrier, is_main
@@ -78,11 +79,16 @@ def load_previous(path: Path | str, mask: Mask) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: the task cannot be resumed without the values it began with")
     values = {}
-    with safe_open(path, framework="pt") as file:
-        for name, index in mask.index.items():
-            whole = file.get_tensor(f"{name}.indices").long()
-            begin = int(torch.searchsorted(whole, index[0]))
-            if not torch.equal(whole[begin : begin + index.numel()], index):
-                raise UserError(f"{path} does not belong to this task's mask: {name!r} has other indices")
-            values[name] = file.get_tensor(f"{name}.previous")[begin : begin + index.numel()]
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("checksum") != checksum_of(file.keys(), file.get_tensor):
+                raise UserError(f"{path} is damaged: its checksum does not match its content")
+            for name, index in mask.index.items():
+                whole = file.get_tensor(f"{name}.indices").long()
+                begin = int(torch.searchsorted(whole, index[0]))
+                if not torch.equal(whole[begin : begin + index.numel()], index):
+                    raise UserError(f"{path} does not belong to this task's mask: {name!r} has other indices")
+                values[name] = file.get_tensor(f"{name}.previous")[begin : begin + index.numel()]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): it is damaged, or of another mask") from error
     return values

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -17,8 +18,13 @@ def model_fingerprint(layout: Layout) -> str:
 
 def checksum(tensors: dict[str, Tensor]) -> str:
     """sha256 over names and bytes of CPU tensors, in name order."""
+    return checksum_of(tensors, tensors.__getitem__)
+
+
+def checksum_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """The same of tensors that read() gives one by one. Memory: one tensor."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(names):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

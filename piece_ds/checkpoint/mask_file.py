@@ -58,6 +58,7 @@ def check_mask_file(path: Path | str, layout: Layout | None = None) -> dict[str,
     if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
         raise UserError(f"mask {path} is damaged: its checksum does not match its content; write it again")
     shapes = _shapes(path, metadata)
+    _ratio(path, metadata)
     for name, bits in tensors.items():
         _check_bits(path, name, bits, shapes.get(name))
     count = sum(int(np.bitwise_count(bits.numpy()).sum(dtype=np.int64)) for bits in tensors.values())
@@ -76,6 +77,13 @@ def _shapes(path: Path, metadata: dict[str, str]) -> dict[str, list[int]]:
     if not isinstance(shapes, dict):
         raise UserError(f"mask {path}: metadata 'shapes' must map names to shapes, got {type(shapes).__name__}")
     return shapes
+
+
+def _ratio(path: Path | str, metadata: dict[str, str]) -> float:
+    try:
+        return float(metadata.get("ratio", "nan"))
+    except ValueError:
+        raise UserError(f"mask {path}: metadata 'ratio' is {metadata['ratio'][:40]!r}, expected a number") from None
 
 
 def _check_bits(path: Path, name: str, bits: Tensor, shape: list[int] | None) -> None:
@@ -138,5 +146,5 @@ def load_mask(path: Path | str, layout: Layout) -> Mask:
             if positions.numel():
                 index[info.name] = positions
     count = torch.tensor(sum(p.numel() for p in index.values()), device=collective_device())
-    ratio = float(metadata.get("ratio", "nan"))
-    return Mask(layout, index, int(all_reduce_sum_(count)), metadata.get("method", "unknown"), ratio)
+    method, ratio = metadata.get("method", "unknown"), _ratio(path, metadata)
+    return Mask(layout, index, int(all_reduce_sum_(count)), method, ratio)

@@ -5,19 +5,24 @@ With them another ratio, budget or method (of the same needs) is a selection, no
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from piece_ds.checkpoint.fingerprint import model_fingerprint
+from piece_ds.checkpoint.fingerprint import checksum, checksum_of, model_fingerprint
 from piece_ds.distributed import barrier, is_main
 from piece_ds.errors import UserError
 from piece_ds.files import write_json, write_whole
 from piece_ds.state.partition import Layout, partition_of
 from piece_ds.state.statistics import GradientStats, empty_stats
 
-INDEX = "statistics.json"
+INDEX, FORMAT, VERSION = "statistics.json", "piece-statistics", 1
+
+# What the index must say, and of what type.
+_FIELDS = {"num_ranks": int, "has_grad_sum": bool, "num_micro_batches": int, "num_nonfinite": int,
+           "model_fingerprint": str, "source": dict}  # fmt: skip
 
 
 def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, object] | None = None) -> None:
@@ -33,14 +38,16 @@ def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, 
         tensors[f"{info.name}.square_sum"] = square_sum.cpu().clone()
         if grad_sum is not None:
             tensors[f"{info.name}.grad_sum"] = grad_sum.cpu().clone()
-    write_whole(folder / _shard(layout.rank, layout.num_ranks), lambda temporary: save_file(tensors, temporary))
+    metadata = {"format": FORMAT, "version": str(VERSION), "checksum": checksum(tensors)}
+    shard = folder / _shard(layout.rank, layout.num_ranks)
+    write_whole(shard, lambda temporary: save_file(tensors, temporary, metadata))
     barrier()
     if is_main():
         write_json(
             folder / INDEX,
             {
-                "format": "piece-statistics",
-                "version": 1,
+                "format": FORMAT,
+                "version": VERSION,
                 "num_ranks": layout.num_ranks,
                 "has_grad_sum": stats.grad_sum is not None,
                 "num_micro_batches": stats.num_micro_batches,
@@ -67,33 +74,71 @@ def load_statistics(
     """This rank's statistics from a folder written by any number of ranks.
 
     Raises:
-        UserError: not there, of another model, without the sum that the method needs, or of another source.
+        UserError: see load_statistics_into().
     """
-    folder = Path(folder)
-    if not has_statistics(folder):
-        raise UserError(f"no statistics in {folder}: expected the file {INDEX}")
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    stats = empty_stats(layout, needs_sum, device)
+    load_statistics_into(stats, folder, source)
+    return stats
+
+
+def load_statistics_into(stats: GradientStats, folder: Path | str, source: dict[str, object] | None = None) -> None:
+    """Fill stats with this rank's statistics from a folder written by any number of ranks.
+
+    Raises:
+        UserError: not there, damaged, of another model, without the sum that stats has, or of another source.
+    Cost: reads the shards that overlap this rank's, once for their checksums and once for the sums.
+    """
+    folder, layout = Path(folder), stats.layout
+    index = _read_index(folder)
     if index["model_fingerprint"] != model_fingerprint(layout):
         raise UserError(f"statistics in {folder} are of another model: parameter names or shapes differ")
-    if needs_sum and not index["has_grad_sum"]:
+    if stats.grad_sum is not None and not index["has_grad_sum"]:
         raise UserError(f"statistics in {folder} hold only sums of squares: piece-s needs the sum of gradients too")
     if source is not None and index["source"] != source:
         raise UserError(f"statistics in {folder} were taken of {index['source']}, not of {source}: use another folder")
-    stats = empty_stats(layout, needs_sum, device)
-    stats.num_micro_batches, stats.num_nonfinite = index["num_micro_batches"], index["num_nonfinite"]
     for owner in range(index["num_ranks"]):
-        with safe_open(folder / _shard(owner, index["num_ranks"]), framework="pt") as file:
-            for info, part, offset in layout.owned():
-                stored = partition_of(info.numel, owner, index["num_ranks"])
-                low, high = max(part.start, stored.start), min(part.stop, stored.stop)
-                if low >= high:
-                    continue
-                targets = stats.fragment(offset + low - part.start, high - low)
-                for key, target in zip(("grad_sum", "square_sum"), targets, strict=True):
-                    if target is not None:
-                        values = file.get_slice(f"{info.name}.{key}")[low - stored.start : high - stored.start]
-                        target.copy_(values)
-    return stats
+        _fill_from_shard(stats, folder / _shard(owner, index["num_ranks"]), owner, index["num_ranks"])
+    stats.num_micro_batches, stats.num_nonfinite = index["num_micro_batches"], index["num_nonfinite"]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not has_statistics(folder):
+        raise UserError(f"no statistics in {folder}: expected the file {INDEX}")
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / INDEX} cannot be read ({error}): take the statistics again") from None
+    if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{folder / INDEX}: expected format {FORMAT!r} version {VERSION}: take the statistics again")
+    for field, kind in _FIELDS.items():
+        if type(index.get(field)) is not kind or (kind is int and index[field] < (field == "num_ranks")):
+            raise UserError(f"{folder / INDEX}: {field!r} is {str(index.get(field))[:40]!r}, expected "
+                            f"{kind.__name__}: take the statistics again")  # fmt: skip
+    return index
+
+
+def _fill_from_shard(stats: GradientStats, path: Path, owner: int, num_ranks: int) -> None:
+    """The part of stats that rank `owner` of num_ranks has written to path."""
+    overlaps = []
+    for info, part, offset in stats.layout.owned():
+        stored = partition_of(info.numel, owner, num_ranks)
+        low, high = max(part.start, stored.start), min(part.stop, stored.stop)
+        if low < high:
+            targets = stats.fragment(offset + low - part.start, high - low)
+            overlaps += [(f"{info.name}.{key}", target, low - stored.start, high - stored.start)
+                         for key, target in zip(("grad_sum", "square_sum"), targets, strict=True)
+                         if target is not None]  # fmt: skip
+    if not overlaps:
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("checksum", "") != checksum_of(file.keys(), file.get_tensor):
+                raise UserError(f"statistics {path} are damaged: their checksum does not match; take them again")
+            for name, target, low, high in overlaps:
+                target.copy_(file.get_slice(name)[low:high])
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"statistics {path} cannot be read ({error}): take them again") from error
 
 
 def _shard(owner: int, num_ranks: int) -> str:

@@ -111,9 +111,13 @@ def _files(root: Path) -> list[str]:
     """The files that hold the weights, as transformers finds them."""
     if (root / INDEX_NAME).is_file():
         try:
-            return sorted(set(json.loads((root / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            files = sorted(set(json.loads((root / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{root / INDEX_NAME} is not an index of safetensors files ({error!r})") from error
+        outside = next((name for name in files if not isinstance(name, str) or Path(name).name != name), None)
+        if outside is not None:
+            raise UserError(f"{root / INDEX_NAME} names {outside!r}: expected the name of a file in the same folder")
+        return files
     if (root / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
     raise UserError(f"{root}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; save the model with "
@@ -135,7 +139,7 @@ def _header(path: Path, file: str) -> dict[str, Stored]:
             for name, entry in header.items()
         }
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a safetensors file ({error}): copy it again") from error
     if end != path.stat().st_size:
         raise UserError(

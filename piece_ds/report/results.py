@@ -128,5 +128,5 @@ def read_results(path: Path | str, name: str | None = None) -> RunResults:
         raise UserError(f"{path}: no such file; a run writes it before its first task") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); the file is damaged, run again") from None

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piece_ds.distributed import world_size
+from piece_ds.distributed import collective_device, world_size
 from piece_ds.state.partition import Layout
 
 
@@ -54,7 +54,8 @@ def gather_fragments(
         parameter name -> CPU tensor; absent where no rank has any.
     """
     if layout.num_ranks == 1:
-        return {name: values for name, values in fragments.items() if values.numel()}
+        ordered = {info.name: fragments[info.name] for info in layout.parameters if info.name in fragments}
+        return {name: values for name, values in ordered.items() if values.numel()}
     names = [info.name for info in layout.parameters]
     rows = [fragments[n].contiguous().view(torch.uint8) if n in fragments else torch.zeros(0).byte() for n in names]
     counts_WP, bytes_W = _all_gather_bytes(torch.tensor([row.numel() for row in rows]), torch.cat(rows))
@@ -78,10 +79,3 @@ def _all_gather_bytes(counts: Tensor, values: Tensor) -> tuple[list[Tensor], lis
     dist.all_gather(lists, padded)
     all_counts = [c.cpu() for c in gathered]
     return all_counts, [row[: int(c.sum())].cpu() for row, c in zip(lists, all_counts, strict=True)]
-
-
-def collective_device() -> torch.device:
-    """Where tensors must live for the default group's collectives: the accelerator under NCCL, else the CPU."""
-    if dist.is_initialized() and "nccl" in dist.get_backend():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -69,7 +69,7 @@ def read_csv(path: Path) -> Iterator[dict[str, Any]]:
             missing = [key for key in ("prompt", "answer") if key not in header]
             if header and missing:
                 raise UserError(
-                    f"{path}: CSV header has no column {' or '.join(map(repr, missing))}, it has {header}; "
+                    f"{path}: CSV header has no column {' or '.join(map(repr, missing))}, it has {str(header)[:200]}; "
                     "name the columns prompt and answer"
                 )
             reader.fieldnames = header
@@ -88,8 +88,9 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=ROWS_PER_BATCH):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable Parquet file ({reason[:200]})") from None
 
 
 READERS: dict[str, Callable[[Path], Iterator[Any]]] = {

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from piece_ds.checkpoint import check_mask_file, load_mask, save_mask
-from piece_ds.errors import UserError
+from piece_ds.errors import MachineError, UserError
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout, layout_of
 
@@ -95,7 +95,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(path: Path, monkeyp
         raise OSError("disk full")
 
     monkeypatch.setattr("piece_ds.checkpoint.mask_file.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(MachineError, match="disk full"):
         save_mask(path, load_mask(path, Model.layout()))
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
