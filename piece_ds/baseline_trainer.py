@@ -12,18 +12,7 @@ from piece_ds.baselines import Baseline, EngineCallback, TaskContext
 from piece_ds.stream import Task
 from piece_ds.stream.rows import IGNORED_LABEL
 from piece_ds.task_mask import MaskSource
-
-
-class TaskTrainer(Trainer):
-    """transformers' Trainer; the loss is never the very tensor that the engine's forward returned.
-
-    DeepSpeed 0.19 divides such a loss by the accumulation steps although it is told not to, at ZeRO stage 0 and in
-    BF16_Optimizer, and the Trainer has divided already.
-    """
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(*args, **kwargs)
-        return (result[0] * 1.0, *result[1:]) if isinstance(result, tuple) else result * 1.0
+from piece_ds.task_trainer import TaskTrainer
 
 
 def make_trainer(

@@ -43,6 +43,7 @@ class PieceCallback(TrainerCallback):
 
     Attributes:
         mask: after training has begun, the mask in use.
+        update: while training, the mask in force.
         select_seconds: wall time of statistics and selection; None where the mask came from a file.
     """
 
@@ -83,7 +84,7 @@ class PieceCallback(TrainerCallback):
         self.mask: Mask | None = None
         self.select_seconds: float | None = None
         self._batch_size = importance_batch_size
-        self._update: MaskedUpdate | CompactUpdate | None = None
+        self.update: MaskedUpdate | CompactUpdate | None = None
         self._update_mode, self._save_full = update_mode, save_full
         self._selected_gradient = selected_gradient
         if update_mode == "compact":
@@ -104,26 +105,33 @@ class PieceCallback(TrainerCallback):
             raise UserError("PieceCallback prepares the model for one train(): make another callback for another one")
         layout = layout_of(engine.module)
         path = Path(args.output_dir) / MASK_NAME
+        kept = self.is_begun(state)
         if self.mask_file is not None:
             self.mask = load_mask(self.mask_file, layout)
-        elif state.global_step > 0:
-            self.mask = load_mask(path, layout)
         else:
-            self.mask = self._select(engine, layout)
-        if state.global_step == 0:
+            self.mask = load_mask(path, layout) if kept else self._select(engine, layout)
+        if not kept:
             save_mask(path, self.mask)
         logger.info("%d of %d weights selected (%s)", self.mask.num_selected, layout.total, self.mask.method)
-        self.on_mask(engine.module, self.mask, resumed=state.global_step > 0)
-        self._update = attach(engine, self.mask, self._save_full, self._selected_gradient)
+        self.on_mask(engine.module, self.mask, resumed=kept)
+        self.update = attach(engine, self.mask, self._save_full, self._selected_gradient)
+        self.on_attached(self.update)
         barrier()
+
+    def is_begun(self, state: TrainerState) -> bool:
+        """Whether the mask of an interrupted run is used instead of estimating one; the same on all ranks."""
+        return state.global_step > 0
 
     def on_mask(self, model: nn.Module, mask: Mask, resumed: bool) -> None:
         """Called on every rank with the mask, before the first step."""
 
+    def on_attached(self, update: MaskedUpdate | CompactUpdate) -> None:
+        """Called on every rank when the mask is in force, before the first step."""
+
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._update is not None:
-            self._update.detach()
-            self._update = None
+        if self.update is not None:
+            self.update.detach()
+            self.update = None
             self.trainer.__dict__.pop("save_model", None)
 
     def _prepare(self, count: Callable[[nn.Module], int]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from piece_ds.arguments import given_names
-from piece_ds.errors import UserError
+from piece_ds.errors import MachineError, UserError
+from piece_ds.stop import STOP_CODE, Stopped
 
 # How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
 OTHER_RANKS_WAIT_SECONDS = 5.0
@@ -20,7 +21,8 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero3.
 
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run main(argv) as a program: a UserError becomes one line on stderr and exit code 2.
+    """Run main(argv) as a program. A UserError becomes one line on stderr and exit code 2, a MachineError one and
+    exit code 1; a run that a signal has stopped, one and exit code 75.
 
     deepspeed's launcher adds --local_rank=N to the arguments; ranks come from the environment.
     """
@@ -31,11 +33,27 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
         _quiet()
         main(argv)
     except UserError as error:
-        if int(os.environ["RANK"]) != 0:
-            time.sleep(OTHER_RANKS_WAIT_SECONDS)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        _say_after_rank_0(f"error: {error}")
         _leave(2)
+    except MachineError as error:
+        _say_after_rank_0(f"error: {error}")
+        _leave(1)
+    except Stopped as stop:
+        if int(os.environ["RANK"]) == 0:
+            _say(f"{stop}; the same command with --resume_from_checkpoint True goes on")
+        _leave(STOP_CODE)
     _leave(0)
+
+
+def _say_after_rank_0(message: str) -> None:
+    """On other ranks only where rank 0 has not ended them by then."""
+    if int(os.environ["RANK"]) != 0:
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+    _say(message)
+
+
+def _say(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def with_default_config(argv: list[str]) -> list[str]:

@@ -113,6 +113,10 @@ class MethodArguments:
     statistics_file: str | None = field(
         default=None, metadata={"help": "folder of saved statistics: read when it exists, else written"}
     )
+    statistics_save_steps: int = field(
+        default=0,
+        metadata={"help": "keep the sums every N rounds of micro-batches, to go on from; 0: only upon a signal"},
+    )
 
     lift_rank: int | None = field(
         default=None, metadata={"help": "lift: rank of the approximation; without it 1/32 of a matrix's shorter side"}
@@ -134,6 +138,8 @@ class MethodArguments:
         require_choice("statistics_device", self.statistics_device, ["auto", "cpu"])
         require_positive("importance_batch_size", self.importance_batch_size)
         require_positive("importance_lambda", self.importance_lambda)
+        if self.statistics_save_steps < 0:
+            raise UserError(f"--statistics_save_steps must be 0 or more, got {self.statistics_save_steps}")
 
 
 @dataclass

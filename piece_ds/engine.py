@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from piece_ds.arguments import Settings
 from piece_ds.baselines import Baseline, TaskContext
+from piece_ds.checkpoint.seal import verify_seal
 from piece_ds.distributed import barrier, is_main
 from piece_ds.errors import UserError
 from piece_ds.judge import Scores, judge
 from piece_ds.ledger import (
+    is_judged_before,
     num_finished,
     num_steps_before,
     open_results,
@@ -32,11 +34,13 @@ from piece_ds.ledger import (
 from piece_ds.model import freeze_ineligible, load_model
 from piece_ds.report import RunResults
 from piece_ds.reporters import StreamReporters
+from piece_ds.resume import clear_half_written, forget_resumption
 from piece_ds.run_folder import RunFolder, written_bytes
 from piece_ds.state.partition import layout_of
+from piece_ds.stop import heeding_signals
 from piece_ds.stream import Task, make_collator
 from piece_ds.task_mask import MaskSource
-from piece_ds.task_run import PREVIOUS_NAME, train_task
+from piece_ds.task_run import train_task
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +80,16 @@ def run_stream(stream: Stream, resume: bool) -> RunResults:
     """
     results = open_results(stream.folder.results_file, stream.settings, stream.tasks, stream.scorers, resume)
     first = num_finished(results)
+    if resume:
+        clear_half_written(stream.folder.root)
+        _tidy(stream, first - 1)  # the run may have ended between its results and this
     if first == len(stream.tasks):
         return results
-    model = _load(stream, first)
-    for index in range(first, len(stream.tasks)):
-        folder = stream.folder.task(index, stream.tasks[index].name)
-        goes_on = resume and index == first and (stream.baseline is None or stream.baseline.resumes_inside)
-        checkpoint = _last_checkpoint(folder) if goes_on else None
-        results = _run_task(stream, model, index, results, checkpoint)
+    with heeding_signals():
+        model = _load(stream, first)
+        for index in range(first, len(stream.tasks)):
+            goes_on = stream.baseline is None or stream.baseline.resumes_inside
+            results = _run_task(stream, model, index, results, resume and index == first and goes_on)
     stream.reporters.close(model=model, processing_class=stream.tokenizer)
     return results
 
@@ -98,6 +104,7 @@ def _load(stream: Stream, first: int) -> nn.Module:
         if not (source / "config.json").is_file():
             raise UserError(f"{source} is missing: with --save_model never a stream cannot go on after task {first}; "
                             "begin again in another folder")  # fmt: skip
+        verify_seal(source.parent, inside=f"{source.name}/")
     # ZeRO-3 partitions while loading only where TrainingArguments with its configuration exists.
     arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
     model = load_model(stream.settings.model, stream.dtype, source)
@@ -118,7 +125,7 @@ def _masked_names(mask_file: str | None) -> set[str] | None:
         return set(file.keys())
 
 
-def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults, checkpoint: str | None) -> RunResults:
+def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults, resume: bool) -> RunResults:
     settings, task = stream.settings, stream.tasks[index]
     folder = stream.folder.task(index, task.name)
     logger.warning("task %d of %d: %s (%d rows)", index + 1, len(stream.tasks), task.name, len(task.train))
@@ -142,8 +149,8 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         folder,
         _mask_source(stream, index) if stream.baseline is None else stream.baseline,
         _context(stream, index),
-        checkpoint,
-        before if index == 0 else None,
+        resume,
+        before if index == 0 and not is_judged_before(results) else None,
         after,
         None if settings.output.save_model == "never" else stream.model_folder(index),
         stream.reporters.of_task(num_steps_before(results)),
@@ -154,9 +161,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
     results = with_overlaps(results, _mask_files(stream, index + 1))
     write_results(results, stream.folder.results_file)
     stream.reporters.log_results(results)
-    if is_main():
-        _tidy(stream, index)
-    barrier()
+    _tidy(stream, index)
     return results
 
 
@@ -208,19 +213,11 @@ def _mask_files(stream: Stream, num_tasks: int) -> list[Path]:
 
 
 def _tidy(stream: Stream, index: int) -> None:
-    """A finished task needs nothing to resume from, and under `last` the model before it is not kept."""
-    folder = stream.folder.task(index, stream.tasks[index].name)
-    (folder / PREVIOUS_NAME).unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    if index > 0 and stream.baseline is not None:
-        for name in stream.baseline.passing:
+    """A finished task needs nothing to resume from, and under `last` the model before it is not kept. A collective."""
+    if is_main() and index >= 0:
+        forget_resumption(stream.folder.task(index, stream.tasks[index].name))
+        for name in stream.baseline.passing if index > 0 and stream.baseline is not None else ():
             shutil.rmtree(stream.folder.task(index - 1, stream.tasks[index - 1].name) / name, ignore_errors=True)
-    if stream.settings.output.save_model == "last" and index > 0:
-        shutil.rmtree(stream.model_folder(index - 1), ignore_errors=True)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of the trainer that is complete: trainer_state.json is the last file it writes."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+        if stream.settings.output.save_model == "last" and index > 0:
+            shutil.rmtree(stream.model_folder(index - 1), ignore_errors=True)
+    barrier()

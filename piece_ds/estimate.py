@@ -12,7 +12,7 @@ from piece_ds.selection.budget import num_selected
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.state.statistics import GradientStats
-from piece_ds.zero import MicroBatchSource, collect_statistics, read_weight
+from piece_ds.zero import Keeper, MicroBatchSource, collect_statistics, read_weight
 
 
 def estimate_mask(
@@ -27,6 +27,7 @@ def estimate_mask(
     layout: Layout | None = None,
     stats: GradientStats | None = None,
     options: SelectionOptions | None = None,
+    keeper: Keeper | None = None,
 ) -> Mask:
     """Estimate importance on data and select the most important weights of the model. A collective.
 
@@ -42,6 +43,7 @@ def estimate_mask(
         layout: of the model; None means layout_of(engine.module).
         stats: statistics taken before; None means that they are taken now, if the method needs them.
         options: what some of baselines.SELECTIONS need; these have their own budget, and take their own statistics.
+        keeper: as in collect_statistics().
     Returns:
         Mask; give it to attach().
     Cost: of collect_statistics() and select().
@@ -56,7 +58,9 @@ def estimate_mask(
     candidates = None
     if stats is None and scorer.needs_squares:
         last_pass = LastPassFilter(layout, method, ratio, lam) if budget == "model" else None
-        stats = collect_statistics(engine, micro_batches, scorer.needs_sum, device, layout, last_pass=last_pass)
+        stats = collect_statistics(
+            engine, micro_batches, scorer.needs_sum, device, layout, last_pass=last_pass, keeper=keeper
+        )
         candidates = last_pass.proven() if last_pass is not None else None
     params = dict(engine.module.named_parameters())
 

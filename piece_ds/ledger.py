@@ -60,6 +60,11 @@ def num_steps_before(results: RunResults) -> int:
     return sum(int(cost.get("num_steps", 0)) for cost in results.cost.values())
 
 
+def is_judged_before(results: RunResults) -> bool:
+    """Whether the row before any task is there."""
+    return results.matrix.loss.before is not None
+
+
 def with_before(results: RunResults, scores: Scores) -> RunResults:
     """results with the row before any task."""
     matrix = results.matrix.with_before(scores.score, scores.loss, scores.general_loss)

@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from piece_ds.files import write_json
 
 # Settings that may differ between the two halves of a resumed run.
 _FREE = {"output_dir", "resume_from_checkpoint", "logging_steps", "report_to", "disable_tqdm", "save_total_limit",
-         "save_steps", "save_strategy", "save_full", "deepspeed", "local_rank", "run_name"}  # fmt: skip
+         "save_steps", "save_strategy", "save_full", "statistics_save_steps", "deepspeed", "local_rank",
+         "run_name"}  # fmt: skip
 
 _KINDS = {"mask.safetensors": "mask_bytes", "delta.safetensors": "delta_bytes", "model": "model_bytes"}
 _NOT_COUNTED = {"previous.safetensors", "metrics.jsonl"}  # removed when the task is finished; a log
@@ -66,14 +68,24 @@ class RunFolder:
             resume: continue what is there.
             also: written beside it and not compared.
         Raises:
-            UserError: the folder belongs to another run, or to a finished or interrupted one and resume is not asked.
+            UserError: the folder belongs to another run, or to a finished or interrupted one and resume is not asked;
+                or nothing can be written there.
         """
-        problem = broadcast_object(self._problem(configuration, resume) if is_main() else None)
+        problem = broadcast_object(self._problem(configuration, resume) or self._unwritable() if is_main() else None)
         if problem:
             raise UserError(str(problem))
         if is_main() and not self.run_file.exists():
             write_json(self.run_file, {**configuration, "versions": versions(), **(also or {})})
         barrier()
+
+    def _unwritable(self) -> str | None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as probe:
+                probe.write(b"piece_ds")
+        except OSError as error:
+            return f"--output_dir {self.root} cannot be written ({error.strerror}): use another folder"
+        return None
 
     def _problem(self, configuration: dict[str, Any], resume: bool) -> str | None:
         if self.root.exists() and not self.root.is_dir():

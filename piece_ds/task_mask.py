@@ -23,7 +23,7 @@ from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
 from piece_ds.stream.micro_batches import MicroBatches
-from piece_ds.zero import collect_statistics
+from piece_ds.zero import Keeper, collect_statistics
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class MaskSource:
         """How many weights will be selected."""
         return count_selected(self.method.method, model, self.method.mask_ratio, self.seed, self.task)
 
-    def estimate(self, engine: Any, batches: MicroBatches, layout: Layout) -> Mask:
+    def estimate(self, engine: Any, batches: MicroBatches, layout: Layout, keeper: Keeper | None = None) -> Mask:
         """Statistics (taken, or read from --statistics_file) and selection. A collective.
 
         Args:
-            engine, batches, layout: as in estimate_mask().
+            engine, batches, layout, keeper: as in estimate_mask().
         """
         method = self.method
         device = "cpu" if method.statistics_device == "cpu" else None
@@ -70,8 +70,9 @@ class MaskSource:
             self.seed,
             device,
             layout,
-            _statistics_of(method, self.task, engine, batches, layout, device),
+            _statistics_of(method, self.task, engine, batches, layout, device, keeper),
             self._options(engine, batches, layout, device),
+            keeper,
         )
 
     def _options(self, engine: Any, batches: MicroBatches, layout: Layout, device: str | None) -> SelectionOptions:
@@ -122,6 +123,7 @@ def _statistics_of(
     batches: MicroBatches,
     layout: Layout,
     device: torch.device | str | None,
+    keeper: Keeper | None,
 ) -> GradientStats | None:
     """The statistics kept in --statistics_file, taken now where they are not there; None without it. A collective.
 
@@ -134,6 +136,7 @@ def _statistics_of(
     source = {"task": task, "rows": len(batches.rows), "batch_size": batches.batch_size}
     if has_statistics(folder):
         return load_statistics(folder, layout, estimator(method.method).needs_sum, device or engine.device, source)
-    stats = collect_statistics(engine, batches, True, device, layout)  # with the sum: any method can use them
+    # With the sum: any method can use them.
+    stats = collect_statistics(engine, batches, True, device, layout, keeper=keeper)
     save_statistics(folder, stats, source)
     return stats

@@ -5,29 +5,38 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 
 from piece_ds.arguments import Settings
 from piece_ds.baseline_trainer import OnEngine, make_trainer
 from piece_ds.baselines import Baseline, TaskContext
-from piece_ds.callback import PieceCallback
+from piece_ds.callback import MASK_NAME, PieceCallback
 from piece_ds.checkpoint import read_selected, save_delta
 from piece_ds.checkpoint.delta_file import load_previous
-from piece_ds.distributed import barrier, is_main
+from piece_ds.checkpoint.partial_statistics import PartialStatistics
+from piece_ds.checkpoint.seal import seal
+from piece_ds.distributed import barrier, broadcast_object, is_main
 from piece_ds.files import write_text
 from piece_ds.memory import host_peak_bytes, peak_bytes, reset_peaks
+from piece_ds.resume import PARTIAL_NAME, PREVIOUS_NAME
 from piece_ds.state.mask import Mask
+from piece_ds.stop import leave_if_asked
 from piece_ds.stream import Task
 from piece_ds.task_mask import MaskSource
+from piece_ds.task_model import save_baseline, save_model
+from piece_ds.task_trainer import StopAtStep, Update, is_portable, last_checkpoint, restore_portable
 
-PREVIOUS_NAME = "previous.safetensors"
 DELTA_NAME = "delta.safetensors"
 METRICS_NAME = "metrics.jsonl"
+
+# What a task leaves behind, under checksums once it is all there.
+SEALED = (MASK_NAME, DELTA_NAME, METRICS_NAME, "model")
 
 
 @dataclass(frozen=True)
@@ -67,17 +76,37 @@ class TaskCost:
 
 
 class TaskCallback(PieceCallback):
-    """PieceCallback that also keeps what the selected weights were before the task, across interruptions."""
+    """PieceCallback that also keeps what the selected weights were before the task, across interruptions.
+
+    Attributes:
+        checkpoint: to go on from, in its portable form.
+        resume: the task's folder may hold the mask of an interrupted run.
+    """
 
     previous: dict[str, Tensor]
+    checkpoint: Path | None = None
+    resume = False
+
+    def is_begun(self, state: TrainerState) -> bool:
+        # previous.safetensors is written after the mask: with it, selection is done.
+        done = self.resume and self.mask_file is None and broadcast_object(self._previous.is_file())
+        return super().is_begun(state) or bool(done)
 
     def on_mask(self, model: nn.Module, mask: Mask, resumed: bool) -> None:
-        path = Path(self.trainer.args.output_dir) / PREVIOUS_NAME
         if resumed:
-            self.previous = load_previous(path, mask)
+            self.previous = load_previous(self._previous, mask)
         else:
             self.previous = read_selected(model, mask)
-            save_delta(path, model, mask, self.previous)
+            save_delta(self._previous, model, mask, self.previous)
+
+    def on_attached(self, update: Update) -> None:
+        if self.checkpoint is not None:
+            restore_portable(update, self.checkpoint)
+        self.trainer.update = update
+
+    @property
+    def _previous(self) -> Path:
+        return Path(self.trainer.args.output_dir) / PREVIOUS_NAME
 
 
 def train_task(
@@ -88,7 +117,7 @@ def train_task(
     folder: Path,
     method: MaskSource | Baseline,
     context: TaskContext,
-    checkpoint: str | None,
+    resume: bool,
     before_training: Callable[[Any], None] | None,
     after_training: Callable[[Any], None],
     save_model_to: Path | None,
@@ -100,16 +129,22 @@ def train_task(
         folder: of the task; the trainer's checkpoints go there too.
         method: where the task's mask comes from, or a method without a mask.
         context: the task in its stream.
-        checkpoint: folder to resume from, or None.
-        before_training: called with the engine before anything is estimated (not after a resume).
+        resume: go on from what an interrupted run of the task has left there.
+        before_training: called with the engine before anything is estimated (not after a resume from a checkpoint).
         after_training: called with the engine after the last step.
         save_model_to: transformers folder for the trained model, or None.
         reporter: takes the place of the Trainer's own reporters.
+    Raises:
+        Stopped: a signal asked the run to end; the task can be resumed.
+        UserError: what an interrupted run has left is damaged.
     """
     knows_host_peak = reset_peaks()
     arguments = settings.training_arguments(output_dir=folder, report_to="none")
+    checkpoint = last_checkpoint(folder) if resume else None
+    portable = checkpoint is not None and is_portable(checkpoint, arguments, not isinstance(method, Baseline))
     use_cache = getattr(model.config, "use_cache", None)
     trainer = make_trainer(model, arguments, task, tokenizer, method, context)
+    trainer.portable = portable
     trainer.add_callback(reporter)
     if before_training is not None and checkpoint is None:
         trainer.add_callback(_OnBegin(lambda: before_training(trainer.model_wrapped)))
@@ -128,12 +163,15 @@ def train_task(
             save_full=settings.output.save_full,
             selected_gradient=settings.method.selected_gradient,
             count=method.count,
-            estimate=method.estimate,
+            estimate=partial(method.estimate, keeper=_keeper(settings, task, folder)),
         )
+        callback.resume, callback.checkpoint = resume, checkpoint if portable else None
         trainer.add_callback(callback)
     clock = _Clock()
     trainer.add_callback(clock)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.add_callback(StopAtStep())
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    leave_if_asked(f"after step {trainer.state.global_step} of {trainer.state.max_steps} of task {task.name}")
     engine = trainer.model_wrapped
     if isinstance(method, Baseline):
         method.end_task(engine, context)
@@ -144,17 +182,13 @@ def train_task(
     if isinstance(method, Baseline) and method.saves_itself:
         model.config.use_cache = use_cache
         state = trainer.accelerator.get_state_dict(engine)
-        if is_main():
-            method.save_model(model, state, context, save_model_to)
-            if save_model_to is not None:
-                tokenizer.save_pretrained(str(save_model_to))
+        save_baseline(method, model, state, context, tokenizer, save_model_to)
     elif save_model_to is not None:
         model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
-        trainer.save_model(str(save_model_to))
-        if is_main():
-            (save_model_to / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says more
+        save_model(trainer, save_model_to)
     if is_main():
         write_text(folder / METRICS_NAME, "".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
+    seal(folder, [name for name in SEALED if (folder / name).exists()])
     save_seconds = time.perf_counter() - saving_since
     after_training(engine)
     cost = TaskCost(
@@ -169,6 +203,11 @@ def train_task(
     release(trainer)
     barrier()
     return TaskResult(cost, index, log)
+
+
+def _keeper(settings: Settings, task: Task, folder: Path) -> PartialStatistics:
+    source = {"task": task.name, "rows": len(task.train), "batch_size": settings.method.importance_batch_size}
+    return PartialStatistics(folder / PARTIAL_NAME, settings.method.statistics_save_steps, source)
 
 
 class _OnBegin(TrainerCallback):

@@ -24,7 +24,7 @@ from piece_ds.run_folder import RunFolder
 
 # What decides the results; a resumed run must have the same.
 DECISIVE = (
-    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
+    "learning_rate", "per_device_train_batch_size", "max_steps", "num_train_epochs",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     "train_sampling_strategy", "optim", "seed", "data_seed", "bf16", "fp16",
 )  # fmt: skip
@@ -53,13 +53,14 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     reporters = open_reporters(arguments.report_to, folder.root)
     resume = resumes_from(arguments)
     decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}
-    # A checkpoint of DeepSpeed is cut for one number of ranks and one stage.
-    cut = {
-        "world_size": world_size(),
-        "zero_stage": arguments.hf_deepspeed_config.get_value("zero_optimization.stage", 0),
-    }
-    configuration = {**settings.resolved(), "TrainingArguments": decisive, **cut}
-    also = {"all_training_arguments": arguments.to_dict(), "deepspeed": arguments.hf_deepspeed_config.config}
+    # Any number of ranks may go on with a masked run, as long as a step has the same micro-batches.
+    decisive["gradient_accumulation_steps * ranks"] = arguments.gradient_accumulation_steps * world_size()
+    configuration = {**settings.resolved(), "TrainingArguments": decisive}
+    stage = arguments.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+    cut = {"world_size": world_size(), "zero_stage": stage}
+    if baseline is not None:  # only DeepSpeed's own checkpoint holds all masters and moments
+        configuration |= cut
+    also = {"all_training_arguments": arguments.to_dict(), "deepspeed": arguments.hf_deepspeed_config.config, **cut}
     folder.claim(configuration, resume, also)
     stream = Stream(
         settings,

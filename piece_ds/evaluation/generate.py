@@ -14,6 +14,7 @@ from piece_ds.distributed import all_gather_objects, world_size
 from piece_ds.evaluation.dealing import deal_batches
 from piece_ds.evaluation.mode import evaluating
 from piece_ds.progress import progress_bar
+from piece_ds.stop import leave_if_asked
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def generate_texts(
     with evaluating(model), no_generation_defaults(module):
         shares = deal_batches([len(prompt) for prompt in prompts], batch_size)
         for share in progress_bar(shares, description, unit="batch"):
+            leave_if_asked("during an evaluation")
             if not share.counted and not synced:
                 continue
             ids, mask = pad_left([prompts[index] for index in share.indices], cast(int, config.pad_token_id))

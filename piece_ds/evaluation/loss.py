@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from piece_ds.distributed import all_reduce_sum_
 from piece_ds.evaluation.dealing import deal_batches
 from piece_ds.evaluation.mode import evaluating
+from piece_ds.stop import leave_if_asked
 
 IGNORED_LABEL = -100
 Batch = dict[str, Tensor]
@@ -66,6 +67,7 @@ def evaluate_loss(
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
     with evaluating(model):
         for share in deal_batches(lengths, batch_size):
+            leave_if_asked("during an evaluation")
             batch = collator([dataset[index] for index in share.indices])
             num_tokens = count_labels(batch["labels"])
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss

@@ -24,6 +24,7 @@ from piece_ds.update.collection import GradientCollection
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.zero import open_door, require_trainable
 from piece_ds.zero.checkpoints import install_checkpoints
+from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.weights import SelectedWeights, forget_secondary, read_whole
 
 
@@ -65,6 +66,18 @@ class CompactUpdate:
             remove()
         self._remove = []
         self._values.leave(self._engine.module)
+
+    def state(self) -> SelectedState:
+        """What the optimizer knows of the selected weights. A collective."""
+        return read_selected_state(self._adapter, {PARAMETER_NAME: torch.arange(self.mask.num_selected)})
+
+    def restore(self, state: SelectedState) -> None:
+        """Go on from state(), taken of any number of ranks and any stage; the weights are the task's first ones."""
+        everything = torch.arange(self.mask.num_selected)
+        write_selected_state_(self._adapter, {PARAMETER_NAME: everything}, state)
+        values = self._values.values
+        SelectedWeights(values, everything).write_(state.tensors["values"].to(values.dtype))
+        self._write()
 
     def _check(self) -> None:
         values, mask = self._values, self.mask

@@ -5,6 +5,8 @@ from typing import Any
 from piece_ds.state.mask import Mask
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.zero import open_door, require_trainable
+from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
+from piece_ds.zero.weights import SelectedWeights, forget_secondary
 
 
 class MaskedUpdate:
@@ -12,12 +14,13 @@ class MaskedUpdate:
 
     def __init__(self, engine: Any, mask: Mask) -> None:
         require_trainable(engine)
-        adapter = open_door(engine)
+        self._engine, self._adapter = engine, open_door(engine)
+        adapter = self._adapter
         whole = mask.whole()
         if engine.global_steps == 0:  # else masters and moments are those of a checkpoint
             adapter.prepare()
         adapter.bind(whole)
-        self.mask = mask
+        self.mask, self._whole = mask, whole
         decay = SelectedDecay(adapter, whole)
         self._remove = [adapter.install_mask(), *decay.install(engine.basic_optimizer)]
 
@@ -26,3 +29,16 @@ class MaskedUpdate:
         for remove in self._remove:
             remove()
         self._remove = []
+
+    def state(self) -> SelectedState:
+        """What the optimizer knows of the selected weights. A collective."""
+        return read_selected_state(self._adapter, self._whole)
+
+    def restore(self, state: SelectedState) -> None:
+        """Go on from state(), taken of any number of ranks and any stage; the weights are the task's first ones."""
+        write_selected_state_(self._adapter, self._whole, state)
+        params = dict(self._engine.module.named_parameters())
+        sizes = [index.numel() for index in self._whole.values()]
+        for (name, index), values in zip(self._whole.items(), state.tensors["values"].split(sizes), strict=True):
+            SelectedWeights(params[name], index).write_(values.to(params[name].dtype))
+        forget_secondary(self._engine.module)

@@ -6,11 +6,12 @@ What has not been proven is refused at the door, with the reason.
 
 from piece_ds.zero.door import open_door, require_trainable
 from piece_ds.zero.gradient_term import GradientTerm, Ranges
-from piece_ds.zero.statistics import MicroBatchSource, collect_statistics
+from piece_ds.zero.statistics import Keeper, MicroBatchSource, collect_statistics
 from piece_ds.zero.weights import read_weight
 
 __all__ = [
     "GradientTerm",
+    "Keeper",
     "MicroBatchSource",
     "Ranges",
     "collect_statistics",

@@ -44,6 +44,19 @@ class MicroBatchSource(Protocol):
     def __getitem__(self, b: int, /) -> dict[str, Tensor]: ...
 
 
+class Keeper(Protocol):
+    """Keeps the sums of an unfinished pass, so that another pass can go on from them."""
+
+    def begin(self, stats: GradientStats) -> None:
+        """Fill empty sums with those kept, and both counts with what is in them. A collective."""
+
+    def is_due(self, num_done: int) -> bool:
+        """Whether the sums are to be kept now that they hold num_done micro-batches; the same on all ranks."""
+
+    def keep(self, stats: GradientStats) -> None:
+        """Keep them. A collective."""
+
+
 def collect_statistics(
     engine: Any,
     micro_batches: MicroBatchSource,
@@ -52,6 +65,7 @@ def collect_statistics(
     layout: Layout | None = None,
     description: str = "statistics",
     last_pass: LastPassFilter | None = None,
+    keeper: Keeper | None = None,
 ) -> GradientStats:
     """Sum of g and of g * g over micro-batches, where g is the gradient of the model's mean loss. A collective.
 
@@ -63,6 +77,7 @@ def collect_statistics(
         layout: of the model; None means layout_of(engine.module).
         description: of the progress bar.
         last_pass: finds candidates for selection while the last round is added; not used where there is one round.
+        keeper: goes on from the sums of an unfinished pass, and keeps those of this one. The sums have the same bits.
     Returns:
         GradientStats of this rank's elements, in fp32, without loss scaling, clipping or division.
     Raises:
@@ -80,17 +95,19 @@ def collect_statistics(
     adapter = open_door(engine)
     layout = layout or layout_of(engine.module)
     stats = empty_stats(layout, needs_sum, device or engine.device)
+    if keeper is not None:
+        keeper.begin(stats)
     num_nonfinite = torch.zeros(1, dtype=torch.int64, device=stats.square_sum.device)
+    num_nonfinite += stats.num_nonfinite if is_main() else 0  # it is summed over the ranks
     loss_scale = FP16_LOSS_SCALE if engine.fp16_enabled() else 1.0
     receiver = _Receiver(engine, stats, num_nonfinite, 1.0 / loss_scale)
-    num_rounds = -(-len(micro_batches) // layout.num_ranks)
+    rounds = range(stats.num_micro_batches, len(micro_batches), layout.num_ranks)
     with _undisturbed(engine), receiver.hooks(), adapter.local_backward():
-        for step in progress_bar(range(num_rounds), description, unit="round"):
-            first = step * layout.num_ranks
+        for first in progress_bar(rounds, description, unit="round"):
             # ZeRO-3 gathers together: a rank without a micro-batch repeats one, and nobody adds its gradient.
             b = first + layout.rank if first + layout.rank < len(micro_batches) else first
             batch = {k: v.to(engine.device) for k, v in micro_batches[b].items()}
-            if last_pass is not None and 0 < step == num_rounds - 1:
+            if last_pass is not None and 0 < first == rounds[-1]:
                 last_pass.begin(stats)
                 receiver.last_pass = last_pass
             receiver.begin_round(num_valid=min(layout.num_ranks, len(micro_batches) - first))
@@ -99,12 +116,19 @@ def collect_statistics(
             # by the accumulation steps when it recognises the very tensor that forward returned.
             engine.backward(loss * (loss_scale / _engine_loss_scale(engine)), scale_wrt_gas=False)
             receiver.end_round()
+            stats.num_micro_batches = min(first + layout.num_ranks, len(micro_batches))
+            if keeper is not None and keeper.is_due(stats.num_micro_batches):
+                stats.num_nonfinite = _over_all_ranks(num_nonfinite)
+                keeper.keep(stats)
     adapter.forget_backward()
-    stats.num_micro_batches = len(micro_batches)
-    stats.num_nonfinite = int(all_reduce_sum_(num_nonfinite.to(collective_device())))
+    stats.num_nonfinite = _over_all_ranks(num_nonfinite)
     if stats.num_nonfinite and is_main():
         logger.warning("%d gradient entries were NaN or infinite and counted as 0", stats.num_nonfinite)
     return stats
+
+
+def _over_all_ranks(count: Tensor) -> int:
+    return int(all_reduce_sum_(count.to(collective_device(), copy=True)))
 
 
 def _engine_loss_scale(engine: Any) -> float:

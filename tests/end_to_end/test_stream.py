@@ -29,7 +29,7 @@ from piece_ds.__main__ import main
 from piece_ds.predictions import rescore
 
 FOLDERS = {"letter": "00-letter", "text": "01-text"}
-TASK_FILES = {"mask.safetensors", "delta.safetensors", "metrics.jsonl"}
+TASK_FILES = {"mask.safetensors", "delta.safetensors", "metrics.jsonl", "SHA256SUMS"}
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -1,0 +1,153 @@
+"""transformers' Trainer for a task of the stream: its checkpoints are sealed, and can be left at any step."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from piece_ds.checkpoint.seal import is_sealed, seal, verify_seal
+from piece_ds.checkpoint.selected_file import load_selected_state, save_selected_state
+from piece_ds.distributed import barrier, broadcast_object, is_main, world_size
+from piece_ds.errors import UserError
+from piece_ds.files import not_written, write_json
+from piece_ds.stop import stop_asked
+from piece_ds.update import CompactUpdate, MaskedUpdate
+
+CUT_NAME, SELECTED_NAME = "piece_checkpoint.json", "selected.safetensors"
+
+Update = MaskedUpdate | CompactUpdate
+
+
+class TaskTrainer(Trainer):
+    """transformers' Trainer; the loss is never the very tensor that the engine's forward returned.
+
+    DeepSpeed 0.19 divides such a loss by the accumulation steps although it is told not to, at ZeRO stage 0 and in
+    BF16_Optimizer, and the Trainer has divided already.
+
+    Attributes:
+        update: the mask in force, once training has begun; checkpoints then hold the portable form of it too.
+        portable: training goes on from a checkpoint of another cut: DeepSpeed's part of it is not read.
+    """
+
+    update: Update | None = None
+    portable = False
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(*args, **kwargs)
+        return (result[0] * 1.0, *result[1:]) if isinstance(result, tuple) else result * 1.0
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        deepspeed_part = None if self.portable else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, deepspeed_part)
+        if self.portable:  # the schedule is the trainer's own
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            groups = self.model_wrapped.basic_optimizer.param_groups  # a loaded schedule sets rates at its next step
+            for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+        return prepared
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint counts once it is sealed, and only then may older ones go."""
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with _without_rotation(self.args), _writing(folder):
+            super()._save_checkpoint(model, trial)
+        if self.update is not None:
+            save_selected_state(folder / SELECTED_NAME, self.update.mask, self.update.state())
+        if is_main():
+            write_json(folder / CUT_NAME, cut_of(self.args))
+        seal(folder)
+        if is_main():
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        barrier()
+
+
+def cut_of(arguments: TrainingArguments) -> dict[str, Any]:
+    """What a checkpoint of DeepSpeed is cut for: it can be loaded where all of this is the same."""
+    config = arguments.hf_deepspeed_config
+    zero = {
+        key: config.get_value(f"zero_optimization.{key}") for key in ("stage", "offload_optimizer", "offload_param")
+    }
+    return {"format": "piece-checkpoint", "version": 1, "world_size": world_size(), "zero": zero,
+            "data_types": config.get_value("data_types")}  # fmt: skip
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest sealed checkpoint of a task, or None; the same on all ranks. A collective."""
+    sealed = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_sealed(path)]
+    return broadcast_object(max(sealed, key=lambda path: int(path.name.split("-")[1]), default=None))
+
+
+def is_portable(checkpoint: Path, arguments: TrainingArguments, masked: bool) -> bool:
+    """Check a checkpoint's files, then say whether it must be read in its portable form. A collective.
+
+    Raises:
+        UserError: a file of it is damaged, or it is of another cut and holds no selection.
+    """
+    try:
+        verify_seal(checkpoint)
+    except UserError as error:
+        raise UserError(f"{error}; remove {checkpoint} to go on from what was there before it") from None
+    try:
+        found = json.loads((checkpoint / CUT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / CUT_NAME} cannot be read ({error})") from None
+    now = json.loads(json.dumps(cut_of(arguments)))
+    if found == now:
+        return False
+    if not masked:
+        raise UserError(f"{checkpoint} was written with {_shown(found)}, this is {_shown(now)}: without a mask a "
+                        "checkpoint goes on only as it was begun")  # fmt: skip
+    if not hasattr(Trainer, "_prepare_for_training"):
+        raise UserError("going on with another number of ranks, ZeRO stage or offload needs transformers 5.23 or later")
+    return True
+
+
+def restore_portable(update: Update, checkpoint: Path) -> None:
+    """Bring a mask in force to where a checkpoint of another cut was. A collective."""
+    update.restore(load_selected_state(checkpoint / SELECTED_NAME, update.mask))
+
+
+class StopAtStep(TrainerCallback):
+    """Where a signal asks the run to end: a checkpoint after this step, and no further step."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if stop_asked():
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+@contextmanager
+def _without_rotation(arguments: TrainingArguments) -> Iterator[None]:
+    limit, arguments.save_total_limit = arguments.save_total_limit, None
+    try:
+        yield
+    finally:
+        arguments.save_total_limit = limit
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Errors of the disk, which torch reports as RuntimeError, as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise not_written(folder, error) from error
+    except RuntimeError as error:
+        if not any(writer in str(error) for writer in ("PytorchStreamWriter", "inline_container")):
+            raise
+        raise not_written(folder, error) from error
+
+
+def _shown(cut: dict[str, Any]) -> str:
+    return f"{cut.get('world_size')} ranks and {json.dumps(cut.get('zero'))}"
