@@ -1,4 +1,5 @@
-# make train: the embedded default.   make test: the fast tests.   make test-all: every test.   make venv: set-up alone.
+# make train: the embedded default.   make test: the fast tests.   make test-all: every test.
+# make test-faults: KILLS kills of running streams, FUZZ_SECONDS of damage for every reader of files.   make venv: set-up alone.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 RANKS ?= $(if $(HAS_GPU),1,2)
 LAUNCH := DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/deepspeed --num_accelerators $(RANKS)
 
-.PHONY: train test test-all check bench bench-cost bench-kernels clean venv
+.PHONY: train test test-all test-faults check bench bench-cost bench-kernels clean venv
 
 train: $(VENV)/.ready
 	rm -rf runs/embedded
@@ -21,6 +22,13 @@ test: check
 
 test-all: check
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+KILLS ?= 200
+FUZZ_SECONDS ?= 600
+
+test-faults: $(VENV)/.ready
+	PIECE_DS_KILLS=$(KILLS) PIECE_DS_SECONDS=36000 PIECE_DS_FUZZ_SECONDS=$(FUZZ_SECONDS) \
+		$(BIN)/python -m pytest tests/faults -m "slow or not slow" -rP
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
