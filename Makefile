@@ -11,7 +11,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 RANKS ?= $(if $(HAS_GPU),1,2)
 LAUNCH := DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/deepspeed --num_accelerators $(RANKS)
 
-.PHONY: train test test-all test-faults check bench bench-cost bench-kernels clean venv
+.PHONY: train test test-all test-faults check bench bench-cost bench-continual bench-kernels clean venv
 
 train: $(VENV)/.ready
 	rm -rf runs/embedded
@@ -40,6 +40,11 @@ bench: $(VENV)/.ready
 
 bench-cost: $(VENV)/.ready
 	DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/python bench/cost.py --ranks $(RANKS)
+
+# Hours; goes on where it was stopped. TRACE=FOLDER says where the tasks are, HOURS=H when to stop.
+bench-continual: $(VENV)/.ready
+	DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/python bench/continual/run.py $(if $(TRACE),--trace $(TRACE)) $(if $(HOURS),--hours $(HOURS))
+	$(BIN)/python bench/continual/summary.py
 
 bench-kernels: $(VENV)/.ready
 	$(BIN)/python kernels/bench/run.py
