@@ -44,7 +44,7 @@ MAIN_RATIO = 0.01
 # A weight that trains alone has to move further for the same change of the loss, and one that was chosen for its
 # gradient less far than one that was not: each sweep spans its method's own bend between learning little and damage.
 FULL = (1e-4, 1.7e-4, 3e-4, 1e-3)
-ADAPTER = (1e-3, 3e-3, 5.5e-3, 1e-2)
+ADAPTER = (3e-4, 1e-3, 3e-3, 5.5e-3, 1e-2)
 _BY_GRADIENT = {0.1: (3e-4, 1e-3, 1.7e-3, 3e-3), 0.01: (1e-3, 3e-3, 5.5e-3, 1e-2), 0.001: (3e-3, 1e-2, 3e-2, 5.5e-2)}
 _OTHERWISE = {0.1: (1e-3, 3e-3, 5.5e-3, 1e-2), 0.01: (3e-3, 1e-2, 1.7e-2, 3e-2), 0.001: (1e-2, 3e-2, 1e-1, 3e-1)}
 

@@ -38,7 +38,8 @@ def summary_page(methods: Sequence[Method], runs: Sequence[Record]) -> str:
         f"of the tasks, each right after it was learned) is {best:.3f}. Methods are compared where they have learned "
         f"the same: at {', '.join(f'{100 * share:g} %' for share in SHARES)} of that way. A seed's runs make a curve "
         "over learning rates, neighbouring rates are joined by straight lines, and the value is read where the curve "
-        "passes the level (the best passage, if several; nothing is extrapolated). ± is a 95 % interval (Student's t) "
+        "passes the level (nothing is extrapolated; rates above the one that learned the most are too large, and left "
+        "out). ± is a 95 % interval (Student's t) "
         "over the seeds, where at least two pass; it does not cover the choice of base model and rows. 'not reached': "
         "no rate learned that much; 'passed': the smallest rate learned more already. Nats per token; lower is better.",
         *(_matched_table(methods, column, at) for column in LOST),

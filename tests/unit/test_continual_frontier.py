@@ -16,7 +16,7 @@ CURVE = [Point(1e-4, 4.0, 0.0), Point(1e-3, 3.0, 0.4), Point(1e-2, 2.0, 2.0), Po
     ("level", "lost"),
     [
         (3.0, 0.4),  # a point itself
-        (3.5, 0.2),  # half way from the first to the second; the last point lies on it too, and is worse
+        (3.5, 0.2),  # half way from the first to the second; the last point lies on it too, but its rate is too large
         (2.25, 1.6),  # three quarters from the second to the third
         (4.0, 0.0),  # the ends count
         (2.0, 2.0),
@@ -29,11 +29,17 @@ def test_what_is_lost_at_a_level_lies_on_the_line_between_neighbouring_rates(lev
 
 
 def test_the_best_of_several_passages_counts() -> None:
-    """A method may be run at the best rate for a level; a later, worse passage is nobody's choice."""
-    down_and_up = [Point(1.0, 4.0, 1.0), Point(2.0, 2.0, 3.0), Point(3.0, 4.0, 1.5)]
-    assert lost_at(down_and_up, 3.0) == pytest.approx(2.0)
-    assert lost_at(down_and_up[::-1], 3.0) == pytest.approx(2.0)  # by rate, not by place
-    assert lost_at(down_and_up[1:], 3.0) == pytest.approx(2.25)
+    """A method may be run at the best rate for a level; a worse passage is nobody's choice."""
+    wavy = [Point(1.0, 4.0, 1.0), Point(2.0, 2.5, 2.5), Point(3.0, 3.5, 0.5), Point(4.0, 2.0, 3.5)]
+    assert lost_at(wavy, 3.0) == pytest.approx(1.5)  # 2.0 between the first two rates
+    assert lost_at(wavy[::-1], 3.0) == pytest.approx(1.5)  # by rate, not by place
+
+
+def test_rates_above_the_one_that_learned_the_most_do_not_count() -> None:
+    """Where a larger rate learns less, the way back through a level is damage, not a choice."""
+    too_large = [Point(1.0, 2.0, 0.1), Point(2.0, 4.0, 5.0)]
+    assert lost_at(too_large, 3.0) is None
+    assert why_not([too_large], 3.0) == "passed"
 
 
 def test_runs_that_diverged_are_left_out() -> None:
