@@ -74,10 +74,10 @@ def settings_in_order(seeds: tuple[int, ...] = SEEDS) -> list[Setting]:
     """All runs, each once, so that any stop leaves a picture, and the longer it went on the surer it is.
 
     One seed of the main question and of the larger ratio, the main question's other seeds, one seed of all else, the
-    rest.
+    other methods' seeds, those of the other ratios.
     """
     first = seeds[:1]
-    parts = [(MAIN, first), (LARGE_RATIO, first), (MAIN, seeds), (SWEEPS, first), (SWEEPS, seeds)]
+    parts = [(MAIN, first), (LARGE_RATIO, first), (MAIN, seeds), (SWEEPS, first), (OTHERS, seeds), (SWEEPS, seeds)]
     wanted = [
         Setting(sweep.method, sweep.ratio, rate, seed, sweep.flags)
         for sweeps, some_seeds in parts
