@@ -15,7 +15,7 @@ import torch.distributed as dist
 from piece_ds.command import start_distributed
 
 TESTS = Path(__file__).parents[1]
-TIMEOUT_SECONDS = 900
+TIMEOUT_SECONDS = 1800
 
 Results = dict[str, dict[str, Any]]
 
