@@ -59,6 +59,7 @@ MAIN = (*_masks(MAIN_RATIO), Sweep("seqft", 1.0, FULL), Sweep("lora", 1.0, ADAPT
 LARGE_RATIO, SMALL_RATIO = _masks(0.1), _masks(0.001)
 OTHERS = (
     *(Sweep(method, MAIN_RATIO, _BY_GRADIENT[MAIN_RATIO]) for method in ("piece-ratio", "piece-s-disjoint")),
+    Sweep("piece-ratio", 0.1, _BY_GRADIENT[0.1]),
     *(Sweep(method, MAIN_RATIO, _OTHERWISE[MAIN_RATIO]) for method in ("lift", "shira", "migu")),
     Sweep("hft", 1.0, FULL),
     Sweep("layernorm", 1.0, (3e-3, 1e-2, 3e-2, 1e-1)),
