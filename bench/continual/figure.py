@@ -12,47 +12,56 @@ from bench.continual.curves import LOST, Method, number, start_and_best
 from bench.continual.grid import MAIN_RATIO
 from piece_ds.report.canvas import LINE_COLORS, LINE_STYLES, MARKERS, figure_style, png
 
-MASKS = ("piece-s", "piece-f", "random", "magnitude")
+EQUAL_K = ("piece-s", "piece-f", "piece-ratio", "random", "magnitude")
+OF_RATIO = ("piece-s", "piece-ratio", "random")
+SELECTIONS = ("piece-s-disjoint", "lift", "shira", "migu", "hft", "layernorm")
 PLAIN = ("seqft", "lora")
 LEAST_SHARE = 0.4  # of the learning: what lies to the left of it did not learn the tasks
-SHOWN = ("general_loss_change", "loss_backward_transfer")
+SHOWN = {"general_loss_change": (-0.02, 3.0), "loss_backward_transfer": (None, 3.0)}  # with the ends of the axis
 
 
 def frontier_figure(methods: Sequence[Method]) -> bytes:
-    """PNG with a panel for each question: equal k, the ratio, the baselines; each of general text and earlier tasks.
+    """PNG with a row for each question: equal k, the ratio, other masks, other methods.
 
-    Means over seeds at each rate, bars from the lowest to the highest seed. The upward axis is linear to 0.1 nats, and
-    logarithmic beyond.
+    Its columns are what happens to general text and to earlier tasks. Means over seeds at each rate, bars from the
+    lowest to the highest seed. The upward axis is linear to 0.1 nats, and logarithmic beyond.
     """
     panels = {title: chosen for title, chosen in _panels(methods).items() if chosen}
     start, best = start_and_best(list(methods))
     with figure_style():
-        figure = Figure(figsize=(4.6 * len(panels), 7.2), layout="constrained")
+        figure = Figure(figsize=(11.5, 3.5 * len(panels)), layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(len(SHOWN), len(panels), squeeze=False)
-        for row, column in enumerate(SHOWN):
-            for axes, (title, chosen) in zip(grid[row], panels.items(), strict=True):
+        grid = figure.subplots(len(panels), len(SHOWN), squeeze=False)
+        for row, (title, chosen) in zip(grid, panels.items(), strict=True):
+            for axes, (column, ends) in zip(row, SHOWN.items(), strict=True):
                 _draw(axes, chosen, column)
                 axes.set_xlim(start - LEAST_SHARE * (start - best), best - 0.04 * (start - best))
                 axes.set_yscale("symlog", linthresh=0.1)
+                axes.set_ylim(*ends)
                 axes.axhline(0, color="#999999", linewidth=0.8)
                 axes.set_xlabel("task loss right after learning (to the right: more learned)")
                 axes.set_ylabel(LOST[column])
-                if row == 0:
-                    axes.set_title(title)
-                    axes.legend(fontsize=7.5, loc="upper left")
+                axes.set_title(title)
+            row[-1].legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.01, 1.0))
         return png(figure)
 
 
 def _panels(methods: Sequence[Method]) -> dict[str, list[Method]]:
-    plain = [method for method in methods if method.method in PLAIN]
-    masks = [method for method in methods if method.method in MASKS]
-    others = [method for method in methods if method not in (*plain, *masks)]
-    own = [method for method in masks if method.method == "piece-s" and method.ratio == MAIN_RATIO]
+    """Full fine-tuning and LoRA come first in all of them, so that they look alike."""
+    plain = [method for name in PLAIN for method in methods if method.method == name]
+    own = [method for method in methods if method.method == "piece-s" and method.ratio == MAIN_RATIO]
+
+    def masks(names: Sequence[str]) -> list[Method]:
+        largest_first = sorted(methods, key=lambda method: -method.ratio)
+        return [method for name in names for method in largest_first if method.method == name]
+
+    known = (*PLAIN, *EQUAL_K, *SELECTIONS)
+    others = [method for method in methods if method.method not in known]
     return {
-        f"equal k: {100 * MAIN_RATIO:g} % of the weights": [m for m in masks if m.ratio == MAIN_RATIO] + plain,
-        "the ratio": [m for m in masks if m.method != "magnitude"],
-        "the other methods": own + plain + others if others else [],
+        f"equal k: {100 * MAIN_RATIO:g} % of the weights": plain + [m for m in masks(EQUAL_K) if m.ratio == MAIN_RATIO],
+        "the ratio": masks(OF_RATIO),
+        "other selections": plain + own + masks(SELECTIONS) if masks(SELECTIONS) else [],
+        "other methods": plain + own + others if others else [],
     }
 
 
