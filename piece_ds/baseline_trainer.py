@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from piece_ds.baselines import Baseline, EngineCallback, TaskContext
-from piece_ds.stream import Task
+from piece_ds.stream import Processing, Task
 from piece_ds.stream.rows import IGNORED_LABEL
 from piece_ds.task_mask import MaskSource
 from piece_ds.task_trainer import TaskTrainer
@@ -19,7 +19,7 @@ def make_trainer(
     model: nn.Module,
     arguments: TrainingArguments,
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     method: MaskSource | Baseline,
     context: TaskContext,
 ) -> TaskTrainer:

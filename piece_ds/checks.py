@@ -14,7 +14,7 @@ from piece_ds.checkpoint import check_mask_file
 from piece_ds.distributed import world_size
 from piece_ds.errors import UserError, nearest
 from piece_ds.importance import estimator_names
-from piece_ds.model import empty_layout
+from piece_ds.model import empty_layout, reads_images
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,13 @@ def check_method(method: str) -> None:
     known = [*estimator_names(), *SELECTIONS, *BASELINES]
     if method not in known:
         raise UserError(f"--method {method!r} is unknown; known: {', '.join(known)}.{nearest(method, known)}")
+
+
+def check_method_reads_images(method: str, config: Any) -> None:
+    """Raise UserError for a method without a mask that is not proven with a model that reads images."""
+    if reads_images(config) and method in set(BASELINES) - {"seqft"}:
+        raise UserError(f"--method {method} is not proven with models that read images (its adapters, memory or "
+                        "replayed rows may reach the vision tower); use a selection or seqft")  # fmt: skip
 
 
 def check_deepspeed_file(path: str | None) -> None:

@@ -33,7 +33,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
         _quiet()
         main(argv)
     except UserError as error:
-        _say_after_rank_0(f"error: {error}")
+        _say_after_rank_0(f"error: {message_of(error)}")
         _leave(2)
     except MachineError as error:
         _say_after_rank_0(f"error: {error}")
@@ -54,6 +54,15 @@ def _say_after_rank_0(message: str) -> None:
 
 def _say(message: str) -> None:
     print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def message_of(error: UserError) -> str:
+    """Its message; from a worker of a DataLoader, without the traceback that torch puts before it."""
+    text = str(error)
+    name = f"{UserError.__module__}.{UserError.__name__}: "
+    if text.startswith("Caught UserError in DataLoader worker"):
+        text = text.rpartition(name)[2]
+    return text
 
 
 def with_default_config(argv: list[str]) -> list[str]:

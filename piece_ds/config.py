@@ -38,6 +38,10 @@ class ModelArguments:
     dtype: str = field(default="auto", metadata={"help": "auto (that of the files), float32, bfloat16 or float16"})
     attn_implementation: str | None = field(default=None, metadata={"help": "as in transformers: sdpa, eager, ..."})
     trust_remote_code: bool = field(default=False, metadata={"help": "run modelling code that comes with the model"})
+    eligible: str | None = field(
+        default=None,
+        metadata={"help": "comma-separated fnmatch patterns of parameters of a vision tower that may train too"},
+    )
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
@@ -60,6 +64,10 @@ class DataArguments:
     max_prompt_len: int = field(default=1024, metadata={"help": "tokens; prompt and answer are each cut to the sum"})
     max_ans_len: int = field(default=512, metadata={"help": "tokens; see max_prompt_len"})
     chat_template: bool = field(default=False, metadata={"help": "wrap the prompt in the tokenizer's chat template"})
+    image_dir: str | None = field(default=None, metadata={"help": "folder of the rows' images, with its subfolders"})
+    skip_bad_images: bool = field(
+        default=False, metadata={"help": "leave out rows whose image is missing or broken, and say how many"}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N rows of each task"})
     max_new_tokens: int = field(
         default=16, metadata={"help": "tokens generated for an answer that is a letter or number"}
@@ -207,8 +215,8 @@ class EvaluationArguments:
     scorers: str | None = field(
         default=None,
         metadata={
-            "help": "TASK=NAME,TASK=NAME with letter, reasons, stance, number, word, text, simplification, code or "
-            "loss (nothing is generated); without it TRACE's own for its tasks, else by the gold answers"
+            "help": "TASK=NAME,TASK=NAME with letter, reasons, stance, number, word, text, simplification, code, vqa, "
+            "caption or loss (nothing is generated); without it TRACE's own for its tasks, else by the gold answers"
         },
     )
     scoring: str = field(default="clean", metadata={"help": "clean, or authors: the authors' parsers and formulas"})

@@ -28,7 +28,8 @@ from piece_ds.deltas.movement import movements
 from piece_ds.errors import UserError
 from piece_ds.mask_statistics import mask_statistics, place_of, statistics_table
 from piece_ds.model import empty_model, load_config, names_in_files
-from piece_ds.state.partition import input_embedding, layout_of
+from piece_ds.state.eligible import input_embedding
+from piece_ds.state.partition import layout_of
 
 
 def list_deltas(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from piece_ds.arguments import Settings
 from piece_ds.baselines import Baseline, TaskContext
@@ -31,14 +31,14 @@ from piece_ds.ledger import (
     with_task,
     write_results,
 )
-from piece_ds.model import freeze_ineligible, load_model
+from piece_ds.model import freeze_ineligible, load_model, patterns_of
 from piece_ds.report import RunResults
 from piece_ds.reporters import StreamReporters
 from piece_ds.resume import clear_half_written, forget_resumption
 from piece_ds.run_folder import RunFolder, written_bytes
 from piece_ds.state.partition import layout_of
 from piece_ds.stop import heeding_signals
-from piece_ds.stream import Task, make_collator
+from piece_ds.stream import Processing, Task, make_collator
 from piece_ds.task_mask import MaskSource
 from piece_ds.task_run import train_task
 
@@ -55,7 +55,7 @@ class Stream:
     """
 
     settings: Settings
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Processing
     tasks: list[Task]
     scorers: dict[str, str]
     general: datasets.Dataset | None
@@ -108,7 +108,8 @@ def _load(stream: Stream, first: int) -> nn.Module:
     # ZeRO-3 partitions while loading only where TrainingArguments with its configuration exists.
     arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
     model = load_model(stream.settings.model, stream.dtype, source)
-    freeze_ineligible(model, _masked_names(stream.settings.method.mask_file))
+    settings = stream.settings
+    freeze_ineligible(model, _masked_names(settings.method.mask_file), patterns_of(settings.model))
     if stream.baseline is not None:
         set_seed(stream.seed)  # adapters are drawn, the same on every rank
         model = stream.baseline.adapt(model, len(stream.tasks), previous)

@@ -5,17 +5,17 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from piece_ds.ability import check_ability
 from piece_ds.arguments import Settings
-from piece_ds.checks import check_deepspeed_file, check_mask
+from piece_ds.checks import check_deepspeed_file, check_mask, check_method_reads_images
 from piece_ds.command import start_distributed
 from piece_ds.evaluation import choose_scorers
 from piece_ds.evaluation.scorers import parse_scorers
 from piece_ds.flags import with_precision
-from piece_ds.model import dtype_of, load_config, load_tokenizer, require_weights
-from piece_ds.stream import Task, load_general, load_task_stream
+from piece_ds.model import check_eligible, dtype_of, load_config, load_tokenizer, require_weights
+from piece_ds.stream import Processing, Task, check_processor, load_general, load_task_stream
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Inputs:
     Attributes:
         settings: with the precision of the model's files among its flags.
         config: the model's.
-        tokenizer: the model's.
+        tokenizer: the model's, or the processor of one that reads images.
         dtype: to load and train the model in.
         tasks: tokenized, in order.
         scorers: task -> name of its scorer.
@@ -36,7 +36,7 @@ class Inputs:
 
     settings: Settings
     config: Any
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Processing
     dtype: torch.dtype
     tasks: list[Task]
     scorers: dict[str, str]
@@ -55,18 +55,22 @@ def load_inputs(settings: Settings) -> Inputs:
     config = load_config(settings.model)
     require_weights(settings.model)
     check_mask(settings, config)
-    tokenizer = load_tokenizer(settings.model)
+    check_method_reads_images(settings.method.method, config)
+    check_eligible(settings.model, config)
+    tokenizer = load_tokenizer(settings.model, config)
+    check_processor(tokenizer)
     data = settings.data
     parse_scorers(settings.evaluation.scorers)
     check_ability(settings.evaluation)
     tasks = load_task_stream(data, tokenizer)
-    scorers = choose_scorers([(task.name, task.answers) for task in tasks], settings.evaluation.scorers)
+    about_images = [task.name for task in tasks if task.has_images]
+    scorers = choose_scorers([(task.name, task.answers) for task in tasks], settings.evaluation.scorers, about_images)
     general = None
     if data.general_file:
-        general = load_general(data.general_file, tokenizer, data.cutoff, max_rows=data.max_eval_samples)
+        general = load_general(data.general_file, tokenizer, data.cutoff, False, data.max_eval_samples, data)
     general_importance = None
     if data.general_importance_file:
-        general_importance = load_general(data.general_importance_file, tokenizer, data.cutoff)
+        general_importance = load_general(data.general_importance_file, tokenizer, data.cutoff, images=data)
     start_distributed()
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     return Inputs(

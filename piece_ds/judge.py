@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import PreTrainedTokenizerBase
 
 from piece_ds.ability import measure_ability
 from piece_ds.arguments import Settings
@@ -15,7 +14,7 @@ from piece_ds.distributed import barrier, is_main
 from piece_ds.evaluation import Decoding, Generated, Scorer, evaluate_loss, generate_texts, get_scorer
 from piece_ds.evaluation.scorers import AUTHORS
 from piece_ds.predictions import write_predictions
-from piece_ds.stream import Task, make_collator
+from piece_ds.stream import ImageCollator, Processing, Task, make_collator, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ class Scores:
 
 def judge(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     tasks: list[Task],
     scorers: dict[str, str],
     general: datasets.Dataset | None,
@@ -88,15 +87,16 @@ def judge(
         if scorer.generates:
             answers = _answers(model, tokenizer, task, scorer, batch_size, settings, device)
             generated.append(answers)
-            found = scorer.score(answers.texts, task.answers, task.prompt_texts, settings.evaluation.scoring)
+            golds = task.references or task.answers
+            found = scorer.score(answers.texts, golds, task.prompt_texts, settings.evaluation.scoring)
             scores[task.name] = found.pop("score")
             measures |= {task.name: found} if found else {}
             if is_main():
-                write_predictions(folder / f"{task.name}.jsonl", task.prompt_texts, task.answers, answers.texts)
+                write_predictions(folder / f"{task.name}.jsonl", task.prompt_texts, golds, answers.texts)
     general_loss = None
     if general is not None:
         general_loss = evaluate_loss(model, general, collate, batch_size, device).mean
-    ability = measure_ability(model, tokenizer, batch_size, settings, device, folder)
+    ability = measure_ability(model, tokenizer_of(tokenizer), batch_size, settings, device, folder)
     barrier()
     return Scores(
         losses,
@@ -112,7 +112,7 @@ def judge(
 
 def _answers(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     task: Task,
     scorer: Scorer,
     batch_size: int,
@@ -121,15 +121,19 @@ def _answers(
 ) -> Generated:
     asked = settings.evaluation
     is_short = scorer.is_short_for_authors if asked.scoring == AUTHORS else scorer.is_short
+    collate = make_collator(tokenizer)
     answers = generate_texts(
         model,
         task.prompts(),
-        tokenizer,
+        tokenizer_of(tokenizer),
         settings.data.max_new_tokens if is_short else asked.max_new_tokens_text,
         batch_size,
         device,
         Decoding(sample=asked.sample, seed=asked.sample_seed),
         description=task.name,
+        batch_of=(lambda indices: collate.prompts([task.test[index] for index in indices]))
+        if isinstance(collate, ImageCollator)
+        else None,
     )
     rate = answers.num_tokens / max(answers.seconds, 1e-9)
     logger.info("%s: %d answers, %d tokens, %.0f tokens/s", task.name, len(answers.texts), answers.num_tokens, rate)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from piece_ds.state.partition import input_embedding
+from piece_ds.state.eligible import input_embedding
 
 
 def count_positions_from_mask_(model: nn.Module) -> None:

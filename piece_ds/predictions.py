@@ -8,33 +8,45 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from piece_ds.config import SCORINGS
 from piece_ds.errors import UserError
 from piece_ds.evaluation import choose_scorers, get_scorer, scorer_names
+from piece_ds.evaluation.scorers import Golds
 from piece_ds.files import write_text
 from piece_ds.stream.readers import read_rows
 
 KEYS = ("prompt", "answer", "output")
 
 
-def write_predictions(path: Path, prompts: Sequence[str], answers: Sequence[str], outputs: Sequence[str]) -> None:
-    """Write one JSON object a row, whole; call it on one rank."""
-    rows = zip(prompts, answers, outputs, strict=True)
+def write_predictions(path: Path, prompts: Sequence[str], answers: Golds, outputs: Sequence[str]) -> None:
+    """Write one JSON object a row, whole; call it on one rank. A single gold answer is text, several are a list."""
+    golds = [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in answers]
+    rows = zip(prompts, golds, outputs, strict=True)
     lines = [json.dumps(dict(zip(KEYS, row, strict=True)), ensure_ascii=False) for row in rows]
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def read_predictions(path: Path | str) -> tuple[list[str], list[str], list[str]]:
-    """(prompts, answers, outputs) of a file that write_predictions wrote. Raises UserError for any other file."""
+def read_predictions(path: Path | str) -> tuple[list[str], list[str | list[str]], list[str]]:
+    """(prompts, answers, outputs) of a file that write_predictions wrote; several gold answers of a row are a list.
+
+    Raises:
+        UserError: any other file.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; a run writes predictions/MOMENT/TASK.jsonl")
     rows = list(read_rows(Path(path)))
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in KEYS):
+        if not isinstance(row, dict) or not all(_is_text(row.get(key), key == "answer") for key in KEYS):
             raise UserError(f"{path} row {number}: expected texts {', '.join(KEYS)}, got {str(row)[:60]}")
     prompts, answers, outputs = ([row[key] for row in rows] for key in KEYS)
     return prompts, answers, outputs
+
+
+def _is_text(value: Any, may_be_list: bool) -> bool:
+    many = may_be_list and isinstance(value, list) and bool(value)
+    return all(isinstance(text, str) for text in (value if many else [value]))
 
 
 def rescore(path: Path | str, scorer: str | None = None, scoring: str = SCORINGS[0]) -> dict[str, float]:

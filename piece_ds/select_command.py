@@ -13,7 +13,7 @@ from piece_ds.errors import UserError
 from piece_ds.flags import default_flags
 from piece_ds.importance import estimator_names
 from piece_ds.inputs import load_inputs
-from piece_ds.model import freeze_ineligible, load_model
+from piece_ds.model import freeze_ineligible, load_model, patterns_of
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import layout_of
 from piece_ds.stream import MicroBatches, make_collator
@@ -51,7 +51,7 @@ def select_mask(settings: Settings) -> Mask:
     check_sources(settings, num_tasks=1)
     check_kernels(settings.method.method, arguments)
     model = load_model(settings.model, inputs.dtype)
-    freeze_ineligible(model)
+    freeze_ineligible(model, patterns=patterns_of(settings.model))
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
     engine = statistics_engine(model, arguments)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 
 from piece_ds.baselines import Baseline, TaskContext
 from piece_ds.distributed import barrier, is_main
 from piece_ds.files import not_written
+from piece_ds.stream import Processing
 
 
 def save_model(trainer: Trainer, folder: Path) -> None:
@@ -28,7 +29,7 @@ def save_baseline(
     model: nn.Module,
     state: dict[str, Tensor],
     context: TaskContext,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     folder: Path | None,
 ) -> None:
     """The same where a baseline writes it. A collective."""

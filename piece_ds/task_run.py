@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from piece_ds.arguments import Settings
 from piece_ds.baseline_trainer import OnEngine, make_trainer
@@ -27,7 +27,7 @@ from piece_ds.memory import host_peak_bytes, peak_bytes, reset_peaks
 from piece_ds.resume import PARTIAL_NAME, PREVIOUS_NAME
 from piece_ds.state.mask import Mask
 from piece_ds.stop import leave_if_asked
-from piece_ds.stream import Task
+from piece_ds.stream import Processing, Task
 from piece_ds.task_mask import MaskSource
 from piece_ds.task_model import save_baseline, save_model
 from piece_ds.task_trainer import StopAtStep, Update, is_portable, last_checkpoint, restore_portable
@@ -111,7 +111,7 @@ class TaskCallback(PieceCallback):
 
 def train_task(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     task: Task,
     settings: Settings,
     folder: Path,
@@ -139,7 +139,8 @@ def train_task(
         UserError: what an interrupted run has left is damaged.
     """
     knows_host_peak = reset_peaks()
-    arguments = settings.training_arguments(output_dir=folder, report_to="none")
+    # The collator needs columns that no model takes: a row's image and its text.
+    arguments = settings.training_arguments(output_dir=folder, report_to="none", remove_unused_columns=False)
     checkpoint = last_checkpoint(folder) if resume else None
     portable = checkpoint is not None and is_portable(checkpoint, arguments, not isinstance(method, Baseline))
     use_cache = getattr(model.config, "use_cache", None)

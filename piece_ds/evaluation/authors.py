@@ -48,6 +48,15 @@ def with_literals(code: str) -> str:
 
 def bleu_4(outputs: Sequence[str], golds: Sequence[str]) -> float:
     """Mean over rows of nltk's sentence BLEU, uniform over 1- to 4-grams, unsmoothed, in [0, 1]; empty texts give 0."""
+    return _bleu(outputs, golds, 4)
+
+
+def bleu_1(outputs: Sequence[str], golds: Sequence[str]) -> float:
+    """The same over single words."""
+    return _bleu(outputs, golds, 1)
+
+
+def _bleu(outputs: Sequence[str], golds: Sequence[str], order: int) -> float:
     from nltk.translate.bleu_score import sentence_bleu  # slow to import
 
     total = 0.0
@@ -55,7 +64,7 @@ def bleu_4(outputs: Sequence[str], golds: Sequence[str]) -> float:
         warnings.simplefilter("ignore")  # nltk warns of every row without a common 4-gram
         for output, gold in zip(outputs, golds, strict=True):
             if output and gold:
-                total += float(sentence_bleu([_bleu_tokens(gold)], _bleu_tokens(output)))
+                total += float(sentence_bleu([_bleu_tokens(gold)], _bleu_tokens(output), [1 / order] * order))
     return total / len(outputs)
 
 

@@ -1,7 +1,7 @@
 """Answers to many prompts, greedy or drawn, with the work dealt over ranks and every answer on every rank."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -68,6 +68,7 @@ def generate_texts(
     decoding: Decoding = GREEDY,
     synced_gpus: bool | None = None,
     description: str = "generating",
+    batch_of: Callable[[list[int]], dict[str, Tensor]] | None = None,
 ) -> Generated:
     """What model writes after each prompt; call it on every rank.
 
@@ -83,6 +84,8 @@ def generate_texts(
         synced_gpus: whether every rank must keep making forward passes until the last has finished; None looks
             whether the parameters are partitioned (ZeRO-3).
         description: of the progress bar.
+        batch_of: indices of prompts to the model's inputs, padded on the left, where there are others than token ids;
+            rows after those asked for are not looked at. The lengths of prompts then only say what goes together.
     Returns:
         The same texts and number of tokens on every rank.
     Cost: prompts / (batch_size * ranks) rounds of up to max_new_tokens passes; the texts go through pickle once.
@@ -100,14 +103,13 @@ def generate_texts(
             leave_if_asked("during an evaluation")
             if not share.counted and not synced:
                 continue
-            ids, mask = pad_left([prompts[index] for index in share.indices], cast(int, config.pad_token_id))
+            inputs = _inputs_of(share.indices, prompts, cast(int, config.pad_token_id), batch_of)
             with _drawing_from(decoding.seed + share.indices[0], torch.device(device), decoding.sample):
                 written = module.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
+                    **{name: tensor.to(device) for name, tensor in inputs.items()},
                     generation_config=config,
                     synced_gpus=synced and world_size() > 1,
-                )[:, ids.shape[1] :]
+                )[: len(share.indices), inputs["input_ids"].shape[1] :]
             if share.counted:
                 answers = tokenizer.batch_decode(written, skip_special_tokens=True)
                 found += zip(share.indices, answers, _num_tokens(written, config), strict=True)
@@ -115,6 +117,18 @@ def generate_texts(
     in_order = sorted(row for of_rank in gathered for row in of_rank)
     texts = [text for _, text, _ in in_order]
     return Generated(texts, sum(num for _, _, num in in_order), time.perf_counter() - begin)
+
+
+def _inputs_of(
+    indices: list[int],
+    prompts: Sequence[list[int]],
+    pad_id: int,
+    batch_of: Callable[[list[int]], dict[str, Tensor]] | None,
+) -> dict[str, Tensor]:
+    if batch_of is not None:
+        return batch_of(indices)
+    ids, mask = pad_left([prompts[index] for index in indices], pad_id)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _num_tokens(written: Tensor, config: GenerationConfig) -> list[int]:

@@ -5,19 +5,23 @@ authors (`--scoring authors`), whose numbers are thus comparable. Scores are in 
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
 from piece_ds.config import SCORINGS
 from piece_ds.errors import UserError, nearest
-from piece_ds.evaluation import authors, texts
+from piece_ds.evaluation import authors, captions, texts, vqa
 from piece_ds.evaluation.answers import LETTER, NUMBER, TEXT, WORD, after_thinking, answer_kind, is_right
 from piece_ds.evaluation.matrix import ACCURACY, LOSS
 
 CLEAN, AUTHORS = SCORINGS
 
 Texts = Sequence[str]
+Golds = Sequence[str | list[str]]  # of each row one gold answer, or several
+ManyFormula = Callable[[Texts, Sequence[Sequence[str]], Texts], dict[str, float]]
 Formula = Callable[[Texts, Texts, Texts], dict[str, float]]  # outputs, golds, prompts -> measures, the score first
 
 
@@ -30,20 +34,22 @@ class Scorer:
         clean, authors: the two formulas; None where nothing is generated.
         is_short: whether the answer stands in the first few tokens (--max_new_tokens, else --max_new_tokens_text).
         is_short_for_authors: the same under --scoring authors.
+        takes_many: whether the formulas get all gold answers of a row, as lists, instead of the most frequent one.
     """
 
     metric: str
-    clean: Formula | None
-    authors: Formula | None
+    clean: Formula | ManyFormula | None
+    authors: Formula | ManyFormula | None
     is_short: bool
     is_short_for_authors: bool
+    takes_many: bool = False
 
     @property
     def generates(self) -> bool:
         """Whether there is anything to generate."""
         return self.clean is not None
 
-    def score(self, outputs: Texts, golds: Texts, prompts: Texts, scoring: str = CLEAN) -> dict[str, float]:
+    def score(self, outputs: Texts, golds: Golds, prompts: Texts, scoring: str = CLEAN) -> dict[str, float]:
         """Measures by name; the first is the score. nan without rows.
 
         Args:
@@ -53,7 +59,7 @@ class Scorer:
         Raises:
             ValueError: the lengths differ, the scoring is unknown, or the scorer generates nothing.
         """
-        formula = {CLEAN: self.clean, AUTHORS: self.authors}.get(scoring)
+        formula: Any = {CLEAN: self.clean, AUTHORS: self.authors}.get(scoring)
         if formula is None or not len(outputs) == len(golds) == len(prompts):
             raise ValueError(f"{len(outputs)} outputs, {len(golds)} golds and {len(prompts)} prompts for {scoring!r} "
                              f"scoring of {self.metric}")  # fmt: skip
@@ -61,7 +67,18 @@ class Scorer:
             return {"score": nan}
         # The authors strip a whole output before they look for </think>; the rest keeps its white space.
         answers = [after_thinking(output.strip()) for output in outputs]
-        return formula(answers, golds, prompts)
+        chosen = [as_list(gold) for gold in golds] if self.takes_many else [one_of(gold) for gold in golds]
+        return formula(answers, chosen, prompts)
+
+
+def as_list(gold: str | list[str]) -> list[str]:
+    """All gold answers of a row."""
+    return [gold] if isinstance(gold, str) else gold
+
+
+def one_of(gold: str | list[str]) -> str:
+    """The most frequent gold answer of a row, the first of equals: the one that is trained."""
+    return Counter(as_list(gold)).most_common(1)[0][0]
 
 
 def scorer_names() -> list[str]:
@@ -89,21 +106,34 @@ def parse_scorers(flag: str | None) -> dict[str, str]:
     return chosen
 
 
-def choose_scorers(tasks: Iterable[tuple[str, Texts]], flag: str | None = None) -> dict[str, str]:
+def choose_scorers(
+    tasks: Iterable[tuple[str, Golds]], flag: str | None = None, about_images: Collection[str] = ()
+) -> dict[str, str]:
     """Task -> name of its scorer: what --scorers says, else TRACE's own for a task of its name, else by its answers.
 
     Args:
-        tasks: (name, gold answers). By the answers: a letter, number or word where all of them are, else text.
+        tasks: (name, gold answers). By the answers: a letter, number or word where all of them are, else text; about
+            images a letter where all of them are, vqa where most are short, else caption.
         flag: --scorers.
+        about_images: names of the tasks whose rows have images.
     Raises:
         UserError: the flag names no task, or no scorer.
     """
-    golds = dict(tasks)
+    golds = {name: [one_of(gold) for gold in of_task] for name, of_task in tasks}
     chosen = parse_scorers(flag)
     for task in chosen:
         if task not in golds:
             raise UserError(f"--scorers: no task {task!r}; tasks are {', '.join(golds)}.{nearest(task, [*golds])}")
-    return {task: chosen.get(task) or OF_TRACE.get(task) or _OF_KIND[answer_kind(golds[task])] for task in golds}
+    by_answers = {task: _by_answers(texts, task in about_images) for task, texts in golds.items()}
+    return {task: chosen.get(task) or OF_TRACE.get(task) or by_answers[task] for task in golds}
+
+
+def _by_answers(golds: list[str], about_images: bool) -> str:
+    kind = answer_kind(golds)
+    if not about_images or kind == LETTER:
+        return _OF_KIND[kind]
+    short = sum(len(gold.split()) <= MAX_WORDS_OF_VQA for gold in golds)
+    return "vqa" if 2 * short > len(golds) else "caption"
 
 
 def _accuracy(is_correct: Callable[[str, str], bool]) -> Formula:
@@ -178,6 +208,18 @@ def _first_line(text: str) -> str:
     return next((line for line in lines if line), "")
 
 
+def _vqa(outputs: Texts, golds: Sequence[Sequence[str]], prompts: Texts) -> dict[str, float]:
+    return {"score": vqa.soft_accuracy(outputs, golds), "exact_match": vqa.exact_match(outputs, golds)}
+
+
+def _caption(outputs: Texts, golds: Sequence[Sequence[str]], prompts: Texts) -> dict[str, float]:
+    return captions.measures(outputs, golds)
+
+
+def _caption_authors(outputs: Texts, golds: Sequence[Sequence[str]], prompts: Texts) -> dict[str, float]:
+    return captions.measures_of_authors(outputs, golds)
+
+
 _BLEU_ROUGE, _EDIT = "(BLEU-4 + ROUGE-L) / 2", "edit similarity"
 _SCORERS = {
     "letter": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_choice), True, True),
@@ -188,8 +230,12 @@ _SCORERS = {
     "text": Scorer(_BLEU_ROUGE, _text, _text_authors, False, False),
     "simplification": Scorer(_BLEU_ROUGE, _simplification, _simplification_authors, False, False),
     "code": Scorer(_EDIT, _code, _code_authors, False, False),
+    # The authors' script of VQA accuracy is an empty file, so theirs is the benchmark's too.
+    "vqa": Scorer(ACCURACY, _vqa, _vqa, True, True, takes_many=True),
+    "caption": Scorer(_BLEU_ROUGE, _caption, _caption_authors, False, False, takes_many=True),
     "loss": Scorer(LOSS, None, None, True, True),
 }
+MAX_WORDS_OF_VQA = 4  # of VQA-v2's answers 99 % are no longer; a caption has some ten
 _OF_KIND = {LETTER: "letter", NUMBER: "number", WORD: "word", TEXT: "text"}
 
 # Names of the folders of the benchmark's tasks (arXiv 2310.06762).

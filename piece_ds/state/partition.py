@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from piece_ds.distributed import rank, world_size
+from piece_ds.state.eligible import ineligible
 from piece_ds.state.values import PARAMETER_NAME, selected_values
 
 
@@ -92,10 +93,10 @@ def full_shape(param: nn.Parameter) -> tuple[int, ...]:
 def layout_of(model: nn.Module) -> Layout:
     """The layout of model for this rank of the default process group.
 
-    Not eligible: the input embeddings (and a head tied to them, which is the same parameter) and parameters that do
-    not require gradients. A model prepared for compact mode has the layout that it had before.
+    Not eligible: what ineligible() names and parameters that do not require gradients. A model prepared for compact
+    mode has the layout that it had before.
     """
-    embedding = input_embedding(model)
+    left_out = ineligible(model)
     values = selected_values(model)
     infos = []
     for name, param in model.named_parameters():
@@ -103,16 +104,6 @@ def layout_of(model: nn.Module) -> Layout:
             continue
         shape = full_shape(param)
         numel = int(torch.Size(shape).numel())
-        eligible = (param.requires_grad and param is not embedding) if values is None else name in values.eligible
+        eligible = (param.requires_grad and name not in left_out) if values is None else name in values.eligible
         infos.append(ParameterInfo(name, shape, numel, eligible))
     return Layout(tuple(infos), rank(), world_size())
-
-
-def input_embedding(model: nn.Module) -> nn.Parameter | None:
-    """The input embedding's weight, or None for a model without get_input_embeddings()."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        module = getter() if getter is not None else None
-    except NotImplementedError:
-        return None
-    return getattr(module, "weight", None)

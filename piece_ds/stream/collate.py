@@ -48,11 +48,6 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def make_collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
-    """Collator that pads with the tokenizer's pad token, or its EOS token where it has none."""
-    return Collator(pad_id=pad_id(tokenizer))
-
-
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Token id to pad with."""
     chosen = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

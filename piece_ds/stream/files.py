@@ -10,7 +10,7 @@ import pyarrow
 
 from piece_ds.errors import UserError, nearest
 from piece_ds.stream.readers import READERS, ROWS_PER_BATCH, read_rows
-from piece_ds.stream.rows import FEATURES, checked_rows, row_kind
+from piece_ds.stream.rows import checked_rows, features_of, row_kind
 
 # Up to this size each rank holds the rows in memory and touches no cache. Larger files go through the datasets
 # library's cache on disk, which its file locks keep safe between ranks, and are memory-mapped by all of them.
@@ -19,26 +19,28 @@ READER_VERSION = 1  # part of the cache key: raise it when the readers or the ch
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w\[\]%:+]+))?")
 
 
-def load_rows(path_or_name: str, allow_text: bool = False) -> datasets.Dataset:
+def load_rows(path_or_name: str, allow_text: bool = False, images: bool = False) -> datasets.Dataset:
     """The rows of a JSON, JSONL, CSV or Parquet file, or of a Hub data set, every one of them checked.
 
     Args:
         path_or_name: a file, or NAME or NAME:SPLIT of the Hub (split train unless given; offline from its cache).
         allow_text: accept rows of plain text besides prompt and answer.
+        images: keep what only a model that reads images needs of a pair.
     Returns:
-        Dataset with columns prompt and answer (text), or input_ids and labels (int64 lists, used as they are),
-        or text. Rows keep the file's order; other columns are dropped.
+        Dataset with columns prompt and answer (text; with images also answers, a list, and image, a path or None), or
+        input_ids and labels (int64 lists, used as they are), or text. Rows keep the file's order; other columns are
+        dropped.
     Raises:
         UserError: what cannot be read or used, naming the file and the line or row.
     """
     path = Path(path_or_name)
     if _is_hub_name(path_or_name, path):
-        return _from_hub(path_or_name, allow_text)
+        return _from_hub(path_or_name, allow_text, images)
     _check_file(path)
     kind = _first_kind(path, allow_text)
     if path.stat().st_size <= IN_MEMORY_BYTES:
-        return _in_memory(checked_rows(read_rows(path), str(path), allow_text), kind)
-    return _through_cache(path, kind, allow_text)
+        return _in_memory(checked_rows(read_rows(path), str(path), allow_text, images), features_of(kind, images))
+    return _through_cache(path, features_of(kind, images), allow_text, images)
 
 
 def first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -72,9 +74,9 @@ def _first_kind(path: Path, allow_text: bool) -> str:
     raise UserError(f"{path} has no rows; expected rows of prompt and answer")
 
 
-def _in_memory(rows: Iterator[dict[str, Any]], kind: str) -> datasets.Dataset:
+def _in_memory(rows: Iterator[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
     """rows as one Arrow table in this process's memory, built a batch at a time."""
-    schema = FEATURES[kind].arrow_schema
+    schema = features.arrow_schema
     batches, pending = [], []
     for row in rows:
         pending.append(row)
@@ -85,27 +87,28 @@ def _in_memory(rows: Iterator[dict[str, Any]], kind: str) -> datasets.Dataset:
     return datasets.Dataset(pyarrow.Table.from_batches(batches, schema=schema))
 
 
-def _through_cache(path: Path, kind: str, allow_text: bool) -> datasets.Dataset:
+def _through_cache(path: Path, features: datasets.Features, allow_text: bool, images: bool) -> datasets.Dataset:
     """rows through the datasets library's disk cache, keyed by the file's place, size and time of change."""
     status = path.stat()
     key = {
         "path": str(path.resolve()),
         "allow_text": allow_text,
+        "images": images,
         "version": (READER_VERSION, status.st_size, status.st_mtime_ns),
     }
     try:
-        return datasets.Dataset.from_generator(_cached_rows, features=FEATURES[kind], gen_kwargs=key)
+        return datasets.Dataset.from_generator(_cached_rows, features=features, gen_kwargs=key)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
 
 
-def _cached_rows(path: str, allow_text: bool, version: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    yield from checked_rows(read_rows(Path(path)), path, allow_text)
+def _cached_rows(path: str, allow_text: bool, images: bool, version: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    yield from checked_rows(read_rows(Path(path)), path, allow_text, images)
 
 
-def _from_hub(name: str, allow_text: bool) -> datasets.Dataset:
+def _from_hub(name: str, allow_text: bool, images: bool) -> datasets.Dataset:
     match = HUB_NAME.fullmatch(name)
     assert match is not None
     try:
@@ -116,8 +119,9 @@ def _from_hub(name: str, allow_text: bool) -> datasets.Dataset:
     if len(rows) == 0:
         raise UserError(f"{name} has no rows; expected rows of prompt and answer")
     kind = row_kind(rows[0], f"{name} row 1", allow_text)
-    if rows.dataset_size is None or rows.dataset_size <= IN_MEMORY_BYTES:
-        return _in_memory(checked_rows(rows, name, allow_text), kind)
-    for _ in checked_rows(rows, name, allow_text):
+    features = features_of(kind, images)
+    if rows.dataset_size is None or rows.dataset_size <= IN_MEMORY_BYTES or not set(features) <= set(rows.column_names):
+        return _in_memory(checked_rows(rows, name, allow_text, images), features)
+    for _ in checked_rows(rows, name, allow_text, images):
         pass
-    return rows.select_columns(list(FEATURES[kind])).cast(FEATURES[kind])
+    return rows.select_columns(list(features)).cast(features)

@@ -4,6 +4,7 @@ Every rule about a row's keys, types and emptiness stands here, so that a file o
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,6 +23,9 @@ FEATURES = {
     TOKENS: Features({"input_ids": Sequence(Value("int64")), "labels": Sequence(Value("int64"))}),
     TEXT: Features({"text": Value("string")}),
 }
+# A pair as a model reads it that reads images: `answer` is the one that is trained, `answers` are all gold ones.
+PAIR_WITH_IMAGE = Features({**FEATURES[PAIR], "answers": Sequence(Value("string")), "image": Value("string")})
+IMAGE_KEYS = ("image", "pic_path")
 
 
 def row_kind(row: Any, where: str, allow_text: bool = False) -> str:
@@ -43,7 +47,14 @@ def row_kind(row: Any, where: str, allow_text: bool = False) -> str:
     raise UserError(f"{where}: no {missing}, it has {sorted(map(str, row))}; a row needs prompt and answer")
 
 
-def checked_rows(rows: Iterable[Any], source: str, allow_text: bool = False) -> Iterator[dict[str, Any]]:
+def features_of(kind: str, images: bool) -> Features:
+    """The columns of checked rows."""
+    return PAIR_WITH_IMAGE if images and kind == PAIR else FEATURES[kind]
+
+
+def checked_rows(
+    rows: Iterable[Any], source: str, allow_text: bool = False, images: bool = False
+) -> Iterator[dict[str, Any]]:
     """rows with exactly the keys of their kind, each checked; other columns are dropped.
 
     Numbers as answers become text as Python writes them (11, 2.5): an answer is what the model is to write.
@@ -52,6 +63,7 @@ def checked_rows(rows: Iterable[Any], source: str, allow_text: bool = False) -> 
         rows: rows as read; row numbers in messages count from 1.
         source: the file or data set, for messages.
         allow_text: see row_kind.
+        images: a pair may name an image, as image or pic_path, and its answer may be a list of gold answers.
     Raises:
         UserError: a row that cannot be used, or one of another kind than the first.
     """
@@ -64,7 +76,12 @@ def checked_rows(rows: Iterable[Any], source: str, allow_text: bool = False) -> 
             raise UserError(
                 f"{where}: has {KEYS[kind]}, the rows before have {KEYS[first_kind]}; use one form in a file"
             )
-        yield _checked_tokens(row, where) if kind == TOKENS else _checked_texts(row, KEYS[kind], where)
+        if kind == TOKENS:
+            yield _checked_tokens(row, where)
+        elif images and kind == PAIR:
+            yield _checked_pair_with_image(row, where)
+        else:
+            yield _checked_texts(row, KEYS[kind], where)
 
 
 def has_counted_label(labels: list[int]) -> bool:
@@ -78,6 +95,26 @@ def _checked_texts(row: dict[str, Any], keys: tuple[str, ...], where: str) -> di
         if key in texts and not texts[key].strip():
             raise UserError(f"{where}: {key} is empty, so there is nothing to learn; give it text or remove the row")
     return texts
+
+
+def _checked_pair_with_image(row: dict[str, Any], where: str) -> dict[str, Any]:
+    given = row["answer"]
+    if isinstance(given, list) and not given:
+        raise UserError(f"{where}: answer is an empty list; give at least one gold answer")
+    answers = [
+        _checked_texts({**row, "answer": answer}, KEYS[PAIR], where)["answer"]
+        for answer in (given if isinstance(given, list) else [given])
+    ]
+    chosen = chosen_answer(answers)
+    image = next((row[key] for key in IMAGE_KEYS if row.get(key) is not None), None)
+    if image is not None and not isinstance(image, str):
+        raise UserError(f"{where}: image must be the path of one file, got {_type_name(image)}")
+    return {"prompt": _text(row["prompt"], "prompt", where), "answer": chosen, "answers": answers, "image": image}
+
+
+def chosen_answer(answers: list[str]) -> str:
+    """The one of several gold answers that is trained: the most frequent, the first of equals."""
+    return Counter(answers).most_common(1)[0][0]
 
 
 def _text(value: Any, key: str, where: str) -> str:

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-from transformers import PreTrainedTokenizerBase
+from transformers import ProcessorMixin
 
 from piece_ds.config import DataArguments
 from piece_ds.errors import UserError, nearest
 from piece_ds.stream.encode import Encoder, split_prompt
 from piece_ds.stream.files import first_rows, load_rows
+from piece_ds.stream.image_prompt import ImagePrompt
+from piece_ds.stream.image_rows import encode_image_rows, find_images, has_images
+from piece_ds.stream.processor import Processing, tokenizer_of
 from piece_ds.stream.readers import READERS
 from piece_ds.stream.tokenize import tokenize_rows
 
@@ -25,11 +28,13 @@ class Task:
 
     Attributes:
         name: folder name, or the file's stem.
-        train, eval, test: columns input_ids and labels. eval is for the loss during training, test for the result
-            matrix; where a file is absent the other stands in, and where both are, the first training rows.
-        answers: the gold answers of test, as text, in its order.
+        train, eval, test: columns input_ids and labels; of rows with images, those of image_rows.ENCODED. eval is for
+            the loss during training, test for the result matrix; where a file is absent the other stands in, and
+            where both are, the first training rows.
+        answers: the gold answers of test, as text, in its order; where a row gives several, the one that is trained.
         prompt_texts: the prompts of test, as text, in its order.
         held_out: whether test holds rows other than the training file's.
+        references: all gold answers of each row of test, where rows may give several; else empty.
     """
 
     name: str
@@ -39,25 +44,49 @@ class Task:
     answers: list[str] = field(repr=False)
     prompt_texts: list[str] = field(repr=False)
     held_out: bool = True
+    references: list[list[str]] = field(default_factory=list, repr=False)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether rows of test are asked about images."""
+        return "image" in self.test.column_names
 
     def prompts(self) -> list[list[int]]:
         """Token ids to generate an answer from, for each row of test, in its order."""
         return [split_prompt(row["input_ids"], row["labels"])[0] for row in self.test]
 
 
-def load_task_stream(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
+@dataclass(frozen=True)
+class _Reader:
+    """Files to encoded rows. prompt: how an image stands in a prompt; None for a model that reads none."""
+
+    arguments: DataArguments
+    encoder: Encoder
+    prompt: ImagePrompt | None
+
+    def load(self, path: str, limit: int | None) -> datasets.Dataset:
+        rows = first_rows(load_rows(path, images=self.prompt is not None), limit)
+        return find_images(rows, path, self.arguments) if has_images(rows) else rows
+
+    def encode(self, rows: datasets.Dataset, path: str) -> datasets.Dataset:
+        if self.prompt is not None and has_images(rows):
+            return encode_image_rows(rows, self.encoder, self.prompt)
+        return tokenize_rows(rows, self.encoder, path)
+
+
+def load_task_stream(arguments: DataArguments, processing: Processing) -> list[Task]:
     """The tasks that --train_file, or --task_dir and --tasks, name, in order.
 
     Args:
         arguments: checked settings; one of train_file and task_dir is set.
-        tokenizer: the model's.
+        processing: the model's tokenizer or processor.
     Raises:
         UserError: no data named, an unknown or repeated task, or a file that cannot be used.
     """
-    encoder = Encoder(tokenizer, arguments.cutoff, arguments.chat_template)
-    return [
-        _load_task(name, files, encoder, arguments.max_eval_samples) for name, files in _task_files(arguments).items()
-    ]
+    encoder = Encoder(tokenizer_of(processing), arguments.cutoff, arguments.chat_template)
+    prompt = ImagePrompt(processing) if isinstance(processing, ProcessorMixin) else None
+    reader = _Reader(arguments, encoder, prompt)
+    return [_load_task(name, files, reader) for name, files in _task_files(arguments).items()]
 
 
 def _task_files(arguments: DataArguments) -> dict[str, dict[str, str]]:
@@ -102,15 +131,17 @@ def _files_in(folder: Path) -> dict[str, str]:
     return found
 
 
-def _load_task(name: str, files: dict[str, str], encoder: Encoder, max_eval_samples: int | None) -> Task:
-    rows = {split: load_rows(path) for split, path in files.items()}
+def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
+    max_eval_samples = reader.arguments.max_eval_samples
     limits = {"train": None, "eval": max_eval_samples, "test": max_eval_samples}
-    splits = {split: tokenize_rows(first_rows(rows[split], limits[split]), encoder, files[split]) for split in files}
+    rows = {split: reader.load(path, limits[split]) for split, path in files.items()}
+    splits = {split: reader.encode(rows[split], path) for split, path in files.items()}
     held_out = len(files) > 1
     judged = splits["train"] if held_out else first_rows(splits["train"], max_eval_samples or NUM_TRAINING_ROWS_JUDGED)
     test_split = "test" if "test" in files else "eval" if "eval" in files else "train"
     test = splits[test_split] if held_out else judged
-    prompt_texts, answers = _texts(first_rows(rows[test_split], len(test)), encoder)
+    texts = first_rows(rows[test_split], len(test))
+    prompt_texts, answers = _texts(texts, reader.encoder)
     return Task(
         name=name,
         train=splits["train"],
@@ -119,6 +150,7 @@ def _load_task(name: str, files: dict[str, str], encoder: Encoder, max_eval_samp
         answers=answers,
         prompt_texts=prompt_texts,
         held_out=held_out,
+        references=list(texts["answers"]) if "answers" in texts.column_names else [],
     )
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from piece_ds.errors import UserError
 from piece_ds.selection.budget import num_selected as num_selected_of
-from piece_ds.state.partition import input_embedding, layout_of
+from piece_ds.state.eligible import input_embedding, let_gradients_in
+from piece_ds.state.partition import layout_of
 from piece_ds.state.values import SelectedValues, selected_values
 
 
@@ -50,8 +51,7 @@ def prepare_compact(
         decays=None if decays is None else frozenset(decays),
     )
     embedding = input_embedding(model)
-    if embedding is not None and embedding.requires_grad and hasattr(model, "enable_input_require_grads"):
-        # Reentrant checkpointing passes gradients through inputs: without one that requires it, blocks get none.
-        model.enable_input_require_grads()
+    if embedding is not None and embedding.requires_grad:
+        let_gradients_in(model)
     values.join(model)
     return values

@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from support import vision
+
 VOCAB = 97
 FAMILIES = ("llama", "qwen3", "gemma2", "neox")
 NUM_MICRO_BATCHES = 7  # divides by neither 2 nor 3
@@ -58,6 +60,8 @@ def make_model(family: str, dropout: float = 0.0) -> nn.Module:
         ).train()  # fmt: skip
     if family == "branches":
         return Branches()
+    if family in vision.FAMILIES:
+        return vision.make_vision_model(family)
     raise ValueError(family)
 
 
@@ -90,6 +94,8 @@ class Body(nn.Module):
 
 def make_micro_batches(family: str = "llama", num: int = NUM_MICRO_BATCHES) -> list[dict[str, Tensor]]:
     """Micro-batches of two rows and different lengths, the shorter row padded on the left."""
+    if family in vision.FAMILIES:
+        return vision.vision_micro_batches(family, num)
     generator = torch.Generator().manual_seed(5)
     if family == "branches":
         return [{"x": torch.randn(3, 5, generator=generator), "use_optional": torch.tensor(b % 3 == 1)}
@@ -109,7 +115,8 @@ def make_micro_batches(family: str = "llama", num: int = NUM_MICRO_BATCHES) -> l
 
 def embedding_name(family: str) -> str | None:
     """The parameter that may not be selected, by hand."""
-    return {"neox": "gpt_neox.embed_in.weight", "branches": None}.get(family, "model.embed_tokens.weight")
+    of = {"neox": "gpt_neox.embed_in.weight", "branches": None} | dict.fromkeys(vision.FAMILIES, vision.EMBEDDING)
+    return of.get(family, "model.embed_tokens.weight")
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:

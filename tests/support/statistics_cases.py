@@ -1,10 +1,12 @@
 """The cases of the statistics pass, and what each must give."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 
 from torch import Tensor
 
+from support import vision
 from support.engines import DTYPES, FP32_ACCUMULATION, Setup
 from support.models import FAMILIES, cast_parameters, embedding_name, make_micro_batches, make_model
 from support.oracle import Arrays, gradient_sums
@@ -28,6 +30,7 @@ class Case:
         poison: make some gradient entries NaN, through an infinite input.
         in_eval_mode: the engine is in evaluation mode when the pass begins.
         num_batches: micro-batches.
+        eligible: what --eligible would say of a vision-language model.
         bucket_elements: gradients exchanged at a time; 0 means the package's own, which holds all of a tiny model.
     """
 
@@ -39,6 +42,7 @@ class Case:
     poison: bool = False
     in_eval_mode: bool = False
     num_batches: int = 7
+    eligible: str = ""
     bucket_elements: int = 0
 
     def batches(self) -> list[dict[str, Tensor]]:
@@ -52,6 +56,9 @@ class Case:
 # Every family at every stage, on one, two and three ranks.
 PLAIN = {f"{family}-stage{s}": Case(family, Setup(s)) for family in FAMILIES for s in STAGES}
 PLAIN |= {f"branches-stage{s}": Case("branches", Setup(s)) for s in STAGES}
+
+# Vision-language models: conv patch and position embeddings, grids of varying size, micro-batches without an image.
+VISION = {f"{family}-stage{s}": Case(family, Setup(s), freeze=True) for family in vision.FAMILIES for s in (0, 2, 3)}
 
 OFFLOADS = {
     "stage1-offload": Setup(1, offload="optimizer"),
@@ -89,13 +96,34 @@ SPECIAL |= {
     "frozen-embedding-stage3": Case("neox", Setup(3), freeze=True),
 }
 
+BLOCKS = "*.0.*norm1*"  # of the first block of either tower, and nothing before it
+for _family in vision.FAMILIES:
+    SPECIAL |= {
+        f"small-buckets-{_family}-stage3": Case(_family, Setup(3), freeze=True, bucket_elements=300),
+        f"whole-{_family}-stage3": Case(_family, Setup(3), freeze=True, eligible="*", checkpointing="reentrant"),
+        f"blocks-{_family}-stage3": Case(_family, Setup(3), freeze=True, eligible=BLOCKS, checkpointing="reentrant"),
+    }
+SPECIAL |= {
+    "whole-llava-stage0": Case("llava", Setup(0), freeze=True, eligible="*"),
+    "whole-qwen3-vl-stage2": Case("qwen3-vl", Setup(2), freeze=True, eligible="*"),
+    "unfrozen-llava-stage2": Case("llava", Setup(2)),
+    "bf16-qwen3-vl-stage3": Case("qwen3-vl", Setup(3, "bf16"), freeze=True),
+}
+
 
 @cache
 def oracle_of(case: Case) -> tuple[Arrays, Arrays, int]:
     """(G, F, number of elements of the model) by plain PyTorch, without DeepSpeed, dropout or checkpointing."""
     model = cast_parameters(make_model(case.family), DTYPES[case.setup.dtype])
     scale = 1024.0 if case.setup.dtype == "fp16" else 1.0
-    sums, squares = gradient_sums(model, case.batches(), embedding_name(case.family), scale)
+    batches = case.batches()
+    if case.family in vision.FAMILIES:
+        if case.setup.dtype == "fp32":  # else roundings of another padding would be all that is compared
+            batches = vision.plain_micro_batches(case.family, case.num_batches)
+        for name, param in model.named_parameters():
+            if vision.is_in_tower(case.family, name) and not (case.eligible and fnmatchcase(name, case.eligible)):
+                param.requires_grad_(False)
+    sums, squares = gradient_sums(model, batches, embedding_name(case.family), scale)
     return sums, squares, sum(p.numel() for p in model.parameters())
 
 

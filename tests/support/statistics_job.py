@@ -25,13 +25,13 @@ from support.engines import adamw, make_engine
 from support.jobs import Results, collect_case, finish, start
 from support.models import Body, make_model
 from support.selection_cases import CASES, blocks_layout, make_stats
-from support.statistics_cases import METHODS, PLAIN, RATIOS, SPECIAL, Case
+from support.statistics_cases import METHODS, PLAIN, RATIOS, SPECIAL, VISION, Case
 
 
 def main() -> None:
     folder = start()
     results: Results = {}
-    cases = PLAIN | SPECIAL if dist.get_world_size() == 2 else PLAIN
+    cases = {1: PLAIN | VISION, 2: PLAIN | VISION | SPECIAL, 3: PLAIN}[dist.get_world_size()]
     for name, case in cases.items():
         collect_case(results, name, lambda case=case: run_case(case))  # type: ignore[misc]
     collect_case(results, "selection", run_selection)
@@ -45,7 +45,7 @@ def main() -> None:
 def run_case(case: Case) -> dict[str, Any]:
     model = make_model(case.family, case.dropout)
     if case.freeze:
-        freeze_ineligible(model)
+        freeze_ineligible(model, patterns=[case.eligible] if case.eligible else [])
     if case.checkpointing:
         model.config.use_cache = False
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
