@@ -1,4 +1,4 @@
-# make train: the embedded default.   make test: the fast tests.   make test-all: every test.
+# make train: the embedded default.   make vqa-demo: the one with images.   make test: the fast tests.   make test-all: every test.
 # make test-faults: KILLS kills of running streams, FUZZ_SECONDS of damage for every reader of files.   make venv: set-up alone.
 PYTHON ?= python3
 VENV := .venv
@@ -11,11 +11,15 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 RANKS ?= $(if $(HAS_GPU),1,2)
 LAUNCH := DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/deepspeed --num_accelerators $(RANKS)
 
-.PHONY: train test test-all test-faults check bench bench-cost bench-continual bench-kernels clean venv
+.PHONY: train vqa-demo test test-all test-faults check bench bench-cost bench-continual bench-kernels clean venv
 
 train: $(VENV)/.ready
 	rm -rf runs/embedded
 	$(LAUNCH) launch/train.py --deepspeed ds_configs/zero3.json --output_dir runs/embedded
+
+vqa-demo: $(VENV)/.ready
+	rm -rf runs/vqa
+	$(LAUNCH) launch/vqa_demo.py --deepspeed ds_configs/zero2.json --output_dir runs/vqa
 
 test: check
 	$(BIN)/python -m pytest

@@ -1,0 +1,15 @@
+"""Two small vision-language models that the project makes itself learn two tasks about its own drawings.
+
+deepspeed launch/vqa_demo.py --deepspeed ds_configs/zero2.json [flags]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from piece_ds.command import run_command
+from piece_ds.vision_command import main
+
+if __name__ == "__main__":
+    run_command(main)
