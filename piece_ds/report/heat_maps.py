@@ -14,6 +14,7 @@ COLORS = "cividis"
 ABSENT_COLOR = "#EFEFEF"
 MAX_CELLS_WITH_TEXT = 14  # columns; more and the numbers touch
 MAX_WIDTH = 10.0  # inches of a figure, so that its text can be read on a page
+MAX_MODULES = 16  # module types beside each other; more and their names touch in half a page
 
 Rows = Sequence[Sequence[float | None]]
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
@@ -79,13 +80,16 @@ def mask_heat_maps(masks: Mapping[str, Counts]) -> bytes:
         masks: title, as a task -> layer -> module type -> {"selected", "total"}; layers that are numbers come first,
             in their order. Masks of one model: all panels have the same layers, modules and colour scale.
     Returns:
-        PNG bytes; a cell is grey where the layer has no such module.
+        PNG bytes; a cell is grey where the layer has no such module. Of more than MAX_MODULES types those are left
+        out of which no mask selected anything (all of a frozen vision tower), and panels are as wide as the page.
     """
     layers = sorted({layer for counts in masks.values() for layer in counts}, key=_layer_order)
     modules = list(dict.fromkeys(m for layer in layers for counts in masks.values() for m in counts.get(layer, {})))
+    if len(modules) > MAX_MODULES:
+        modules = [module for module in modules if _any_selected(masks, module)] or modules[:1]
     shares = {title: _shares(counts, layers, modules) for title, counts in masks.items()}
     low, high = _range(np.concatenate([part.flatten() for part in shares.values()]), 0.0, None)
-    num_columns = 1 if len(masks) == 1 else 2
+    num_columns = 1 if len(masks) == 1 or len(modules) > MAX_MODULES else 2
     num_rows = -(-len(masks) // num_columns)
     width = min(1.2 + 0.5 * max(len(modules), 5), MAX_WIDTH / num_columns if num_columns > 1 else MAX_WIDTH)
     height = 0.5 + min(0.26 * max(len(layers), 3), 5.0)
@@ -102,6 +106,10 @@ def mask_heat_maps(masks: Mapping[str, Counts]) -> bytes:
                 axes.set_ylabel("layer")
         figure.colorbar(image, ax=all_axes, label="% of the selected weights", pad=0.02, aspect=14 * num_rows)
         return png(figure)
+
+
+def _any_selected(masks: Mapping[str, Counts], module: str) -> bool:
+    return any(of_layer.get(module, {}).get("selected") for counts in masks.values() for of_layer in counts.values())
 
 
 def overlap_heat_map(overlaps: Sequence[Sequence[float]], tasks: Sequence[str], title: str) -> bytes:

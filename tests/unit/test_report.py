@@ -12,7 +12,7 @@ from rich.console import Console
 
 from piece_ds.errors import UserError
 from piece_ds.evaluation import ResultMatrix
-from piece_ds.report import RunResults, markdown_results, print_results, read_results, write_report
+from piece_ds.report import RunResults, heat_maps, markdown_results, print_results, read_results, write_report
 from piece_ds.report.cells import cost_grid, quantity, result_grids, run_grids, summary_grid
 from piece_ds.report.figures import make_figures
 from piece_ds.report.heat_maps import mask_heat_maps, overlap_heat_map, result_heat_map, result_heat_maps
@@ -266,3 +266,15 @@ def test_figures_of_extreme_values_are_drawn(png: object, recwarn: pytest.Warnin
 def test_smoothing_keeps_length_and_level() -> None:
     assert smoothed([2.0] * 100) == pytest.approx([2.0] * 100)
     assert smoothed([float(i) for i in range(100)]) == pytest.approx([float(i) for i in range(100)])
+
+
+def test_module_types_without_a_selected_weight_are_left_out_of_crowded_mask_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As all of a frozen vision tower; with few types each has its column."""
+    shown: list[list[str]] = []
+    monkeypatch.setattr(heat_maps, "label_ticks", lambda axes, labels: shown.append(list(labels)))
+    for num_types in (20, 10):
+        modules = {f"m{i}": {"selected": int(i == 7), "total": 4} for i in range(num_types)}
+        mask_heat_maps({"task": {"0": modules}})
+    assert shown == [["m7"], [f"m{i}" for i in range(10)]]
