@@ -56,7 +56,8 @@ def _masks(ratio: float) -> tuple[Sweep, ...]:
 
 
 MAIN = (*_masks(MAIN_RATIO), Sweep("seqft", 1.0, FULL), Sweep("lora", 1.0, ADAPTER))
-LARGE_RATIO, SMALL_RATIO = _masks(0.1), _masks(0.001)
+LARGE_RATIO = _masks(0.1)
+SMALL_RATIO = (*_masks(0.001), Sweep("piece-ratio", 0.001, _BY_GRADIENT[0.001]))
 OTHERS = (
     *(Sweep(method, MAIN_RATIO, _BY_GRADIENT[MAIN_RATIO]) for method in ("piece-ratio", "piece-s-disjoint")),
     Sweep("piece-ratio", 0.1, _BY_GRADIENT[0.1]),
@@ -75,10 +76,11 @@ def settings_in_order(seeds: tuple[int, ...] = SEEDS) -> list[Setting]:
     """All runs, each once, so that any stop leaves a picture, and the longer it went on the surer it is.
 
     One seed of the main question and of the larger ratio, the main question's other seeds, one seed of all else, the
-    other methods' seeds, those of the other ratios.
+    seeds of the smaller ratio, of the other methods, of the larger ratio.
     """
     first = seeds[:1]
-    parts = [(MAIN, first), (LARGE_RATIO, first), (MAIN, seeds), (SWEEPS, first), (OTHERS, seeds), (SWEEPS, seeds)]
+    parts = [(MAIN, first), (LARGE_RATIO, first), (MAIN, seeds), (SWEEPS, first), (SMALL_RATIO, seeds),
+             (OTHERS, seeds), (SWEEPS, seeds)]  # fmt: skip
     wanted = [
         Setting(sweep.method, sweep.ratio, rate, seed, sweep.flags)
         for sweeps, some_seeds in parts
