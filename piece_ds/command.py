@@ -21,28 +21,33 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero3.
 
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run main(argv) as a program. A UserError becomes one line on stderr and exit code 2, a MachineError one and
-    exit code 1; a run that a signal has stopped, one and exit code 75.
+    """Run main(argv) as a program and leave with exit_code().
 
     deepspeed's launcher adds --local_rank=N to the arguments; ranks come from the environment.
     """
     argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
     _one_process_environment()
     _own_programs_first()
+    _quiet()
+    _leave(exit_code(main, argv))
+
+
+def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run main(argv). A UserError becomes one line on stderr and 2, a MachineError one and 1; a run that a signal has
+    stopped, one and 75."""
     try:
-        _quiet()
         main(argv)
     except UserError as error:
         _say_after_rank_0(f"error: {message_of(error)}")
-        _leave(2)
+        return 2
     except MachineError as error:
         _say_after_rank_0(f"error: {error}")
-        _leave(1)
+        return 1
     except Stopped as stop:
         if int(os.environ["RANK"]) == 0:
             _say(f"{stop}; the same command with --resume_from_checkpoint True goes on")
-        _leave(STOP_CODE)
-    _leave(0)
+        return STOP_CODE
+    return 0
 
 
 def _say_after_rank_0(message: str) -> None:

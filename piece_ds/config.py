@@ -13,6 +13,7 @@ SELECTED_GRADIENTS = ["auto", "dense"]
 BUDGETS = ["model", "layer", "tensor"]
 SCORINGS = ["clean", "authors"]
 SAVE_MODEL = ["last", "each", "never"]
+NONFINITE = ["stop", "skip"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 
@@ -192,6 +193,11 @@ class OutputArguments:
         metadata={"help": "an epoch's last step with fewer micro-batches than the others: refuse or smaller_step"},
     )
 
+    nonfinite: str = field(
+        default="stop",
+        metadata={"help": "a step whose loss or gradient is NaN or infinite is never taken: stop the run, or skip it"},
+    )
+
     save_model: str = field(default="last", metadata={"help": "transformers folder after: last task, each task, never"})
 
     save_full: bool = field(
@@ -205,6 +211,7 @@ class OutputArguments:
 
     def __post_init__(self) -> None:
         require_choice("save_model", self.save_model, SAVE_MODEL)
+        require_choice("nonfinite", self.nonfinite, NONFINITE)
         require_choice("incomplete_accumulation", self.incomplete_accumulation, ["refuse", "smaller_step"])
 
 

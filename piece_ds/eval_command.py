@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from piece_ds.agreement import require_agreement
 from piece_ds.arguments import Settings, parse, print_help
 from piece_ds.command import with_default_config
 from piece_ds.distributed import barrier, is_main
@@ -52,6 +53,7 @@ def evaluate(settings: Settings) -> tuple[Scores, dict[str, str]]:
     if settings.model.model_name_or_path is None:
         raise UserError("eval_tasks.py needs --model_name_or_path M")
     inputs = load_inputs(settings)
+    require_agreement(inputs)
     settings, arguments = inputs.settings, inputs.arguments
     model: Any = inference_model(load_model(settings.model, inputs.dtype), arguments)
     scores = judge(

@@ -21,7 +21,7 @@ from piece_ds.files import write_json
 # Settings that may differ between the two halves of a resumed run.
 _FREE = {"output_dir", "resume_from_checkpoint", "logging_steps", "report_to", "disable_tqdm", "save_total_limit",
          "save_steps", "save_strategy", "save_full", "statistics_save_steps", "deepspeed", "local_rank",
-         "run_name"}  # fmt: skip
+         "run_name", "nonfinite"}  # fmt: skip
 
 _KINDS = {"mask.safetensors": "mask_bytes", "delta.safetensors": "delta_bytes", "model": "model_bytes"}
 _NOT_COUNTED = {"previous.safetensors", "metrics.jsonl"}  # removed when the task is finished; a log

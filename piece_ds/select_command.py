@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from piece_ds.agreement import require_agreement
 from piece_ds.arguments import Settings, parse, print_help
 from piece_ds.baselines import BASELINES, SELECTIONS
 from piece_ds.checkpoint import save_mask
@@ -47,6 +48,7 @@ def select_mask(settings: Settings) -> Mask:
     if settings.model.model_name_or_path is None:
         raise UserError("select_mask.py needs --model_name_or_path M")
     inputs = load_inputs(settings)
+    require_agreement(inputs)
     settings, arguments, task = inputs.settings, inputs.arguments, inputs.tasks[0]
     check_sources(settings, num_tasks=1)
     check_kernels(settings.method.method, arguments)

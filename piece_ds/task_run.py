@@ -25,6 +25,7 @@ from piece_ds.distributed import barrier, broadcast_object, is_main
 from piece_ds.files import write_text
 from piece_ds.memory import host_peak_bytes, peak_bytes, reset_peaks
 from piece_ds.resume import PARTIAL_NAME, PREVIOUS_NAME
+from piece_ds.soundness import NonfiniteGuard
 from piece_ds.state.mask import Mask
 from piece_ds.stop import leave_if_asked
 from piece_ds.stream import Processing, Task
@@ -62,6 +63,8 @@ class TaskCost:
         select_seconds: statistics and selection; 0 where there was nothing to select.
         train_seconds: optimizer steps.
         num_steps: optimizer steps.
+        nonfinite_steps: of these, not taken because a loss or gradient was NaN or infinite.
+        overflow_steps: of these, not taken because fp16's loss scale was too large.
         peak_bytes: most memory allocated on the accelerator; None on the CPU.
         host_peak_bytes: most resident memory of the process; None where the system does not tell.
         save_seconds: delta and model.
@@ -70,6 +73,8 @@ class TaskCost:
     select_seconds: float
     train_seconds: float
     num_steps: int
+    nonfinite_steps: int
+    overflow_steps: int
     peak_bytes: int | None
     host_peak_bytes: int | None
     save_seconds: float
@@ -149,8 +154,11 @@ def train_task(
     trainer.add_callback(reporter)
     if before_training is not None and checkpoint is None:
         trainer.add_callback(_OnBegin(lambda: before_training(trainer.model_wrapped)))
+    guard = NonfiniteGuard(trainer, task.name, settings.output.nonfinite)
+    trainer.add_callback(guard)
     callback = None
     if isinstance(method, Baseline):
+        trainer.add_callback(_OnBegin(guard.watch_engine))
         acts = method.engine_callback(context)
         if acts is not None:
             trainer.add_callback(OnEngine(trainer, acts))
@@ -196,6 +204,8 @@ def train_task(
         select_seconds=(callback.select_seconds or 0.0) if callback else 0.0,
         train_seconds=clock.seconds,
         num_steps=trainer.state.global_step,
+        nonfinite_steps=guard.num_nonfinite,
+        overflow_steps=guard.num_overflows,
         peak_bytes=peak_bytes(),
         host_peak_bytes=host_peak_bytes() if knows_host_peak else None,
         save_seconds=save_seconds,

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -32,14 +34,28 @@ class TaskTrainer(Trainer):
     Attributes:
         update: the mask in force, once training has begun; checkpoints then hold the portable form of it too.
         portable: training goes on from a checkpoint of another cut: DeepSpeed's part of it is not read.
+        losses: of the micro-batches since this was last cleared; on the device, nobody has waited for them.
     """
 
     update: Update | None = None
     portable = False
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(*args, **kwargs)
-        return (result[0] * 1.0, *result[1:]) if isinstance(result, tuple) else result * 1.0
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: list[Tensor] = []
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, *args, **kwargs)
+        if isinstance(result, tuple):
+            return (self._noted(result[0], model.training), *result[1:])
+        return self._noted(result, model.training)
+
+    def _noted(self, loss: Tensor, training: bool) -> Tensor:
+        """loss * 1.0; NaN where it is infinite, so that every rank sees it in the norm of the reduced gradient."""
+        if not training:
+            return loss * 1.0
+        self.losses.append(loss.detach())
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         deepspeed_part = None if self.portable else resume_from_checkpoint

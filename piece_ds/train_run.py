@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from piece_ds.agreement import require_agreement
 from piece_ds.arguments import Settings
 from piece_ds.baselines import BASELINES
 from piece_ds.checks import (
@@ -49,6 +50,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         check_accumulation(task.name, num_rows, arguments, settings.output.incomplete_accumulation == "smaller_step")
     check_offload(settings.method.method, arguments)
     check_kernels(settings.method.method, arguments)
+    require_agreement(inputs)
     folder = RunFolder(Path(arguments.output_dir))
     reporters = open_reporters(arguments.report_to, folder.root)
     resume = resumes_from(arguments)

@@ -18,6 +18,7 @@ class GradientStats:
         grad_sum: sum over micro-batches of g, same shape, or None where only squares were asked for.
         num_micro_batches: micro-batches in the sums, over all ranks.
         num_nonfinite: NaN and infinite gradient entries that counted as 0, over all ranks.
+        first_nonfinite: (micro-batch, parameter name) of the first of them that this pass met; None without one.
     """
 
     layout: Layout
@@ -25,6 +26,7 @@ class GradientStats:
     grad_sum: Tensor | None
     num_micro_batches: int = 0
     num_nonfinite: int = 0
+    first_nonfinite: tuple[int, str] | None = None
 
     def fragment(self, offset: int, numel: int) -> tuple[Tensor | None, Tensor]:
         """(grad_sum, square_sum) views of numel elements from offset of this rank's flat buffer."""

@@ -25,11 +25,16 @@ from piece_ds.update.decay import SelectedDecay
 from piece_ds.zero import open_door, require_trainable
 from piece_ds.zero.checkpoints import install_checkpoints
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
+from piece_ds.zero.step_watch import Place, StepWatch
 from piece_ds.zero.weights import SelectedWeights, forget_secondary, read_whole
 
 
 class CompactUpdate:
-    """A mask installed on one engine of a model that prepare_compact() has prepared. `detach()` undoes both."""
+    """A mask installed on one engine of a model that prepare_compact() has prepared. `detach()` undoes both.
+
+    Attributes:
+        watch: of the engine's steps; one with a NaN or infinite gradient is not taken.
+    """
 
     def __init__(self, engine: Any, mask: Mask, save_full: bool, selected_gradient: str) -> None:
         values = selected_values(engine.module)
@@ -43,13 +48,16 @@ class CompactUpdate:
         params = dict(engine.module.named_parameters())
         self._weights = {name: SelectedWeights(params[name], self._index[name]) for name in self._index}
         self._grad = torch.zeros(mask.num_selected, dtype=torch.float32, device=engine.device)
+        self._largest = torch.zeros((), device=engine.device)  # of this rank's last gradient, in absolute value
         self._fingerprint: Tensor | None = None
         if values.checkpoint is None:
             self._fill()
         else:
             self._after_load()
         decay = SelectedDecay(self._adapter, {PARAMETER_NAME: self._decaying()})
+        self.watch = StepWatch(self._adapter, self._locate)
         self._remove = [
+            *self.watch.install(),
             self._adapter.bypass_reduction(),
             self._adapter.around_step(self._before_step, self._after_step),
             *decay.install(engine.basic_optimizer),
@@ -66,6 +74,10 @@ class CompactUpdate:
             remove()
         self._remove = []
         self._values.leave(self._engine.module)
+
+    def is_local_finite(self) -> bool | None:
+        """Whether this rank's part of the last step's gradient was finite."""
+        return bool(self._largest.isfinite())
 
     def state(self) -> SelectedState:
         """What the optimizer knows of the selected weights. A collective."""
@@ -110,6 +122,15 @@ class CompactUpdate:
             part.fill_(decays is None or name in decays)
         return everywhere.nonzero().view(-1)
 
+    def _locate(self, place: Place) -> Place:
+        """Place among the values -> place in the model."""
+        name, offset = place[0], place[1]
+        for weight, index in self._index.items():
+            if name == PARAMETER_NAME and offset < index.numel():
+                return weight, int(index[offset])
+            offset -= index.numel()
+        return place
+
     def _fill(self) -> None:
         """Values and their masters become the selected weights."""
         if self._engine.global_steps == 0:
@@ -126,6 +147,7 @@ class CompactUpdate:
     def _before_step(self) -> None:
         if self._engine.global_steps == 0:
             self._collection.check()
+        self._largest = torch.linalg.vector_norm(self._grad, float("inf"))
         self._adapter.set_gradient(all_reduce_sum_(self._grad).div_(world_size()))
 
     def _after_step(self) -> None:

@@ -6,11 +6,16 @@ from piece_ds.state.mask import Mask
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.zero import open_door, require_trainable
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
+from piece_ds.zero.step_watch import StepWatch
 from piece_ds.zero.weights import SelectedWeights, forget_secondary
 
 
 class MaskedUpdate:
-    """A mask installed on one engine. `detach()` removes every hook."""
+    """A mask installed on one engine. `detach()` removes every hook.
+
+    Attributes:
+        watch: of the engine's steps; one with a NaN or infinite gradient is not taken.
+    """
 
     def __init__(self, engine: Any, mask: Mask) -> None:
         require_trainable(engine)
@@ -22,13 +27,18 @@ class MaskedUpdate:
         adapter.bind(whole)
         self.mask, self._whole = mask, whole
         decay = SelectedDecay(adapter, whole)
-        self._remove = [adapter.install_mask(), *decay.install(engine.basic_optimizer)]
+        self.watch = StepWatch(adapter)
+        self._remove = [*self.watch.install(), adapter.install_mask(), *decay.install(engine.basic_optimizer)]
 
     def detach(self) -> None:
         """Leave the engine as it was before."""
         for remove in self._remove:
             remove()
         self._remove = []
+
+    def is_local_finite(self) -> bool | None:
+        """Whether this rank's part of the last step's gradient was finite; unknown, DeepSpeed has added them up."""
+        return None
 
     def state(self) -> SelectedState:
         """What the optimizer knows of the selected weights. A collective."""

@@ -7,6 +7,7 @@ What has not been proven is refused at the door, with the reason.
 from piece_ds.zero.door import open_door, require_trainable
 from piece_ds.zero.gradient_term import GradientTerm, Ranges
 from piece_ds.zero.statistics import Keeper, MicroBatchSource, collect_statistics
+from piece_ds.zero.step_watch import StepFault, StepWatch
 from piece_ds.zero.weights import read_weight
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Keeper",
     "MicroBatchSource",
     "Ranges",
+    "StepFault",
+    "StepWatch",
     "collect_statistics",
     "open_door",
     "read_weight",

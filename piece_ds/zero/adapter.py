@@ -110,6 +110,44 @@ class Adapter(ABC):
     def refresh_norm(self) -> None:  # noqa: B027 - DeepSpeed takes the norm itself, later, at most stages
         """Report the norm of the gradient as it is now."""
 
+    def skip_nonfinite(self, note: Callable[[], None]) -> Callable[[], None]:
+        """From now on a step whose gradient's norm is NaN or infinite is not taken; returns undo.
+
+        Args:
+            note: called when that happens, while the gradient is still there.
+        """
+        optimizer = self.optimizer
+        original = optimizer._update_scale
+
+        def _update_scale(overflow: bool = False) -> None:
+            if overflow:
+                note()
+            original(overflow)
+
+        optimizer._update_scale = _update_scale
+        return lambda: optimizer.__dict__.pop("_update_scale", None)
+
+    def check_norm(self) -> None:  # noqa: B027 - DeepSpeed looks at the norm itself at most stages
+        """Called before every step, when the gradient is as it will be applied."""
+
+    def stay_at_smallest_scale(self) -> None:
+        """fp16: DeepSpeed does not raise where its loss scale cannot fall any more; scale_falls() is False then."""
+        scaler: Any = getattr(self.optimizer, "loss_scaler", None)
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False
+
+    def scale_falls(self) -> bool:
+        """Whether a step that is not taken lowers fp16's loss scale, so that later ones may be sound."""
+        scaler: Any = getattr(self.optimizer, "loss_scaler", None)
+        return bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale
+
+    def step_gradients(self) -> list[tuple[Tensor, list[Piece]]]:
+        """gradients() also with optimizer offload, where the masters have them; to be read only."""
+        offload = self.engine._config.zero_config.offload_optimizer
+        if offload is None or str(getattr(offload.device, "value", offload.device)) == "none":
+            return self.gradients()
+        return [(master.grad, pieces) for master, pieces in self.masters() if master.grad is not None]
+
     @abstractmethod
     def local_backward(self) -> AbstractContextManager[None]:
         """Inside, engine.backward leaves this rank's gradients on the parameters and reduces nothing."""

@@ -1,6 +1,9 @@
 """Stage 0: whole gradients on every rank, in p.grad, whether DeepSpeed wraps the optimizer or not."""
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ class Stage0(Adapter):
     FP16_UnfusedOptimizer (one master a parameter)."""
 
     replicated = True
+    _has_norm = False  # of the gradient as it will be applied
 
     def masters(self) -> list[tuple[Tensor, list[Piece]]]:
         flat_masters = getattr(self.optimizer, "fp32_groups_flat", None)
@@ -68,9 +72,50 @@ class Stage0(Adapter):
     def refresh_norm(self) -> None:
         self._report_norm([grad for grad, _ in self.gradients()])
 
+    def skip_nonfinite(self, note: Callable[[], None]) -> Callable[[], None]:
+        self._note = note
+        if self.optimizer is self.engine.basic_optimizer:
+            return self._skip_bare()
+        optimizer, original = self.optimizer, self.optimizer._skip_invalid_grad_norm
+
+        def _skip_invalid_grad_norm() -> Any:
+            note()
+            return original()
+
+        optimizer._skip_invalid_grad_norm = _skip_invalid_grad_norm
+        return lambda: optimizer.__dict__.pop("_skip_invalid_grad_norm", None)
+
+    def _skip_bare(self) -> Callable[[], None]:
+        """DeepSpeed calls the torch optimizer itself: it gets the flag that the engine reads of its wrappers."""
+        optimizer, step = self.optimizer, self.optimizer.step
+        optimizer.overflow = False
+
+        def checked_step(*args: Any, **kwargs: Any) -> Any:
+            return None if optimizer.overflow else step(*args, **kwargs)
+
+        optimizer.step = checked_step
+
+        def undo() -> None:
+            optimizer.step = step
+            del optimizer.overflow
+
+        return undo
+
+    def check_norm(self) -> None:
+        """Without a wrapper, clipping comes next: by a NaN norm it makes every entry NaN, so the norm is read here."""
+        if self.optimizer is not self.engine.basic_optimizer:
+            return
+        if not self._has_norm:  # no mask has acted on the gradient and taken it
+            self.refresh_norm()
+        self._has_norm = False
+        self.optimizer.overflow = not math.isfinite(self.engine._global_grad_norm)
+        if self.optimizer.overflow:
+            self._note()
+
     def _report_norm(self, grads: list[Tensor]) -> None:
         if self.optimizer is self.engine.basic_optimizer:  # fp32: DeepSpeed keeps no norm of its own here
             self.engine._global_grad_norm = float(torch.nn.utils.get_total_norm(grads))
+            self._has_norm = True
 
     def set_gradient(self, grad: Tensor) -> None:
         param = self.engine.module.get_parameter(PARAMETER_NAME)

@@ -4,6 +4,7 @@ Without offload the partition is a list of tensors, padding included; with optim
 of the master on the CPU, and per-parameter norms were already taken during backward, so they are taken again.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -27,6 +28,7 @@ class Stage12(Adapter):
         "get_param_id",
         "cpu_offload",
         "micro_step_id",
+        "_update_scale",
     )
 
     def _partition(self, group: int) -> list[Piece]:
@@ -88,6 +90,23 @@ class Stage12(Adapter):
         optimizer.local_overflow = not bool(own.isfinite().all())  # found during backward otherwise, as is the norm
         for param in optimizer.params_in_partition[0]:
             optimizer.norm_for_param_grads[optimizer.get_param_id(param)] = own.double().norm(2)
+
+    def skip_nonfinite(self, note: Callable[[], None]) -> Callable[[], None]:
+        """In bf16 DeepSpeed looks at no norm unless it checks for overflow, which is a pass over the gradient: here it
+        looks, without the pass. Where it is told to take no norm, the pass is what is left."""
+        optimizer, undo = self.optimizer, super().skip_nonfinite(note)
+        if getattr(optimizer, "check_grad_overflow", True):  # there has not always been a choice
+            return undo
+        optimizer.check_grad_overflow = True
+        if getattr(optimizer, "compute_grad_norm", True):
+            optimizer.check_overflow = lambda **kwargs: None
+
+        def undo_all() -> None:
+            optimizer.check_grad_overflow = False
+            optimizer.__dict__.pop("check_overflow", None)
+            undo()
+
+        return undo_all
 
     def local_backward(self) -> AbstractContextManager[None]:
         return self.engine.coalesce_grad_reduction()

@@ -4,6 +4,7 @@ It keeps the whole reduced gradient of a group, in fp32, on every rank and takes
 step is partitioned. So the whole buffer is masked.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,6 +22,7 @@ class Stage1BF16(Adapter):
         "fp32_groups_flat_partition",
         "bf16_groups",
         "real_dp_process_group",
+        "clear_hp_grads",
     )
 
     replicated = True
@@ -68,6 +70,17 @@ class Stage1BF16(Adapter):
     def set_gradient(self, grad: Tensor) -> None:
         self.optimizer.fp32_groups_gradients_flat[0][: grad.numel()].copy_(grad)
         self.optimizer.fp32_groups_has_gradients[0][0] = True
+
+    def skip_nonfinite(self, note: Callable[[], None]) -> Callable[[], None]:
+        optimizer, original = self.optimizer, self.optimizer.clear_hp_grads
+
+        def clear_hp_grads() -> None:
+            if optimizer.overflow:
+                note()
+            original()
+
+        optimizer.clear_hp_grads = clear_hp_grads
+        return lambda: optimizer.__dict__.pop("clear_hp_grads", None)
 
     def local_backward(self) -> AbstractContextManager[None]:
         return self.engine.no_sync()

@@ -27,6 +27,7 @@ class Stage3(Adapter):
         "ipg_buckets",
         "_get_param_partition_rank",
         "_offload_boundary_param_ids",
+        "_update_scale",
     )
 
     def _piece(self, param: nn.Parameter, offset: int = 0) -> Piece:

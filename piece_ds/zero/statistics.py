@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from piece_ds import ops
-from piece_ds.distributed import all_reduce_sum_, is_main
+from piece_ds.distributed import is_main
 from piece_ds.errors import UserError
 from piece_ds.progress import progress_bar
 from piece_ds.selection import LastPassFilter
-from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.state.values import selected_values
 from piece_ds.zero.door import open_door
 from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
+from piece_ds.zero.nonfinite_counts import NonfiniteCounts
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +97,10 @@ def collect_statistics(
     stats = empty_stats(layout, needs_sum, device or engine.device)
     if keeper is not None:
         keeper.begin(stats)
-    num_nonfinite = torch.zeros(1, dtype=torch.int64, device=stats.square_sum.device)
-    num_nonfinite += stats.num_nonfinite if is_main() else 0  # it is summed over the ranks
+    nonfinite = NonfiniteCounts(layout, stats.square_sum.device)
+    num_before = stats.num_nonfinite
     loss_scale = FP16_LOSS_SCALE if engine.fp16_enabled() else 1.0
-    receiver = _Receiver(engine, stats, num_nonfinite, 1.0 / loss_scale)
+    receiver = _Receiver(engine, stats, nonfinite, 1.0 / loss_scale)
     rounds = range(stats.num_micro_batches, len(micro_batches), layout.num_ranks)
     with _undisturbed(engine), receiver.hooks(), adapter.local_backward():
         for first in progress_bar(rounds, description, unit="round"):
@@ -116,19 +116,26 @@ def collect_statistics(
             # by the accumulation steps when it recognises the very tensor that forward returned.
             engine.backward(loss * (loss_scale / _engine_loss_scale(engine)), scale_wrt_gas=False)
             receiver.end_round()
+            nonfinite.end_round(first)
             stats.num_micro_batches = min(first + layout.num_ranks, len(micro_batches))
             if keeper is not None and keeper.is_due(stats.num_micro_batches):
-                stats.num_nonfinite = _over_all_ranks(num_nonfinite)
+                stats.num_nonfinite = num_before + nonfinite.total()
                 keeper.keep(stats)
     adapter.forget_backward()
-    stats.num_nonfinite = _over_all_ranks(num_nonfinite)
-    if stats.num_nonfinite and is_main():
-        logger.warning("%d gradient entries were NaN or infinite and counted as 0", stats.num_nonfinite)
+    stats.num_nonfinite = num_before + nonfinite.total()
+    if stats.num_nonfinite:
+        stats.first_nonfinite = nonfinite.first()
+        if is_main():
+            logger.warning("%d gradient entries were NaN or infinite and counted as 0%s", stats.num_nonfinite,
+                           _shown(stats.first_nonfinite, layout.num_ranks))  # fmt: skip
     return stats
 
 
-def _over_all_ranks(count: Tensor) -> int:
-    return int(all_reduce_sum_(count.to(collective_device(), copy=True)))
+def _shown(first: tuple[int, str] | None, num_ranks: int) -> str:
+    if first is None:
+        return " (all of them before the pass was interrupted)"
+    b, name = first
+    return f": the first in {name}, from micro-batch {b} (counted from 0) on rank {b % num_ranks}"
 
 
 def _engine_loss_scale(engine: Any) -> float:
@@ -142,9 +149,9 @@ def _engine_loss_scale(engine: Any) -> float:
 class _Receiver:
     """Takes finished gradients off the parameters, exchanges them in a fixed order and adds what this rank owns."""
 
-    def __init__(self, engine: Any, stats: GradientStats, num_nonfinite: Tensor, scale: float) -> None:
+    def __init__(self, engine: Any, stats: GradientStats, nonfinite: NonfiniteCounts, scale: float) -> None:
         self.model, self.device = engine.module, engine.device
-        self.stats, self.num_nonfinite, self.scale = stats, num_nonfinite, scale
+        self.stats, self.nonfinite, self.scale = stats, nonfinite, scale
         self.layout = stats.layout
         self.buckets = plan_buckets(self.layout, BUCKET_ELEMENTS)
         self.offset_of = {info.name: (offset, part.start) for info, part, offset in self.layout.owned()}
@@ -216,22 +223,23 @@ class _Receiver:
                 return
             for source, part, grad in exchange(bucket, self.grads, self.layout):
                 if source < self.num_valid:
-                    self._add(part, grad, is_last=source == self.num_valid - 1)
+                    self._add(part, grad, source, is_last=source == self.num_valid - 1)
             for part in bucket:
                 if part.last:
                     del self.grads[part.info.name]
             self.next_bucket += 1
 
-    def _add(self, part: Slice, grad: Tensor, is_last: bool) -> None:
+    def _add(self, part: Slice, grad: Tensor, source: int, is_last: bool) -> None:
         offset, first = self.offset_of[part.info.name]
         start, stop = slice_range(part, self.layout.rank, self.layout.num_ranks)
         place = offset + start - first
         sums = self.stats.fragment(place, stop - start)
         grad = grad.to(self.stats.square_sum.device)
+        count = self.nonfinite.slot(part.info.name, source)
         if is_last and self.last_pass is not None:
-            self.last_pass.accumulate_(grad, *sums, self.scale, self.num_nonfinite, place)
+            self.last_pass.accumulate_(grad, *sums, self.scale, count, place)
         else:
-            ops.accumulate_(grad, *sums, self.scale, self.num_nonfinite)
+            ops.accumulate_(grad, *sums, self.scale, count)
 
 
 @contextmanager

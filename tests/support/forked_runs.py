@@ -64,17 +64,26 @@ class Life:
         return not any(self.codes)
 
 
-def live(flags: list[str], kill: Kill | None = None, signum: int | None = None, num_ranks: int = NUM_RANKS) -> Life:
+def live(
+    flags: list[str],
+    kill: Kill | None = None,
+    signum: int | None = None,
+    num_ranks: int = NUM_RANKS,
+    of_rank: dict[int, list[str]] | None = None,
+) -> Life:
     """Start a run and wait for its end.
 
     Args:
         flags: of launch/train.py; --output_dir is looked for among them.
+        of_rank: more flags for some ranks.
         kill: when to end it.
         signum: sent instead of SIGKILL, to kill.rank alone, and nobody else is ended then.
     """
     place = Path(tempfile.mkdtemp(prefix="piece-life-"))
     begin = time.monotonic()
-    children = [_fork(rank, num_ranks, flags, place, kill) for rank in range(num_ranks)]
+    children = [
+        _fork(rank, num_ranks, [*flags, *(of_rank or {}).get(rank, [])], place, kill) for rank in range(num_ranks)
+    ]
     folder = Path(flags[flags.index("--output_dir") + 1]).resolve()
     codes = _watch(children, begin, folder, kill, signum)
     log = "".join(path.read_text(errors="replace") for path in sorted(place.glob("rank*.log")))
@@ -160,20 +169,16 @@ def _be_rank(rank: int, num_ranks: int, flags: list[str], place: Path, kill: Kil
 def _train(rank: int, num_ranks: int, flags: list[str], place: Path) -> int:
     import torch.distributed as dist
 
-    from piece_ds.command import start_distributed
-    from piece_ds.stop import STOP_CODE, Stopped
+    from piece_ds.command import exit_code, start_distributed
     from piece_ds.train_command import main
 
     store = f"file://{place / 'rendezvous'}"
     dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=num_ranks)
     start_distributed()
-    try:
-        main(flags)
-    except Stopped as stop:
-        print(stop, flush=True)
-        return STOP_CODE
-    dist.barrier()
-    return 0
+    code = exit_code(main, flags)
+    if code == 0:
+        dist.barrier()
+    return code
 
 
 def _count_changes(folder: Path, last: int | None) -> list[int]:
