@@ -31,11 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="piece_ds", description="Task deltas as files, what a run will need, and runs compared.")
+    parser = _Parser(prog="piece_ds", description="Task deltas as files, what a run needs, and runs compared.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     delta = commands.add_parser("delta", help="list, inspect, apply, revert, merge, compose and export task deltas")
     _add_delta_commands(delta.add_subparsers(metavar="COMMAND", required=True))
     _add_plan(commands.add_parser("plan", help="memory and traffic of a run, from a model's shapes alone"))
+    _add_doctor(commands.add_parser("doctor", help="whether this machine can do what a run needs"))
     _add_report(commands.add_parser("report", help="compare runs: a table, and a page with figures"))
     return parser
 
@@ -85,6 +86,17 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--lora_rank", type=int, default=32, help="of update_mode lora, on all Linear layers")
     plan.add_argument("--table", action="store_true", help="1.5B to 405B at 1, 8, 64 and 512 ranks, as Markdown")
     plan.set_defaults(run="piece_ds.plan_command:plan")
+
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.description = (
+        "Versions, compilers, GPUs, kernels, folders, collectives over local processes, and a tiny run of statistics, "
+        "mask and step whose unselected weights must keep their bits. Exit code 1 where a run would fail."
+    )
+    doctor.add_argument("--folder", default=".", help="where runs would write; default: %(default)s")
+    doctor.add_argument("--ranks", type=int, default=2, help="processes of the self-test; default: %(default)s")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.set_defaults(run="piece_ds.doctor_command:doctor")
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:

@@ -9,10 +9,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from piece_ds.distributed import all_gather_objects, is_main
 from piece_ds.errors import MachineError
+from piece_ds.metrics import MetricsLog
 from piece_ds.task_trainer import TaskTrainer
 from piece_ds.zero import StepFault, StepWatch, open_door
 
 logger = logging.getLogger(__name__)
+
+# Events of metrics.jsonl: steps not taken because of NaN or infinity; because fp16's dynamic loss scale was too large.
+NONFINITE, OVERFLOW = "nonfinite", "overflow"
 
 
 class NonfiniteError(MachineError):
@@ -35,22 +39,17 @@ class _Report:
 
 
 class NonfiniteGuard(TrainerCallback):
-    """Looks at every step's end whether the step was taken. Add it before what acts on the reduced gradient.
+    """Looks at every step's end whether the step was taken. Add it before what acts on the reduced gradient."""
 
-    Attributes:
-        num_nonfinite: steps not taken because of NaN or infinity.
-        num_overflows: steps not taken because fp16's dynamic loss scale was too large, which lowers it.
-    """
-
-    def __init__(self, trainer: TaskTrainer, task: str, policy: str) -> None:
+    def __init__(self, trainer: TaskTrainer, task: str, policy: str, metrics: MetricsLog) -> None:
         """
         Args:
             trainer: of the task; its update watches the steps, and without one the engine is watched here.
             task: the task's name.
             policy: 'stop' or 'skip'.
+            metrics: where steps that were not taken are noted.
         """
-        self.num_nonfinite, self.num_overflows = 0, 0
-        self._trainer, self._task, self._policy = trainer, task, policy
+        self._trainer, self._task, self._policy, self._metrics = trainer, task, policy, metrics
         self._watch: StepWatch | None = None
 
     def watch_engine(self) -> None:
@@ -58,27 +57,34 @@ class NonfiniteGuard(TrainerCallback):
         self._watch = StepWatch(open_door(self._trainer.model_wrapped))
         self._watch.install()  # the engine does not outlive the task
 
+    @property
+    def watch(self) -> StepWatch | None:
+        """Of the engine's steps, once training has begun."""
+        return self._watch if self._trainer.update is None else self._trainer.update.watch
+
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.losses.clear()
+        if self.watch is not None:
+            self.watch.take_charge()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        update = self._trainer.update
-        watch = update.watch if update is not None else self._watch
+        update, watch = self._trainer.update, self.watch
         if watch is None or watch.fault is None:
             return
         local = update.is_local_finite() if update is not None else None
         gathered: Any = all_gather_objects(_Report(watch.fault, self._nonfinite_losses(), local))
         if all(report.fault.may_recover and not report.losses for report in gathered):
-            self.num_overflows += 1
+            self._metrics.note(OVERFLOW)
             return
-        self.num_nonfinite += 1
-        found = f"step {state.global_step} of task {self._task}: {_shown(gathered, watch.replicated)}"
+        shown = _shown(gathered, watch.replicated)
+        self._metrics.note(NONFINITE, found=shown)
+        found = f"step {state.global_step} of task {self._task}: {shown}"
         if self._policy == "stop":
             raise NonfiniteError(f"{found}; the step was not taken. Lower --learning_rate, mend the data, or leave "
                                  "such steps out with --nonfinite skip (a run with checkpoints goes on from the last "
                                  "one: --resume_from_checkpoint True)")  # fmt: skip
         if is_main():
-            logger.warning("%s; the step was not taken (%d so far)", found, self.num_nonfinite)
+            logger.warning("%s; the step was not taken (%d so far)", found, self._metrics.count(NONFINITE))
 
     def _nonfinite_losses(self) -> list[tuple[int, float]]:
         losses = [float(loss) for loss in torch.stack(self._trainer.losses)] if self._trainer.losses else []

@@ -1,7 +1,6 @@
 """One task of the stream: a fresh engine and optimizer, statistics, selection, training, and the task's files."""
 
 import gc
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,17 +20,26 @@ from piece_ds.checkpoint import read_selected, save_delta
 from piece_ds.checkpoint.delta_file import load_previous
 from piece_ds.checkpoint.partial_statistics import PartialStatistics
 from piece_ds.checkpoint.seal import seal
-from piece_ds.distributed import barrier, broadcast_object, is_main
-from piece_ds.files import write_text
+from piece_ds.clock import take_seconds
+from piece_ds.distributed import barrier, broadcast_object
 from piece_ds.memory import host_peak_bytes, peak_bytes, reset_peaks
+from piece_ds.metrics import MetricsLog, finite
 from piece_ds.resume import PARTIAL_NAME, PREVIOUS_NAME
-from piece_ds.soundness import NonfiniteGuard
+from piece_ds.soundness import NONFINITE, OVERFLOW, NonfiniteGuard
 from piece_ds.state.mask import Mask
 from piece_ds.stop import leave_if_asked
 from piece_ds.stream import Processing, Task
 from piece_ds.task_mask import MaskSource
 from piece_ds.task_model import save_baseline, save_model
-from piece_ds.task_trainer import StopAtStep, Update, is_portable, last_checkpoint, restore_portable
+from piece_ds.task_trainer import (
+    StopAtStep,
+    TaskTrainer,
+    Update,
+    is_portable,
+    last_checkpoint,
+    restore_portable,
+    step_of,
+)
 
 DELTA_NAME = "delta.safetensors"
 METRICS_NAME = "metrics.jsonl"
@@ -152,9 +160,12 @@ def train_task(
     trainer = make_trainer(model, arguments, task, tokenizer, method, context)
     trainer.portable = portable
     trainer.add_callback(reporter)
+    metrics = MetricsLog(folder / METRICS_NAME, trainer)
+    metrics.open(step_of(checkpoint) if resume else None)
+    trainer.add_callback(metrics)
     if before_training is not None and checkpoint is None:
-        trainer.add_callback(_OnBegin(lambda: before_training(trainer.model_wrapped)))
-    guard = NonfiniteGuard(trainer, task.name, settings.output.nonfinite)
+        trainer.add_callback(_OnBegin(lambda: _evaluate(before_training, trainer, metrics, "evaluation before")))
+    guard = NonfiniteGuard(trainer, task.name, settings.output.nonfinite, metrics)
     trainer.add_callback(guard)
     callback = None
     if isinstance(method, Baseline):
@@ -163,27 +174,17 @@ def train_task(
         if acts is not None:
             trainer.add_callback(OnEngine(trainer, acts))
     else:
-        callback = TaskCallback(
-            trainer,
-            ratio=settings.method.mask_ratio,
-            importance_batch_size=settings.method.importance_batch_size,
-            mask_file=settings.method.mask_file,
-            update_mode=settings.method.update_mode,
-            save_full=settings.output.save_full,
-            selected_gradient=settings.method.selected_gradient,
-            count=method.count,
-            estimate=partial(method.estimate, keeper=_keeper(settings, task, folder)),
-        )
+        callback = _mask_callback(trainer, settings, method, task, folder)
         callback.resume, callback.checkpoint = resume, checkpoint if portable else None
         trainer.add_callback(callback)
-    clock = _Clock()
-    trainer.add_callback(clock)
+        trainer.add_callback(_OnBegin(lambda: _note_selection(callback, metrics)))
     trainer.add_callback(StopAtStep())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     leave_if_asked(f"after step {trainer.state.global_step} of {trainer.state.max_steps} of task {task.name}")
     engine = trainer.model_wrapped
     if isinstance(method, Baseline):
         method.end_task(engine, context)
+    metrics.note("training", seconds=metrics.train_seconds, num_steps=trainer.state.global_step)
     index, saving_since = None, time.perf_counter()
     if callback is not None and callback.mask is not None:
         save_delta(folder / DELTA_NAME, engine.module, callback.mask, callback.previous)
@@ -195,25 +196,41 @@ def train_task(
     elif save_model_to is not None:
         model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
         save_model(trainer, save_model_to)
-    if is_main():
-        write_text(folder / METRICS_NAME, "".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
-    seal(folder, [name for name in SEALED if (folder / name).exists()])
     save_seconds = time.perf_counter() - saving_since
-    after_training(engine)
+    metrics.note("saving", seconds=save_seconds)
+    _evaluate(after_training, trainer, metrics, "evaluation after")
+    seal(folder, [name for name in SEALED if (folder / name).exists()])
     cost = TaskCost(
         select_seconds=(callback.select_seconds or 0.0) if callback else 0.0,
-        train_seconds=clock.seconds,
+        train_seconds=metrics.train_seconds,
         num_steps=trainer.state.global_step,
-        nonfinite_steps=guard.num_nonfinite,
-        overflow_steps=guard.num_overflows,
+        nonfinite_steps=metrics.count(NONFINITE),
+        overflow_steps=metrics.count(OVERFLOW),
         peak_bytes=peak_bytes(),
         host_peak_bytes=host_peak_bytes() if knows_host_peak else None,
         save_seconds=save_seconds,
     )
-    log = list(trainer.state.log_history)
+    log = [finite(row) for row in trainer.state.log_history]
     release(trainer)
     barrier()
     return TaskResult(cost, index, log)
+
+
+def _mask_callback(
+    trainer: TaskTrainer, settings: Settings, method: MaskSource, task: Task, folder: Path
+) -> TaskCallback:
+    asked = settings.method
+    return TaskCallback(
+        trainer,
+        ratio=asked.mask_ratio,
+        importance_batch_size=asked.importance_batch_size,
+        mask_file=asked.mask_file,
+        update_mode=asked.update_mode,
+        save_full=settings.output.save_full,
+        selected_gradient=asked.selected_gradient,
+        count=method.count,
+        estimate=partial(method.estimate, keeper=_keeper(settings, task, folder)),
+    )
 
 
 def _keeper(settings: Settings, task: Task, folder: Path) -> PartialStatistics:
@@ -231,19 +248,18 @@ class _OnBegin(TrainerCallback):
         self.function()
 
 
-class _Clock(TrainerCallback):
-    """Seconds between the first step's beginning and the last step's end."""
+def _evaluate(function: Callable[[Any], None], trainer: Trainer, metrics: MetricsLog, event: str) -> None:
+    begin = time.perf_counter()
+    function(trainer.model_wrapped)
+    metrics.note(event, seconds=time.perf_counter() - begin)
 
-    def __init__(self) -> None:
-        self._begin: float | None = None
-        self.seconds = 0.0
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._begin = self._begin or time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._begin is not None:
-            self.seconds = time.perf_counter() - self._begin
+def _note_selection(callback: TaskCallback, metrics: MetricsLog) -> None:
+    """What it took, unless the mask was there already."""
+    statistics = take_seconds("statistics")
+    if callback.select_seconds is not None and callback.mask is not None:
+        metrics.note("selection", statistics_seconds=statistics, num_selected=callback.mask.num_selected,
+                     selection_seconds=callback.select_seconds - statistics)  # fmt: skip
 
 
 def release(trainer: Trainer) -> None:

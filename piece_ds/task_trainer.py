@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from piece_ds.checkpoint.seal import is_sealed, seal, verify_seal
 from piece_ds.checkpoint.selected_file import load_selected_state, save_selected_state
+from piece_ds.clock import timed
 from piece_ds.distributed import barrier, broadcast_object, is_main, world_size
 from piece_ds.errors import UserError
 from piece_ds.files import not_written, write_json
@@ -43,9 +44,18 @@ class TaskTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: list[Tensor] = []
+        self._num_tokens = torch.zeros((), dtype=torch.int64)
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, *args, **kwargs)
+    def take_num_tokens(self) -> Tensor:
+        """Tokens that this rank has trained on since they were last taken, without padding (int64, no element read)."""
+        taken, self._num_tokens = self._num_tokens, torch.zeros_like(self._num_tokens)
+        return taken
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self._num_tokens = tokens + self._num_tokens.to(inputs["input_ids"].device)
+        result = super().compute_loss(model, inputs, *args, **kwargs)
         if isinstance(result, tuple):
             return (self._noted(result[0], model.training), *result[1:])
         return self._noted(result, model.training)
@@ -67,6 +77,7 @@ class TaskTrainer(Trainer):
                 group["lr"] = rate
         return prepared
 
+    @timed("saving")
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint counts once it is sealed, and only then may older ones go."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -99,7 +110,12 @@ def cut_of(arguments: TrainingArguments) -> dict[str, Any]:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest sealed checkpoint of a task, or None; the same on all ranks. A collective."""
     sealed = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_sealed(path)]
-    return broadcast_object(max(sealed, key=lambda path: int(path.name.split("-")[1]), default=None))
+    return broadcast_object(max(sealed, key=step_of, default=None))
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps before a checkpoint; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
 
 
 def is_portable(checkpoint: Path, arguments: TrainingArguments, masked: bool) -> bool:

@@ -90,6 +90,11 @@ def _chosen(device_type: str) -> str:
     return name if name in known else known[0]
 
 
+def providers(device_type: str) -> list[str]:
+    """Names of what can serve a device ('cpu', 'cuda'), the default first."""
+    return list(_PROVIDERS[device_type])
+
+
 def report() -> str:
     """A line per op: its provider on every device of this machine."""
     devices = [device for device in _PROVIDERS if device == "cpu" or torch.cuda.is_available()]

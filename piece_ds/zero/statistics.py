@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from piece_ds import ops
+from piece_ds.clock import timed
 from piece_ds.distributed import is_main
 from piece_ds.errors import UserError
 from piece_ds.progress import progress_bar
@@ -57,6 +58,7 @@ class Keeper(Protocol):
         """Keep them. A collective."""
 
 
+@timed("statistics")
 def collect_statistics(
     engine: Any,
     micro_batches: MicroBatchSource,

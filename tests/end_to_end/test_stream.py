@@ -161,6 +161,20 @@ def test_logged_gradient_norm_is_that_of_the_masked_gradient(trained: tuple[str,
     assert min(norms) > MAX_GRAD_NORM
 
 
+def test_metrics_tell_every_step_and_every_phase(trained: tuple[str, Path, Any], stream: Path) -> None:
+    lines = (stream / FOLDERS[trained[0]] / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, NUM_STEPS + 1))
+    known = {"grad_norm", "learning_rate", "tokens_per_second", "train_seconds", "host_peak_bytes"}
+    assert all(known <= row.keys() and row["tokens_per_second"] > 0 for row in steps)
+    events = {row["event"]: row for row in rows if "event" in row}
+    assert {"selection", "training", "saving", "evaluation after"} <= events.keys()
+    assert events["selection"]["statistics_seconds"] > 0
+    assert events["selection"]["selection_seconds"] > 0
+    assert all(events[name]["seconds"] > 0 for name in ("training", "saving", "evaluation after"))
+
+
 def test_result_matrix_is_complete(stream: Path) -> None:
     results = results_of(stream)
     assert results["finished"] == 2

@@ -48,12 +48,16 @@ def contents(folder: Path) -> dict[str, Any]:
     texts = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.jsonl")
              if path.parent.parent.name == "predictions"}  # fmt: skip
     tensors = {str(path.relative_to(folder)): load_file(path) for path in folder.rglob("*.safetensors")}
-    return {"results": kept, "texts": texts, "tensors": tensors, "tree": tree(folder)}
+    rows = {str(path.relative_to(folder)): [json.loads(line) for line in path.read_text().splitlines()]
+            for path in folder.glob("*/metrics.jsonl")}  # fmt: skip
+    logged = {name: [(row["step"], row["loss"], row["grad_norm"]) for row in of_task if "loss" in row]
+              for name, of_task in rows.items()}  # fmt: skip
+    return {"results": kept, "logged": logged, "texts": texts, "tensors": tensors, "tree": tree(folder)}
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names of what differs."""
-    different = [key for key in ("results", "texts", "tree") if expected[key] != found[key]]
+    different = [key for key in ("results", "logged", "texts", "tree") if expected[key] != found[key]]
     files = expected["tensors"].keys() | found["tensors"].keys()
     return different + [
         name for name in sorted(files) if not _same(expected["tensors"].get(name), found["tensors"].get(name))

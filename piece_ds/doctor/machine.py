@@ -1,0 +1,129 @@
+"""Everything that examine() looks at, cheapest first; whatever goes wrong becomes a finding, never an exception."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from piece_ds.doctor.findings import BAD, GOOD, NOTE, Finding
+from piece_ds.doctor.processes import run_self_test
+from piece_ds.errors import UserError
+from piece_ds.ops import backends
+from piece_ds.ops.extension import compiler_version
+from piece_ds.run_folder import versions
+
+_LITTLE_SPACE = 1 << 30  # a compiled kernel, a mask and a delta of an 8B model fit
+
+
+def examine(folder: str, num_ranks: int) -> Iterator[Finding]:
+    """Look at this machine.
+
+    Args:
+        folder: where runs would write.
+        num_ranks: processes of the self-test.
+    """
+    found = versions()
+    yield Finding("versions", GOOD, ", ".join(f"{name} {value}" for name, value in found.items() if name != "device"))
+    yield _gpus()
+    yield from _programs()
+    yield from _backends()
+    yield _deepspeed_ops()
+    temporary = tempfile.gettempdir()
+    places = {"output": folder, "temporary files": temporary, "compiled kernels": _kernel_folder()}
+    for what, place in places.items():
+        yield _folder(f"folder for {what}", Path(place))
+    yield from run_self_test(num_ranks)
+
+
+def _gpus() -> Finding:
+    if not torch.cuda.is_available():
+        built = "this torch is built without CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+        return Finding("GPUs", NOTE, f"none ({built}): runs use the CPU")
+    names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    shown = ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in names)
+    return Finding("GPUs", GOOD, f"{shown}; CUDA {torch.version.cuda}")
+
+
+def _programs() -> Iterator[Finding]:
+    compiler = compiler_version()
+    yield Finding("C++ compiler", GOOD if compiler else BAD,
+                  compiler or "none: install g++, name one in CXX, or set PIECE_DS_BACKEND=reference")  # fmt: skip
+    has_ninja = bool(shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}"))
+    yield Finding("ninja", GOOD if has_ninja else BAD, "found" if has_ninja else "none: pip install ninja")
+    nvcc = shutil.which("nvcc")
+    if torch.cuda.is_available() or nvcc:
+        version = _first_line([nvcc, "--version"], "release") if nvcc else "no nvcc: Triton can serve the GPU's ops"
+        yield Finding("CUDA compiler", GOOD if nvcc else NOTE, version)
+
+
+def _backends() -> Iterator[Finding]:
+    """Each device's chosen provider, as a run would load it; it is compiled where it has to be."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        works, found = _tried(lambda device=device: backends.load(device))  # type: ignore[misc]
+        others = [name for name in backends.providers(device) if name != found]
+        shown = f"{found} serves them; {backends.VARIABLE} may name {' or '.join(others)}" if works else found
+        yield Finding(f"piece_ds ops on {device}", GOOD if works else BAD, shown)
+
+
+def _deepspeed_ops() -> Finding:
+    """Offload needs DeepSpeed's CPU Adam, which is compiled on first use."""
+
+    def look() -> str:
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        builder = CPUAdamBuilder()
+        if not builder.is_compatible(verbose=False):
+            raise UserError("cpu_adam cannot be compiled here")
+        return f"cpu_adam {'is compiled' if _is_built(builder) else 'can be compiled'} (optimizer offload)"
+
+    works, found = _tried(look)
+    return Finding("DeepSpeed's ops", GOOD if works else NOTE, found if works else f"{found}: no optimizer offload")
+
+
+def _is_built(builder: object) -> bool:
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    return any(Path(folder).glob(f"**/{builder.NAME}.so"))  # type: ignore[attr-defined]
+
+
+def _folder(what: str, place: Path) -> Finding:
+    """Whether a file can be written and read back there, and what is free."""
+
+    def look() -> str:
+        inside = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=inside) as probe:
+            probe.write(b"piece_ds")
+            probe.seek(0)
+            if probe.read() != b"piece_ds":
+                raise UserError("what is written there reads back differently")
+        return f"{place} ({shutil.disk_usage(inside).free / 1e9:.1f} GB free)"
+
+    works, found = _tried(look)
+    if not works:
+        return Finding(what, BAD, f"{place} cannot be written: {found}")
+    return Finding(what, NOTE if shutil.disk_usage(_existing(place)).free < _LITTLE_SPACE else GOOD, found)
+
+
+def _existing(place: Path) -> Path:
+    return next(parent for parent in (place, *place.absolute().parents) if parent.exists())
+
+
+def _kernel_folder() -> str:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return root or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions")
+
+
+def _tried(function: Callable[[], str]) -> tuple[bool, str]:
+    try:
+        return True, function()
+    except Exception as error:  # any of them is what was to be found out
+        return False, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _first_line(command: list[str], containing: str) -> str:
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return next((line.strip() for line in lines if containing in line), "found")

@@ -1,0 +1,106 @@
+"""metrics.jsonl holds whole lines from the first moment on, no step twice, and nothing that JSON does not know."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from piece_ds.errors import MachineError
+from piece_ds.metrics import MetricsLog
+
+
+class Run:
+    """A trainer's part in it: a state, and tokens."""
+
+    def __init__(self, path: Path) -> None:
+        self.state = TrainerState()
+        trainer: Any = SimpleNamespace(state=self.state, take_num_tokens=lambda: torch.tensor(96))
+        self.path, self.log = path, MetricsLog(path, trainer)
+
+    def steps(self, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            self.tell("on_step_begin")
+            self.state.global_step = step
+            self.tell("on_step_end")
+            self.state.log_history.append({"loss": 1.0 / step, "grad_norm": float("inf"), "step": step})
+            self.tell("on_log")
+
+    def tell(self, event: str) -> None:
+        arguments: Any = TrainingArguments
+        getattr(self.log, event)(arguments, self.state, TrainerControl())
+
+    def lines(self) -> list[dict[str, Any]]:
+        text = self.path.read_text()
+        assert text.endswith("\n") or not text
+        return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+                for line in text.splitlines()]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = Run(tmp_path / "metrics.jsonl")
+    made.log.open(None)
+    return made
+
+
+def test_every_line_is_there_when_its_step_ends(run: Run) -> None:
+    for step in (1, 2, 3):
+        run.steps(step, step)
+        assert [row["step"] for row in run.lines()] == list(range(1, step + 1))
+
+
+def test_a_line_tells_what_its_steps_cost(run: Run) -> None:
+    run.steps(1, 1)
+    (row,) = run.lines()
+    assert row["loss"] == 1.0
+    assert "grad_norm" not in row, "infinity is no JSON"
+    assert row["tokens_per_second"] == pytest.approx(96 / row["train_seconds"])
+    assert row["host_peak_bytes"] > 1e7
+
+
+def test_what_comes_after_the_checkpoint_is_told_once(run: Run) -> None:
+    run.log.note("selection", num_selected=3)
+    run.steps(1, 4)
+    run.log.note("nonfinite")
+    run.log.note("training", seconds=1.0)
+    with open(run.path, "a") as file:
+        file.write('{"loss": 0.1, "st')  # killed within a line
+    again = Run(run.path)
+    again.state.global_step = 2
+    again.log.open(2)
+    again.steps(3, 5)
+    assert [(row["step"], row.get("event")) for row in again.lines()] == [
+        (0, "selection"), (1, None), (2, None), (3, None), (4, None), (5, None)]  # fmt: skip
+
+
+def test_events_before_an_interruption_count(run: Run) -> None:
+    run.steps(1, 1)
+    run.log.note("nonfinite")
+    run.steps(2, 2)
+    again = Run(run.path)
+    again.log.open(1)
+    again.state.global_step = 2
+    again.log.note("nonfinite")
+    again.log.note("nonfinite")  # the same step: told again, not twice
+    assert again.log.count("nonfinite") == 2
+    assert sum(row.get("event") == "nonfinite" for row in again.lines()) == 2
+
+
+def test_without_resuming_the_file_begins_anew(run: Run) -> None:
+    run.steps(1, 2)
+    again = Run(run.path)
+    again.log.open(None)
+    assert again.lines() == []
+
+
+def test_a_disk_that_fails_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(MachineError, match="No space left"):
+        run.log.note("training")
