@@ -5,17 +5,22 @@ import os
 import socket
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 from piece_ds.arguments import given_names
 from piece_ds.errors import MachineError, UserError
 from piece_ds.stop import STOP_CODE, Stopped
+from piece_ds.whereabouts import claim, is_gone, is_late, who_is_missing
 
 # How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
 OTHER_RANKS_WAIT_SECONDS = 5.0
+
+DEFAULT_TIMEOUT_SECONDS = 1800.0  # transformers' default of --ddp_timeout
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero3.json"
 
@@ -34,7 +39,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
 
 def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run main(argv). A UserError becomes one line on stderr and 2, a MachineError one and 1; a run that a signal has
-    stopped, one and 75."""
+    stopped, one and 75. Any other exception is a defect or a lost rank: 1."""
     try:
         main(argv)
     except UserError as error:
@@ -47,7 +52,27 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if int(os.environ["RANK"]) == 0:
             _say(f"{stop}; the same command with --resume_from_checkpoint True goes on")
         return STOP_CODE
+    except Exception as error:
+        _say_failure(error)
+        return 1
     return 0
+
+
+def _say_failure(error: Exception) -> None:
+    """One traceback a job: that of the first rank that failed by itself. A rank that lost another says so in a line.
+
+    Nobody waits for the others: their collectives with this rank fail at once, and launchers end them.
+    """
+    own = os.environ["RANK"]
+    if is_late(error):
+        _say(f"error: {who_is_missing()}. What was finished is there; --ddp_timeout says how long ranks wait")
+    elif is_gone(error):
+        _say(f"error: rank {own} ends, since another rank has ended ({str(error).splitlines()[0][:120]})")
+    elif claim("traceback") == 1:
+        _say(f"rank {own} failed:")
+        traceback.print_exception(error)
+    else:
+        _say(f"error: rank {own} failed too, see the traceback of the first: {type(error).__name__}: {error}")
 
 
 def _say_after_rank_0(message: str) -> None:
@@ -75,17 +100,25 @@ def with_default_config(argv: list[str]) -> list[str]:
     return argv if "deepspeed" in given_names(argv) else ["--deepspeed", str(DEFAULT_CONFIG), *argv]
 
 
-def start_distributed() -> None:
+def start_distributed(timeout_seconds: float | None = None) -> None:
     """Start torch.distributed through DeepSpeed, with the accelerator's backend; once per process.
 
     transformers would start it too, but with --use_cpu not through DeepSpeed, which then counts one rank.
+
+    Args:
+        timeout_seconds: how long a collective waits for other ranks, in this group and in all that are made later:
+            DeepSpeed makes some, and hands no timeout on. None means torch's defaults for those.
     """
     import deepspeed
+    from torch.distributed import distributed_c10d
 
+    timeout = timedelta(seconds=timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
+    if timeout_seconds is not None:
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     # On a CPU DeepSpeed compiles an extension here for inference's all-reduce, which nothing in training calls: half a
     # minute on a new machine, under a lock file that a killed process leaves behind and later ones wait for, silently.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(timeout=timeout)
 
 
 def _one_process_environment() -> None:

@@ -41,6 +41,7 @@ from piece_ds.stop import heeding_signals
 from piece_ds.stream import Processing, Task, make_collator
 from piece_ds.task_mask import MaskSource
 from piece_ds.task_run import train_task
+from piece_ds.whereabouts import at
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def run_stream(stream: Stream, resume: bool) -> RunResults:
     if first == len(stream.tasks):
         return results
     with heeding_signals():
+        at("loading the model")
         model = _load(stream, first)
         for index in range(first, len(stream.tasks)):
             goes_on = stream.baseline is None or stream.baseline.resumes_inside

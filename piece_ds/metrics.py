@@ -17,6 +17,7 @@ from piece_ds.distributed import all_reduce_sum_, collective_device, is_main
 from piece_ds.files import not_written, write_text
 from piece_ds.memory import host_peak_bytes, peak_bytes
 from piece_ds.task_trainer import TaskTrainer
+from piece_ds.whereabouts import at
 
 # What comes after the last step, and is done again where a task is finished again.
 _AFTER_TRAINING = {"training", "saving", "evaluation after"}
@@ -53,7 +54,10 @@ class MetricsLog(TrainerCallback):
         """Lines of an event so far, on rank 0; those before an interruption count too."""
         return sum(row.get("event") == event for row in self.rows)
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        at(f"step {state.global_step + 1} of {self._path.parent.name}")
         self._begin = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from piece_ds.distributed import all_reduce_max_, collective_device
+from piece_ds.whereabouts import at
 
 # EX_TEMPFAIL of sysexits.h: not a failure, try again later. No shell, launcher or kernel uses it for anything else.
 STOP_CODE = 75
@@ -74,5 +75,6 @@ def leave_if_asked(where: str) -> None:
     Args:
         where: what the run was doing, for the message.
     """
+    at(where)
     if stop_asked():
         raise Stopped(f"stopped by {signal.Signals(_Notice.signum).name} {where}")

@@ -40,6 +40,7 @@ from piece_ds.task_trainer import (
     restore_portable,
     step_of,
 )
+from piece_ds.whereabouts import at
 
 DELTA_NAME = "delta.safetensors"
 METRICS_NAME = "metrics.jsonl"
@@ -184,6 +185,7 @@ def train_task(
     engine = trainer.model_wrapped
     if isinstance(method, Baseline):
         method.end_task(engine, context)
+    at(f"saving task {task.name}")
     metrics.note("training", seconds=metrics.train_seconds, num_steps=trainer.state.global_step)
     index, saving_since = None, time.perf_counter()
     if callback is not None and callback.mask is not None:
@@ -249,6 +251,7 @@ class _OnBegin(TrainerCallback):
 
 
 def _evaluate(function: Callable[[Any], None], trainer: Trainer, metrics: MetricsLog, event: str) -> None:
+    at(f"the {event} training")
     begin = time.perf_counter()
     function(trainer.model_wrapped)
     metrics.note(event, seconds=time.perf_counter() - begin)

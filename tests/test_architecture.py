@@ -15,7 +15,7 @@ MODULES = sorted(
 
 # Imports go down, never up: a unit may import what stands below it, and its own level where the pair is one-way.
 LEVELS = [
-    {"errors", "config", "distributed", "files", "progress", "clock", "stop", "ops"},
+    {"errors", "config", "distributed", "files", "progress", "clock", "stop", "whereabouts", "ops"},
     {"state"},
     {"importance", "selection", "stream", "evaluation"},
     {"zero", "update", "checkpoint", "report", "baselines", "deltas"},

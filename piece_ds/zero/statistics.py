@@ -24,6 +24,7 @@ from piece_ds.selection import LastPassFilter
 from piece_ds.state.partition import Layout, layout_of
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.state.values import selected_values
+from piece_ds.whereabouts import at
 from piece_ds.zero.door import open_door
 from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
@@ -106,6 +107,7 @@ def collect_statistics(
     rounds = range(stats.num_micro_batches, len(micro_batches), layout.num_ranks)
     with _undisturbed(engine), receiver.hooks(), adapter.local_backward():
         for first in progress_bar(rounds, description, unit="round"):
+            at(f"{description}, from micro-batch {first}")
             # ZeRO-3 gathers together: a rank without a micro-batch repeats one, and nobody adds its gradient.
             b = first + layout.rank if first + layout.rank < len(micro_batches) else first
             batch = {k: v.to(engine.device) for k, v in micro_batches[b].items()}

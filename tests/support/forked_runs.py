@@ -12,10 +12,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
+
+from support.hosts import INTERFACE, Host
 
 NUM_RANKS = 2
 LIFE_SECONDS = 300.0
@@ -70,19 +73,24 @@ def live(
     signum: int | None = None,
     num_ranks: int = NUM_RANKS,
     of_rank: dict[int, list[str]] | None = None,
+    port: int | None = None,
+    hosts: Sequence[Host] = (),
 ) -> Life:
     """Start a run and wait for its end.
 
     Args:
         flags: of launch/train.py; --output_dir is looked for among them.
-        of_rank: more flags for some ranks.
         kill: when to end it.
         signum: sent instead of SIGKILL, to kill.rank alone, and nobody else is ended then.
+        of_rank: more flags for some ranks.
+        port: the ranks meet there as a launcher's do, instead of in a file.
+        hosts: of the ranks, one each; with a port.
     """
     place = Path(tempfile.mkdtemp(prefix="piece-life-"))
     begin = time.monotonic()
     children = [
-        _fork(rank, num_ranks, [*flags, *(of_rank or {}).get(rank, [])], place, kill) for rank in range(num_ranks)
+        _fork(rank, num_ranks, [*flags, *(of_rank or {}).get(rank, [])], place, kill, port, hosts)
+        for rank in range(num_ranks)
     ]
     folder = Path(flags[flags.index("--output_dir") + 1]).resolve()
     codes = _watch(children, begin, folder, kill, signum)
@@ -135,16 +143,29 @@ def _is_time(kill: Kill, seconds: float, folder: Path) -> bool:
     return kill.seconds is not None and seconds >= kill.seconds
 
 
-def _fork(rank: int, num_ranks: int, flags: list[str], place: Path, kill: Kill | None) -> int:
+def _fork(
+    rank: int,
+    num_ranks: int,
+    flags: list[str],
+    place: Path,
+    kill: Kill | None,
+    port: int | None,
+    hosts: Sequence[Host],
+) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _be_rank(rank, num_ranks, flags, place, kill)
+        if hosts:
+            hosts[rank].enter()
+            os.environ |= {"GLOO_SOCKET_IFNAME": INTERFACE}
+        _be_rank(rank, num_ranks, flags, place, kill, hosts[0].address if hosts else "127.0.0.1", port)
     return pid
 
 
-def _be_rank(rank: int, num_ranks: int, flags: list[str], place: Path, kill: Kill | None) -> NoReturn:
+def _be_rank(
+    rank: int, num_ranks: int, flags: list[str], place: Path, kill: Kill | None, first: str, port: int | None
+) -> NoReturn:
     """In the child: run to the end, leave with the launch script's exit code."""
     code = 1
     try:
@@ -152,10 +173,10 @@ def _be_rank(rank: int, num_ranks: int, flags: list[str], place: Path, kill: Kil
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}  # fmt: skip
+                       "MASTER_ADDR": first, "MASTER_PORT": str(port or 29999)}  # fmt: skip
         folder = Path(flags[flags.index("--output_dir") + 1]).resolve()
         count = _count_changes(folder, kill.change if kill and kill.rank == rank else None)
-        code = _train(rank, num_ranks, flags, place)
+        code = _train(rank, num_ranks, flags, place if port is None else None)
         if rank == 0:
             (place / "changes").write_text(str(count[0]))
     except BaseException:
@@ -166,15 +187,16 @@ def _be_rank(rank: int, num_ranks: int, flags: list[str], place: Path, kill: Kil
         os._exit(code)
 
 
-def _train(rank: int, num_ranks: int, flags: list[str], place: Path) -> int:
+def _train(rank: int, num_ranks: int, flags: list[str], place: Path | None) -> int:
     import torch.distributed as dist
 
     from piece_ds.command import exit_code, start_distributed
     from piece_ds.train_command import main
 
-    store = f"file://{place / 'rendezvous'}"
-    dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=num_ranks)
-    start_distributed()
+    if place is not None:
+        store = f"file://{place / 'rendezvous'}"
+        dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=num_ranks)
+        start_distributed()
     code = exit_code(main, flags)
     if code == 0:
         dist.barrier()
