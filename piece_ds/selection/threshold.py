@@ -79,7 +79,7 @@ def tie_quotas(num_ties_P: Tensor, group_P: list[int], thresholds: list[Threshol
         group_P: the group of each eligible parameter.
         thresholds: of each group.
         owner: this rank.
-    Cost: one all-gather of P int64 per rank.
+    Cost: one all-reduce of W x P int64, for W ranks.
     """
     num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     table = torch.zeros(num_ranks, num_ties_P.numel(), dtype=torch.int64)
