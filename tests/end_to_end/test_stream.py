@@ -235,7 +235,8 @@ def test_run_file_says_what_was_run(material: Material, stream: Path) -> None:
     run = json.loads((stream / "run.json").read_text())
     assert run["ModelArguments"]["model_name_or_path"] == str(material.base)
     assert run["MethodArguments"]["mask_ratio"] == RATIO
-    assert run["TrainingArguments"]["gradient_accumulation_steps"] == ACCUMULATION
+    assert run["all_training_arguments"]["gradient_accumulation_steps"] == ACCUMULATION
+    assert run["TrainingArguments"]["gradient_accumulation_steps * ranks"] == ACCUMULATION * 2
     assert (run["TrainingArguments"]["seed"], run["world_size"]) == (42, 2)
     assert {"torch", "deepspeed", "transformers", "piece_ds", "python"} <= run["versions"].keys()
 
