@@ -5,8 +5,8 @@ from math import isfinite
 
 from bench.continual.curves import LOST, Method, number, start_and_best
 from bench.continual.frontier import levels, matched, why_not
-from bench.continual.grid import SEEDS, SWEEPS
-from bench.continual.runs_file import Record
+from bench.continual.grid import SEEDS, SWEEPS, settings_in_order
+from bench.continual.runs_file import Record, not_done
 from piece_ds.report.seeds import Interval
 
 SHARES = (0.7, 0.8, 0.9)
@@ -58,9 +58,11 @@ def summary_page(methods: Sequence[Method], runs: Sequence[Record]) -> str:
 def _made_of(methods: Sequence[Method], runs: Sequence[Record]) -> str:
     made = {method.method for method in methods}
     missing = [method for method in dict.fromkeys(sweep.method for sweep in SWEEPS) if method not in made]
-    planned = sum(len(sweep.rates) for sweep in SWEEPS) * len(SEEDS)
-    text = f"{len(runs)} of {planned} planned runs; recipe {runs[0]['recipe']}; {runs[0]['device']}, "
-    text += f"torch {runs[0]['torch']}, {runs[-1]['date']}."
+    planned = settings_in_order(SEEDS)
+    missed = len(not_done(planned, list(runs), runs[0]["recipe"]))
+    beside = len(runs) - len(planned) + missed
+    text = f"{len(planned) - missed} of {len(planned)} planned runs, {beside} beside; recipe {runs[0]['recipe']}; "
+    text += f"{runs[0]['device']}, torch {runs[0]['torch']}, {runs[-1]['date']}."
     return text + (f" Not made: {', '.join(missing)}." if missing else "")
 
 
