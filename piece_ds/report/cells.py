@@ -92,6 +92,7 @@ COST_LABELS = {
 }
 _COST_ORDER = ("select_seconds", "train_seconds", "num_steps", "evaluate_seconds", "generated_tokens_per_second",
                "save_seconds", "peak_bytes", "host_peak_bytes", "mask_bytes", "delta_bytes", "model_bytes")  # fmt: skip
+_SHOWN_WHERE_MET = {"nonfinite_steps", "overflow_steps"}  # a column of zeros would say nothing
 
 
 def cost_grid(runs: Sequence[RunResults]) -> Grid:
@@ -99,7 +100,7 @@ def cost_grid(runs: Sequence[RunResults]) -> Grid:
     costs = [cost for run in runs for cost in run.cost.values()]
     known = dict.fromkeys(key for cost in costs for key, value in cost.items() if value is not None)
     keys = [*(key for key in _COST_ORDER if key in known), *(key for key in known if key not in _COST_ORDER)]
-    has_masks = any(run.masks for run in runs)
+    keys = [key for key in keys if key not in _SHOWN_WHERE_MET or any(cost.get(key) for cost in costs)]
     named, has_masks = len(runs) > 1, any(run.masks for run in runs)
     rows = []
     for run in runs:

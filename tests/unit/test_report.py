@@ -149,6 +149,11 @@ def test_cost_says_its_units() -> None:
     assert cost_grid([make_run("a"), make_run("b")]).rows[3][:2] == ("b", "摘要")
 
 
+def test_steps_not_taken_are_a_column_where_there_were_any() -> None:
+    cost = {"qa|b": {"train_seconds": 5.0, "nonfinite_steps": 0, "overflow_steps": 2}}
+    assert cost_grid([replace(make_run(), masks={}, cost=cost)]).header == ("task", "train", "overflow steps")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [("tokens_per_second", 4007.075, "4,007"), ("tokens_per_second", 12.5, "12.5"), ("num_steps", 12345, "12,345"),
