@@ -1,5 +1,6 @@
 """Jobs are run once a session, when the first test asks for their results."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from support.jobs import Results, run_job
 
 Job = Callable[..., Results]
+MOST_CHARACTERS = 120
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +30,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         return result
 
     def folder(module: str, num_ranks: int, *arguments: str) -> Path:
-        return base / "-".join([module, str(num_ranks), *(Path(a).name for a in arguments)])
+        name = "-".join([module, str(num_ranks), *(Path(a).name for a in arguments)])
+        if len(name) > MOST_CHARACTERS:  # file systems end at 255: many cases are told apart by a hash
+            name = f"{name[:MOST_CHARACTERS]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return base / name
 
     run.folder = folder
     return run
