@@ -35,6 +35,15 @@ def from_float(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def bits_of(x):
+    """x's bits as an integer of its size."""
+    if x.dtype == tl.float32:
+        return x.to(tl.int32, bitcast=True)
+    else:
+        return x.to(tl.int16, bitcast=True)
+
+
+@triton.jit
 def is_finite(x):
     return (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
 

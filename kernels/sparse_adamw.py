@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from piece_ds.kernels.elements import from_float, load_position, positions_of_block
+from piece_ds.kernels.elements import bits_of, from_float, load_position, positions_of_block
 from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, DTYPES, grid, require, require_vector
 
 
@@ -29,12 +29,14 @@ def _sparse_adamw_kernel(
     correction,
     limit,
     n_elements,
+    WEIGHT_HOLDS_VALUE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     j, mask = positions_of_block(n_elements, BLOCK)
     position, inside = load_position(index_ptr, j, mask, limit)
     grad = tl.load(grad_ptr + j, mask=mask, other=0.0) * grad_scale
-    value = tl.load(value_ptr + j, mask=mask, other=0.0) * decay
+    old = tl.load(value_ptr + j, mask=mask, other=0.0)
+    value = old * decay
     first = tl.load(exp_avg_ptr + j, mask=mask, other=0.0)
     second = tl.load(exp_avg_sq_ptr + j, mask=mask, other=0.0)
     first += (grad - first) * one_minus_beta1
@@ -44,7 +46,10 @@ def _sparse_adamw_kernel(
     tl.store(value_ptr + j, value, mask=mask)
     tl.store(exp_avg_ptr + j, first, mask=mask)
     tl.store(exp_avg_sq_ptr + j, second, mask=mask)
-    tl.store(weight_ptr + position, from_float(value, weight_ptr.dtype.element_ty), mask=inside)
+    after = from_float(value, weight_ptr.dtype.element_ty)
+    if WEIGHT_HOLDS_VALUE:  # an element is a line of its own: what keeps its rounding costs none
+        inside = inside & (bits_of(after) != bits_of(from_float(old, weight_ptr.dtype.element_ty)))
+    tl.store(weight_ptr + position, after, mask=inside)
 
 
 def sparse_adamw_(
@@ -61,6 +66,7 @@ def sparse_adamw_(
     eps: float,
     weight_decay: float,
     step: int,
+    weight_holds_value: bool,
 ) -> None:
     """See piece_ds.ops.sparse_adamw_."""
     require(step >= 1, f"sparse_adamw_ expected step >= 1, got {step}")
@@ -75,5 +81,6 @@ def sparse_adamw_(
     step_size, correction = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
     _sparse_adamw_kernel[grid(k)](
         grad, value, exp_avg, exp_avg_sq, weight, index, grad_scale, 1.0 - lr * weight_decay, 1.0 - beta1, beta2,
-        1.0 - beta2, eps, step_size, correction, weight.numel(), k, BLOCK, **CHECKED_OPTIONS,
+        1.0 - beta2, eps, step_size, correction, weight.numel(), k, weight_holds_value, BLOCK,
+        **CHECKED_OPTIONS,
     )  # fmt: skip

@@ -155,16 +155,16 @@ void sampled_gradient_(Tensor grad_output, Tensor input, Tensor index, double sc
 
 void sparse_adamw_(Tensor grad, Tensor value, Tensor exp_avg, Tensor exp_avg_sq, Tensor weight, Tensor index,
                    double grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
-                   int64_t step) {
+                   int64_t step, bool weight_holds_value) {
   require(step >= 1, "sparse_adamw_ expected step >= 1, got " + std::to_string(step));
   require_layout(weight, "weight", weight.numel());
-  const Index positions = index_of(index, weight.numel());
-  const int64_t n = positions.n;
-  piece::cpu::sparse_adamw(cpu_dtype(weight, "weight"),
-                           piece::make_adamw(grad_scale, lr, beta1, beta2, eps, weight_decay, step),
-                           data<float>(grad, "grad", n), data<float>(value, "value", n),
-                           data<float>(exp_avg, "exp_avg", n), data<float>(exp_avg_sq, "exp_avg_sq", n),
-                           weight.data_ptr(), positions.data, n);
+  const int64_t n = index.numel(), limit = weight.numel();
+  const bool in_range = piece::cpu::sparse_adamw(
+      cpu_dtype(weight, "weight"), piece::make_adamw(grad_scale, lr, beta1, beta2, eps, weight_decay, step),
+      data<float>(grad, "grad", n), data<float>(value, "value", n), data<float>(exp_avg, "exp_avg", n),
+      data<float>(exp_avg_sq, "exp_avg_sq", n), weight.data_ptr(), limit, data<int64_t>(index, "index", n), n,
+      weight_holds_value);
+  require_in_range(in_range, limit);
 }
 
 }  // namespace

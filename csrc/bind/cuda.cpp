@@ -229,7 +229,7 @@ void sampled_gradient_(Tensor grad_output, Tensor input, Tensor index, double sc
 
 void sparse_adamw_(Tensor grad, Tensor value, Tensor exp_avg, Tensor exp_avg_sq, Tensor weight, Tensor index,
                    double grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
-                   int64_t step) {
+                   int64_t step, bool weight_holds_value) {
   require(step >= 1, "sparse_adamw_ expected step >= 1, got " + std::to_string(step));
   const Device device(weight);
   const int64_t k = index.numel();
@@ -237,7 +237,8 @@ void sparse_adamw_(Tensor grad, Tensor value, Tensor exp_avg, Tensor exp_avg_sq,
       cuda_dtype(weight, "weight"), device.data<float>(grad, "grad", k), device.data<float>(value, "value", k),
       device.data<float>(exp_avg, "exp_avg", k), device.data<float>(exp_avg_sq, "exp_avg_sq", k),
       device.writable(weight, "weight"), weight.numel(), device.data<int64_t>(index, "index", k), k,
-      piece::make_adamw(grad_scale, lr, beta1, beta2, eps, weight_decay, step), device.stream()));
+      piece::make_adamw(grad_scale, lr, beta1, beta2, eps, weight_decay, step), weight_holds_value,
+      device.stream()));
 }
 
 }  // namespace

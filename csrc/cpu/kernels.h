@@ -49,6 +49,10 @@ struct Kernels {
                     uint32_t* counts);
   IndexFacts (*check_index)(const int64_t* index, int64_t n, int64_t limit);
   void (*adamw)(const AdamW& step, const float* grad, float* value, float* exp_avg, float* exp_avg_sq, int64_t n);
+  // out = value, rounded to the type of out.
+  void (*round[kNumDTypes])(const float* value, void* out, int64_t n);
+  // Positions where the bits of two rows differ, ascending, into `position`, which has room for n; their number.
+  int64_t (*changed[kNumDTypes])(const void* before, const void* after, int64_t n, int32_t* position);
   // panel[c * kTile + t] = source[t * width + c] for c < columns, t < tokens; 0 for tokens <= t < kTile.
   void (*transpose[kNumDTypes])(const void* source, int64_t width, int64_t columns, int64_t tokens, float* panel);
   // result[i] = sum over t < kTile of left[entry[i].row * kTile + t] * right[entry[i].column * kTile + t].

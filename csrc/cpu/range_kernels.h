@@ -191,6 +191,25 @@ void adamw(const piece::AdamW& h, const float* grad, float* value, float* exp_av
   for (; i < n; ++i) piece::adamw(h, grad[i], value[i], exp_avg[i], exp_avg_sq[i]);
 }
 
+template <typename T>
+void round_values(const float* value, void* out, int64_t n) {
+  T* typed = static_cast<T*>(out);
+  for (int64_t i = 0; i < n; ++i) typed[i] = piece::from_float<T>(value[i]);
+}
+
+template <typename T>
+int64_t changed(const void* before, const void* after, int64_t n, int32_t* position) {
+  const T *a = static_cast<const T*>(before), *b = static_cast<const T*>(after);
+  int64_t count = 0;
+  int32_t i = 0;
+  for (; i + W <= n; i += W) count += append(position + count, i, differ(a + i, b + i));
+  for (; i < n; ++i) {  // count <= i: no append above reached past n either
+    position[count] = i;
+    count += !piece::same_bits(a[i], b[i]);
+  }
+  return count;
+}
+
 // W tokens at a time, along their rows: W streams that the processor foresees, where W columns would be kTile of them.
 template <typename T>
 void transpose_panel(const void* source, int64_t width, int64_t columns, int64_t tokens, float* panel) {
@@ -239,6 +258,8 @@ constexpr Kernels kernels_named(const char* name) {
           histogram,
           check_index,
           adamw,
+          {round_values<float>, round_values<bf16>, round_values<fp16>},
+          {changed<float>, changed<bf16>, changed<fp16>},
           {transpose_panel<float>, transpose_panel<bf16>, transpose_panel<fp16>},
           dots};
 }

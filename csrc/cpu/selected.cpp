@@ -1,5 +1,7 @@
 // Work on the selected elements alone.
+#include <atomic>
 #include <cstring>
+#include <numeric>
 
 #include "ops.h"
 #include "parallel.h"
@@ -78,20 +80,80 @@ void gather_add_typed(const T* grad, const int64_t* index, int64_t n, float scal
 }
 
 constexpr int64_t kAdamWBlock = 1 << 12;  // 4 of fp32 and the positions: 96 KiB, and a unit of sharing work
-constexpr int64_t kAdamWRun = 256;        // their weights' lines are on their way while their step is computed
+constexpr int64_t kAdamWRun = 256;        // computed at a time
 
+// New weights whose lines are on their way: a line is written when a run's worth of later ones has been asked for.
 template <typename T>
-void sparse_adamw_typed(const AdamW& step, const float* grad, float* value, float* exp_avg, float* exp_avg_sq,
-                        T* weight, const int64_t* index, int64_t n) {
-  for_blocks(num_blocks(n, kAdamWBlock), [&](int64_t block) {
-    const int64_t end = std::min((block + 1) * kAdamWBlock, n);
-    for (int64_t first = block * kAdamWBlock; first < end; first += kAdamWRun) {
-      const int64_t size = std::min(kAdamWRun, end - first);
-      for (int64_t i = 0; i < size; ++i) __builtin_prefetch(weight + index[first + i], 1);
-      active().adamw(step, grad + first, value + first, exp_avg + first, exp_avg_sq + first, size);
-      for (int64_t i = first; i < first + size; ++i) weight[index[i]] = from_float<T>(value[i]);
+class Writes {
+ public:
+  explicit Writes(T* weight) : weight_(weight) {}
+  ~Writes() {
+    write(lists_[turn_ ^ 1]);
+    write(lists_[turn_]);
+  }
+  void add(const int64_t* index, const T* value, const int32_t* element, int64_t n) {
+    List& list = lists_[turn_];
+    for (int64_t i = 0; i < n; ++i) {
+      list.position[list.count + i] = index[element[i]];
+      list.value[list.count + i] = value[element[i]];
+      __builtin_prefetch(weight_ + index[element[i]], 1);
+    }
+    list.count += n;
+    if (list.count < kAdamWRun) return;
+    turn_ ^= 1;
+    write(lists_[turn_]);
+  }
+
+ private:
+  struct List {
+    int64_t position[2 * kAdamWRun];
+    T value[2 * kAdamWRun];
+    int64_t count = 0;
+  };
+  void write(List& list) {
+    for (int64_t i = 0; i < list.count; ++i) weight_[list.position[i]] = list.value[i];
+    list.count = 0;
+  }
+  T* weight_;
+  List lists_[2];
+  int turn_ = 0;
+};
+
+// False, and nothing written, where a position is outside [0, limit).
+template <typename T>
+bool sparse_adamw_typed(DType dtype, const AdamW& step, const float* grad, float* value, float* exp_avg,
+                        float* exp_avg_sq, T* weight, int64_t limit, const int64_t* index, int64_t n,
+                        bool weight_holds_value) {
+  const Kernels& kernels = active();
+  const int64_t blocks = num_blocks(n, kAdamWBlock);
+  const auto size_of = [&](int64_t block) { return std::min(kAdamWBlock, n - block * kAdamWBlock); };
+  std::atomic<int64_t> num_checked{0}, next_step{0};
+  std::atomic<bool> in_range{true};
+  // Both passes in one go of the threads: starting them takes as long as thousands of elements.
+  on_each_thread(blocks, [&](auto next) {
+    for (int64_t block = next(); block >= 0; block = next()) {
+      if (!kernels.check_index(index + block * kAdamWBlock, size_of(block), limit).in_range) in_range = false;
+      num_checked.fetch_add(1, std::memory_order_release);
+    }
+    while (num_checked.load(std::memory_order_acquire) < blocks) sched_yield();  // those left are in others' hands
+    if (!in_range) return;
+    T before[kAdamWRun], after[kAdamWRun];
+    int32_t element[kAdamWRun];
+    std::iota(element, element + kAdamWRun, 0);
+    Writes<T> writes(weight);
+    for (int64_t block = next_step++; block < blocks; block = next_step++) {
+      const int64_t end = block * kAdamWBlock + size_of(block);
+      for (int64_t first = block * kAdamWBlock; first < end; first += kAdamWRun) {
+        const int64_t size = std::min(kAdamWRun, end - first);
+        if (weight_holds_value) kernels.round[dtype](value + first, before, size);
+        kernels.adamw(step, grad + first, value + first, exp_avg + first, exp_avg_sq + first, size);
+        kernels.round[dtype](value + first, after, size);
+        const int64_t count = weight_holds_value ? kernels.changed[dtype](before, after, size, element) : size;
+        writes.add(index + first, after, element, count);
+      }
     }
   });
+  return in_range;
 }
 
 }  // namespace
@@ -117,12 +179,15 @@ void gather_add(DType dtype, const void* grad, const int64_t* index, int64_t n, 
   if (dtype == kFloat16) gather_add_typed(static_cast<const fp16*>(grad), index, n, scale, total);
 }
 
-void sparse_adamw(DType dtype, const AdamW& step, const float* grad, float* value, float* exp_avg, float* exp_avg_sq,
-                  void* weight, const int64_t* index, int64_t n) {
-  auto run = [&](auto* typed) { sparse_adamw_typed(step, grad, value, exp_avg, exp_avg_sq, typed, index, n); };
-  if (dtype == kFloat32) run(static_cast<float*>(weight));
-  if (dtype == kBFloat16) run(static_cast<bf16*>(weight));
-  if (dtype == kFloat16) run(static_cast<fp16*>(weight));
+bool sparse_adamw(DType dtype, const AdamW& step, const float* grad, float* value, float* exp_avg, float* exp_avg_sq,
+                  void* weight, int64_t limit, const int64_t* index, int64_t n, bool weight_holds_value) {
+  auto run = [&](auto* typed) {
+    return sparse_adamw_typed(dtype, step, grad, value, exp_avg, exp_avg_sq, typed, limit, index, n,
+                              weight_holds_value);
+  };
+  if (dtype == kFloat32) return run(static_cast<float*>(weight));
+  if (dtype == kBFloat16) return run(static_cast<bf16*>(weight));
+  return run(static_cast<fp16*>(weight));
 }
 
 }  // namespace piece::cpu

@@ -51,6 +51,22 @@ PIECE_HD uint32_t prefix_lanes(F a, int shift, int64_t prefix) {
   const __m256i equal = _mm256_cmpeq_epi32(leading, _mm256_set1_epi32(static_cast<int32_t>(prefix)));
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(equal)));
 }
+PIECE_HD uint32_t differ(const float* a, const float* b) {
+  const __m256i equal = _mm256_cmpeq_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)),
+                                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(equal))) ^ 0xffu;
+}
+template <typename T>
+PIECE_HD uint32_t differ(const T* a, const T* b) {  // bf16, fp16
+  const __m128i equal = _mm_cmpeq_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
+                                        _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(equal, _mm_setzero_si128()))) ^ 0xffu;
+}
+PIECE_HD int append(int32_t* p, int32_t first, uint32_t lanes) {
+  int count = 0;
+  for (; lanes; lanes &= lanes - 1) p[count++] = first + __builtin_ctz(lanes);
+  return count;
+}
 PIECE_HD float total(F a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -1,9 +1,9 @@
 // The vector of 16 elements (AVX-512 F, BW, DQ, VL): what range_kernels.h is written in.
 //
 // A vector header defines W, F and, lane by lane as scalar.h defines them: load (from fp32, bf16, fp16), store, all,
-// add, sub, mul, div, sqrt_rn, magnitude, clean; finite_or_zero, at_least
-// and prefix_lanes, which give a bit per lane; store_digits; total, the sum
-// of the lanes in a fixed order; transpose, of W vectors.
+// add, sub, mul, div, sqrt_rn, magnitude, clean; finite_or_zero, at_least, prefix_lanes and differ (by bits, of two rows
+// in memory), which give a bit per lane; append, of first + lane for every bit, where there is room for W; store_digits;
+// total, the sum of the lanes in a fixed order; transpose, of W vectors.
 #pragma once
 
 #include <immintrin.h>
@@ -51,6 +51,20 @@ PIECE_HD uint32_t prefix_lanes(F a, int shift, int64_t prefix) {
   if (prefix != static_cast<int32_t>(prefix)) return 0;
   const __m512i leading = _mm512_sra_epi32(_mm512_castps_si512(a.v), _mm_cvtsi32_si128(shift));
   return _mm512_cmpeq_epi32_mask(leading, _mm512_set1_epi32(static_cast<int32_t>(prefix)));
+}
+PIECE_HD uint32_t differ(const float* a, const float* b) {
+  return _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+}
+template <typename T>
+PIECE_HD uint32_t differ(const T* a, const T* b) {  // bf16, fp16
+  return _mm256_cmpneq_epi16_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)),
+                                  _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+}
+PIECE_HD int append(int32_t* p, int32_t first, uint32_t lanes) {
+  const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i position = _mm512_add_epi32(_mm512_set1_epi32(first), count);
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), position));
+  return __builtin_popcount(lanes);
 }
 PIECE_HD float total(F a) { return _mm512_reduce_add_ps(a.v); }
 

@@ -29,6 +29,14 @@ PIECE_HD F finite_or_zero(F a, uint32_t& nonfinite) {
 PIECE_HD uint32_t at_least(F a, F b) { return a.v >= b.v; }
 PIECE_HD void store_digits(int32_t* p, F a, int shift, int32_t mask) { *p = (piece::key_of(a.v) >> shift) & mask; }
 PIECE_HD uint32_t prefix_lanes(F a, int shift, int64_t prefix) { return (piece::key_of(a.v) >> shift) == prefix; }
+template <typename T>
+PIECE_HD uint32_t differ(const T* a, const T* b) {
+  return !piece::same_bits(*a, *b);
+}
+PIECE_HD int append(int32_t* p, int32_t first, uint32_t lanes) {
+  *p = first;
+  return static_cast<int>(lanes);
+}
 PIECE_HD float total(F a) { return a.v; }
 PIECE_HD void transpose(F*) {}
 

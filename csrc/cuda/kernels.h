@@ -76,7 +76,8 @@ cudaError_t apply_mask(DType dtype, void* grad, int64_t n, const int64_t* index,
 cudaError_t gather_add(DType dtype, const void* grad, int64_t n, const int64_t* index, int64_t k, float scale,
                        float* total, cudaStream_t stream);
 cudaError_t sparse_adamw(DType dtype, const float* grad, float* value, float* exp_avg, float* exp_avg_sq, void* weight,
-                         int64_t n, const int64_t* index, int64_t k, const AdamW& step, cudaStream_t stream);
+                         int64_t n, const int64_t* index, int64_t k, const AdamW& step, bool weight_holds_value,
+                         cudaStream_t stream);
 
 // ---- sampled_gradient.cu ----
 

@@ -94,15 +94,18 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sparse_adamw_kernel(const float* __restrict__ grad, float* __restrict__ value, float* __restrict__ exp_avg,
                         float* __restrict__ exp_avg_sq, T* __restrict__ weight, int64_t n,
-                        const int64_t* __restrict__ index, int64_t k, AdamW step) {
+                        const int64_t* __restrict__ index, int64_t k, AdamW step, bool weight_holds_value) {
   for_each_selected(k, [&](int64_t j) {
     const int64_t i = position(index, j, n);
     float new_value = value[j], first = exp_avg[j], second = exp_avg_sq[j];
+    const T before = from_float<T>(new_value);
     adamw(step, grad[j], new_value, first, second);
     value[j] = new_value;
     exp_avg[j] = first;
     exp_avg_sq[j] = second;
-    weight[i] = from_float<T>(new_value);
+    // A line of its own for most elements: what keeps its rounding costs none.
+    const T after = from_float<T>(new_value);
+    if (!weight_holds_value || !same_bits(after, before)) weight[i] = after;
   });
 }
 
@@ -154,11 +157,13 @@ cudaError_t gather_add(DType dtype, const void* grad, int64_t n, const int64_t* 
 }
 
 cudaError_t sparse_adamw(DType dtype, const float* grad, float* value, float* exp_avg, float* exp_avg_sq, void* weight,
-                         int64_t n, const int64_t* index, int64_t k, const AdamW& step, cudaStream_t stream) {
+                         int64_t n, const int64_t* index, int64_t k, const AdamW& step, bool weight_holds_value,
+                         cudaStream_t stream) {
   if (k == 0) return cudaSuccess;
   with_type(dtype, [&](auto zero) {
     auto* w = static_cast<decltype(zero)*>(weight);
-    sparse_adamw_kernel<<<blocks_for(k), kThreads, 0, stream>>>(grad, value, exp_avg, exp_avg_sq, w, n, index, k, step);
+    sparse_adamw_kernel<<<blocks_for(k), kThreads, 0, stream>>>(grad, value, exp_avg, exp_avg_sq, w, n, index, k, step,
+                                                                weight_holds_value);
   });
   return cudaGetLastError();
 }

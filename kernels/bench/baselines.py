@@ -92,3 +92,14 @@ def compact_adamw(
     """Fused AdamW on the compacted vector, then the scatter."""
     fused_adamw(grad, value, exp_avg, exp_avg_sq, step)
     weight.index_copy_(0, index, value.to(weight.dtype))
+
+
+def changed_adamw(
+    grad: Tensor, value: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, weight: Tensor, index: Tensor
+) -> None:
+    """Fused AdamW on the compacted vector, then the scatter of what rounds differently than before."""
+    before = value.to(weight.dtype)
+    fused_adamw(grad, value, exp_avg, exp_avg_sq, step)
+    after = value.to(weight.dtype)
+    changed = (after != before).nonzero().squeeze(1)
+    weight.index_copy_(0, index[changed], after[changed])

@@ -150,22 +150,36 @@ def _masks(n: int, device: str, compile_: Callable | None) -> Iterator[Case]:
         # The index, a read and write of the total, and a 64-byte line of the gradient for each entry.
         yield Case("gather_add_", name, n, (8 + 8 + 64) * k, partial(ops.gather_add_, grad, index, scale, total),
                    rivals={"best_eager": gather})  # fmt: skip
-    yield from _adamw(n, device, index)
+    for size in (n, 10 * n):  # at 10 n the calls themselves, 0.1 ms with cold caches, count for little
+        yield from _adamw(size, device)
 
 
-def _adamw(n: int, device: str, index: torch.Tensor) -> Iterator[Case]:
+def _adamw(n: int, device: str) -> Iterator[Case]:
+    index = torch.randint(n, (int(RATIO * n),), device=device).unique()
     k = index.numel()
-    grad, value, exp_avg = (torch.randn(k, device=device) for _ in range(3))
+    # Weights as large as a language model's, gradients larger than their moments say: updates of about 2 lr.
+    weight = torch.randn(n, device=device).mul_(0.02).bfloat16()
+    value, grad, exp_avg = weight[index].float(), *(torch.randn(k, device=device) for _ in range(2))
     exp_avg_sq, step = torch.rand(k, device=device), torch.tensor(3.0, device=device)
-    weight = torch.randn(n, device=device).bfloat16()
-    run = partial(ops.sparse_adamw_, grad, value, exp_avg, exp_avg_sq, weight, index,
+    state = grad, value, exp_avg, exp_avg_sq
+    run = partial(ops.sparse_adamw_, *state, weight, index,
                   lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3)  # fmt: skip
-    compact = partial(baselines.compact_adamw, grad, value, exp_avg, exp_avg_sq, step, weight, index)
-    # Read grad, values, moments and index, write values and moments; read and write a line of the weight.
-    yield Case("sparse_adamw_", "bf16", n, (16 + 8 + 12 + 128) * k, run, rivals={"best_eager": compact})
-    dense = [torch.randn(n, device=device) for _ in range(3)] + [torch.rand(n, device=device)]
-    yield Case("sparse_adamw_ (against dense fused AdamW)", "bf16", n, (16 + 8 + 12 + 128) * k, run,
-               rivals={"best_eager": partial(baselines.fused_adamw, *dense, step)})  # fmt: skip
+    for _ in range(3):  # values away from where rounding to bf16 put them
+        run()
+    before = weight[index]
+    run()
+    changed = float((weight[index] != before).float().mean())
+    compact = {"best_eager": partial(baselines.compact_adamw, *state, step, weight, index)}
+    skipping = {"best_eager": partial(baselines.changed_adamw, *state, step, weight, index)}
+    dense_state = [torch.randn(n, device=device) for _ in range(3)] + [torch.rand(n, device=device)]
+    dense = {"best_eager": partial(baselines.fused_adamw, *dense_state, step)}
+    # Read grad, values, moments and index, write values and moments; read and write a line of every weight written.
+    flat, line = 16 + 8 + 12, 128
+    yield Case("sparse_adamw_ (first step: writes all)", "bf16", n, (flat + line) * k, run, rivals=compact)
+    run = partial(run, weight_holds_value=True)
+    for name, rivals in (("compact torch", compact), ("compact torch that skips too", skipping), ("dense", dense)):
+        yield Case(f"sparse_adamw_ ({changed:.0%} change; {name})", "bf16", n, (flat + line * changed) * k, run,
+                   rivals=rivals)  # fmt: skip
 
 
 def _sampled(n: int, device: str) -> Iterator[Case]:

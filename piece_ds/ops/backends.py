@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from piece_ds.errors import UserError, nearest
 from piece_ds.ops import reference
@@ -66,6 +67,11 @@ def load(device_type: str) -> str:
         _LOADED[device_type] = name
         logger.info("piece_ds ops on %s: %s", device_type, description)
     return _LOADED[device_type]
+
+
+def load_for(tensor: Tensor) -> None:
+    """load() for a tensor's device. Asking a device for its type takes 20 us with cold caches."""
+    load("cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type)
 
 
 def select_isa(library: Path, name: str) -> str:

@@ -188,7 +188,9 @@ def sparse_adamw_(
     eps: float,
     weight_decay: float,
     step: int,
+    weight_holds_value: bool,
 ) -> None:
+    before = value.to(weight.dtype, copy=True)
     g = grad * grad_scale
     value.mul_(1.0 - lr * weight_decay)
     exp_avg.add_((g - exp_avg) * (1.0 - beta1))
@@ -197,7 +199,15 @@ def sparse_adamw_(
     step_size, correction = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
     denominator = _sqrt_rn_(exp_avg_sq.clone()) * correction + eps
     value.sub_((exp_avg / denominator) * step_size)
-    weight[index] = value.to(weight.dtype)
+    after = value.to(weight.dtype)
+    if weight_holds_value:
+        changed = _bits(after) != _bits(before)
+        index, after = index[changed], after[changed]
+    weight[index] = after
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.itemsize == 4 else torch.int16)
 
 
 def register(device_type: str) -> None:

@@ -42,8 +42,8 @@ SCHEMAS = {
     "sampled_gradient_": "(Tensor grad_output, Tensor input, Tensor index, float scale, Tensor(a!) total) -> ()",
     # one AdamW step of the compacted fp32 values; values go to weight[index] in its dtype
     "sparse_adamw_": "(Tensor grad, Tensor(a!) value, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) weight,"
-    " Tensor index, float grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step)"
-    " -> ()",
+    " Tensor index, float grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step,"
+    " bool weight_holds_value) -> ()",
 }
 
 for _name, _schema in SCHEMAS.items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piece_ds.ops.backends import load
+from piece_ds.ops.backends import load_for
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale
     Cost: reads grad once, reads and writes each sum once.
     """
     _check_sums(grad, grad_sum, square_sum)
-    load(grad.device.type)
+    load_for(grad)
     torch.ops.piece_ds.accumulate_(grad, grad_sum, square_sum, scale, num_nonfinite)
 
 
@@ -75,7 +75,7 @@ def accumulate_filter_(
     """accumulate_() and then filter_() of the new sums, in one pass over them."""
     _check_sums(grad, grad_sum, square_sum)
     _check_lam(lam)
-    load(grad.device.type)
+    load_for(grad)
     torch.ops.piece_ds.accumulate_filter_(
         grad,
         grad_sum,
@@ -97,7 +97,7 @@ def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float = 1.0) -> Tens
     Source: arXiv 2511.15375, second-order normalization (PIECE-S) and Fisher (PIECE-F).
     """
     _check_lam(lam)
-    load(square_sum.device.type)
+    load_for(square_sum)
     return torch.ops.piece_ds.score(grad_sum, square_sum, lam)
 
 
@@ -123,7 +123,7 @@ def score_histogram_(
     Cost: reads the sampled elements once.
     """
     _check_lam(lam)
-    load(square_sum.device.type)
+    load_for(square_sum)
     torch.ops.piece_ds.score_histogram_(counts, grad_sum, square_sum, lam, shift, bits, prefix, run, stride)
 
 
@@ -136,7 +136,7 @@ def filter_(
     Cost: one read of the sums.
     """
     _check_lam(lam)
-    load(square_sum.device.type)
+    load_for(square_sum)
     torch.ops.piece_ds.filter_(
         grad_sum, square_sum, lam, bound, offset, candidates.score, candidates.index, candidates.num_found
     )
@@ -148,7 +148,7 @@ def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: i
     Cost: one or two reads of the sums. Waits for the device.
     """
     _check_lam(lam)
-    load(square_sum.device.type)
+    load_for(square_sum)
     return torch.ops.piece_ds.select_above(grad_sum, square_sum, lam, key, num_ties)
 
 

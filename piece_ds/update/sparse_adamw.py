@@ -64,6 +64,7 @@ class SparseAdamW(torch.optim.Optimizer):
         grads = zip(self._weights, self.values.grad.split(self._sizes), strict=True)
         self._collection = GradientCollection(model, self._weights, grads, gradient)
         self._index = [weight.index.to(self.values.device) for weight in self._weights.values()]
+        self._written: dict[str, tuple[int, int]] = {}
 
     def close(self) -> None:
         """Leave the model as it was found, with its trained weights."""
@@ -86,13 +87,14 @@ class SparseAdamW(torch.optim.Optimizer):
         assert self.values.grad is not None
         state, group = self.state[self.values], self.param_groups[0]
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(self.values), exp_avg_sq=torch.zeros_like(self.values))
+            zeros = torch.zeros_like(self.values)
+            state.update(step=0, value=self.values.data, exp_avg=zeros, exp_avg_sq=zeros.clone())
             self._collection.check()
         state["step"] += 1
         flat: tuple[Tensor, ...] = (self.values.grad, self.values.data, state["exp_avg"], state["exp_avg_sq"])
         parts = zip(*(tensor.split(self._sizes) for tensor in flat), strict=True)
-        for weight, index, (grad, value, exp_avg, exp_avg_sq) in zip(
-            self._weights.values(), self._index, parts, strict=True
+        for (name, weight), index, (grad, value, exp_avg, exp_avg_sq) in zip(
+            self._weights.items(), self._index, parts, strict=True
         ):
             ops.sparse_adamw_(
                 grad,
@@ -107,5 +109,24 @@ class SparseAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 step=state["step"],
+                weight_holds_value=self._written.get(name) == _stamp(weight.param),
             )
+            self._written[name] = _stamp(weight.param)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load moments and fp32 values; the next step writes the values into the model, all of them."""
+        super().load_state_dict(state_dict)
+        self._written.clear()
+        state = self.state[self.values]
+        if "value" in state:
+            self.values.data.copy_(state["value"])
+            state["value"] = self.values.data
+
+
+def _stamp(param: nn.Parameter) -> tuple[int, int]:
+    """What changes when somebody else writes a weight: in place, or by putting another tensor under it.
+
+    A step writes past torch's count of versions, and so do writes through `.data`, which nobody can see.
+    """
+    return param._version, param.data_ptr()

@@ -71,6 +71,8 @@ def sampled_gradient() -> list[Tensor]:
 def sparse_adamw() -> list[Tensor]:
     out = [*(values(K, seed=seed).nan_to_num(1.0, 1.0, 1.0).abs() for seed in range(4)), torch.zeros(N).bfloat16()]
     ops.sparse_adamw_(*out, INDEX, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=2)
+    ops.sparse_adamw_(*out, INDEX, lr=1e-6, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=3,
+                      weight_holds_value=True)  # fmt: skip
     return out
 
 

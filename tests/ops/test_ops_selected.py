@@ -147,6 +147,44 @@ def test_sparse_adamw_equals_numpy(k: int, dtype: torch.dtype) -> None:
     assert torch.equal(weight, untouched)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [0, 1, 15, 17, 255, 256, 257, 4097, 9001])
+def test_sparse_adamw_writes_only_what_rounds_differently(k: int, dtype: torch.dtype) -> None:
+    """All of the weight is 7 here: what is still 7 has not been written."""
+    index = torch.from_numpy(np.random.default_rng(k).permutation(3 * k + 1)[:k].copy())
+    state = [values(k, seed=seed) for seed in (24, 25)] + [values(k, seed=26).abs()]
+    before = state[0].clone()
+    weight = torch.full((3 * k + 1,), 7.0, dtype=dtype)
+    numbers = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+    ops.sparse_adamw_(values(k, seed=27), *state, weight, index, weight_holds_value=True, **numbers)
+    size = torch.int32 if dtype == torch.float32 else torch.int16
+    changed = before.to(dtype).view(size) != state[0].to(dtype).view(size)
+    changed &= ~(before.isnan() & state[0].isnan())  # one NaN is like another
+    want = torch.full_like(weight, 7.0)
+    want[index[changed]] = state[0].to(dtype)[changed]
+    assert torch.equal(weight.isnan(), want.isnan())
+    assert_same_bits(weight.float().nan_to_num(3.0), want.float().nan_to_num(3.0).numpy())
+    if k > 1000:
+        assert changed.any()
+        assert not changed.all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_adamw_of_a_weight_that_holds_its_values_gives_the_same(dtype: torch.dtype) -> None:
+    k = 5000
+    index = torch.from_numpy(np.random.default_rng(k).permutation(2 * k)[:k].copy())
+    results = []
+    for holds_value in (False, True):
+        state = [finite(k, seed=24), torch.zeros(k), torch.zeros(k)]
+        weight = finite(2 * k, dtype, seed=23)
+        weight[index] = state[0].to(dtype)
+        for step in range(1, 9):
+            numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": step}
+            ops.sparse_adamw_(finite(k, seed=step), *state, weight, index, weight_holds_value=holds_value, **numbers)
+        results.append((weight, *state))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_sparse_adamw_follows_torch_for_50_steps() -> None:
     k, generator = 1000, torch.Generator().manual_seed(0)
     parameter = torch.randn(k, generator=generator).requires_grad_()

@@ -117,14 +117,20 @@ def _masks(n: int) -> Iterator[Case]:
                     arguments = (each, index, scale, torch.ones(1, dtype=torch.float64), counter(2))
                     yield Case("apply_mask_", f"{dtype}-{density}-{scale}-{name}", arguments)
             yield Case("gather_add_", f"{dtype}-{density}", (values(n, dtype=dtype), index, 0.3, values(index.numel())))
-            yield _adamw(n, dtype, density, index)
+            yield from _adamw(n, dtype, density, index)
 
 
-def _adamw(n: int, dtype: torch.dtype, density: float, index: Tensor) -> Case:
+def _adamw(n: int, dtype: torch.dtype, density: float, index: Tensor) -> Iterator[Case]:
     k = index.numel()
     state = values(k, seed=5), values(k, seed=6), values(k, seed=7), values(k, seed=8).abs()
-    numbers = (0.5, 1e-3, 0.9, 0.999, 1e-8, 0.1, 3)
-    return Case("sparse_adamw_", f"{dtype}-{density}", (*state, torch.ones(n, dtype=dtype), index, *numbers))
+    weight = torch.ones(n, dtype=dtype)
+    for holds_value in (False, True):
+        weight = weight.clone()
+        if holds_value:
+            weight[index] = state[1].to(dtype)
+        for lr in (1e-3, 1e-6):
+            numbers = (0.5, lr, 0.9, 0.999, 1e-8, 0.1, 3, holds_value)
+            yield Case("sparse_adamw_", f"{dtype}-{density}-{holds_value}-{lr}", (*state, weight, index, *numbers))
 
 
 def _sampled() -> Iterator[Case]:

@@ -98,7 +98,9 @@ def test_close_leaves_the_model_as_it_was_found() -> None:
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-def test_state_dict_resumes_bit_for_bit() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_dict_resumes_bit_for_bit(dtype: torch.dtype) -> None:
+    """In bf16 too, where the weights alone would lose the digits that the fp32 values hold."""
     batches = make_micro_batches("llama", 4)
 
     def run(model: nn.Module, optimizer: SparseAdamW, part: slice) -> None:
@@ -107,18 +109,36 @@ def test_state_dict_resumes_bit_for_bit() -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    straight = make_model("llama")
+    straight = make_model("llama").to(dtype)
     mask = select(layout_of(straight), "random", 0.01)
     run(straight, SparseAdamW(straight, mask), slice(0, 4))
-    first = make_model("llama")
+    first = make_model("llama").to(dtype)
     optimizer = SparseAdamW(first, mask)
     run(first, optimizer, slice(0, 2))
-    second = make_model("llama")
+    second = make_model("llama").to(dtype)
     second.load_state_dict(first.state_dict())
     resumed = SparseAdamW(second, mask)
     resumed.load_state_dict(optimizer.state_dict())
     run(second, resumed, slice(2, 4))
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("how", ["in place", "another tensor", "loaded"])
+def test_weights_that_somebody_else_wrote_hold_the_values_again_after_a_step(how: str) -> None:
+    """A step writes only what changes, and must not take foreign weights for its own."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False)).bfloat16()
+    weight, mask = model[0].weight, select(layout_of(model), "random", 0.5)
+    optimizer = SparseAdamW(model, mask, lr=1e-6)
+    optimizer.step()
+    with torch.no_grad():
+        if how == "in place":
+            weight.add_(1.0)
+        elif how == "another tensor":
+            weight.data = weight.data + 1.0
+        else:
+            model.load_state_dict({"0.weight": weight + 1.0})
+    optimizer.step()
+    assert torch.equal(weight.view(-1)[mask.index["0.weight"]], optimizer.values.bfloat16())
 
 
 def test_a_partitioned_model_is_refused() -> None:

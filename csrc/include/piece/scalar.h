@@ -199,4 +199,9 @@ PIECE_HD void adamw(const AdamW& h, float grad, float& value, float& first, floa
   value = sub(decayed, mul(div(first, denominator), h.step_size));
 }
 
+// Whether rounding gives another weight than before: by bits, so a NaN is like itself and -0 is not 0.
+PIECE_HD bool same_bits(float a, float b) { return bits_of(a) == bits_of(b); }
+PIECE_HD bool same_bits(bf16 a, bf16 b) { return a.bits == b.bits; }
+PIECE_HD bool same_bits(fp16 a, fp16 b) { return a.bits == b.bits; }
+
 }  // namespace piece
