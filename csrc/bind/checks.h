@@ -7,16 +7,23 @@
 
 #include <cstdint>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
-#include <string>
 
 namespace piece::bind {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void require(bool holds, const std::string& message) {
-  if (!holds) throw std::runtime_error("piece_ds: " + message);
+// An error of the parts in a row, where it does not hold. Nothing is put together where it does: that would take as
+// long as many an op's work.
+template <typename... Parts>
+void require(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  message << "piece_ds: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
 }
 
 template <typename T>
@@ -39,20 +46,19 @@ constexpr ScalarType scalar_type<uint8_t>() {
 }
 
 inline void require_layout(const Tensor& tensor, const char* name, int64_t n) {
-  require(tensor.is_contiguous(), std::string(name) + " must be contiguous: pass a view of a flat buffer");
-  require(tensor.numel() == n, std::string(name) + " must have " + std::to_string(n) + " elements, got " +
-                                   std::to_string(tensor.numel()));
+  require(tensor.is_contiguous(), name, " must be contiguous: pass a view of a flat buffer");
+  require(tensor.numel() == n, name, " must have ", n, " elements, got ", tensor.numel());
 }
 
 // Pointer to n contiguous elements of type T.
 template <typename T>
 T* data(const Tensor& tensor, const char* name, int64_t n) {
-  require(tensor.scalar_type() == scalar_type<T>(),
-          std::string(name) + " must be " +
-              (scalar_type<T>() == ScalarType::Float    ? "float32"
-               : scalar_type<T>() == ScalarType::Double ? "float64"
-               : scalar_type<T>() == ScalarType::Long   ? "int64"
-                                                        : "uint8"));
+  constexpr ScalarType type = scalar_type<T>();
+  require(tensor.scalar_type() == type, name, " must be ",
+          type == ScalarType::Float    ? "float32"
+          : type == ScalarType::Double ? "float64"
+          : type == ScalarType::Long   ? "int64"
+                                       : "uint8");
   require_layout(tensor, name, n);
   return static_cast<T*>(tensor.data_ptr());
 }
@@ -72,24 +78,24 @@ inline int dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half:
       return 2;
     default:
-      require(false, std::string(name) + " must be float32, bfloat16 or float16");
+      require(false, name, " must be float32, bfloat16 or float16");
       return 0;
   }
 }
 
 inline void require_in_range(bool in_range, int64_t n) {
-  require(in_range, "index holds a position outside [0, " + std::to_string(n) + ")");
+  require(in_range, "index holds a position outside [0, ", n, ")");
 }
 
 inline void require_digit(int64_t shift, int64_t bits) {
   require(bits >= 0 && bits <= 16 && shift >= 0 && shift + bits <= 31,
-          "score_histogram_ expected 0 <= bits <= 16, shift >= 0 and shift + bits <= 31, got shift " +
-              std::to_string(shift) + ", bits " + std::to_string(bits));
+          "score_histogram_ expected 0 <= bits <= 16, shift >= 0 and shift + bits <= 31, got shift ", shift, ", bits ",
+          bits);
 }
 
 inline void require_sample(int64_t run, int64_t stride) {
-  require(run >= 1 && stride >= 1, "score_histogram_ expected run >= 1 and stride >= 1, got run " +
-                                       std::to_string(run) + ", stride " + std::to_string(stride));
+  require(run >= 1 && stride >= 1, "score_histogram_ expected run >= 1 and stride >= 1, got run ", run, ", stride ",
+          stride);
 }
 
 }  // namespace piece::bind

@@ -156,7 +156,7 @@ void sampled_gradient_(Tensor grad_output, Tensor input, Tensor index, double sc
 void sparse_adamw_(Tensor grad, Tensor value, Tensor exp_avg, Tensor exp_avg_sq, Tensor weight, Tensor index,
                    double grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
                    int64_t step, bool weight_holds_value) {
-  require(step >= 1, "sparse_adamw_ expected step >= 1, got " + std::to_string(step));
+  require(step >= 1, "sparse_adamw_ expected step >= 1, got ", step);
   require_layout(weight, "weight", weight.numel());
   const int64_t n = index.numel(), limit = weight.numel();
   const bool in_range = piece::cpu::sparse_adamw(

@@ -17,7 +17,7 @@ using piece::cuda::Scores;
 using OptionalTensor = std::optional<Tensor>;
 
 void check(cudaError_t error) {
-  require(error == cudaSuccess, std::string("CUDA error: ") + cudaGetErrorString(error));
+  require(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
 }
 
 // The device of an op's first tensor, current while the op runs, and its stream. Every pointer is asked for here, so
@@ -71,7 +71,7 @@ class Device {
  private:
   void require_here(const Tensor& tensor, const char* name) const {
     require(tensor.is_cuda() && tensor.get_device_index() == index_,
-            std::string(name) + " must be on cuda:" + std::to_string(index_) + ", where the op's first tensor is");
+            name, " must be on cuda:", index_, ", where the op's first tensor is");
   }
 
   int32_t index_;
@@ -146,8 +146,7 @@ void filter_(OptionalTensor grad_sum, Tensor square_sum, double lam, double boun
 
 Tensor select_above(OptionalTensor grad_sum, Tensor square_sum, double lam, int64_t key, int64_t num_ties) {
   require(key >= 0 && key <= INT32_MAX && num_ties >= 0,
-          "select_above expected 0 <= key < 2^31 and num_ties >= 0, got key " + std::to_string(key) + ", num_ties " +
-              std::to_string(num_ties));
+          "select_above expected 0 <= key < 2^31 and num_ties >= 0, got key ", key, ", num_ties ", num_ties);
   const Device device(square_sum);
   const Scores scores = scores_of(device, grad_sum, square_sum, lam);
   const int32_t threshold = static_cast<int32_t>(key);
@@ -164,7 +163,7 @@ Tensor select_above(OptionalTensor grad_sum, Tensor square_sum, double lam, int6
 }
 
 Tensor index_to_mask(Tensor index, int64_t n) {
-  require(n >= 0, "index_to_mask expected n >= 0, got " + std::to_string(n));
+  require(n >= 0, "index_to_mask expected n >= 0, got ", n);
   const Device device(index);
   const int64_t k = index.numel();
   // Kernels write whole words: the result is the front of a tensor that ends with one.
@@ -230,7 +229,7 @@ void sampled_gradient_(Tensor grad_output, Tensor input, Tensor index, double sc
 void sparse_adamw_(Tensor grad, Tensor value, Tensor exp_avg, Tensor exp_avg_sq, Tensor weight, Tensor index,
                    double grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
                    int64_t step, bool weight_holds_value) {
-  require(step >= 1, "sparse_adamw_ expected step >= 1, got " + std::to_string(step));
+  require(step >= 1, "sparse_adamw_ expected step >= 1, got ", step);
   const Device device(weight);
   const int64_t k = index.numel();
   check(piece::cuda::sparse_adamw(

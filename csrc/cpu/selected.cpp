@@ -79,45 +79,11 @@ void gather_add_typed(const T* grad, const int64_t* index, int64_t n, float scal
   });
 }
 
-constexpr int64_t kAdamWBlock = 1 << 12;  // 4 of fp32 and the positions: 96 KiB, and a unit of sharing work
-constexpr int64_t kAdamWRun = 256;        // computed at a time
-
-// New weights whose lines are on their way: a line is written when a run's worth of later ones has been asked for.
-template <typename T>
-class Writes {
- public:
-  explicit Writes(T* weight) : weight_(weight) {}
-  ~Writes() {
-    write(lists_[turn_ ^ 1]);
-    write(lists_[turn_]);
-  }
-  void add(const int64_t* index, const T* value, const int32_t* element, int64_t n) {
-    List& list = lists_[turn_];
-    for (int64_t i = 0; i < n; ++i) {
-      list.position[list.count + i] = index[element[i]];
-      list.value[list.count + i] = value[element[i]];
-      __builtin_prefetch(weight_ + index[element[i]], 1);
-    }
-    list.count += n;
-    if (list.count < kAdamWRun) return;
-    turn_ ^= 1;
-    write(lists_[turn_]);
-  }
-
- private:
-  struct List {
-    int64_t position[2 * kAdamWRun];
-    T value[2 * kAdamWRun];
-    int64_t count = 0;
-  };
-  void write(List& list) {
-    for (int64_t i = 0; i < list.count; ++i) weight_[list.position[i]] = list.value[i];
-    list.count = 0;
-  }
-  T* weight_;
-  List lists_[2];
-  int turn_ = 0;
-};
+// 4 of fp32 and the positions: 96 KiB. A unit of sharing work, and of stepping before the weights are written: 35 000
+// changes in 1 GB of weights, 500 000 of them selected, took 1.2 ms so, 1.3 by 256, 2.1 by 64 (AMD Zen 5, two threads).
+// No prefetch: most of these lines are in pages that the TLB has lost. A prefetch waits for the walk, and all after it
+// wait too (1.6 ms); a store does not.
+constexpr int64_t kAdamWBlock = 1 << 12;
 
 // False, and nothing written, where a position is outside [0, limit).
 template <typename T>
@@ -137,20 +103,16 @@ bool sparse_adamw_typed(DType dtype, const AdamW& step, const float* grad, float
     }
     while (num_checked.load(std::memory_order_acquire) < blocks) sched_yield();  // those left are in others' hands
     if (!in_range) return;
-    T before[kAdamWRun], after[kAdamWRun];
-    int32_t element[kAdamWRun];
-    std::iota(element, element + kAdamWRun, 0);
-    Writes<T> writes(weight);
+    T before[kAdamWBlock], after[kAdamWBlock];
+    int32_t element[kAdamWBlock];  // those to write
+    std::iota(element, element + kAdamWBlock, 0);
     for (int64_t block = next_step++; block < blocks; block = next_step++) {
-      const int64_t end = block * kAdamWBlock + size_of(block);
-      for (int64_t first = block * kAdamWBlock; first < end; first += kAdamWRun) {
-        const int64_t size = std::min(kAdamWRun, end - first);
-        if (weight_holds_value) kernels.round[dtype](value + first, before, size);
-        kernels.adamw(step, grad + first, value + first, exp_avg + first, exp_avg_sq + first, size);
-        kernels.round[dtype](value + first, after, size);
-        const int64_t count = weight_holds_value ? kernels.changed[dtype](before, after, size, element) : size;
-        writes.add(index + first, after, element, count);
-      }
+      const int64_t first = block * kAdamWBlock, size = size_of(block);
+      if (weight_holds_value) kernels.round[dtype](value + first, before, size);
+      kernels.adamw(step, grad + first, value + first, exp_avg + first, exp_avg_sq + first, size);
+      kernels.round[dtype](value + first, after, size);
+      const int64_t count = weight_holds_value ? kernels.changed[dtype](before, after, size, element) : size;
+      for (int64_t i = 0; i < count; ++i) weight[index[first + element[i]]] = after[element[i]];
     }
   });
   return in_range;

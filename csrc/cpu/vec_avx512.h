@@ -1,9 +1,11 @@
 // The vector of 16 elements (AVX-512 F, BW, DQ, VL): what range_kernels.h is written in.
 //
 // A vector header defines W, F and, lane by lane as scalar.h defines them: load (from fp32, bf16, fp16), store, all,
-// add, sub, mul, div, sqrt_rn, magnitude, clean; finite_or_zero, at_least, prefix_lanes and differ (by bits, of two rows
-// in memory), which give a bit per lane; append, of first + lane for every bit, where there is room for W; store_digits;
-// total, the sum of the lanes in a fixed order; transpose, of W vectors.
+// add, sub, mul, div, sqrt_rn, magnitude, clean; finite_or_zero, at_least,
+// prefix_lanes and differ (by bits, of two rows in memory), which give a bit
+// per lane; append, of first + lane for every bit, where there is room for W;
+// store_digits; total, the sum of the lanes in a fixed order; transpose, of W
+// vectors.
 #pragma once
 
 #include <immintrin.h>
