@@ -29,12 +29,14 @@ _HOME = {
     "save_mask": "piece_ds.checkpoint",
     "save_statistics": "piece_ds.checkpoint",
     "select": "piece_ds.selection",
+    "SparseAdamW": "piece_ds.update.sparse_adamw",
 }
 
 __all__ = [
     "Mask",
     "MicroBatches",
     "PieceCallback",
+    "SparseAdamW",
     "__version__",
     "attach",
     "collect_statistics",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from piece_ds.state.partition import layout_of
     from piece_ds.stream.micro_batches import MicroBatches
     from piece_ds.update import attach, prepare_compact
+    from piece_ds.update.sparse_adamw import SparseAdamW
     from piece_ds.zero import collect_statistics
 
 

@@ -56,6 +56,11 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
 engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 """
 
+MASK = f"""{LOADER}
+from piece_ds import layout_of, save_mask, select
+save_mask("mask.safetensors", select(layout_of(model), "random", 0.001))
+"""
+
 AFTER = """
 moved = int((values(model) != start).sum())
 print("RESULT", json.dumps({"moved": moved, "k": max(1, int(0.001 * num_params))}))
@@ -68,8 +73,9 @@ print("RESULT", json.dumps({"moved": moved, "k": max(1, int(0.001 * num_params))
         (["trainer.add_callback"], TRAINER, 3),
         (["estimate_mask("], LOOP, 2),
         (["prepare_compact(", "estimate_mask("], LOADER, 3),
+        (["SparseAdamW("], MASK, 0),
     ],
-    ids=["trainer", "loop", "compact-loop"],
+    ids=["trainer", "loop", "compact-loop", "no-deepspeed"],
 )
 def test_example_trains_exactly_the_selected_weights(
     markers: list[str], before: str, stage: int, tmp_path: Path
@@ -80,8 +86,8 @@ def test_example_trains_exactly_the_selected_weights(
     script.write_text(BEFORE.replace("STAGE", str(stage)) + before + example + AFTER)
     run = subprocess.run(
         [sys.executable, script, tmp_path / "out"],
-        cwd=ROOT,
-        env=environment(),
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
