@@ -12,13 +12,14 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from cases import Case, cases
+from cases import Case, adamw_cases, cases
 from timing import Clock
 
 from bench.record import device_name, write_rows
@@ -57,7 +58,10 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     clock = Clock(device)
     rows = []
     for n in options.sizes:
-        for case in cases(n, device, not options.no_compile):
+        families = [cases(n, device, not options.no_compile)]
+        if not options.ops or "sparse_adamw_" in options.ops:
+            families.append(adamw_cases(n, device))
+        for case in chain(*families):
             if not options.ops or case.op.split()[0].rstrip(",") in options.ops:
                 rows.append(_row(case, provider, clock, options.rounds))
                 _print(rows[-1])

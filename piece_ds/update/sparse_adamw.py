@@ -79,7 +79,11 @@ class SparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One AdamW step of the selected weights; nothing else of the model is written."""
+        """One AdamW step of the selected weights; nothing else of the model is written.
+
+        After the first step only weights whose rounded value changes are written. A weight that somebody else has
+        written since, in place or by another tensor, gets all its values again; a write through `.data` is not seen.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -127,6 +131,6 @@ class SparseAdamW(torch.optim.Optimizer):
 def _stamp(param: nn.Parameter) -> tuple[int, int]:
     """What changes when somebody else writes a weight: in place, or by putting another tensor under it.
 
-    A step writes past torch's count of versions, and so do writes through `.data`, which nobody can see.
+    A step itself writes past torch's count of versions, as all writes through `.data` do.
     """
     return param._version, param.data_ptr()
