@@ -79,18 +79,35 @@ class Adapter(ABC):
         return self.around_step(self.mask_gradients_)
 
     def around_step(self, before: Callable[[], None], after: Callable[[], None] | None = None) -> Callable[[], None]:
-        """Call functions at every accumulation boundary, around all that DeepSpeed does there; returns remove."""
-        original = self.engine._take_model_step
+        """Call functions at every accumulation boundary, around all that DeepSpeed does there; returns remove.
 
-        def _take_model_step(*args: Any, **kwargs: Any) -> Any:
-            before()
-            result = original(*args, **kwargs)
-            if after is not None:
-                after()
-            return result
+        What came later lies around what came before. Any of them may be removed first.
+        """
+        engine, hook = self.engine, (before, after)
+        hooks = engine.__dict__.setdefault("_piece_ds_step_hooks", [])
+        if not hooks:
+            original = engine._take_model_step
 
-        self.engine._take_model_step = _take_model_step
-        return lambda: self.engine.__dict__.pop("_take_model_step", None)
+            def _take_model_step(*args: Any, **kwargs: Any) -> Any:
+                now = tuple(hooks)  # one of them may remove itself
+                for enter, _ in reversed(now):
+                    enter()
+                result = original(*args, **kwargs)
+                for _, leave in now:
+                    if leave is not None:
+                        leave()
+                return result
+
+            engine._take_model_step = _take_model_step
+        hooks.append(hook)
+
+        def remove() -> None:
+            if hook in hooks:
+                hooks.remove(hook)
+                if not hooks:
+                    engine.__dict__.pop("_take_model_step", None)
+
+        return remove
 
     @abstractmethod
     def gradients(self) -> list[tuple[Tensor, list[Piece]]]:
