@@ -100,20 +100,31 @@ def with_default_config(argv: list[str]) -> list[str]:
     return argv if "deepspeed" in given_names(argv) else ["--deepspeed", str(DEFAULT_CONFIG), *argv]
 
 
-def start_distributed(timeout_seconds: float | None = None) -> None:
+def timeout_seconds(text: str | None) -> float | None:
+    """--ddp_timeout before TrainingArguments is built, which looks for a process group."""
+    try:
+        seconds = None if text is None else float(text)
+    except ValueError:
+        seconds = 0.0
+    if seconds is not None and not seconds > 0:
+        raise UserError(f"--ddp_timeout expects seconds, got {text!r}")
+    return seconds
+
+
+def start_distributed(seconds: float | None = None) -> None:
     """Start torch.distributed through DeepSpeed, with the accelerator's backend; once per process.
 
     transformers would start it too, but with --use_cpu not through DeepSpeed, which then counts one rank.
 
     Args:
-        timeout_seconds: how long a collective waits for other ranks, in this group and in all that are made later:
+        seconds: how long a collective waits for other ranks, in this group and in all that are made later:
             DeepSpeed makes some, and hands no timeout on. None means torch's defaults for those.
     """
     import deepspeed
     from torch.distributed import distributed_c10d
 
-    timeout = timedelta(seconds=timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
-    if timeout_seconds is not None:
+    timeout = timedelta(seconds=seconds or DEFAULT_TIMEOUT_SECONDS)
+    if seconds is not None:
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     # On a CPU DeepSpeed compiles an extension here for inference's all-reduce, which nothing in training calls: half a
     # minute on a new machine, under a lock file that a killed process leaves behind and later ones wait for, silently.

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from piece_ds.arguments import Settings, parse
 from piece_ds.baseline_trainer import TaskTrainer
 from piece_ds.checks import check_kernels, resumes_from
-from piece_ds.command import start_distributed
+from piece_ds.command import start_distributed, timeout_seconds
 from piece_ds.distributed import barrier, broadcast_object, is_main, world_size
 from piece_ds.embedded import EmbeddedPaths, EmbeddedRecipe, write_embedded
 from piece_ds.errors import UserError
@@ -41,7 +41,7 @@ def run_embedded(argv: list[str], settings: Settings, defaults: dict[str, Any]) 
     """
     if settings.data.train_file or settings.data.task_dir:
         raise UserError("data without a model: add --model_name_or_path M")
-    start_distributed()
+    start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     recipe = EmbeddedRecipe()
     arguments = settings.training_arguments()
     check_kernels(settings.method.method, arguments)

@@ -10,8 +10,7 @@ from transformers import TrainingArguments
 from piece_ds.ability import check_ability
 from piece_ds.arguments import Settings
 from piece_ds.checks import check_deepspeed_file, check_mask, check_method_reads_images
-from piece_ds.command import start_distributed
-from piece_ds.errors import UserError
+from piece_ds.command import start_distributed, timeout_seconds
 from piece_ds.evaluation import choose_scorers
 from piece_ds.evaluation.scorers import parse_scorers
 from piece_ds.flags import with_precision
@@ -72,19 +71,8 @@ def load_inputs(settings: Settings) -> Inputs:
     general_importance = None
     if data.general_importance_file:
         general_importance = load_general(data.general_importance_file, tokenizer, data.cutoff, images=data)
-    start_distributed(_timeout_seconds(settings.flag("ddp_timeout")))
+    start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     return Inputs(
         settings, config, tokenizer, dtype, tasks, scorers, general, general_importance, settings.training_arguments()
     )
-
-
-def _timeout_seconds(text: str | None) -> float | None:
-    """--ddp_timeout before TrainingArguments is built, which looks for a process group."""
-    try:
-        seconds = None if text is None else float(text)
-    except ValueError:
-        seconds = 0.0
-    if seconds is not None and not seconds > 0:
-        raise UserError(f"--ddp_timeout expects seconds, got {text!r}")
-    return seconds

@@ -7,7 +7,7 @@ a user's own.
 from pathlib import Path
 
 from piece_ds.arguments import Settings, parse, print_help
-from piece_ds.command import start_distributed, with_default_config
+from piece_ds.command import start_distributed, timeout_seconds, with_default_config
 from piece_ds.distributed import barrier, is_main, world_size
 from piece_ds.embedded.vision import BASE, FAMILIES, TASKS, words, write_model, write_task
 from piece_ds.errors import UserError
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     settings = parse(argv, defaults)
     if settings.model.model_name_or_path or settings.data.train_file or settings.data.task_dir:
         raise UserError("this example makes its models and data itself; launch/train.py takes yours")
-    start_distributed()
+    start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     root = Path(settings.flag("output_dir") or DEFAULT_OUTPUT)
     RunFolder(root).require_free(resume=False)
     material = root / "material"
