@@ -1,0 +1,51 @@
+"""A signal is noted whenever it comes, and heeded at the next point that all ranks pass."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import Tensor
+
+from piece_ds import stop
+
+
+@pytest.mark.parametrize("number", stop.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_is_heeded_at_the_next_point(number: signal.Signals) -> None:
+    with stop.heeding_signals():
+        assert not stop.stop_asked()
+        os.kill(os.getpid(), number)
+        with pytest.raises(stop.Stopped):
+            stop.leave_if_asked("here")
+
+
+@pytest.mark.parametrize("number", stop.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_that_comes_while_ranks_agree_is_heeded_the_next_time(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that waits for the others spends its time there: most signals come then."""
+    signals = [number]
+
+    def reduce(noted: Tensor) -> Tensor:
+        while signals:
+            os.kill(os.getpid(), signals.pop())
+        return noted
+
+    monkeypatch.setattr(stop, "all_reduce_max_", reduce)
+    with stop.heeding_signals():
+        assert not stop.stop_asked()
+        assert stop.stop_asked()
+        assert stop.stop_asked()
+
+
+def test_another_ranks_signal_stops_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "all_reduce_max_", lambda noted: torch.full_like(noted, int(signal.SIGTERM)))
+    with stop.heeding_signals(), pytest.raises(stop.Stopped, match="SIGTERM"):
+        stop.leave_if_asked("here")
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in stop.SIGNALS]
+    with stop.heeding_signals():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in stop.SIGNALS] == before
