@@ -17,8 +17,9 @@ part() {
 nvidia-smi -L
 part "build and providers" 150 $PYTHON -m piece_ds.ops
 part "ops on the GPU" 120 $PYTHON -m pytest -q tests/ops/test_ops_cuda.py
-part "kernel table" 120 $PYTHON kernels/bench/run.py --sizes 1000000 50000000 1000000000 --rounds 11 --no_compile
-part "kernel table, torch.compile" 60 $PYTHON kernels/bench/run.py --sizes 50000000 --rounds 11 --providers cuda \
+part "kernel table" 120 $PYTHON kernels/bench/run.py --sizes 1000000 50000000 1000000000 --adamw_sizes 50000000 1000000000 \
+  --rounds 11 --no_compile
+part "kernel table, torch.compile" 60 $PYTHON kernels/bench/run.py --sizes 50000000 --adamw_sizes --rounds 11 --providers cuda \
   --output kernels/bench/results/compile.csv
 # Llama-3-8B's layers (hidden 4096, vocabulary 128256), as many as fit one GPU with fp32 masters and moments.
 part "overhead" 90 $PYTHON -m deepspeed.launcher.runner --num_gpus "${GPUS:-1}" bench/overhead.py \

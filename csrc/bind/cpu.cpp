@@ -135,9 +135,11 @@ void apply_mask_(Tensor grad, Tensor index, double scale, Tensor square_norm, Te
 
 void gather_add_(Tensor grad, Tensor index, double scale, Tensor total) {
   const Tensor whole = readable(grad);
-  const Index positions = index_of(index, grad.numel());
-  piece::cpu::gather_add(cpu_dtype(grad, "grad"), whole.data_ptr(), positions.data, positions.n,
-                         static_cast<float>(scale), data<float>(total, "total", positions.n));
+  const int64_t n = index.numel(), limit = grad.numel();
+  const bool in_range = piece::cpu::gather_add(cpu_dtype(grad, "grad"), whole.data_ptr(), limit,
+                                               data<int64_t>(index, "index", n), n, static_cast<float>(scale),
+                                               data<float>(total, "total", n));
+  require_in_range(in_range, limit);
 }
 
 void sampled_gradient_(Tensor grad_output, Tensor input, Tensor index, double scale, Tensor total) {

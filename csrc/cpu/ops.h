@@ -43,11 +43,12 @@ IndexFacts check_index(const int64_t* index, int64_t n, int64_t limit);
 void index_to_mask(const int64_t* index, int64_t n_index, uint8_t* bits, int64_t n);
 std::vector<int64_t> mask_to_index(const uint8_t* bits, int64_t num_bytes);
 
-// selected.cpp; positions have been checked, but for sparse_adamw
+// selected.cpp; apply_mask's positions have been checked
 void apply_mask(DType dtype, void* grad, int64_t n, const int64_t* index, int64_t n_index, bool ascending,
                 double scale, double* square_norm, int64_t* num_nonfinite);
-void gather_add(DType dtype, const void* grad, const int64_t* index, int64_t n, float scale, float* total);
-// False, and nothing written, where a position is outside [0, limit).
+// These two: false, and nothing written, where a position is outside [0, limit).
+bool gather_add(DType dtype, const void* grad, int64_t limit, const int64_t* index, int64_t n, float scale,
+                float* total);
 bool sparse_adamw(DType dtype, const AdamW& step, const float* grad, float* value, float* exp_avg, float* exp_avg_sq,
                   void* weight, int64_t limit, const int64_t* index, int64_t n, bool weight_holds_value);
 

@@ -48,6 +48,27 @@ void for_blocks(int64_t blocks, const Body& body) {
   });
 }
 
+// check(block) for every block; then, if all were true, work(next) once per thread, as on_each_thread does. One go of
+// the threads for both: starting them takes as long as thousands of elements. Returns whether all were true.
+template <typename Check, typename Work>
+bool on_each_thread_if(int64_t blocks, const Check& check, const Work& work) {
+  std::atomic<int64_t> num_checked{0}, taken{0};
+  std::atomic<bool> all{true};
+  on_each_thread(blocks, [&](auto next) {
+    for (int64_t block = next(); block >= 0; block = next()) {
+      if (!check(block)) all = false;
+      num_checked.fetch_add(1, std::memory_order_release);
+    }
+    while (num_checked.load(std::memory_order_acquire) < blocks) sched_yield();  // those left are in others' hands
+    if (!all) return;
+    work([&] {
+      const int64_t block = taken.fetch_add(1, std::memory_order_relaxed);
+      return block < blocks ? block : -1;
+    });
+  });
+  return all;
+}
+
 // work(block, local) in any order, then append(block, local) in ascending order of blocks, one at a time. Each thread
 // has its own local = make_local(). No thread can wait for a block that nobody has begun.
 template <typename MakeLocal, typename Work, typename Append>

@@ -1,6 +1,7 @@
 """Every op against torch: time, share of the copy bandwidth, and how many times faster than its rivals.
 
-python kernels/bench/run.py [--sizes 1000000 50000000] [--rounds 15] [--providers cpp] [--ops filter_] [--no_compile]
+python kernels/bench/run.py [--sizes 1000000 50000000] [--adamw_sizes 50000000 500000000] [--rounds 15]
+    [--providers cpp] [--ops filter_] [--no_compile]
 
 Writes kernels/bench/results/<device>.csv. Each provider runs in a process of its own; the rows with huge_pages = 1
 come from one where torch's allocator uses them, which spares its rivals' new tensors most page faults.
@@ -58,13 +59,13 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     clock = Clock(device)
     rows = []
     for n in options.sizes:
-        families = [cases(n, device, not options.no_compile)]
-        if not options.ops or "sparse_adamw_" in options.ops:
-            families.append(adamw_cases(n, device))
-        for case in chain(*families):
+        for case in cases(n, device, not options.no_compile):
             if not options.ops or case.op.split()[0].rstrip(",") in options.ops:
                 rows.append(_row(case, provider, clock, options.rounds))
                 _print(rows[-1])
+    for case in chain.from_iterable(adamw_cases(n, device) for n in options.adamw_sizes):
+        rows.append(_row(case, provider, clock, options.rounds))
+        _print(rows[-1])
     return rows
 
 
@@ -104,9 +105,12 @@ def _device() -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 50_000_000])
+    parser.add_argument(
+        "--adamw_sizes", type=int, nargs="*", default=[50_000_000, 500_000_000], help="of sparse_adamw_"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--providers", nargs="+", default=["cuda", "triton"] if _device() == "cuda" else ["cpp"])
-    parser.add_argument("--ops", nargs="+", default=[], help="only these")
+    parser.add_argument("--ops", nargs="+", default=[], help="of the others, only these")
     parser.add_argument("--no_compile", action="store_true", help="do not race torch.compile")
     parser.add_argument("--output", default="", help="another file than results/<device>.csv")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
