@@ -41,8 +41,8 @@ class _Notice:
 @contextmanager
 def heeding_signals() -> Iterator[None]:
     """Inside, SIGNALS are noted; call it on every rank, in the main thread. A second SIGINT ends its process."""
+    _Notice.heeding, _Notice.signum, _Notice.agreed = True, 0, False  # first: a signal may follow its handler at once
     before = {number: signal.signal(number, _note) for number in SIGNALS}
-    _Notice.heeding, _Notice.signum, _Notice.agreed = True, 0, False
     try:
         yield
     finally:

@@ -38,6 +38,20 @@ def test_a_signal_that_comes_while_ranks_agree_is_heeded_the_next_time(
         assert stop.stop_asked()
 
 
+def test_a_signal_that_comes_as_its_handler_does_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    install = signal.signal
+
+    def install_and_send(number: signal.Signals, handler: object) -> object:
+        before = install(number, handler)  # type: ignore[arg-type]
+        monkeypatch.undo()
+        os.kill(os.getpid(), number)
+        return before
+
+    monkeypatch.setattr(signal, "signal", install_and_send)
+    with stop.heeding_signals():
+        assert stop.stop_asked()
+
+
 def test_another_ranks_signal_stops_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop, "all_reduce_max_", lambda noted: torch.full_like(noted, int(signal.SIGTERM)))
     with stop.heeding_signals(), pytest.raises(stop.Stopped, match="SIGTERM"):
