@@ -5,13 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.op_cases import INSTRUCTION_SETS
 
 from piece_ds import ops
 from piece_ds.errors import UserError
 from piece_ds.ops import backends
 from piece_ds.ops.extension import load_extension
-
-INSTRUCTION_SETS = ["avx512", "avx2", "scalar"]
 
 
 @pytest.fixture(scope="module", params=[*INSTRUCTION_SETS, "reference"])

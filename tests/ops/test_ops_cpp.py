@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from support.op_cases import BLOCK, sums, values
+from support.op_cases import BLOCK, INSTRUCTION_SETS, sums, values
 from torch import Tensor
 
 from piece_ds import ops
@@ -15,10 +15,10 @@ INDEX = torch.from_numpy(np.flatnonzero(np.random.default_rng(0).random(N) < 0.0
 K = INDEX.numel()
 
 
-@pytest.fixture(autouse=True)
-def _compiled(cpu_provider: str) -> None:
-    if cpu_provider == "reference":
-        pytest.skip("promised by the compiled provider")
+pytestmark = [
+    pytest.mark.usefixtures("cpu_provider"),
+    pytest.mark.parametrize("cpu_provider", INSTRUCTION_SETS, indirect=True, scope="module"),
+]
 
 
 def count() -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 F32 = np.float32
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-45, -1e-40, 1e-39, 3.4e38, 1.0, -1.0]
+INSTRUCTION_SETS = ["avx512", "avx2", "scalar"]  # of the C++ provider
 BLOCK = 1 << 15  # elements that a thread of the C++ provider takes at once (kBlock in csrc/cpu/parallel.h)
 
 
