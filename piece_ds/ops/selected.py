@@ -5,7 +5,7 @@ from torch import Tensor
 
 from piece_ds.ops.backends import load_for
 
-# Found once: with cold caches, as between two steps, looking it up takes as long as a step of 20 000 elements.
+# Found once: looking it up costs microseconds in every call, more with cold caches, as between two steps.
 _sparse_adamw_ = torch.ops.piece_ds.sparse_adamw_.default
 
 
@@ -97,7 +97,7 @@ def sparse_adamw_(
         weight_holds_value: weight[index] is value, rounded, before the step too, as every step leaves it: only what
             rounds to other bits than before is written. The result is the same.
     Cost: 24 bytes read and 12 written per selected element, and a cache line of the weight read and written for each
-        that is written. At lr 1e-5 about one bf16 weight in ten changes in a step.
+        that is written. At lr 1e-5 about 7 % of bf16 weights change in a step.
     Source: decoupled weight decay, arXiv 1711.05101, in the order of torch.optim.AdamW.
     """
     load_for(grad)
