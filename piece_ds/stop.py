@@ -65,9 +65,8 @@ def stop_asked() -> bool:
     if _Notice.heeding and not _Notice.agreed:
         noted = torch.tensor([_Notice.signum], device=collective_device())
         number = int(all_reduce_max_(noted))
-        if (
-            number
-        ):  # without one, a signal that came while this rank waited for the others stays noted for the next time
+        # Without one, a signal that came while this rank waited for the others stays noted for the next time.
+        if number:
             _Notice.signum, _Notice.agreed = number, True
     return _Notice.heeding and _Notice.agreed
 

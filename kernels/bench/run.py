@@ -104,9 +104,13 @@ def _device() -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 50_000_000])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1_000_000, 50_000_000])
     parser.add_argument(
-        "--adamw_sizes", type=int, nargs="*", default=[50_000_000, 500_000_000], help="of sparse_adamw_"
+        "--adamw_sizes",
+        type=int,
+        nargs="*",
+        default=[50_000_000, 500_000_000],
+        help="of sparse_adamw_; none: without it",
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--providers", nargs="+", default=["cuda", "triton"] if _device() == "cuda" else ["cpp"])

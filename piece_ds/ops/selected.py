@@ -97,7 +97,7 @@ def sparse_adamw_(
         weight_holds_value: weight[index] is value, rounded, before the step too, as every step leaves it: only what
             rounds to other bits than before is written. The result is the same.
     Cost: 24 bytes read and 12 written per selected element, and a cache line of the weight read and written for each
-        that is written. At lr 1e-5 about 7 % of bf16 weights change in a step.
+        that is written: of bf16 weights of deviation 0.02 some 7 % in a step of 2.5e-6 on average.
     Source: decoupled weight decay, arXiv 1711.05101, in the order of torch.optim.AdamW.
     """
     load_for(grad)
