@@ -34,18 +34,29 @@ WORKER = Path(__file__).resolve().parent / "cost_worker.py"
 def main() -> None:
     options = _options()
     rows: list[dict[str, Any]] = []
+    versions = {"deepspeed": deepspeed.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    path = Path(options.output or RESULTS / f"cost-{device_name()}.csv")
     for dtype in options.dtypes:
         for zero in options.zero:
-            alone = {m: _worker(options, zero, dtype, [m], options.repeats if options.apart else 2)
-                     for m in options.methods}  # fmt: skip
-            together = {} if options.apart else _worker(options, zero, dtype, options.methods, options.repeats)
-            for method in options.methods:
-                times = _with_ratios(alone, method) if options.apart else together[method]
-                rows.append({**times, "peak_bytes": alone[method][method]["peak_bytes"]})
-                _print(rows[-1])
-    versions = {"deepspeed": deepspeed.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    path = RESULTS / f"cost-{device_name()}.csv"
-    write_rows(path, rows, **versions)
+            if options.in_turn:
+                found = _worker(options, zero, dtype, options.methods, options.repeats)
+                measured = [{**_with_ratios({m: {m: row} for m, row in found.items()}, method)} for method in found]
+            else:
+                alone = {m: _worker(options, zero, dtype, [m], options.repeats if options.apart else 2)
+                         for m in options.methods}  # fmt: skip
+                together = {} if options.apart else _worker(options, zero, dtype, options.methods, options.repeats)
+                measured = [
+                    {
+                        **(_with_ratios(alone, method) if options.apart else together[method]),
+                        "peak_bytes": alone[method][method]["peak_bytes"],
+                    }
+                    for method in options.methods
+                ]
+            for row in measured:
+                rows.append(row)
+                _print(row)
+            if rows:  # what is there so far outlives whatever comes
+                write_rows(path, rows, **versions)
     print(f"written to {path}")
 
 
@@ -53,14 +64,27 @@ def _worker(options: argparse.Namespace, zero: str, dtype: str, methods: list[st
     """Method -> row, measured in a process group of their own."""
     with tempfile.NamedTemporaryFile() as file:
         arguments = [str(WORKER), "--shape", options.shape, "--zero", zero, "--dtype", dtype, "--output", file.name,
-                     "--repeats", str(repeats), "--methods", *methods]  # fmt: skip
+                     "--repeats", str(repeats), "--layers", str(options.layers),
+                     *(["--in_turn"] if options.in_turn else []), "--methods", *methods]  # fmt: skip
         launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(options.ranks), "--master_port",
                     str(29500 + os.getpid() % 1000)]  # fmt: skip
-        command = [sys.executable, *([] if zero == "none" else launcher), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        alone = options.ranks == 1  # a launcher would import torch and deepspeed twice more
+        command = [sys.executable, *([] if zero == "none" or alone else launcher), *arguments]
+        environment = dict(os.environ)
+        if alone and zero != "none":
+            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": launcher[-1]}  # fmt: skip
+        try:
+            done = subprocess.run(command, capture_output=not options.in_turn, text=True,
+                                  timeout=options.seconds or None, env=environment)  # fmt: skip
+            failed = bool(done.returncode)
+        except subprocess.TimeoutExpired:
+            done, failed = None, True
+        content = Path(file.name).read_bytes()
+        if failed and not options.in_turn:
+            assert done is not None
             sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-        rows: dict[str, Any] = pickle.loads(Path(file.name).read_bytes())
+        rows: dict[str, Any] = pickle.loads(content) if content else {}
     return rows
 
 
@@ -86,6 +110,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--apart", action="store_true", help="one method at a time")
+    parser.add_argument("--in_turn", action="store_true", help="one method at a time, all in one process")
+    parser.add_argument("--layers", type=int, default=0, help="another number of layers than the shape's")
+    parser.add_argument("--seconds", type=float, default=0, help="most for one process; what it has by then counts")
+    parser.add_argument("--output", default="", help="another file than results/cost-<device>.csv")
     parser.add_argument("--zero", nargs="+", default=["none", "3"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))

@@ -41,7 +41,9 @@ def with_deepspeed(method: str, model: nn.Module, config: dict[str, Any]) -> Tra
         parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True, **ADAMW)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    update = attach(engine, select(layout_of(model), "random", RATIO)) if method in ("masked", "compact") else None
+    update = None
+    if method in ("masked", "compact"):
+        update = attach(engine, select(layout_of(model), "random", RATIO, device=engine.device))
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         engine.backward(engine(**batch).loss)
@@ -64,7 +66,10 @@ def _numel(param: nn.Parameter) -> int:
 def without_deepspeed(method: str, model: nn.Module) -> Trained:
     """Plain torch in one process: fp32 masters for 16-bit weights, as DeepSpeed keeps them."""
     model = _adapted(method, model)
-    mask = select(layout_of(model), "random", RATIO) if method in ("masked", "compact") else None
+    device = next(model.parameters()).device
+    mask = None
+    if method in ("masked", "compact"):
+        mask = select(layout_of(model), "random", RATIO, device=device)
     if method == "compact":
         assert mask is not None
         sparse = SparseAdamW(model, mask, **ADAMW)

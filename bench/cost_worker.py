@@ -1,13 +1,16 @@
 """One process of bench/cost.py: methods that take turns on one model shape, precision and ZeRO stage."""
 
 import argparse
+import gc
 import os
 import pickle
 import resource
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,9 @@ def main() -> None:
         start_distributed()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size()))
+    if options.in_turn:
+        _in_turn(options, device)
+        return
     before = _peak_bytes()
     contestants: dict[str, Trained] = {}
     seconds: dict[str, list[float]] = {}
@@ -56,6 +62,51 @@ def main() -> None:
             raise
     peak = _peak_bytes() - before if seconds else None
     rows = {method: _row(method, options, num_params, seconds, contestants, peak) for method in options.methods}
+    _write(rows, options)
+
+
+def _in_turn(options: argparse.Namespace, device: torch.device) -> None:
+    """One method after another in this process, each alone in memory; what is measured is written at once."""
+    rows: dict[str, Any] = {}
+    for method in options.methods:
+        _free()
+        before, seconds, num_params, contestants = _used_bytes(), {}, 0, {}
+        try:
+            model = _model(options, device)
+            num_params = sum(p.numel() for p in model.parameters())
+            contestants[method] = _trained(method, model, options)
+            del model
+            seconds = _race(contestants, _batch(options, device), options.repeats)
+            failure = ""
+        except torch.OutOfMemoryError:
+            failure = "out of memory"
+        except Exception as error:  # the other methods are worth having
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            traceback.print_exc()
+        model = None  # noqa: F841 - after a failure it still holds one
+        peak = _peak_bytes() - before if seconds else None
+        rows[method] = _row(method, options, num_params, seconds, contestants, peak) | {"failure": failure}
+        print(f"{method:<8} zero {options.zero} {options.dtype} {rows[method]['step_ms'] or failure} ms", flush=True)
+        for trained in contestants.values():
+            with suppress(Exception):
+                trained.close()
+        contestants.clear()
+        _write(rows, options)
+
+
+def _free() -> None:
+    """What the last method held: engines are cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _used_bytes() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _peak_bytes()
+
+
+def _write(rows: dict[str, Any], options: argparse.Namespace) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         Path(options.output).write_bytes(pickle.dumps(rows))
 
@@ -92,6 +143,7 @@ def _row(
     return {
         "method": method,
         "params": num_params,
+        "layers": options.layers or SHAPES[options.shape]["num_hidden_layers"],
         "world": world_size(),
         "zero": options.zero,
         "dtype": options.dtype,
@@ -130,7 +182,8 @@ def _peak_bytes() -> int:
 
 def _model(options: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(max_position_embeddings=TOKENS, use_cache=False, **SHAPES[options.shape])
+    shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
+    config = LlamaConfig(max_position_embeddings=TOKENS, use_cache=False, **shape)
     torch.set_default_dtype(DTYPES[options.dtype])
     with device:
         model = LlamaForCausalLM(config)
@@ -168,6 +221,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--output", required=True)
+    parser.add_argument("--layers", type=int, default=0, help="another number of layers than the shape's")
+    parser.add_argument("--in_turn", action="store_true", help="one method after another, each alone in memory")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser.parse_args()
 

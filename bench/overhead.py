@@ -39,15 +39,15 @@ def main() -> None:
     for stage in options.stages:
         for dtype in options.dtypes:
             rows += _measure(stage, dtype, options)
-    if dist.get_rank() == 0:
-        _write(rows, options)
+            if dist.get_rank() == 0:
+                _write(rows, options)
 
 
 def _measure(stage: int, dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     plain, masked, counted = (_engine(stage, dtype, options) for _ in range(3))
     batch = _batch(options, plain.device)
     layout = layout_of(masked.module)
-    attach(masked, select(layout, "random", 0.001))
+    attach(masked, select(layout, "random", 0.001, device=masked.device))
     micro_batches = [{k: v.cpu() for k, v in batch.items()}] * dist.get_world_size()  # one for each rank
 
     def forward_backward(engine: Any) -> None:
@@ -131,7 +131,8 @@ def _engine(stage: int, dtype: str, options: argparse.Namespace) -> Any:
         num_key_value_heads=options.hidden // 64,
         max_position_embeddings=options.tokens,
     )
-    model = LlamaForCausalLM(config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
     model.get_input_embeddings().weight.requires_grad_(False)
     options.params = sum(p.numel() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]

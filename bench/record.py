@@ -19,7 +19,7 @@ def device_name() -> str:
 
 def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
     """One CSV line per row, with device, torch, further versions, commit and date at its end."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("PIECE_DS_COMMIT") or _commit()
     facts = {"device": device_name(), "torch": torch.__version__, **versions, "commit": commit,
              "date": date.today().isoformat()}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,3 +27,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
         writer = csv.DictWriter(file, [*rows[0], *facts])
         writer.writeheader()
         writer.writerows({**row, **facts} for row in rows)
+
+
+def _commit() -> str:
+    """Of the working tree; empty where there is no git, or no repository."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

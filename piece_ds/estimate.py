@@ -67,7 +67,7 @@ def estimate_mask(
     def weight_of(name: str, start: int, numel: int) -> Tensor:
         return read_weight(params[name], start, numel)
 
-    return select(layout, method, ratio, stats, weight_of, budget, lam, seed, candidates)
+    return select(layout, method, ratio, stats, weight_of, budget, lam, seed, candidates, device or engine.device)
 
 
 def count_selected(method: str, model: nn.Module, ratio: float, seed: int = 42, task: str = "") -> int:

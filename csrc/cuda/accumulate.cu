@@ -19,30 +19,50 @@ __global__ void __launch_bounds__(kThreads)
     accumulate_kernel(const T* __restrict__ grad, float* __restrict__ sum, float* __restrict__ square, Range range,
                       float scale, int64_t* num_nonfinite, Filter filter) {
   uint32_t num_bad = 0;
-  for_each_pack<width>(range, [&](auto packed, int64_t i) {
-    constexpr int w = decltype(packed)::value;
-    const auto g = load<w>(grad + i);
-    auto squares = load<w>(square + i);
-    Pack<float, w> sums{};
-    if constexpr (with_sum) sums = load<w>(sum + i);
+  const auto add_to_sums = [&](auto packed, const auto& g, auto& sums, auto& squares) {
 #pragma unroll
-    for (int j = 0; j < w; ++j) {
+    for (int j = 0; j < decltype(packed)::value; ++j) {
       const float x = to_float(g.v[j]);
       num_bad += !is_finite(x);
       const float value = gradient(x, scale);
       if constexpr (with_sum) sums.v[j] = add(sums.v[j], value);
       squares.v[j] = add_square(squares.v[j], value);
     }
-    if constexpr (with_sum) store<w>(sum + i, sums);
-    store<w>(square + i, squares);
+  };
+  const auto look = [&](auto packed, int64_t i, const auto& sums, const auto& squares) {
     if constexpr (filtered) {
 #pragma unroll
-      for (int j = 0; j < w; ++j) {
-        append_if_reached<with_sum>(filter.found, filter.bound, sums.v[j], squares.v[j], filter.lam,
-                                    filter.offset + i + j);
+      for (int j = 0; j < decltype(packed)::value; ++j) {
+        append_if_reached<with_sum>(filter.found, filter.bound, sums.v[j], squares.v[j], filter.lam, filter.offset + i + j);
       }
     }
-  });
+  };
+  const auto single = [&](int64_t i) {
+    const auto g = load<1>(grad + i);
+    auto squares = load<1>(square + i);
+    Pack<float, 1> sums{};
+    if constexpr (with_sum) sums = load<1>(sum + i);
+    add_to_sums(Width<1>{}, g, sums, squares);
+    if constexpr (with_sum) store<1>(sum + i, sums);
+    store<1>(square + i, squares);
+    look(Width<1>{}, i, sums, squares);
+  };
+  if constexpr (width == 1) {
+    for_each_pack<1>(range, [&](auto, int64_t i) { single(i); });
+  } else {
+    for_each_tile<4>(range, [&](int64_t i, int64_t k) {
+      const auto g = load<4>(grad + i), h = load<4>(grad + k);
+      auto squares = load<4>(square + i), squares2 = load<4>(square + k);
+      Pack<float, 4> sums{}, sums2{};
+      if constexpr (with_sum) sums = load<4>(sum + i), sums2 = load<4>(sum + k);
+      add_to_sums(Width<4>{}, g, sums, squares);
+      add_to_sums(Width<4>{}, h, sums2, squares2);
+      if constexpr (with_sum) store<4>(sum + i, sums), store<4>(sum + k, sums2);
+      store<4>(square + i, squares), store<4>(square + k, squares2);
+      look(Width<4>{}, i, sums, squares);
+      look(Width<4>{}, k, sums2, squares2);
+    }, single);
+  }
   add_warp_to(num_nonfinite, num_bad);
 }
 
@@ -52,7 +72,7 @@ cudaError_t launch(DType dtype, const void* grad, float* sum, float* square, int
   if (n == 0) return cudaSuccess;
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int vector = 16 / sizeof(T);
+    constexpr int vector = 4;  // 16 bytes of the sums; of 16-bit gradients 8
     const T* g = static_cast<const T*>(grad);
     with_alignment<vector>(
         n,

@@ -81,6 +81,24 @@ __device__ __forceinline__ void for_each_pack(const Range& range, Body body) {
   }
 }
 
+// body(i, i + 32 * width) for two packs of `width` elements a thread, side by side over its warp: with 16 bytes a pack each
+// access of the warp is one run of 512 bytes, and twice as many are on their way. What is left goes to for_each_pack.
+template <int width, typename Two, typename One>
+__device__ __forceinline__ void for_each_tile(const Range& range, Two two, One one) {
+  constexpr int64_t kTileElements = 64 * width;
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int64_t num_warps = static_cast<int64_t>(gridDim.x) * blockDim.x / 32;
+  const int64_t num_tiles = (range.n - range.head) / kTileElements;
+  for (int64_t tile = warp; tile < num_tiles; tile += num_warps) {
+    const int64_t i = range.head + tile * kTileElements + threadIdx.x % 32 * width;
+    two(i, i + 32 * width);
+  }
+  const int64_t rest = range.head + num_tiles * kTileElements;  // fewer than a tile, and the head
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = thread; i < range.head + (range.n - rest); i += num_threads) one(i < range.head ? i : i - range.head + rest);
+}
+
 // Calls run(Width<w>, range): w = width where the pointers can be aligned together, 1 where they cannot.
 template <int width, typename Run, typename... T>
 void with_alignment(int64_t n, Run run, const T*... pointers) {

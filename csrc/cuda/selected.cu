@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads)
 // ---- apply_mask_ ----
 
 // Partial sums are those of fixed ranges of 4096 selected elements, whatever the machine: their order never changes.
-constexpr int64_t kSelectedPerPartial = 16 * kThreads;
+constexpr int kSelectedPerThread = 4;
+constexpr int64_t kSelectedPerPartial = kSelectedPerThread * kThreads;
 
 // The sum over the block; only thread 0 has it. A tree of fixed shape.
 __device__ __forceinline__ double block_sum(double value) {
@@ -53,11 +54,28 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kSelectedPerPartial;
   uint32_t num_bad = 0;
   double norm = 0.0;
-  for (int64_t j = first + threadIdx.x; j < k && j < first + kSelectedPerPartial; j += kThreads) {
-    T value = grad[position(index, j, n)];
-    if (scaled) value = from_float<T>(mul(to_float(value), scale));
-    kept[j] = value;
-    const float x = to_float(value);
+  // Positions first, then the gradient's entries: four of each are on their way at once.
+  int64_t i[kSelectedPerThread];
+  T value[kSelectedPerThread];
+#pragma unroll
+  for (int u = 0; u < kSelectedPerThread; ++u) {
+    const int64_t j = first + u * kThreads + threadIdx.x;
+    i[u] = j < k ? index[j] : -1;
+  }
+#pragma unroll
+  for (int u = 0; u < kSelectedPerThread; ++u) {
+    const bool exists = first + u * kThreads + threadIdx.x < k;
+    const bool inside = i[u] >= 0 && i[u] < n;
+    assert((!exists || inside) && "piece_ds: a position in index lies outside of its tensor");
+    value[u] = inside ? grad[i[u]] : T{};
+  }
+#pragma unroll
+  for (int u = 0; u < kSelectedPerThread; ++u) {
+    const int64_t j = first + u * kThreads + threadIdx.x;
+    if (j >= k) continue;
+    if (scaled) value[u] = from_float<T>(mul(to_float(value[u]), scale));
+    kept[j] = value[u];
+    const float x = to_float(value[u]);
     num_bad += !is_finite(x);
     norm += static_cast<double>(x) * x;  // the square of a float is exact in fp64
   }

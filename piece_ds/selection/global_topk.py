@@ -28,6 +28,7 @@ def select(
     lam: float = 1.0,
     seed: int = 0,
     candidates: ops.Candidates | None = None,
+    device: torch.device | str | None = None,
 ) -> Mask:
     """Select the highest-scoring elements of the model. A collective: every rank calls it.
 
@@ -41,6 +42,7 @@ def select(
         lam: lambda of piece-s.
         seed: of `random`.
         candidates: elements proven to contain the selection (see LastPassFilter), which spares the pass over stats.
+        device: where methods without statistics compute; None means where stats are, else the CPU.
     Returns:
         Mask with exactly k selected elements.
     Raises:
@@ -55,7 +57,7 @@ def select(
     groups = budget_groups(layout, ratio, budget)
     num_to_take = [k for _, k in groups]
     group_of = {name: group for group, (names, _) in enumerate(groups) for name in names}
-    device = stats.square_sum.device if stats is not None else torch.device("cpu")
+    device = stats.square_sum.device if stats is not None else torch.device(device or "cpu")
     runs: Runs = ScoreSource(layout, group_of, scorer, stats, weight_of, device, lam, seed)
     candidates = candidates or find_candidates(runs, num_to_take, layout, device)
     if candidates is not None:

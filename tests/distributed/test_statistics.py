@@ -9,10 +9,10 @@ from support import vision
 from support.models import make_model
 from support.oracle import score, top_k
 from support.selection_cases import as_set
-from support.statistics_cases import METHODS, PLAIN, RATIOS, SPECIAL, VISION, WORLD_SIZES, oracle_of
+from support.statistics_cases import METHODS, PLAIN, RATIOS, SPECIAL, VISION, WORLD_SIZES, Case, fp64_sums_of, oracle_of
 from support.statistics_results import statistics_result as result
 
-# |error| / largest entry of the tensor: fp32 gradients summed in fp32 against the same summed in fp64.
+# |difference| / largest entry of the tensor. The sums themselves are added in fp32 here and in fp64 by the oracle.
 TOLERANCE = 1e-6
 TOLERANCE_OF_OTHER_PADDING = 1e-5  # the oracle of models that read images pads on the other side
 
@@ -27,13 +27,25 @@ def relative_error(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> f
     return max(float(np.abs(got[name] - want[name]).max() / scale[name]) for name in want)
 
 
+def own_error(case: Case, which: int) -> float:
+    """How far plain PyTorch is from products in fp64: the room that another order of products may take.
+
+    ZeRO-3 multiplies in another order than nn.Linear, and how much that changes depends on the processor. Of 16-bit
+    gradients this would be a thousand times the tolerance and hide everything: none is given.
+    """
+    if case.setup.dtype != "fp32" or case.poison:
+        return 0.0
+    return relative_error(oracle_of(case)[which], fp64_sums_of(case)[which])
+
+
 @pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
 def test_sums_equal_plain_pytorch(job: Any, name: str, ranks: int) -> None:
     got = result(job, name, ranks)
-    sums, squares, _ = oracle_of(CASES[name])
-    tolerance = TOLERANCE_OF_OTHER_PADDING if CASES[name].family in vision.FAMILIES else TOLERANCE
-    assert relative_error(got["squares"], squares) <= tolerance
-    assert relative_error(got["sums"], sums) <= tolerance
+    case = CASES[name]
+    sums, squares, _ = oracle_of(case)
+    tolerance = TOLERANCE_OF_OTHER_PADDING if case.family in vision.FAMILIES else TOLERANCE
+    assert relative_error(got["sums"], sums) <= tolerance + own_error(case, 0)
+    assert relative_error(got["squares"], squares) <= tolerance + own_error(case, 1)
     assert all(array.dtype == np.float32 for array in (*got["sums"].values(), *got["squares"].values()))
 
 

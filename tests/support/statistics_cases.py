@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from unittest import mock
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from support import vision
 from support.engines import DTYPES, FP32_ACCUMULATION, Setup
@@ -115,6 +116,23 @@ SPECIAL |= {
 def oracle_of(case: Case) -> tuple[Arrays, Arrays, int]:
     """(G, F, number of elements of the model) by plain PyTorch, without DeepSpeed, dropout or checkpointing."""
     model = cast_parameters(make_model(case.family), DTYPES[case.setup.dtype])
+    sums, squares = _sums_of(case, model)
+    return sums, squares, sum(p.numel() for p in model.parameters())
+
+
+@cache
+def fp64_sums_of(case: Case) -> tuple[Arrays, Arrays]:
+    """(G, F) of an fp32 case whose linear layers multiply in fp64: as far from plain PyTorch as its own rounding."""
+    with mock.patch.object(nn.Linear, "forward", _linear_in_fp64):
+        return _sums_of(case, make_model(case.family))
+
+
+def _linear_in_fp64(self: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if self.bias is None else self.bias.double()
+    return nn.functional.linear(x.double(), self.weight.double(), bias).to(x.dtype)
+
+
+def _sums_of(case: Case, model: nn.Module) -> tuple[Arrays, Arrays]:
     scale = 1024.0 if case.setup.dtype == "fp16" else 1.0
     batches = case.batches()
     if case.family in vision.FAMILIES:
@@ -123,8 +141,7 @@ def oracle_of(case: Case) -> tuple[Arrays, Arrays, int]:
         for name, param in model.named_parameters():
             if vision.is_in_tower(case.family, name) and not (case.eligible and fnmatchcase(name, case.eligible)):
                 param.requires_grad_(False)
-    sums, squares = gradient_sums(model, batches, embedding_name(case.family), scale)
-    return sums, squares, sum(p.numel() for p in model.parameters())
+    return gradient_sums(model, batches, embedding_name(case.family), scale)
 
 
 Setup.__hash__ = lambda self: hash(repr(self))  # type: ignore[method-assign] - dicts inside, never changed
