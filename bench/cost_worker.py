@@ -21,8 +21,8 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.cost_methods import Trained, with_deepspeed, without_deepspeed
-from piece_ds.command import start_distributed
-from piece_ds.distributed import world_size
+from piece_ds.runtime.distributed import world_size
+from piece_ds.runtime.process import start_distributed
 
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,

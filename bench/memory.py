@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.record import write_rows
 from piece_ds import attach, layout_of, prepare_compact, select
-from piece_ds.command import start_distributed
+from piece_ds.runtime.process import start_distributed
 
 RATIO = 0.001
 MODES = ("plain", "masked", "compact")

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.record import device_name, write_rows
 from piece_ds import attach, collect_statistics, layout_of, select
-from piece_ds.command import start_distributed
+from piece_ds.runtime.process import start_distributed
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -18,13 +18,13 @@ __version__ = "0.1.0"
 _HOME = {
     "attach": "piece_ds.update",
     "collect_statistics": "piece_ds.zero",
-    "estimate_mask": "piece_ds.estimate",
-    "layout_of": "piece_ds.state.partition",
+    "estimate_mask": "piece_ds.methods.estimate",
+    "layout_of": "piece_ds.models.layout",
     "load_mask": "piece_ds.checkpoint",
     "load_statistics": "piece_ds.checkpoint",
     "Mask": "piece_ds.state.mask",
-    "MicroBatches": "piece_ds.stream.micro_batches",
-    "PieceCallback": "piece_ds.callback",
+    "MicroBatches": "piece_ds.data.collate",
+    "PieceCallback": "piece_ds.training.callback",
     "prepare_compact": "piece_ds.update",
     "save_mask": "piece_ds.checkpoint",
     "save_statistics": "piece_ds.checkpoint",
@@ -51,16 +51,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from piece_ds.callback import PieceCallback
-    from piece_ds.checkpoint import load_mask, load_statistics, save_mask, save_statistics
-    from piece_ds.estimate import estimate_mask
-    from piece_ds.selection import select
+    from piece_ds.checkpoint.mask_file import load_mask, save_mask
+    from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+    from piece_ds.data.collate import MicroBatches
+    from piece_ds.methods.estimate import estimate_mask
+    from piece_ds.models.layout import layout_of
+    from piece_ds.selection.top_k import select
     from piece_ds.state.mask import Mask
-    from piece_ds.state.partition import layout_of
-    from piece_ds.stream.micro_batches import MicroBatches
-    from piece_ds.update import attach, prepare_compact
+    from piece_ds.training.callback import PieceCallback
+    from piece_ds.update.attach import attach, prepare_compact
     from piece_ds.update.sparse_adamw import SparseAdamW
-    from piece_ds.zero import collect_statistics
+    from piece_ds.zero.statistics import collect_statistics
 
 
 def __getattr__(name: str) -> object:

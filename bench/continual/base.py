@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.continual.material import Material, collect
 from bench.continual.recipe import BaseRecipe, digest
-from piece_ds.files import write_json, write_text
+from piece_ds.runtime.files import write_json, write_text
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 GENERAL_NAME = "general.jsonl"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from bench.continual.curves import LOST, Method, number, start_and_best
 from bench.continual.grid import MAIN_RATIO
-from piece_ds.report.canvas import LINE_COLORS, LINE_STYLES, MARKERS, figure_style, png
+from piece_ds.report.style import LINE_COLORS, LINE_STYLES, MARKERS, figure_style, png
 
 EQUAL_K = ("piece-s", "piece-f", "piece-ratio", "random", "magnitude")
 OF_RATIO = ("piece-s", "piece-ratio", "random")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
 
-from piece_ds.report.seeds import Interval, interval
+from piece_ds.report.groups import Interval, interval
 
 
 @dataclass(frozen=True)

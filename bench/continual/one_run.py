@@ -15,13 +15,14 @@ from bench.continual.recipe import StreamRecipe
 from bench.continual.resources import peak_memory_bytes, written_bytes, zero_peak_memory
 from bench.continual.tasks import StreamFiles
 from bench.record import device_name
-from piece_ds.arguments import Settings, parse
-from piece_ds.evaluation import evaluate_loss
-from piece_ds.evaluation.measure import difference
-from piece_ds.flags import default_flags
-from piece_ds.report import RunResults
-from piece_ds.stream import load_general, make_collator
-from piece_ds.train_run import train
+from piece_ds.cli.run import train
+from piece_ds.config.defaults import default_flags
+from piece_ds.config.parsing import Settings, parse
+from piece_ds.data.image_collate import make_collator
+from piece_ds.data.tasks import load_general
+from piece_ds.evaluation.loss import evaluate_loss
+from piece_ds.evaluation.matrix import difference
+from piece_ds.report.results import RunResults
 
 CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero0.json"
 

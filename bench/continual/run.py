@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.continual.grid import SEEDS, SWEEPS, Setting, settings_in_order
 from bench.continual.recipe import BaseRecipe, StreamRecipe, digest
 from bench.continual.runs_file import add_run, not_done, read_runs
-from piece_ds.checks import check_method
-from piece_ds.command import run_command
-from piece_ds.errors import UserError
+from piece_ds.preflight.checks import check_method
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.process import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"

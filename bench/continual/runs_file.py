@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.continual.grid import Setting
-from piece_ds.files import write_text
+from piece_ds.runtime.files import write_text
 
 Record = dict[str, str]
 KEY = ("method", "ratio", "rate", "seed")

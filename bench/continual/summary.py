@@ -16,7 +16,7 @@ from bench.continual.figure import frontier_figure
 from bench.continual.run import RESULTS
 from bench.continual.runs_file import read_runs
 from bench.continual.tables import summary_page
-from piece_ds.files import write_text, write_whole
+from piece_ds.runtime.files import write_text, write_whole
 
 
 def main() -> None:

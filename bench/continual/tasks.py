@@ -9,9 +9,9 @@ from typing import Any
 
 from bench.continual.base import GENERAL_NAME
 from bench.continual.recipe import StreamRecipe
-from piece_ds.embedded.rows import write_jsonl
-from piece_ds.errors import UserError
-from piece_ds.files import write_json
+from piece_ds.demo.tasks import write_jsonl
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_json
 
 Row = dict[str, str]
 NUM_IMPORTANCE_PIECES = 128

@@ -12,29 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from piece_ds.checkpoint.fingerprint import checksum_of
-from piece_ds.checkpoint.metadata import describe
-from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hexadecimal, weights_fingerprint
-from piece_ds.distributed import barrier, is_main
-from piece_ds.errors import UserError
-from piece_ds.files import write_whole
+from piece_ds.checkpoint.metadata import checksum_of, describe
+from piece_ds.runtime.distributed import barrier, is_main
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_whole
 from piece_ds.state.mask import Mask, gather_fragments
-from piece_ds.zero.weights import read_weight
+from piece_ds.state.weights_hash import bits_of, hash_elements, hexadecimal
+from piece_ds.zero.weights import read_selected, weights_fingerprint
 
 INT32_MAX = 2**31 - 1
-
-
-def read_selected(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
-    """Copies of the selected weights that this rank owns: name -> values on the CPU in the parameter's dtype."""
-    params = dict(model.named_parameters())
-    values = {}
-    for info in mask.layout.parameters:
-        if info.name in mask.index:
-            part = mask.layout.partition(info)
-            weight = read_weight(params[info.name], part.start, part.numel)
-            index = (mask.index[info.name] - part.start).to(weight.device)
-            values[info.name] = weight[index].cpu()
-    return values
 
 
 def save_delta(

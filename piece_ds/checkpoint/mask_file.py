@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from piece_ds import ops
-from piece_ds.checkpoint.fingerprint import checksum, model_fingerprint
-from piece_ds.checkpoint.metadata import VERSION, describe
-from piece_ds.distributed import all_reduce_sum_, barrier, broadcast_object, is_main
-from piece_ds.errors import UserError, nearest
-from piece_ds.files import write_whole
+from piece_ds.checkpoint.metadata import VERSION, checksum, describe, model_fingerprint
+from piece_ds.runtime.distributed import all_reduce_sum_, barrier, broadcast_object, is_main
+from piece_ds.runtime.errors import UserError, nearest
+from piece_ds.runtime.files import write_whole
 from piece_ds.state.mask import Mask, collective_device
 from piece_ds.state.partition import Layout
 

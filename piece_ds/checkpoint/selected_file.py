@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from piece_ds.checkpoint.fingerprint import checksum
-from piece_ds.checkpoint.metadata import VERSION, describe
-from piece_ds.distributed import barrier, is_main
-from piece_ds.errors import UserError
-from piece_ds.files import write_whole
+from piece_ds.checkpoint.metadata import VERSION, checksum, describe
+from piece_ds.runtime.distributed import barrier, is_main
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_whole
 from piece_ds.state.mask import Mask
 from piece_ds.zero.selected_state import MOMENTS, SelectedState
 

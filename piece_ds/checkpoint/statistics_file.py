@@ -4,6 +4,7 @@ With them another ratio, budget or method (of the same needs) is a selection, no
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,59 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from piece_ds.checkpoint.fingerprint import checksum, checksum_of, model_fingerprint
-from piece_ds.distributed import barrier, is_main
-from piece_ds.errors import UserError
-from piece_ds.files import write_json, write_whole
+from piece_ds.checkpoint.metadata import checksum, checksum_of, model_fingerprint
+from piece_ds.runtime.distributed import barrier, broadcast_object, is_main
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_json, write_whole
+from piece_ds.runtime.signals import leave_if_asked, stop_asked
 from piece_ds.state.partition import Layout, partition_of
 from piece_ds.state.statistics import GradientStats, empty_stats
+
+
+class PartialStatistics:
+    """A Keeper for collect_statistics(): keeps at intervals, and before a signal ends the run."""
+
+    def __init__(self, folder: Path, rounds: int, source: dict[str, object]) -> None:
+        """
+        Args:
+            folder: the task's own; removed by forget().
+            rounds: of micro-batches (one a rank) between keepings; 0 keeps only when a signal asks the run to end.
+            source: what the sums are of; sums of something else are refused.
+        """
+        self.folder, self.rounds, self.source = folder, rounds, source
+        self._num_rounds = 0
+
+    def begin(self, stats: GradientStats) -> None:
+        """Fill stats with the newest sums kept, if there are any."""
+        kept = broadcast_object(self._newest() if is_main() else None)
+        if kept is not None:
+            load_statistics_into(stats, kept, self.source)
+
+    def is_due(self, num_done: int) -> bool:
+        """At every interval, and when a signal asks the run to end. A collective."""
+        self._num_rounds += 1
+        return stop_asked() or (self.rounds > 0 and self._num_rounds % self.rounds == 0)
+
+    def keep(self, stats: GradientStats) -> None:
+        """Write them, remove the ones before, and end the run where that was asked."""
+        place = self.folder / f"{stats.num_micro_batches:09d}"
+        save_statistics(place, stats, self.source)
+        if is_main():
+            for other in self.folder.iterdir():
+                if other != place:
+                    shutil.rmtree(other)
+        barrier()
+        leave_if_asked(f"after {stats.num_micro_batches} micro-batches of statistics")
+
+    def forget(self) -> None:
+        """The sums have been used."""
+        if is_main():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _newest(self) -> Path | None:
+        complete = [path for path in self.folder.glob("*") if has_statistics(path)]
+        return max(complete, default=None)
+
 
 INDEX, FORMAT, VERSION = "statistics.json", "piece-statistics", 1
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from piece_ds.checkpoint.fingerprint import checksum
+from piece_ds.checkpoint.metadata import checksum
 from piece_ds.deltas.delta import Change, Delta
-from piece_ds.errors import UserError
-from piece_ds.files import write_whole
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_whole
 
 INT32_MAX = 2**31 - 1
 

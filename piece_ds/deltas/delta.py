@@ -10,9 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from piece_ds.checkpoint.fingerprint import checksum
-from piece_ds.checkpoint.metadata import VERSION
-from piece_ds.errors import UserError
+from piece_ds.checkpoint.metadata import VERSION, checksum
+from piece_ds.runtime.errors import UserError
 
 DELTA_NAME = "delta.safetensors"
 PARTS = ("indices", "values", "previous")

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from piece_ds.deltas.delta import Change, Delta
-from piece_ds.errors import UserError
-from piece_ds.files import write_json, write_whole
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_json, write_whole
 
 INT32_MAX = 2**31 - 1
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from piece_ds.errors import UserError
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import Layout
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"

@@ -15,8 +15,8 @@ from piece_ds.deltas.delta import Delta
 from piece_ds.deltas.folder import ModelFolder, map_bits
 from piece_ds.deltas.record import RECORD_NAME, Entry, Record, read_record, write_record
 from piece_ds.deltas.verify import Step, file_fingerprint, verify
-from piece_ds.errors import UserError
-from piece_ds.files import write_whole
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_whole
 
 
 def patch_to(folder: ModelFolder, steps: Sequence[Step], output: Path | str, with_record: bool = True) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from piece_ds.deltas.delta import Delta
-from piece_ds.errors import UserError
-from piece_ds.files import write_json
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_json
 
 RECORD_NAME = "piece_ds.json"
 

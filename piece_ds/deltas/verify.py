@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from piece_ds.checkpoint.fingerprint import model_fingerprint
-from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hash_range, hexadecimal
+from piece_ds.checkpoint.metadata import model_fingerprint
 from piece_ds.deltas.delta import Delta
 from piece_ds.deltas.folder import ModelFolder, map_bits
-from piece_ds.errors import UserError
+from piece_ds.runtime.errors import UserError
+from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range, hexadecimal
 
 
 @dataclass(frozen=True)

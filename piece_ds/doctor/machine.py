@@ -12,10 +12,10 @@ import torch
 
 from piece_ds.doctor.findings import BAD, GOOD, NOTE, Finding
 from piece_ds.doctor.processes import run_self_test
-from piece_ds.errors import UserError
 from piece_ds.ops import backends
-from piece_ds.ops.extension import compiler_version
-from piece_ds.run_folder import versions
+from piece_ds.ops.recipes import compiler_version
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.versions import versions
 
 _LITTLE_SPACE = 1 << 30  # a compiled kernel, a mask and a delta of an 8B model fit
 

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from piece_ds.command import start_distributed
-from piece_ds.distributed import all_gather_objects, collective_device, rank, world_size
 from piece_ds.doctor.findings import BAD, GOOD
+from piece_ds.runtime.distributed import all_gather_objects, collective_device, rank, world_size
+from piece_ds.runtime.process import start_distributed
 
 RATIO = 0.01
 
@@ -56,7 +56,8 @@ def _try_training() -> tuple[list[str], str]:
     """Statistics, a mask and a step at ZeRO-3; exactly the selected weights may change."""
     import deepspeed
 
-    from piece_ds import attach, estimate_mask, prepare_compact
+    from piece_ds.methods.estimate import estimate_mask
+    from piece_ds.update.attach import attach, prepare_compact
 
     model = _tiny_model()
     optimizer = torch.optim.AdamW(prepare_compact(model, ratio=RATIO).parameters(), lr=0.1)
@@ -108,7 +109,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all of the model's own weights, whole, flat, fp32. A collective."""
     import deepspeed
 
-    from piece_ds.state.values import PARAMETER_NAME
+    from piece_ds.state.selected_values import PARAMETER_NAME
 
     found = {}
     for name, param in model.named_parameters():

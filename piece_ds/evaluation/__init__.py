@@ -2,8 +2,7 @@
 
 from piece_ds.evaluation.generate import Decoding, Generated, generate_texts, is_partitioned
 from piece_ds.evaluation.loss import LossResult, count_labels, evaluate_loss
-from piece_ds.evaluation.matrix import ResultMatrix
-from piece_ds.evaluation.measure import Measure
+from piece_ds.evaluation.matrix import Measure, ResultMatrix
 from piece_ds.evaluation.scorers import Scorer, choose_scorers, get_scorer, scorer_names
 
 __all__ = [

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from piece_ds.distributed import all_gather_objects, world_size
-from piece_ds.evaluation.dealing import deal_batches
-from piece_ds.evaluation.mode import evaluating
-from piece_ds.progress import progress_bar
-from piece_ds.stop import leave_if_asked
+from piece_ds.evaluation.batches import deal_batches, evaluating
+from piece_ds.runtime.distributed import all_gather_objects, world_size
+from piece_ds.runtime.progress import progress_bar
+from piece_ds.runtime.signals import leave_if_asked
 
 
 @dataclass(frozen=True)

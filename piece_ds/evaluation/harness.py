@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from piece_ds.distributed import broadcast_object, is_main
-from piece_ds.errors import UserError, nearest
-from piece_ds.evaluation.mode import evaluating
+from piece_ds.evaluation.batches import evaluating
+from piece_ds.runtime.distributed import broadcast_object, is_main
+from piece_ds.runtime.errors import UserError, nearest
 
 OWN_TASKS = Path(__file__).with_name("harness_tasks")  # TRACE's eight, as YAML files of the harness
 

@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from piece_ds.distributed import all_gather_objects, rank, world_size
-from piece_ds.errors import UserError
 from piece_ds.evaluation.sandbox import check_sandbox, runs_to_its_end
-from piece_ds.progress import progress_bar
+from piece_ds.runtime.distributed import all_gather_objects, rank, world_size
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.progress import progress_bar
 
 # Where a function ends, as in the paper that made the benchmark (arXiv 2107.03374, section 2.1).
 _STOP = re.compile(r"\n(?:class|def|#|if|print)")

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from piece_ds.distributed import all_reduce_sum_
-from piece_ds.evaluation.dealing import deal_batches
-from piece_ds.evaluation.mode import evaluating
-from piece_ds.stop import leave_if_asked
+from piece_ds.evaluation.batches import deal_batches, evaluating
+from piece_ds.runtime.distributed import all_reduce_sum_
+from piece_ds.runtime.signals import leave_if_asked
 
 IGNORED_LABEL = -100
 Batch = dict[str, Tensor]

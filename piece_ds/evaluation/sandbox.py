@@ -12,7 +12,7 @@ import tempfile
 from math import ceil
 from pathlib import Path
 
-from piece_ds.errors import UserError
+from piece_ds.runtime.errors import UserError
 
 TIMEOUT_SECONDS = 5.0  # what the method's authors allow a HumanEval problem
 MEMORY_BYTES = 1 << 30

@@ -4,7 +4,6 @@ schema.py lists them, reference.py says exactly what they mean, backends.py choo
 `python -m piece_ds.ops` prints the choice.
 """
 
-from piece_ds.ops import reference, schema
 from piece_ds.ops.backends import load, provider
 from piece_ds.ops.masks import index_to_mask, mask_to_index
 from piece_ds.ops.scores import (

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from piece_ds.errors import UserError, nearest
 from piece_ds.ops import reference
 from piece_ds.ops.extension import load_extension
 from piece_ds.ops.schema import SCHEMAS
+from piece_ds.runtime.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from deepspeed.ops.op_builder.builder import (
 )
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
-from piece_ds.errors import UserError
-from piece_ds.ops.extension import CSRC, RECIPES, Recipe, load_extension, require_compiler
+from piece_ds.ops.recipes import CSRC, RECIPES, Recipe, require_compiler
+from piece_ds.runtime.errors import UserError
 
 
 class _PieceBuilder:
@@ -51,9 +51,6 @@ class _PieceBuilder:
 
     def libraries_args(self) -> list[str]:
         return []
-
-    def load(self, verbose: bool = False) -> Path:
-        return load_extension(self.device_type)
 
     def compile_in(self, folder: Path) -> None:
         """Build under folder, which nobody else uses, and load the result.

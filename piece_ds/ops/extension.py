@@ -6,83 +6,31 @@ ends, however it ends, and moves the finished library into place in one step.
 """
 
 import fcntl
-import hashlib
 import importlib.machinery
 import importlib.util
 import logging
 import os
 import platform
-import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from piece_ds.errors import UserError
+from piece_ds.ops.recipes import (
+    CSRC,
+    PACKAGE,
+    RECIPES,
+    _digest,
+    compiler_version,
+    require_compiler,
+)
+from piece_ds.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-PACKAGE = Path(__file__).resolve().parent
-CSRC = PACKAGE.parent / "csrc"
-
-# No -march: the instruction set is chosen at run time. No fused multiply-add: reference.py rounds every operation.
-_CXX_ARGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0")
-# torch's stable ABI of 2.10, so that one binary serves every later torch.
-_STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-_NVCC_ARGS = ("-O3", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", _STABLE_ABI)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a provider is compiled from and how.
-
-    Attributes:
-        name: first part of the library's name.
-        folders: folders of csrc whose files are compiled or included.
-        sources: files to compile, relative to csrc, as glob patterns.
-        cxx_args, nvcc_args: arguments of the compilers.
-    """
-
-    name: str
-    folders: tuple[str, ...]
-    sources: tuple[str, ...]
-    cxx_args: tuple[str, ...]
-    nvcc_args: tuple[str, ...] = ()
-
-    def source_files(self) -> list[Path]:
-        """Absolute paths of the files to compile, in a fixed order."""
-        return [path for pattern in self.sources for path in sorted(CSRC.glob(pattern))]
-
-    def library_name(self) -> str:
-        """name and a hash of sources, headers and arguments: what the library is, whatever compiled it."""
-        files = [path for folder in self.folders for path in sorted((CSRC / folder).rglob("*")) if path.is_file()]
-        parts = [*self.cxx_args, *self.nvcc_args]
-        for path in files:
-            parts += [str(path.relative_to(CSRC)), path.read_text(encoding="utf-8")]
-        return f"{self.name}_{_digest(parts)}"
-
-
-RECIPES = {
-    "cpu": Recipe(
-        "piece_ds_cpu",
-        ("include", "bind", "cpu"),
-        ("cpu/*.cpp", "bind/cpu.cpp"),
-        (*_CXX_ARGS, _STABLE_ABI),
-    ),
-    "cuda": Recipe(
-        "piece_ds_cuda",
-        ("include", "bind", "cuda"),
-        ("cuda/*.cu", "bind/cuda.cpp"),
-        (*_CXX_ARGS, _STABLE_ABI, "-DUSE_CUDA"),
-        _NVCC_ARGS,
-    ),
-}
 
 
 def load_extension(device_type: str) -> Path:
@@ -119,10 +67,6 @@ def load_extension(device_type: str) -> Path:
     return _import(name, path)
 
 
-def _digest(parts: list[str]) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-
-
 def _environment(device_type: str) -> list[str]:
     """What a binary depends on besides its sources and its compiler."""
     parts = [torch.__version__, platform.machine(), sys.implementation.cache_tag or ""]
@@ -130,25 +74,6 @@ def _environment(device_type: str) -> list[str]:
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         parts += [str(torch.version.cuda), os.environ.get("TORCH_CUDA_ARCH_LIST", ""), str(sorted(capabilities))]
     return parts
-
-
-def compiler_version() -> str:
-    """Command and version of the C++ compiler, empty where there is none."""
-    command = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(command[0]) is None:
-        return ""
-    output = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    return f"{shlex.join(command)} {output.partition(chr(10))[0]}"
-
-
-def require_compiler() -> None:
-    """Raise UserError where there is no C++ compiler."""
-    if not compiler_version():
-        raise UserError(
-            f"piece_ds compiles its kernels on first use and found no C++ compiler {os.environ.get('CXX') or 'c++'!r}: "
-            "install one (g++ of Debian and Ubuntu, gcc-c++ of Fedora), name one in CXX, or set "
-            "PIECE_DS_BACKEND=reference for the slow pure torch kernels"
-        )
 
 
 def _cache_folder() -> Path:

@@ -13,6 +13,32 @@ from torch import Tensor
 from piece_ds.ops.backends import load_for
 
 
+def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale: float, num_nonfinite: Tensor) -> None:
+    """Add one micro-batch's gradient to the running sums, in place.
+
+    Args:
+        grad: bf16, fp16 or fp32, 1-D, contiguous. Not modified.
+        grad_sum: fp32, as long as grad, or None where only squares are needed.
+        square_sum: fp32, as long as grad.
+        scale: factor applied in fp32 before both sums; the inverse of a loss scale.
+        num_nonfinite: int64, one element; receives the number of NaN and infinite entries, which count as 0.
+    Cost: reads grad once, reads and writes each sum once.
+    """
+    _check_sums(grad, grad_sum, square_sum)
+    load_for(grad)
+    torch.ops.piece_ds.accumulate_(grad, grad_sum, square_sum, scale, num_nonfinite)
+
+
+def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float = 1.0) -> Tensor:
+    """|grad_sum| / sqrt(square_sum + lam), or a copy of square_sum where grad_sum is None; fp32, >= +0, never NaN.
+
+    Source: arXiv 2511.15375, second-order normalization (PIECE-S) and Fisher (PIECE-F).
+    """
+    _check_lam(lam)
+    load_for(square_sum)
+    return torch.ops.piece_ds.score(grad_sum, square_sum, lam)
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Room for elements whose score reaches a bound.
@@ -34,31 +60,6 @@ class Candidates:
     @property
     def capacity(self) -> int:
         return self.score.numel()
-
-
-def empty_candidates(capacity: int, device: torch.device | str) -> Candidates:
-    """Room for capacity candidates: 12 bytes each."""
-    return Candidates(
-        torch.empty(capacity, dtype=torch.float32, device=device),
-        torch.empty(capacity, dtype=torch.int64, device=device),
-        torch.zeros(1, dtype=torch.int64, device=device),
-    )
-
-
-def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale: float, num_nonfinite: Tensor) -> None:
-    """Add one micro-batch's gradient to the running sums, in place.
-
-    Args:
-        grad: bf16, fp16 or fp32, 1-D, contiguous. Not modified.
-        grad_sum: fp32, as long as grad, or None where only squares are needed.
-        square_sum: fp32, as long as grad.
-        scale: factor applied in fp32 before both sums; the inverse of a loss scale.
-        num_nonfinite: int64, one element; receives the number of NaN and infinite entries, which count as 0.
-    Cost: reads grad once, reads and writes each sum once.
-    """
-    _check_sums(grad, grad_sum, square_sum)
-    load_for(grad)
-    torch.ops.piece_ds.accumulate_(grad, grad_sum, square_sum, scale, num_nonfinite)
 
 
 def accumulate_filter_(
@@ -91,14 +92,13 @@ def accumulate_filter_(
     )
 
 
-def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float = 1.0) -> Tensor:
-    """|grad_sum| / sqrt(square_sum + lam), or a copy of square_sum where grad_sum is None; fp32, >= +0, never NaN.
-
-    Source: arXiv 2511.15375, second-order normalization (PIECE-S) and Fisher (PIECE-F).
-    """
-    _check_lam(lam)
-    load_for(square_sum)
-    return torch.ops.piece_ds.score(grad_sum, square_sum, lam)
+def empty_candidates(capacity: int, device: torch.device | str) -> Candidates:
+    """Room for capacity candidates: 12 bytes each."""
+    return Candidates(
+        torch.empty(capacity, dtype=torch.float32, device=device),
+        torch.empty(capacity, dtype=torch.int64, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
 
 
 def score_histogram_(

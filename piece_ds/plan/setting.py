@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from piece_ds.errors import UserError
 from piece_ds.plan.shapes import ModelShape
+from piece_ds.runtime.errors import UserError
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 

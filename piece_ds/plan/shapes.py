@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from piece_ds.state.eligible import input_embedding
-from piece_ds.state.partition import full_shape, layout_of
+from piece_ds.models.eligible import input_embedding
+from piece_ds.models.layout import full_shape, layout_of
 
 # Published configurations; only what decides shapes.
 _QWEN = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from piece_ds.report.canvas import Look, figure_style, log_if_wide, looks, new_axes, png
+from piece_ds.report.style import Look, figure_style, log_if_wide, looks, new_axes, png
 
 MAX_LABELS = 24  # more labels than this cover the points
 # Points right, points up, alignment: labels of neighbouring lines stand on different sides of their points.

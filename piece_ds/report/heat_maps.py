@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from piece_ds.report.canvas import figure_style, label_ticks, new_axes, png, wrapped
+from piece_ds.report.style import figure_style, label_ticks, new_axes, png, wrapped
 
 # cividis is made to look the same with and without colour blindness, and its lightness grows evenly.
 COLORS = "cividis"

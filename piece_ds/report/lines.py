@@ -12,17 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from piece_ds.report.canvas import (
-    GREY,
-    Look,
-    figure_style,
-    label_ticks,
-    log_if_wide,
-    looks,
-    new_axes,
-    png,
-    shortened,
-)
+from piece_ds.report.style import GREY, Look, figure_style, label_ticks, log_if_wide, looks, new_axes, png, shortened
 
 Values = Sequence[float | None]
 Points = Sequence[tuple[int, float]]

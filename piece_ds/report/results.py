@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from piece_ds.errors import UserError
 from piece_ds.evaluation.matrix import ResultMatrix
+from piece_ds.runtime.errors import UserError
 
 FORMAT = "piece-results"
 VERSION = 1

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from piece_ds.report.cells import Grid, run_grids, summary_grid
+from piece_ds.report.grids import Grid, run_grids, summary_grid
 from piece_ds.report.results import RunResults
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from piece_ds import ops
-from piece_ds.distributed import all_reduce_sum_
-from piece_ds.selection.runs import Run, Runs
+from piece_ds.runtime.distributed import all_reduce_sum_
+from piece_ds.selection.scores import Run, Runs
 from piece_ds.state.mask import collective_device
 
 # The key of a non-negative fp32 score is its 31 low bits: 11 (exponent and 3 mantissa bits), then 10 and 10.

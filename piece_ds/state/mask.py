@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piece_ds.distributed import collective_device, world_size
+from piece_ds.runtime.distributed import collective_device, world_size
 from piece_ds.state.partition import Layout
 
 

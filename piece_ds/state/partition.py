@@ -8,13 +8,6 @@ order (that of named_parameters()), so a position is named by (parameter index, 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from piece_ds.distributed import rank, world_size
-from piece_ds.state.eligible import ineligible
-from piece_ds.state.values import PARAMETER_NAME, selected_values
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -83,27 +76,3 @@ class Layout:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {info.name: info.shape for info in self.parameters}
-
-
-def full_shape(param: nn.Parameter) -> tuple[int, ...]:
-    """The shape of the whole parameter, also where ZeRO-3 has put it away."""
-    return tuple(getattr(param, "ds_shape", param.shape))
-
-
-def layout_of(model: nn.Module) -> Layout:
-    """The layout of model for this rank of the default process group.
-
-    Not eligible: what ineligible() names and parameters that do not require gradients. A model prepared for compact
-    mode has the layout that it had before.
-    """
-    left_out = ineligible(model)
-    values = selected_values(model)
-    infos = []
-    for name, param in model.named_parameters():
-        if values is not None and name == PARAMETER_NAME:
-            continue
-        shape = full_shape(param)
-        numel = int(torch.Size(shape).numel())
-        eligible = (param.requires_grad and name not in left_out) if values is None else name in values.eligible
-        infos.append(ParameterInfo(name, shape, numel, eligible))
-    return Layout(tuple(infos), rank(), world_size())

@@ -13,20 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piece_ds.checkpoint.delta_file import read_selected
-from piece_ds.checkpoint.weights_hash import weights_fingerprint
-from piece_ds.distributed import all_reduce_sum_, world_size
-from piece_ds.errors import UserError
+from piece_ds.models.layout import full_shape
+from piece_ds.runtime.distributed import all_reduce_sum_, world_size
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask, gather_fragments
-from piece_ds.state.partition import full_shape
-from piece_ds.state.values import PARAMETER_NAME, selected_values
-from piece_ds.update.collection import GradientCollection
+from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 from piece_ds.update.decay import SelectedDecay
-from piece_ds.zero import open_door, require_trainable
+from piece_ds.update.gradients import GradientCollection
 from piece_ds.zero.checkpoints import install_checkpoints
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.step_watch import Place, StepWatch
-from piece_ds.zero.weights import SelectedWeights, forget_secondary, read_whole
+from piece_ds.zero.supported import open_door, require_trainable
+from piece_ds.zero.weights import SelectedWeights, forget_secondary, read_selected, read_whole, weights_fingerprint
 
 
 class CompactUpdate:

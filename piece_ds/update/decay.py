@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piece_ds.zero.adapter import Adapter
-from piece_ds.zero.pieces import positions_in
+from piece_ds.zero.adapter import Adapter, positions_in
 
 
 class SelectedDecay:

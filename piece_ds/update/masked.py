@@ -4,9 +4,9 @@ from typing import Any
 
 from piece_ds.state.mask import Mask
 from piece_ds.update.decay import SelectedDecay
-from piece_ds.zero import open_door, require_trainable
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.step_watch import StepWatch
+from piece_ds.zero.supported import open_door, require_trainable
 from piece_ds.zero.weights import SelectedWeights, forget_secondary
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from piece_ds import ops
-from piece_ds.distributed import world_size
-from piece_ds.errors import UserError
+from piece_ds.runtime.distributed import world_size
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
-from piece_ds.update.collection import GradientCollection
+from piece_ds.update.gradients import GradientCollection
 from piece_ds.zero.weights import SelectedWeights
 
 

@@ -4,10 +4,10 @@ DeepSpeed stays unpatched in memory and on disk; every hook is installed on one 
 What has not been proven is refused at the door, with the reason.
 """
 
-from piece_ds.zero.door import open_door, require_trainable
 from piece_ds.zero.gradient_term import GradientTerm, Ranges
 from piece_ds.zero.statistics import Keeper, MicroBatchSource, collect_statistics
 from piece_ds.zero.step_watch import StepFault, StepWatch
+from piece_ds.zero.supported import open_door, require_trainable
 from piece_ds.zero.weights import read_weight
 
 __all__ = [

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piece_ds.errors import UserError
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout, ParameterInfo, partition_of
-from piece_ds.zero.door import open_door
-from piece_ds.zero.pieces import Piece
+from piece_ds.zero.adapter import Piece
+from piece_ds.zero.supported import open_door
 
 # Parameter name -> (flat index of the first element, values): one range of each parameter.
 Ranges = dict[str, tuple[int, Tensor]]

@@ -7,7 +7,7 @@ After the first round that has any, a copy of the counts is kept: it tells param
 import torch
 from torch import Tensor
 
-from piece_ds.distributed import all_gather_objects, all_reduce_sum_, collective_device
+from piece_ds.runtime.distributed import all_gather_objects, all_reduce_sum_, collective_device
 from piece_ds.state.partition import Layout
 
 

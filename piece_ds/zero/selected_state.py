@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piece_ds.distributed import all_reduce_max_, all_reduce_sum_, collective_device
-from piece_ds.errors import UserError
-from piece_ds.zero.adapter import Adapter
-from piece_ds.zero.pieces import Piece
+from piece_ds.runtime.distributed import all_reduce_max_, all_reduce_sum_, collective_device
+from piece_ds.runtime.errors import UserError
+from piece_ds.zero.adapter import Adapter, Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

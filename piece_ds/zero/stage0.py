@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piece_ds.state.values import PARAMETER_NAME
-from piece_ds.zero.adapter import Adapter, BoundGradients
-from piece_ds.zero.pieces import Piece
+from piece_ds.state.selected_values import PARAMETER_NAME
+from piece_ds.zero.adapter import Adapter, BoundGradients, Piece
 
 
 class Stage0(Adapter):

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piece_ds.zero.adapter import Adapter, BoundGradients
-from piece_ds.zero.pieces import Piece, cut
+from piece_ds.zero.adapter import Adapter, BoundGradients, Piece, cut
 
 
 class Stage12(Adapter):

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from piece_ds.state.partition import partition_of
-from piece_ds.zero.adapter import Adapter, BoundGradients
-from piece_ds.zero.pieces import Piece
+from piece_ds.zero.adapter import Adapter, BoundGradients, Piece
 
 
 class Stage3(Adapter):

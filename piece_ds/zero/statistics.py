@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from piece_ds import ops
-from piece_ds.clock import timed
-from piece_ds.distributed import is_main
-from piece_ds.errors import UserError
-from piece_ds.progress import progress_bar
-from piece_ds.selection import LastPassFilter
-from piece_ds.state.partition import Layout, layout_of
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.distributed import is_main
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.profiling import timed
+from piece_ds.runtime.progress import progress_bar
+from piece_ds.runtime.rank_status import at
+from piece_ds.state.partition import Layout
+from piece_ds.state.selected_values import selected_values
 from piece_ds.state.statistics import GradientStats, empty_stats
-from piece_ds.state.values import selected_values
-from piece_ds.whereabouts import at
-from piece_ds.zero.door import open_door
 from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
+from piece_ds.zero.supported import open_door
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,22 @@ class MicroBatchSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, b: int, /) -> dict[str, Tensor]: ...
+
+
+class LastPass(Protocol):
+    """Adds the last round's gradients and finds candidates in the same pass (selection.LastPassFilter)."""
+
+    def begin(self, stats: GradientStats) -> None: ...
+
+    def accumulate_(
+        self,
+        grad: Tensor,
+        grad_sum: Tensor | None,
+        square_sum: Tensor,
+        scale: float,
+        num_nonfinite: Tensor,
+        offset: int,
+    ) -> None: ...
 
 
 class Keeper(Protocol):
@@ -67,7 +83,7 @@ def collect_statistics(
     device: torch.device | str | None = None,
     layout: Layout | None = None,
     description: str = "statistics",
-    last_pass: LastPassFilter | None = None,
+    last_pass: LastPass | None = None,
     keeper: Keeper | None = None,
 ) -> GradientStats:
     """Sum of g and of g * g over micro-batches, where g is the gradient of the model's mean loss. A collective.
@@ -167,7 +183,7 @@ class _Receiver:
         self.grads: dict[str, Tensor] = {}
         self.next_bucket = 0
         self.num_valid = 0
-        self.last_pass: LastPassFilter | None = None  # set for the last round
+        self.last_pass: LastPass | None = None  # set for the last round
 
     @contextmanager
     def hooks(self) -> Iterator[None]:

@@ -6,6 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from piece_ds.runtime.distributed import all_reduce_sum_
+from piece_ds.state.mask import Mask, collective_device
+from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range
+
 INT32_MAX = 2**31 - 1
 
 
@@ -102,3 +106,38 @@ class SelectedWeights:
             dtype = torch.int32 if numel <= INT32_MAX else torch.int64
             self._ranges[key] = low, high, (self.index[low:high] - start).to(device, dtype)
         return self._ranges[key]
+
+
+def read_selected(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
+    """Copies of the selected weights that this rank owns: name -> values on the CPU in the parameter's dtype."""
+    params = dict(model.named_parameters())
+    values = {}
+    for info in mask.layout.parameters:
+        if info.name in mask.index:
+            part = mask.layout.partition(info)
+            weight = read_weight(params[info.name], part.start, part.numel)
+            index = (mask.index[info.name] - part.start).to(weight.device)
+            values[info.name] = weight[index].cpu()
+    return values
+
+
+def weights_fingerprint(model: nn.Module, mask: Mask) -> Tensor:
+    """Sum of the hashes of all weights outside mask (int64, one element, CPU). A collective.
+
+    The same for any number of ranks.
+
+    Cost: reads this rank's share of the weights once; 8 bytes of communication.
+    """
+    params = dict(model.named_parameters())
+    total = 0
+    for info in mask.layout.parameters:
+        part = mask.layout.partition(info)
+        if part.numel == 0:  # its start may lie outside of what ZeRO-3 keeps here
+            continue
+        bits = bits_of(read_weight(params[info.name], part.start, part.numel))
+        total += hash_range(info.name, bits, part.start)
+        if info.name in mask.index:
+            index = mask.index[info.name].to(bits.device)
+            total -= hash_elements(info.name, index, bits[index - part.start])
+    signed = (total + 2**63) % 2**64 - 2**63
+    return all_reduce_sum_(torch.tensor([signed], device=collective_device())).cpu()

@@ -15,11 +15,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from piece_ds.distributed import all_gather_objects, is_main
-from piece_ds.embedded.tokenizer import make_tokenizer
-from piece_ds.evaluation import Decoding, evaluate_loss, generate_texts, get_scorer, scorer_names
+from piece_ds.data.collate import Collator
+from piece_ds.data.tokenize import Encoder
+from piece_ds.demo.model import make_tokenizer
+from piece_ds.evaluation.generate import Decoding, generate_texts
 from piece_ds.evaluation.humaneval import Problem, passed
-from piece_ds.stream import Collator, Encoder
+from piece_ds.evaluation.loss import evaluate_loss
+from piece_ds.evaluation.scorers import get_scorer, scorer_names
+from piece_ds.runtime.distributed import all_gather_objects, is_main
 
 # Lengths differ a lot, and neither 7 rows nor 4 batches of 2 divide among the ranks evenly in every case below.
 PAIRS = [("a" * length, "b" * (1 + length % 3)) for length in (1, 30, 5, 17, 3, 9, 12)]
@@ -118,7 +121,7 @@ def main(stage: int, path: Path) -> None:
     """One rank: the model under a DeepSpeed engine of the stage, evaluated; all ranks must agree."""
     import deepspeed
 
-    from piece_ds.command import start_distributed
+    from piece_ds.runtime.process import start_distributed
 
     torch.set_num_threads(1)
     start_distributed()

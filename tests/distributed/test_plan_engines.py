@@ -4,7 +4,9 @@ import pytest
 from support.jobs import Results, result_of, run_job
 from support.plan_job import NUM_RANKS, SETTINGS, make_plan_model
 
-from piece_ds.plan import MOMENTS, ModelShape, memory_terms, shape_of, total, transfers
+from piece_ds.plan.memory import MOMENTS, memory_terms, total
+from piece_ds.plan.shapes import ModelShape, shape_of
+from piece_ds.plan.traffic import transfers
 
 TOLERANCE = 0.05
 

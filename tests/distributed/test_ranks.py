@@ -8,8 +8,9 @@ import torch
 from support.selection_cases import CASES, Blocks, as_set, blocks_layout, expected, make_stats, whole_sums
 from support.statistics_results import statistics_result
 
-from piece_ds.checkpoint import load_mask, load_statistics
-from piece_ds.selection import select
+from piece_ds.checkpoint.mask_file import load_mask
+from piece_ds.checkpoint.statistics_file import load_statistics
+from piece_ds.selection.top_k import select
 
 
 @pytest.mark.parametrize(("kind", "method", "budget", "ratio"), CASES)

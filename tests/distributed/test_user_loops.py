@@ -10,8 +10,8 @@ from support.models import make_model
 from support.trainer_job import TRAINERS
 from torch import Tensor
 
-from piece_ds.checkpoint import load_mask
-from piece_ds.state.partition import layout_of
+from piece_ds.checkpoint.mask_file import load_mask
+from piece_ds.models.layout import layout_of
 
 LOOPS = [*(f"loop-stage{stage}" for stage in range(4)), "loop-compact-stage1"]
 

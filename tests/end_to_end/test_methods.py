@@ -11,7 +11,7 @@ from support.jobs import Results, result_of, run_job
 from support.launches import CONFIGS, changed, mask_index, same_bits, tree, weights
 from support.stream_runs import NUM_RANKS, RATIO, Material
 
-from piece_ds.baselines import BASELINES, SELECTIONS
+from piece_ds.methods.registry import BASELINES, SELECTIONS
 
 FAST = ("hft", "o-lora", "ewc")  # freezing by name, adapters, a term in the gradient
 RESUMED = ("lora", "o-lora", "ewc", "gem", "piece-ratio", "hft")  # what lasts from task to task

@@ -12,9 +12,9 @@ from support.jobs import run_job
 from support.launches import CONFIGS, error_lines, launch, make_model_folder, make_rows, make_tasks, tree, write_rows
 from transformers import AutoModelForCausalLM
 
-from piece_ds.checkpoint import save_mask
+from piece_ds.checkpoint.mask_file import save_mask
+from piece_ds.models.layout import layout_of
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of
 
 GOOD_ROW = {"prompt": "one", "answer": "two"}
 

@@ -26,7 +26,7 @@ from support.stream_runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from piece_ds.__main__ import main
-from piece_ds.predictions import rescore
+from piece_ds.evaluation.predictions import rescore
 
 FOLDERS = {"letter": "00-letter", "text": "01-text"}
 TASK_FILES = {"mask.safetensors", "delta.safetensors", "metrics.jsonl", "SHA256SUMS"}

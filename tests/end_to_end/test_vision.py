@@ -24,9 +24,9 @@ from support.stream_runs import as_flags
 from support.vision import TOWERS
 from transformers import AutoModelForImageTextToText
 
-from piece_ds.embedded.vision import BASE, TASKS, write_model, write_task
-from piece_ds.embedded.vision.models import make_processor
-from piece_ds.stream.images import read_image
+from piece_ds.data.images import read_image
+from piece_ds.demo.vision.models import make_processor, write_model
+from piece_ds.demo.vision.tasks import BASE, TASKS, write_task
 
 NUM_RANKS, NEW_TOKENS = 2, 4
 # family, ZeRO configuration, update mode; the first two are quick enough for every day.
@@ -191,7 +191,7 @@ def test_question_files_of_vqa_go_through_with_stand_in_images(root: Path, tmp_p
     """The files as they are; their images, which are not there, are drawn here, in subfolders as COCO's."""
     from random import Random
 
-    from piece_ds.embedded.vision.drawings import random_drawing
+    from piece_ds.demo.vision.drawings import random_drawing
 
     tasks, images = ["action", "commonsense", "count"], tmp_path / "coco"
     for task in tasks:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.launches import CONFIGS, launch, succeeded
 
-from piece_ds.embedded.vision import FAMILIES
+from piece_ds.demo.vision.models import FAMILIES
 
 CHANCE = 0.25
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.readers import DAMAGES, READERS, made, mutated
 
-from piece_ds.errors import UserError
+from piece_ds.runtime.errors import UserError
 
 # make test-faults sets it: seconds of mutations for each reader.
 FUZZ_SECONDS = float(os.environ.get("PIECE_DS_FUZZ_SECONDS", "0.2"))

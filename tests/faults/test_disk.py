@@ -11,8 +11,8 @@ import torch
 from support.launches import CONFIGS, error_lines, launch, make_model_folder, make_rows, tree, weights, write_rows
 from support.readers import READERS, made
 
-from piece_ds.errors import MachineError, UserError
-from piece_ds.run_folder import RunFolder
+from piece_ds.runtime.errors import MachineError, UserError
+from piece_ds.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, kind: str) -
         limit = min(len(content) for content in before.values()) // 2
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if kind == "seal":  # the file that it seals is there already
-            from piece_ds.checkpoint.seal import seal
+            from piece_ds.checkpoint.manifest import seal
 
             seal(path.parent)
         else:

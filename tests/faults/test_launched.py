@@ -10,7 +10,7 @@ import psutil
 import pytest
 from support.launches import CONFIGS, command_line, environment, make_model_folder, make_rows, write_rows
 
-from piece_ds.stop import STOP_CODE
+from piece_ds.runtime.signals import STOP_CODE
 
 
 def launch_and_signal(folder: Path, launcher: str, num_ranks: int, to_rank: int | None, signum: int) -> tuple[int, str]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from support.fault_job import MOMENTS, OTHERS, SIGNALS
 
-from piece_ds.stop import STOP_CODE
+from piece_ds.runtime.signals import STOP_CODE
 
 Faults = Callable[..., dict[str, Any]]
 

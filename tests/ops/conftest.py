@@ -8,9 +8,9 @@ import torch
 from support.op_cases import INSTRUCTION_SETS
 
 from piece_ds import ops
-from piece_ds.errors import UserError
 from piece_ds.ops import backends
 from piece_ds.ops.extension import load_extension
+from piece_ds.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module", params=[*INSTRUCTION_SETS, "reference"])

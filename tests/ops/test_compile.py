@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from piece_ds.ops.extension import CSRC, RECIPES
+from piece_ds.ops.recipes import CSRC, RECIPES
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")

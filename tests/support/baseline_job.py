@@ -7,14 +7,15 @@ import datasets
 import torch
 import torch.distributed as dist
 
-from piece_ds.baselines import TaskContext
-from piece_ds.baselines.ewc import penalty_gradient
-from piece_ds.baselines.gem import _Projection
-from piece_ds.distributed import all_reduce_sum_
-from piece_ds.errors import UserError
-from piece_ds.state.partition import layout_of
-from piece_ds.stream import Collator, Task
-from piece_ds.zero import GradientTerm, Ranges
+from piece_ds.data.collate import Collator
+from piece_ds.data.tasks import Task
+from piece_ds.methods.baseline import TaskContext
+from piece_ds.methods.ewc import penalty_gradient
+from piece_ds.methods.gem import _Projection
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.distributed import all_reduce_sum_
+from piece_ds.runtime.errors import UserError
+from piece_ds.zero.gradient_term import GradientTerm, Ranges
 from support.baseline_cases import (
     ACCUMULATION,
     CLIP,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from piece_ds import attach, collect_statistics, estimate_mask, prepare_compact
-from piece_ds.model import freeze_ineligible
+from piece_ds.models.loading import freeze_ineligible
 from support.compact_cases import (
     EVERYWHERE,
     FAST,
@@ -81,7 +81,7 @@ def cases(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def sampled(case: Whole) -> dict[str, Any]:
     """both_modes() with sampled gradients in every linear layer, although tiny ones have many selected weights."""
-    with mock.patch.dict("piece_ds.update.sampled.MAX_DENSITY", cpu=1.0):
+    with mock.patch.dict("piece_ds.update.gradients.MAX_DENSITY", cpu=1.0):
         return both_modes(case, "auto")
 
 

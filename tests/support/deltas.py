@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from piece_ds.checkpoint import read_selected, save_delta
+from piece_ds.checkpoint.delta_file import save_delta
+from piece_ds.models.layout import layout_of
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of
+from piece_ds.zero.weights import read_selected
 from support.models import cast_parameters, embedding_name, make_model
 
 NUM_TASKS = 3

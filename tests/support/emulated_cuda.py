@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from piece_ds.ops.extension import CSRC, RECIPES
+from piece_ds.ops.recipes import CSRC, RECIPES
 from piece_ds.ops.schema import SCHEMAS
 
 NAMESPACE = "piece_ds_emulated"

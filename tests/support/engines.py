@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from piece_ds.state.values import PARAMETER_NAME, selected_values
+from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -190,8 +190,8 @@ def _be_rank(
 def _train(rank: int, num_ranks: int, flags: list[str], place: Path | None) -> int:
     import torch.distributed as dist
 
-    from piece_ds.command import exit_code, start_distributed
-    from piece_ds.train_command import main
+    from piece_ds.cli.train import main
+    from piece_ds.runtime.process import exit_code, start_distributed
 
     if place is not None:
         store = f"file://{place / 'rendezvous'}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from piece_ds.task_trainer import TaskTrainer
+from piece_ds.training.trainer import TaskTrainer
 from support.forked_runs import live
 from support.kill_job import prepare
 from support.launches import free_port

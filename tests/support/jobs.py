@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from piece_ds.command import start_distributed
+from piece_ds.runtime.process import start_distributed
 
 TESTS = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 1800

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from piece_ds.checkpoint.seal import SUMS_NAME, read_sums
-from piece_ds.errors import UserError
+from piece_ds.checkpoint.manifest import SUMS_NAME, read_sums
+from piece_ds.runtime.errors import UserError
 from support.forked_runs import NUM_RANKS, live, random_kill
 from support.launches import make_model_folder, make_tasks, same_bits, tree
 from support.stream_runs import Material
@@ -99,9 +99,8 @@ def prepare(folder: Path) -> Material:
     """A model and two tasks below folder, and every import that a run makes, paid for once, before any fork."""
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import deepspeed  # noqa: F401
-    import transformers.trainer  # noqa: F401
-
     import piece_ds.train_command  # noqa: F401
+    import transformers.trainer  # noqa: F401
 
     torch.set_num_threads(1)
     make_model_folder(folder / "base")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from piece_ds.embedded.tokenizer import VOCAB_SIZE, make_tokenizer
+from piece_ds.demo.model import VOCAB_SIZE, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"

@@ -16,8 +16,8 @@ class Stopped(Exception):
 
 
 def run_case(flags: list[str], stop: bool) -> dict[str, Any]:
-    from piece_ds import engine
-    from piece_ds.train_command import main
+    from piece_ds.cli.train import main
+    from piece_ds.training import stream as engine
 
     if stop:
         with mock.patch.object(engine, "train_task", _once(engine.train_task)):

@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piece_ds.update import attach, prepare_compact
-from piece_ds.zero import StepWatch, collect_statistics, open_door
+from piece_ds.update.attach import attach, prepare_compact
+from piece_ds.zero.statistics import collect_statistics
+from piece_ds.zero.step_watch import StepWatch
+from piece_ds.zero.supported import open_door
 from support.engines import adamw, make_engine, whole_weights
 from support.jobs import Results, collect_case, finish, start
 from support.models import make_micro_batches, make_model

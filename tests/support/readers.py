@@ -17,19 +17,21 @@ import pyarrow.parquet
 import torch
 from torch import nn
 
-from piece_ds.checkpoint import load_mask, load_statistics, save_delta, save_mask, save_statistics
-from piece_ds.checkpoint.delta_file import load_previous, read_selected
-from piece_ds.checkpoint.seal import seal, verify_seal
+from piece_ds.checkpoint.delta_file import load_previous, save_delta
+from piece_ds.checkpoint.manifest import seal, verify_seal
+from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.checkpoint.selected_file import load_selected_state, save_selected_state
+from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+from piece_ds.data.files import load_rows
 from piece_ds.deltas.delta import open_delta
 from piece_ds.deltas.folder import open_folder
-from piece_ds.predictions import read_predictions, write_predictions
-from piece_ds.report import RunResults, read_results
+from piece_ds.evaluation.predictions import read_predictions, write_predictions
+from piece_ds.models.layout import layout_of
+from piece_ds.report.results import RunResults, read_results
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of
 from piece_ds.state.statistics import GradientStats
-from piece_ds.stream.files import load_rows
 from piece_ds.zero.selected_state import SelectedState
+from piece_ds.zero.weights import read_selected
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
@@ -80,7 +82,7 @@ def _model_index(folder: Path) -> None:
 
 
 def _results(folder: Path) -> None:
-    from piece_ds.evaluation import ResultMatrix
+    from piece_ds.evaluation.matrix import ResultMatrix
 
     results = RunResults(name="r", method="piece-s", ratio=0.1, matrix=ResultMatrix(("a", "b"), ("accuracy", "loss")))
     (folder / "results.json").write_text(json.dumps(results.to_json()))

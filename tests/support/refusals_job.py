@@ -15,7 +15,9 @@ from support.jobs import finish, start
 
 def run_case(script: str, argv: list[str]) -> dict[str, Any]:
     """What main(argv) of a script raised: class, message and, unless it is a UserError, the traceback."""
-    from piece_ds import eval_command, select_command, train_command
+    from piece_ds.cli import evaluate as eval_command
+    from piece_ds.cli import select as select_command
+    from piece_ds.cli import train as train_command
 
     main = {"train": train_command.main, "select": select_command.main, "eval": eval_command.main}[script]
     try:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from piece_ds.state.partition import Layout, layout_of
+from piece_ds.models.layout import layout_of
+from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
 from support.oracle import Arrays, score, top_k
 

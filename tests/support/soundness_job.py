@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from piece_ds import command
-from piece_ds.task_trainer import TaskTrainer
+from piece_ds.runtime import process as command
+from piece_ds.training.trainer import TaskTrainer
 from support.forked_runs import Life, live
 from support.kill_job import RESUME, prepare
 from support.launches import changed, make_model_folder, make_rows, weights, write_rows

@@ -14,13 +14,16 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules
 
-from piece_ds.checkpoint import load_mask, load_statistics, save_mask, save_statistics
-from piece_ds.estimate import estimate_mask
-from piece_ds.model import freeze_ineligible
-from piece_ds.selection import LastPassFilter, select
-from piece_ds.state.partition import layout_of
+from piece_ds.checkpoint.mask_file import load_mask, save_mask
+from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+from piece_ds.methods.estimate import estimate_mask
+from piece_ds.models.layout import layout_of
+from piece_ds.models.loading import freeze_ineligible
+from piece_ds.selection.candidates import LastPassFilter
+from piece_ds.selection.top_k import select
 from piece_ds.state.statistics import GradientStats
-from piece_ds.zero import collect_statistics, statistics
+from piece_ds.zero import statistics
+from piece_ds.zero.statistics import collect_statistics
 from support.engines import adamw, make_engine
 from support.jobs import Results, collect_case, finish, start
 from support.models import Body, make_model

@@ -35,7 +35,7 @@ class Recorder(TrainerCallback):
 
 
 def run_case(argv: list[str]) -> dict[str, Any]:
-    from piece_ds.train_command import main
+    from piece_ds.cli.train import main
 
     main(argv)
     return {}

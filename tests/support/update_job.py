@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from piece_ds.model import freeze_ineligible
+from piece_ds.models.layout import layout_of
+from piece_ds.models.loading import freeze_ineligible
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of
-from piece_ds.state.values import selected_values
-from piece_ds.update import attach, prepare_compact
-from piece_ds.zero import collect_statistics
+from piece_ds.state.selected_values import selected_values
+from piece_ds.update.attach import attach, prepare_compact
+from piece_ds.zero.statistics import collect_statistics
 from support.engines import Setup, adamw, make_engine, whole_masters, whole_weights
 from support.jobs import Results, collect_case, finish, start
 from support.models import make_micro_batches, make_model

@@ -16,11 +16,11 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from piece_ds.embedded.tokenizer import VOCAB_SIZE
-from piece_ds.embedded.vision.drawings import random_drawing
-from piece_ds.embedded.vision.models import make_processor, qwen3_vl_config
-from piece_ds.stream import make_collator
-from piece_ds.stream.image_prompt import ImagePrompt
+from piece_ds.data.image_collate import make_collator
+from piece_ds.data.image_rows import ImagePrompt
+from piece_ds.demo.model import VOCAB_SIZE
+from piece_ds.demo.vision.drawings import random_drawing
+from piece_ds.demo.vision.models import make_processor, qwen3_vl_config
 
 FAMILIES = ("llava", "qwen3-vl")
 # By hand: what a mask may not touch unless it is asked for.

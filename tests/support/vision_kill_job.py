@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from piece_ds.embedded.vision import TASKS, write_model, write_task
+from piece_ds.demo.vision.models import write_model
+from piece_ds.demo.vision.tasks import TASKS, write_task
 from support.forked_runs import Kill, live
 from support.kill_job import RESUME, contents, differences, prepare
 from support.launches import CONFIGS

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from piece_ds.arguments import given_names, parse
-from piece_ds.command import with_default_config
-from piece_ds.errors import UserError
-from piece_ds.flags import default_flags
+from piece_ds.config.defaults import default_flags, with_default_config
+from piece_ds.config.parsing import given_names, parse
+from piece_ds.runtime.errors import UserError
 
 
 def write(path: Path, text: str) -> str:

@@ -12,16 +12,17 @@ from scipy.optimize import minimize
 from support.models import make_micro_batches, make_model
 from torch import nn
 
-from piece_ds.baselines import BASELINES, TaskContext
-from piece_ds.baselines.ewc import penalty_gradient
-from piece_ds.baselines.gem import dual_weights
-from piece_ds.baselines.lora import merged, orthogonality_gradient
-from piece_ds.baselines.lwf import Teacher, answer_logits, distillation
-from piece_ds.baselines.memory import kept_rows
-from piece_ds.config import BaselineArguments
-from piece_ds.errors import UserError
-from piece_ds.model import freeze_ineligible
-from piece_ds.stream import Task
+from piece_ds.config.arguments import BaselineArguments
+from piece_ds.data.tasks import Task
+from piece_ds.methods.baseline import TaskContext
+from piece_ds.methods.ewc import penalty_gradient
+from piece_ds.methods.gem import dual_weights
+from piece_ds.methods.lora import merged, orthogonality_gradient
+from piece_ds.methods.lwf import Teacher, answer_logits, distillation
+from piece_ds.methods.registry import BASELINES
+from piece_ds.methods.replay import kept_rows
+from piece_ds.models.loading import freeze_ineligible
+from piece_ds.runtime.errors import UserError
 
 
 def make_task(name: str, num_rows: int, first: int) -> Task:

@@ -11,10 +11,11 @@ import torch
 from support.launches import CONFIGS, make_model_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from piece_ds import checks
-from piece_ds.arguments import parse
-from piece_ds.checkpoint import save_mask
-from piece_ds.checks import (
+from piece_ds.checkpoint.mask_file import save_mask
+from piece_ds.config.parsing import parse
+from piece_ds.models.layout import layout_of
+from piece_ds.preflight import checks
+from piece_ds.preflight.checks import (
     check_accumulation,
     check_deepspeed_file,
     check_mask,
@@ -22,9 +23,8 @@ from piece_ds.checks import (
     check_training,
     resumes_from,
 )
-from piece_ds.errors import UserError
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of
 
 
 def training(**values: Any) -> Any:

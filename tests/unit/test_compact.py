@@ -7,15 +7,14 @@ import torch
 from support.models import make_model
 from torch import nn
 
-from piece_ds.checkpoint.weights_hash import weights_fingerprint
-from piece_ds.errors import UserError
-from piece_ds.selection import select
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected
+from piece_ds.selection.top_k import select
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of
-from piece_ds.state.values import PARAMETER_NAME, selected_values
-from piece_ds.update import prepare_compact
-from piece_ds.zero.weights import SelectedWeights
+from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
+from piece_ds.update.attach import prepare_compact
+from piece_ds.zero.weights import SelectedWeights, weights_fingerprint
 
 RATIO = 0.05
 
@@ -121,7 +120,7 @@ def test_fingerprint_does_not_depend_on_how_much_is_hashed_at_a_time(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = fingerprint(model)
-    monkeypatch.setattr("piece_ds.checkpoint.weights_hash.CPU_CHUNK", 13)
+    monkeypatch.setattr("piece_ds.state.weights_hash.CPU_CHUNK", 13)
     assert fingerprint(model) == before
 
 

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from piece_ds.__main__ import main
-from piece_ds.errors import UserError
-from piece_ds.evaluation import ResultMatrix
-from piece_ds.report import RunResults, comparison_grid, group_runs, write_comparison
-from piece_ds.report.canvas import looks
-from piece_ds.report.compare_figures import comparison_figures
+from piece_ds.evaluation.matrix import ResultMatrix
+from piece_ds.report.comparison_figures import comparison_figures
+from piece_ds.report.comparison_page import write_comparison
+from piece_ds.report.comparison_table import comparison_grid
+from piece_ds.report.groups import group_runs
+from piece_ds.report.results import RunResults
+from piece_ds.report.style import looks
+from piece_ds.runtime.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -12,10 +12,9 @@ from support.deltas import make_run
 from transformers import AutoModelForCausalLM
 
 from piece_ds.__main__ import main
-from piece_ds.checkpoint.weights_hash import bits_of
-from piece_ds.deltas import open_delta
-from piece_ds.deltas.delta import Change
+from piece_ds.deltas.delta import Change, open_delta
 from piece_ds.deltas.export import _shira
+from piece_ds.state.weights_hash import bits_of
 
 
 def linear(name: str) -> bool:

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from piece_ds.checkpoint import read_selected, save_delta
-from piece_ds.checkpoint.delta_file import load_previous
-from piece_ds.errors import UserError
+from piece_ds.checkpoint.delta_file import load_previous, save_delta
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of
+from piece_ds.zero.weights import read_selected
 
 
 class Mixed(nn.Module):

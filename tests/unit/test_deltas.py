@@ -11,10 +11,12 @@ from support.models import make_model
 from transformers import AutoModelForCausalLM
 
 from piece_ds.__main__ import main
-from piece_ds.checkpoint.weights_hash import bits_of, hash_elements, hash_range, weights_fingerprint
-from piece_ds.deltas import open_delta, patch
+from piece_ds.deltas import patch
+from piece_ds.deltas.delta import open_delta
+from piece_ds.models.layout import layout_of
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of
+from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range
+from piece_ds.zero.weights import weights_fingerprint
 
 KINDS = [
     ("llama", torch.bfloat16, False),

@@ -10,7 +10,8 @@ import torch
 from support.launches import ROOT, environment
 
 from piece_ds.__main__ import main
-from piece_ds.doctor import BAD, GOOD, NOTE, Finding, machine, probe, processes
+from piece_ds.doctor import machine, probe, processes
+from piece_ds.doctor.findings import BAD, GOOD, NOTE, Finding
 from piece_ds.doctor.machine import _folder
 
 
@@ -61,7 +62,7 @@ def test_a_finding_that_fails_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for status, code in ((GOOD, None), (NOTE, None), (BAD, 1)):
-        monkeypatch.setattr("piece_ds.doctor_command.examine", lambda *_, s=status: [Finding("disk", s, "[full]")])
+        monkeypatch.setattr("piece_ds.cli.doctor.examine", lambda *_, s=status: [Finding("disk", s, "[full]")])
         left = None
         try:
             main(["doctor"])

@@ -7,11 +7,11 @@ from random import Random
 
 import pytest
 
-from piece_ds import vision_command
-from piece_ds.embedded.vision import BASE, FAMILIES, TASKS, words, write_task
-from piece_ds.embedded.vision.drawings import BACKGROUNDS, COLOURS, random_drawing
-from piece_ds.embedded.vision.models import IMAGE_SIZE, make_processor
-from piece_ds.errors import UserError
+from piece_ds.cli import vision_demo as vision_command
+from piece_ds.demo.vision.drawings import BACKGROUNDS, COLOURS, random_drawing
+from piece_ds.demo.vision.models import FAMILIES, IMAGE_SIZE, make_processor
+from piece_ds.demo.vision.tasks import BASE, TASKS, words, write_task
+from piece_ds.runtime.errors import UserError
 
 CELL = IMAGE_SIZE // 3
 ENDS_OF_A_CROSS = 6  # pixels that may reach into the next cell

@@ -8,12 +8,12 @@ from support.models import make_model
 from support.vision import EMBEDDING, FAMILIES, is_in_tower, make_vision_model, vision_micro_batches
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from piece_ds.checks import check_method_reads_images
-from piece_ds.config import ModelArguments
-from piece_ds.errors import UserError
-from piece_ds.model import check_eligible, freeze_ineligible
-from piece_ds.state.eligible import ineligible, make_eligible, towers
-from piece_ds.state.partition import layout_of
+from piece_ds.config.arguments import ModelArguments
+from piece_ds.models.eligible import ineligible, make_eligible, towers
+from piece_ds.models.layout import layout_of
+from piece_ds.models.loading import check_eligible, freeze_ineligible
+from piece_ds.preflight.checks import check_method_reads_images
+from piece_ds.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("family", FAMILIES)

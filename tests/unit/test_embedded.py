@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from piece_ds.embedded import EmbeddedPaths, EmbeddedRecipe, write_embedded
-from piece_ds.embedded.corpus import source_files, split_files
-from piece_ds.embedded.rows import draw_rows
-from piece_ds.embedded.skills import NUMBER_SKILLS, SKILLS, WORD_SKILLS
+from piece_ds.demo.corpus import source_files, split_files
+from piece_ds.demo.recipe import EmbeddedRecipe
+from piece_ds.demo.tasks import NUMBER_SKILLS, SKILLS, WORD_SKILLS, draw_rows
+from piece_ds.demo.write import EmbeddedPaths, write_embedded
 
 SMALL = EmbeddedRecipe(num_base_rows=400, num_general_rows=40, num_train_rows=300, num_eval_rows=60, num_test_rows=60)
 

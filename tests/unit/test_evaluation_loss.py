@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from piece_ds.evaluation import count_labels, evaluate_loss
-from piece_ds.evaluation import dealing as dealing_module
-from piece_ds.evaluation.dealing import deal_batches
-from piece_ds.stream import Collator
+from piece_ds.data.collate import Collator
+from piece_ds.evaluation import batches as dealing_module
+from piece_ds.evaluation.batches import deal_batches
+from piece_ds.evaluation.loss import count_labels, evaluate_loss
 
 
 class LabelMean(nn.Module):

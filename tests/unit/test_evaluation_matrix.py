@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from piece_ds.evaluation import Measure, ResultMatrix
+from piece_ds.evaluation.matrix import Measure, ResultMatrix
 
 # R[i][j]; tasks not yet trained were evaluated too, except where None.
 AFTER = ((0.8, 0.1, None), (0.5, 0.9, 0.3), (0.6, 0.5, 0.7))

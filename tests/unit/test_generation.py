@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from piece_ds.embedded.tokenizer import make_tokenizer
-from piece_ds.evaluation import Decoding, evaluate_loss, generate_texts
-from piece_ds.evaluation.generate import generation_config
-from piece_ds.positions import count_positions_from_mask_, has_learned_positions
-from piece_ds.stream import Collator
+from piece_ds.data.collate import Collator
+from piece_ds.demo.model import make_tokenizer
+from piece_ds.evaluation.generate import Decoding, generate_texts, generation_config
+from piece_ds.evaluation.loss import evaluate_loss
+from piece_ds.models.positions import count_positions_from_mask_, has_learned_positions
 
 TOKENIZER = make_tokenizer(64)
 PROMPTS = [[1, 60, 61], [1], [1, 99, 98, 97, 96]]

@@ -9,10 +9,11 @@ import torch
 from support.launches import make_rows, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from piece_ds.embedded.tokenizer import make_tokenizer
-from piece_ds.errors import UserError
-from piece_ds.evaluation import generate_texts, get_scorer
+from piece_ds.demo.model import make_tokenizer
+from piece_ds.evaluation.generate import generate_texts
 from piece_ds.evaluation.harness import check_harness, run_harness
+from piece_ds.evaluation.scorers import get_scorer
+from piece_ds.runtime.errors import UserError
 
 pytest.importorskip("lm_eval")
 

@@ -13,13 +13,14 @@ from transformers import MllamaProcessor, PaliGemmaProcessor, ProcessorMixin
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from piece_ds.config import DataArguments
-from piece_ds.embedded.tokenizer import make_tokenizer
-from piece_ds.embedded.vision.models import FAMILIES, make_processor
-from piece_ds.errors import UserError
-from piece_ds.stream import Task, check_processor, load_general, load_task_stream, make_collator
-from piece_ds.stream.image_prompt import ImagePrompt
-from piece_ds.stream.images import ImageFolder
+from piece_ds.config.arguments import DataArguments
+from piece_ds.data.image_collate import check_processor, make_collator
+from piece_ds.data.image_rows import ImagePrompt
+from piece_ds.data.images import ImageFolder
+from piece_ds.data.tasks import Task, load_general, load_task_stream
+from piece_ds.demo.model import make_tokenizer
+from piece_ds.demo.vision.models import FAMILIES, make_processor
+from piece_ds.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_an_image_that_breaks_off_is_refused_when_it_is_met(
     tmp_path: Path, processor: ProcessorMixin, num_workers: int
 ) -> None:
     """Also from a worker, whose traceback is no part of what a user reads."""
-    from piece_ds.command import message_of
+    from piece_ds.runtime.process import message_of
 
     cut_short(tmp_path / "a.png")
     task = load(tmp_path, processor, [row("a.png")])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from piece_ds.importance import Fragment, estimator, estimator_names
+from piece_ds.selection.estimators import Fragment, estimator, estimator_names
 
 N = 1009
 

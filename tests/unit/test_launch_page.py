@@ -8,8 +8,11 @@ import pytest
 import yaml
 from support.launches import ROOT
 
-from piece_ds.model import empty_model
-from piece_ds.plan import MOMENTS, Setting, known_config, memory_terms, shape_of, total, transfers
+from piece_ds.models.loading import empty_model
+from piece_ds.plan.memory import MOMENTS, memory_terms, total
+from piece_ds.plan.setting import Setting
+from piece_ds.plan.shapes import known_config, shape_of
+from piece_ds.plan.traffic import transfers
 
 PAGE = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| (\d[\d.]*B)(, parameters offloaded)? \| (\d+) \| (\d) \|((?: [\d.]+ \|){4})$", re.MULTILINE)

@@ -13,10 +13,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from piece_ds.checkpoint import check_mask_file, load_mask, save_mask
-from piece_ds.errors import MachineError, UserError
+from piece_ds.checkpoint.mask_file import check_mask_file, load_mask, save_mask
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import Layout, layout_of
+from piece_ds.state.partition import Layout
 
 
 class Model(nn.Module):

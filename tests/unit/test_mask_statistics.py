@@ -6,11 +6,12 @@ import pytest
 import torch
 from support.models import make_model
 
-from piece_ds.checkpoint import save_mask
-from piece_ds.errors import UserError
-from piece_ds.mask_statistics import Place, mask_statistics, overlap, place_of, print_masks, read_index
+from piece_ds.checkpoint.mask_file import save_mask
+from piece_ds.checkpoint.mask_statistics import Place, mask_statistics, overlap, place_of, read_index
+from piece_ds.cli.masks import print_masks
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from piece_ds.memory import host_peak_bytes, reset_peaks
+from piece_ds.runtime.profiling import host_peak_bytes, reset_peaks
 
 
 def test_host_peak_is_that_of_the_work_since_the_reset() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from piece_ds.errors import MachineError
-from piece_ds.metrics import MetricsLog
+from piece_ds.runtime.errors import MachineError
+from piece_ds.training.metrics import MetricsLog
 
 
 class Run:

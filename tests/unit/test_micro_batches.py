@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from piece_ds.stream import MicroBatches
+from piece_ds.data.collate import MicroBatches
 
 
 def collate(rows: list[int]) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from support.models import FAMILIES, embedding_name, make_model
 from transformers import AutoConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from piece_ds.config import ModelArguments
-from piece_ds.errors import UserError
-from piece_ds.model import (
+from piece_ds.config.arguments import ModelArguments
+from piece_ds.models.layout import layout_of
+from piece_ds.models.loading import (
     dtype_of,
     empty_layout,
     freeze_ineligible,
@@ -20,7 +20,7 @@ from piece_ds.model import (
     load_tokenizer,
     require_weights,
 )
-from piece_ds.state.partition import layout_of
+from piece_ds.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

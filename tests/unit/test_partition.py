@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from piece_ds.models.layout import layout_of
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import layout_of, partition_of
+from piece_ds.state.partition import partition_of
 from piece_ds.state.statistics import empty_stats
+from piece_ds.zero.adapter import Piece, cut, positions_in
 from piece_ds.zero.exchange import plan_buckets, slice_range
-from piece_ds.zero.pieces import Piece, cut, positions_in
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7, 8])

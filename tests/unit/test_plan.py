@@ -7,19 +7,11 @@ import pytest
 from support.models import make_model
 
 from piece_ds.__main__ import main
-from piece_ds.model import empty_model
-from piece_ds.plan import (
-    KNOWN,
-    MOMENTS,
-    ModelShape,
-    Setting,
-    known_config,
-    memory_terms,
-    peak,
-    shape_of,
-    total,
-    transfers,
-)
+from piece_ds.models.loading import empty_model
+from piece_ds.plan.memory import MOMENTS, memory_terms, peak, total
+from piece_ds.plan.setting import Setting
+from piece_ds.plan.shapes import KNOWN, ModelShape, known_config, shape_of
+from piece_ds.plan.traffic import transfers
 
 # Elements as the model cards' files count them.
 PUBLISHED = {"1.5B": 1_543_714_304, "8B": 8_030_261_248, "70B": 70_553_706_496, "405B": 405_853_388_800}

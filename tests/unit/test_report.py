@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from piece_ds.errors import UserError
-from piece_ds.evaluation import ResultMatrix
-from piece_ds.report import RunResults, heat_maps, markdown_results, print_results, read_results, write_report
-from piece_ds.report.cells import cost_grid, quantity, result_grids, run_grids, summary_grid
-from piece_ds.report.figures import make_figures
+from piece_ds.evaluation.matrix import ResultMatrix
+from piece_ds.report import heat_maps
+from piece_ds.report.grids import cost_grid, quantity, result_grids, run_grids, summary_grid
 from piece_ds.report.heat_maps import mask_heat_maps, overlap_heat_map, result_heat_map, result_heat_maps
 from piece_ds.report.lines import smoothed, stream_figure, training_figure
+from piece_ds.report.results import RunResults, read_results
+from piece_ds.report.run_figures import make_figures
+from piece_ds.report.run_page import write_report
+from piece_ds.report.table import markdown_results, print_results
+from piece_ds.runtime.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -10,11 +10,11 @@ import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from piece_ds.arguments import parse
-from piece_ds.errors import UserError
-from piece_ds.evaluation import ResultMatrix
-from piece_ds.report import RunResults
-from piece_ds.reporters import StreamReporters, newest_values, open_reporters
+from piece_ds.config.parsing import parse
+from piece_ds.evaluation.matrix import ResultMatrix
+from piece_ds.report.results import RunResults
+from piece_ds.runtime.errors import UserError
+from piece_ds.training.reporters import StreamReporters, newest_values, open_reporters
 
 
 class Recorder(TrainerCallback):
@@ -139,7 +139,7 @@ def test_several_reporters_are_named_with_commas_or_as_a_list_of_yaml(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "piece_ds.reporters.integration_utils.get_reporting_integration_callbacks",
+        "piece_ds.training.reporters.integration_utils.get_reporting_integration_callbacks",
         lambda names: [Recorder for _ in names],
     )
     config = tmp_path / "run.yaml"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from piece_ds.errors import UserError
-from piece_ds.run_folder import RunFolder, written_bytes
+from piece_ds.runtime.errors import UserError
+from piece_ds.training.run_folder import RunFolder, written_bytes
 
 CONFIGURATION: dict[str, Any] = {"MethodArguments": {"mask_ratio": 0.1, "method": "piece-s"}, "world_size": 2,
                                  "TrainingArguments": {"seed": 42}}  # fmt: skip

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from piece_ds.errors import UserError
 from piece_ds.evaluation import humaneval
 from piece_ds.evaluation.humaneval import Problem, cut_as_authors, cut_at_next_definition, passed
 from piece_ds.evaluation.sandbox import check_sandbox, runs_to_its_end
+from piece_ds.runtime.errors import UserError
 
 
 def test_this_machine_stops_what_must_be_stopped() -> None:

@@ -12,9 +12,10 @@ import pytest
 from nltk.translate.bleu_score import sentence_bleu
 from rouge import Rouge
 
-from piece_ds.errors import UserError
-from piece_ds.evaluation import authors, choose_scorers, get_scorer, scorer_names, texts
-from piece_ds.predictions import read_predictions, rescore, write_predictions
+from piece_ds.evaluation import authors, texts
+from piece_ds.evaluation.predictions import read_predictions, rescore, write_predictions
+from piece_ds.evaluation.scorers import choose_scorers, get_scorer, scorer_names
+from piece_ds.runtime.errors import UserError
 
 TRACE = Path(os.environ.get("PIECE_DS_SHARED", Path(__file__).parents[3] / "shared")) / "trace"
 GENERATING = [name for name in scorer_names() if get_scorer(name).generates]

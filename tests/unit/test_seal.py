@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from piece_ds.checkpoint.seal import SUMS_NAME, is_sealed, seal, verify_seal
-from piece_ds.errors import UserError
+from piece_ds.checkpoint.manifest import SUMS_NAME, is_sealed, seal, verify_seal
+from piece_ds.runtime.errors import UserError
 
 
 @pytest.fixture

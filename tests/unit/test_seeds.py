@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from piece_ds.errors import UserError
-from piece_ds.evaluation import ResultMatrix
-from piece_ds.report import Interval, RunResults, over_seeds
+from piece_ds.evaluation.matrix import ResultMatrix
+from piece_ds.report.groups import Interval, over_seeds
+from piece_ds.report.results import RunResults
+from piece_ds.runtime.errors import UserError
 
 
 def make_run(*scores: float | None, method: str = "piece-s", name: str = "a") -> RunResults:

@@ -16,11 +16,14 @@ from support.selection_cases import (
 )
 from torch import nn
 
-from piece_ds.errors import UserError
-from piece_ds.importance import estimator
-from piece_ds.ops import Candidates, score
-from piece_ds.selection import candidates, num_to_select, runs, select
-from piece_ds.state.partition import layout_of
+from piece_ds.models.layout import layout_of
+from piece_ds.ops.scores import Candidates, score
+from piece_ds.runtime.errors import UserError
+from piece_ds.selection import candidates
+from piece_ds.selection import scores as runs
+from piece_ds.selection.budget import num_to_select
+from piece_ds.selection.estimators import estimator
+from piece_ds.selection.top_k import select
 from piece_ds.state.statistics import GradientStats
 
 NUM_ELEMENTS = sum(p.numel() for p in Blocks().parameters())

@@ -10,17 +10,18 @@ from peft.tuners.shira.mask_functions import random_mask
 from support.models import make_micro_batches, make_model
 from torch import Tensor, nn
 
-from piece_ds.baselines import SELECTIONS, SelectionOptions, SelectionRequest
-from piece_ds.baselines.beyond import exclude_earlier, median_above_zero, ratio_score
-from piece_ds.baselines.lift import low_rank
-from piece_ds.baselines.linear import linear_weights
-from piece_ds.baselines.migu import output_magnitudes
-from piece_ds.baselines.whole_tensors import half_names
-from piece_ds.errors import UserError
-from piece_ds.estimate import count_selected
-from piece_ds.model import freeze_ineligible
+from piece_ds.methods.estimate import count_selected
+from piece_ds.methods.hft import half_names
+from piece_ds.methods.lift import low_rank
+from piece_ds.methods.linear import linear_weights
+from piece_ds.methods.migu import output_magnitudes
+from piece_ds.methods.piece_variants import exclude_earlier, median_above_zero, ratio_score
+from piece_ds.methods.registry import SELECTIONS
+from piece_ds.methods.request import SelectionOptions, SelectionRequest
+from piece_ds.models.layout import layout_of
+from piece_ds.models.loading import freeze_ineligible
+from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_to_select, share_out
-from piece_ds.state.partition import layout_of
 from piece_ds.state.statistics import GradientStats
 
 ALONE = ("lift", "hft", "layernorm", "migu", "shira")  # no DeepSpeed needed
@@ -244,7 +245,7 @@ def test_disjoint_masks_share_nothing_and_end_where_no_weight_is_free() -> None:
 
 
 def test_first_disjoint_mask_is_piece_s() -> None:
-    from piece_ds.selection import select
+    from piece_ds.selection.top_k import select
 
     request, stats = layout_and_stats()
     want = select(request.layout, "piece-s", 0.3, layout_and_stats()[1])

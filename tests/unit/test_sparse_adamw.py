@@ -5,10 +5,10 @@ import torch
 from support.models import make_micro_batches, make_model
 from torch import Tensor, nn
 
-from piece_ds.errors import UserError
-from piece_ds.selection import select
-from piece_ds.state.partition import layout_of
-from piece_ds.update.sampled import MAX_DENSITY
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
+from piece_ds.selection.top_k import select
+from piece_ds.update.gradients import MAX_DENSITY
 from piece_ds.update.sparse_adamw import SparseAdamW
 
 FAMILIES = ("llama", "qwen3", "neox", "gpt2")  # no biases, tied, biases, Conv1D

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from piece_ds.checkpoint import load_statistics, save_statistics
-from piece_ds.errors import UserError
-from piece_ds.selection import select
-from piece_ds.state.partition import layout_of
+from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
+from piece_ds.selection.top_k import select
 from piece_ds.state.statistics import GradientStats
 
 LAYOUT = layout_of(nn.Sequential(nn.Linear(7, 3), nn.Linear(3, 1)))

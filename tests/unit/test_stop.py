@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from piece_ds import stop
+from piece_ds.runtime import signals as stop
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS, ids=lambda number: number.name)

@@ -6,9 +6,11 @@ import torch
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from piece_ds.embedded.tokenizer import make_tokenizer
-from piece_ds.errors import UserError
-from piece_ds.stream import Collator, Encoder, make_collator, pad_id, split_prompt, tokenize_rows
+from piece_ds.data.collate import Collator, pad_id
+from piece_ds.data.image_collate import make_collator
+from piece_ds.data.tokenize import Encoder, split_prompt, tokenize_rows
+from piece_ds.demo.model import make_tokenizer
+from piece_ds.runtime.errors import UserError
 
 BOS, EOS = 1, 2
 

@@ -7,8 +7,9 @@ from typing import Any
 import datasets
 import pytest
 
-from piece_ds.errors import UserError
-from piece_ds.stream import files, load_rows
+from piece_ds.data import files
+from piece_ds.data.files import load_rows
+from piece_ds.runtime.errors import UserError
 
 PAIR = {"prompt": "2+2=", "answer": "4"}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from piece_ds.config import DataArguments
-from piece_ds.embedded.tokenizer import make_tokenizer
-from piece_ds.errors import UserError
-from piece_ds.stream import load_general, load_task_stream
+from piece_ds.config.arguments import DataArguments
+from piece_ds.data.tasks import load_general, load_task_stream
+from piece_ds.demo.model import make_tokenizer
+from piece_ds.runtime.errors import UserError
 
 TRACE = Path(os.environ.get("PIECE_DS_SHARED", Path(__file__).parents[3] / "shared")) / "trace"
 

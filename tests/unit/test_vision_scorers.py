@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from piece_ds.evaluation import captions, choose_scorers, get_scorer, vqa
-from piece_ds.predictions import read_predictions, rescore, write_predictions
+from piece_ds.evaluation import captions, vqa
+from piece_ds.evaluation.predictions import read_predictions, rescore, write_predictions
+from piece_ds.evaluation.scorers import choose_scorers, get_scorer
 
 
 @pytest.mark.parametrize(

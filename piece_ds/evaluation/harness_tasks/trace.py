@@ -7,9 +7,9 @@ from typing import Any
 
 import datasets
 
-from piece_ds.errors import UserError
+from piece_ds.data.files import load_rows
 from piece_ds.evaluation.scorers import OF_TRACE, get_scorer
-from piece_ds.stream import load_rows
+from piece_ds.runtime.errors import UserError
 
 Row = tuple[str, str, str, str]  # task, output, gold, prompt
 

@@ -1,0 +1,106 @@
+"""A folder of files that counts as written: SHA256SUMS in it names every file with its checksum, and is written last.
+
+It is the format of the sha256sum command, so that `sha256sum -c SHA256SUMS` in the folder checks it without this
+project. A folder without it was not finished, or is not ours.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from piece_ds.runtime.distributed import all_gather_objects, barrier, is_main, rank, world_size
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import sync_folder, write_text
+
+SUMS_NAME = "SHA256SUMS"
+
+
+def seal(folder: Path | str, names: Iterable[str] | None = None) -> None:
+    """Bring files to the disk, then write their checksums. A collective; all return when it is done.
+
+    Args:
+        folder: seen by all ranks.
+        names: files or folders in it, relative; None means everything in it.
+    Cost: reads every file once, the files dealt over the ranks.
+    """
+    folder = Path(folder)
+    barrier()
+    found = [folder / name for name in names] if names is not None else [folder]
+    files = _files(folder, found)
+    own = {name: _digest(folder / name, sync=True) for name in files[rank() :: world_size()]}
+    sums = {name: digest for share in all_gather_objects(own) for name, digest in share.items()}  # type: ignore[attr-defined]
+    if is_main():
+        for inner in sorted({(folder / name).parent for name in files}):
+            sync_folder(inner)
+        write_text(folder / SUMS_NAME, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+    barrier()
+
+
+def is_sealed(folder: Path | str) -> bool:
+    """True where seal() has finished."""
+    return (Path(folder) / SUMS_NAME).is_file()
+
+
+def verify_seal(folder: Path | str, inside: str = "") -> None:
+    """Raise UserError, on all ranks, unless every sealed file is there with the bytes it was sealed with. A collective.
+
+    Args:
+        inside: check only names that begin so.
+    Cost: reads every file once, the files dealt over the ranks.
+    """
+    folder = Path(folder)
+    problem: str | None = None
+    try:
+        sums = {name: digest for name, digest in read_sums(folder).items() if name.startswith(inside)}
+        problem = _first_problem(folder, {name: sums[name] for name in sorted(sums)[rank() :: world_size()]})
+    except UserError as error:
+        problem = str(error)
+    problems = [found for found in all_gather_objects(problem) if found]
+    if problems:
+        raise UserError(str(problems[0]))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """name -> sha256 as SHA256SUMS has them.
+
+    Raises:
+        UserError: the file is not there, is damaged, or names something outside the folder.
+    """
+    path = folder / SUMS_NAME
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): the folder was not written to its end") from None
+    if not lines:
+        raise UserError(f"{path} is empty: it is damaged, or the folder was not written to its end")
+    sums = {}
+    for number, line in enumerate(lines, start=1):
+        digest, separator, name = line.partition("  ")
+        if not separator or len(digest) != 64 or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path} line {number}: expected a sha256 and a file in the folder, got {line[:80]!r}")
+        sums[name] = digest
+    return sums
+
+
+def _first_problem(folder: Path, sums: dict[str, str]) -> str | None:
+    for name, digest in sums.items():
+        try:
+            found = _digest(folder / name)
+        except OSError as error:
+            return f"{folder / name} cannot be read ({error.strerror}): it was there when {SUMS_NAME} was written"
+        if found != digest:
+            return f"{folder / name} is damaged: its sha256 is {found[:12]}..., {SUMS_NAME} says {digest[:12]}..."
+    return None
+
+
+def _files(folder: Path, found: list[Path]) -> list[str]:
+    inner = [path for top in found for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
+    return sorted(str(path.relative_to(folder)) for path in inner if path.name != SUMS_NAME)
+
+
+def _digest(path: Path, sync: bool = False) -> str:
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,67 @@
+"""Where a mask lies: selected elements per layer and per module type, and how much two masks share.
+
+`piece_ds masks MASK [MASK ...]` prints both for mask files.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from piece_ds import ops
+from piece_ds.checkpoint.mask_file import check_mask_file
+
+OUTSIDE = "other"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies: 'layer 3' or 'other', and a module type such as 'self_attn.q_proj'."""
+
+    layer: str
+    module: str
+
+
+def place_of(name: str) -> Place:
+    """model.layers.3.self_attn.q_proj.weight -> layer '3', module 'self_attn.q_proj'; biases keep their suffix."""
+    match = re.match(r".*?\.(\d+)\.(.+)$", name)
+    layer, rest = (match.group(1), match.group(2)) if match else (OUTSIDE, name)
+    return Place(layer, rest.removesuffix(".weight"))
+
+
+def mask_statistics(index: dict[str, Tensor], numel: dict[str, int]) -> dict[str, dict[str, dict[str, int]]]:
+    """Counts per layer and module type.
+
+    Args:
+        index: parameter name -> selected positions (Mask.whole()).
+        numel: parameter name -> elements, for the parameters to count.
+    Returns:
+        layer -> module type -> {"selected": ..., "total": ...}.
+    """
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    for name, total in numel.items():
+        place = place_of(name)
+        cell = table.setdefault(place.layer, {}).setdefault(place.module, {"selected": 0, "total": 0})
+        cell["selected"] += index[name].numel() if name in index else 0
+        cell["total"] += total
+    return table
+
+
+def overlap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """Jaccard index of two masks: shared / united selected elements, in [0, 1]."""
+    shared = sum(int(torch.isin(first[n], second[n], assume_unique=True).sum()) for n in first.keys() & second.keys())
+    united = sum(i.numel() for i in first.values()) + sum(i.numel() for i in second.values()) - shared
+    return shared / united if united else 0.0
+
+
+def read_index(path: Path | str) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
+    """(selected positions, elements of the parameters named in the file, metadata) of a mask file."""
+    metadata = check_mask_file(path)
+    with safe_open(path, framework="pt") as file:
+        index = {name: ops.mask_to_index(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - not a dict
+    shapes = json.loads(metadata.get("shapes", "{}"))
+    return index, {name: int(torch.Size(shapes[name]).numel()) for name in index if name in shapes}, metadata

@@ -1,0 +1,173 @@
+"""What `piece_ds delta ...` does: opens files and folders, hands them to piece_ds.deltas, says what was done."""
+
+import argparse
+import sys
+from math import prod
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from piece_ds.checkpoint.mask_statistics import mask_statistics, place_of
+from piece_ds.cli.masks import statistics_table
+from piece_ds.config.arguments import ModelArguments
+from piece_ds.deltas import compose, verify
+from piece_ds.deltas.delta import Delta, find_deltas, open_delta
+from piece_ds.deltas.export import export_peft, export_vllm
+from piece_ds.deltas.folder import ModelFolder, open_folder
+from piece_ds.deltas.patch import patch_in_place, patch_to, require_free
+from piece_ds.deltas.value_changes import movements
+from piece_ds.deltas.verify import Step
+from piece_ds.models.eligible import input_embedding
+from piece_ds.models.layout import layout_of
+from piece_ds.models.loading import empty_model, load_config, names_in_files
+from piece_ds.runtime.errors import UserError
+
+
+def list_deltas(arguments: argparse.Namespace) -> None:
+    """One line per delta."""
+    table = Table("delta", "method", "ratio", "selected", "MB", "bytes/value", "base", "result")
+    for delta in _open(arguments.deltas):
+        size = delta.path.stat().st_size
+        metadata = delta.metadata
+        table.add_row(str(delta.path), metadata.get("method"), metadata.get("ratio"), str(delta.num_selected),
+                      f"{size / 1e6:.3f}", f"{size / delta.num_selected:.2f}", delta.base_fingerprint,
+                      delta.result_fingerprint)  # fmt: skip
+    _console().print(table)
+
+
+def inspect_deltas(arguments: argparse.Namespace) -> None:
+    """Where each delta lies and how far it moves values."""
+    for delta in _open(arguments.deltas):
+        summary = Table(title=str(delta.path), show_header=False, title_justify="left")
+        for row in _summary(delta).items():
+            summary.add_row(*row)
+        _console().print(summary)
+        numel = {name: prod(shape) for name, shape in delta.shapes.items()}
+        index = {name: delta.change(name).index for name in delta.shapes}
+        heading = "selected elements, and their share of the parameters that have any"
+        _console().print(statistics_table(heading, mask_statistics(index, numel)))
+        if delta.reversible:
+            _console().print(_movement_table(delta))
+
+
+def apply_deltas(arguments: argparse.Namespace) -> None:
+    """Put deltas on a model, in the order given."""
+    _patch(arguments, [Step(delta) for delta in _open(arguments.deltas)], "applied")
+
+
+def revert_deltas(arguments: argparse.Namespace) -> None:
+    """Take deltas off a model, the last given first."""
+    _patch(arguments, [Step(delta, undo=True) for delta in reversed(_open(arguments.deltas))], "reverted")
+
+
+def merge_deltas(arguments: argparse.Namespace) -> None:
+    """A plain copy of a model with deltas on it."""
+    require_free(Path(arguments.output))
+    steps = [Step(delta) for delta in _open(arguments.deltas)]
+    patch_to(_open_model(arguments), steps, arguments.output, with_record=False)
+    print(f"merged {len(steps)} deltas into {arguments.output}")
+
+
+def compose_deltas(arguments: argparse.Namespace) -> None:
+    """One delta that equals a stack."""
+    require_free(Path(arguments.output))
+    compose(_open(arguments.deltas), arguments.output, with_previous=not arguments.without_previous)
+    _say_size(Path(arguments.output))
+
+
+def export_deltas(arguments: argparse.Namespace) -> None:
+    """One delta in another tool's layout."""
+    output = Path(arguments.output)
+    require_free(output)
+    deltas = _open(arguments.deltas)
+    if len(deltas) != 1:
+        raise UserError(f"export takes one delta, got {len(deltas)}: make one of them with piece_ds delta compose")
+    folder = _open_model(arguments) if arguments.model else None
+    if folder is not None:
+        verify(folder, [Step(deltas[0])])
+    if arguments.format == "vllm":
+        export_vllm(deltas[0], output, *([folder.stored_as] if folder else []))
+        print(f"wrote {output}: {output.stat().st_size} bytes")
+        return
+    if folder is None:
+        raise UserError("--format peft needs --model: only the model says which weights are those of Linear modules")
+    num_inexact = export_peft(deltas[0], output, _linear_weights(arguments), str(folder.root.absolute()))
+    size = sum(file.stat().st_size for file in output.iterdir())
+    print(f"wrote {output}: {size} bytes; {num_inexact} of {deltas[0].num_selected} values differ in the last bits "
+          "from the delta's when added to the base in fp32")  # fmt: skip
+
+
+def _patch(arguments: argparse.Namespace, steps: list[Step], what: str) -> None:
+    if not arguments.in_place:
+        require_free(Path(arguments.output))
+    folder = _open_model(arguments)
+    if arguments.in_place:
+        patch_in_place(folder, steps)
+    else:
+        patch_to(folder, steps, arguments.output)
+    print(f"{what} {len(steps)} deltas: {folder.root if arguments.in_place else arguments.output}")
+
+
+def _open(paths: list[str]) -> list[Delta]:
+    return [open_delta(path) for path in find_deltas(paths)]
+
+
+def _open_model(arguments: argparse.Namespace) -> ModelFolder:
+    """The model folder with what its configuration says of its parameters."""
+    model = _empty_model(arguments)
+    return open_folder(arguments.model, layout_of(model), names_in_files(model))
+
+
+def _empty_model(arguments: argparse.Namespace) -> nn.Module:
+    if not Path(arguments.model).is_dir():
+        what = "a file" if Path(arguments.model).exists() else "nothing there"
+        raise UserError(f"{arguments.model}: expected a transformers model folder, found {what}")
+    source = ModelArguments(model_name_or_path=arguments.model, trust_remote_code=arguments.trust_remote_code)
+    return empty_model(load_config(source), arguments.trust_remote_code)
+
+
+def _linear_weights(arguments: argparse.Namespace) -> set[str]:
+    """Names of the weights of Linear modules, input embeddings tied to a head left out."""
+    model = _empty_model(arguments)
+    embedding = input_embedding(model)
+    modules = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {name for name, module in modules.items() if module.weight is not embedding}
+
+
+def _summary(delta: Delta) -> dict[str, str]:
+    metadata, size = delta.metadata, delta.path.stat().st_size
+    return {
+        "method": metadata.get("method", "unknown"),
+        "ratio": metadata.get("ratio", "unknown"),
+        "selected": f"{delta.num_selected} of {metadata.get('total', 'unknown')}",
+        "file": f"{size} bytes, {size / delta.num_selected:.2f} a selected value",
+        "previous values": "yes" if delta.reversible else "no: cannot be reverted",
+        "model (names and shapes)": metadata.get("model_fingerprint", "unknown"),
+        "weights before": delta.base_fingerprint or "unknown",
+        "weights after": delta.result_fingerprint or "unknown",
+        "checksum": metadata.get("checksum", "none"),
+    }
+
+
+def _movement_table(delta: Delta) -> Table:
+    table = Table("module", "values", "changed", "mean |change|", "max |change|", "mean |change| / mean |value|",
+                  title="how far values moved", title_justify="left")  # fmt: skip
+    whole = movements(("all", delta.change(name)) for name in delta.shapes)
+    parts = movements((place_of(name).module, delta.change(name)) for name in delta.shapes)
+    for module, moved in (*sorted(parts.items()), *whole.items()):
+        table.add_row(module, str(moved.num_values), f"{moved.num_changed / moved.num_values:.1%}",
+                      f"{moved.mean_distance:.3g}", f"{moved.max_distance:.3g}", f"{moved.relative:.3g}")  # fmt: skip
+    return table
+
+
+def _say_size(path: Path) -> None:
+    delta = open_delta(path)
+    size = path.stat().st_size
+    print(f"wrote {path}: {delta.num_selected} values, {size} bytes, {size / delta.num_selected:.2f} a value")
+
+
+def _console() -> Console:
+    """Standard output; wide where it is no terminal, since wrapped rows are unreadable in a log."""
+    return Console() if sys.stdout.isatty() else Console(width=200)

@@ -1,0 +1,139 @@
+"""The embedded default: make a small model and a stream of small tasks, then compare PIECE with plain fine-tuning.
+
+Everything goes the way a user's own model and data go: files, launch settings, the same engine. Only the base model's
+training, which a user does not need, is done here.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from piece_ds.cli.run import train
+from piece_ds.config.defaults import timeout_seconds
+from piece_ds.config.parsing import Settings, parse
+from piece_ds.data.files import load_rows
+from piece_ds.data.image_collate import make_collator
+from piece_ds.data.tokenize import Encoder, tokenize_rows
+from piece_ds.demo.recipe import EmbeddedRecipe
+from piece_ds.demo.write import EmbeddedPaths, write_embedded
+from piece_ds.models.loading import load_model
+from piece_ds.preflight.checks import check_kernels, resumes_from
+from piece_ds.report.results import RunResults
+from piece_ds.runtime.distributed import barrier, broadcast_object, is_main, world_size
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.process import start_distributed
+from piece_ds.training.reporters import open_reporters
+from piece_ds.training.run_folder import RunFolder
+from piece_ds.training.task import release
+from piece_ds.training.trainer import TaskTrainer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_OUTPUT = "runs/embedded"
+
+
+def run_embedded(argv: list[str], settings: Settings, defaults: dict[str, Any]) -> tuple[list[RunResults], RunFolder]:
+    """Make the base model, run the asked method over the stream, then sequential fine-tuning beside it.
+
+    Args:
+        argv: the user's flags, which win over the recipe's.
+        settings: argv parsed, without the recipe.
+        defaults: flags for both, below the recipe's.
+    """
+    if settings.data.train_file or settings.data.task_dir:
+        raise UserError("data without a model: add --model_name_or_path M")
+    start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
+    recipe = EmbeddedRecipe()
+    arguments = settings.training_arguments()
+    check_kernels(settings.method.method, arguments)
+    folder = RunFolder(Path(arguments.output_dir) if "output_dir" in settings.given else _free_folder())
+    open_reporters(arguments.report_to, folder.root)  # refused here, before minutes of training
+    resume = resumes_from(arguments)
+    folder.require_free(resume)
+    paths = _write(folder.root / "material", arguments.seed, recipe)
+    base = folder.root / "base"
+    if not (base / "config.json").is_file():
+        _train_base(base, paths, recipe, settings)
+    runs = []
+    for method, where, rate in (
+        (None, folder.root, recipe.mask_learning_rate),
+        ("seqft", folder.root / "seqft", recipe.full_learning_rate),
+    ):
+        flags = {**defaults, **_stream_flags(paths, recipe, base), "learning_rate": rate, "output_dir": where}
+        chosen = ["--method", method, "--learning_rate", str(rate), "--output_dir", str(where)] if method else []
+        runs.append(train(parse([*argv, *chosen], flags))[0])
+        if settings.method.method == "seqft":
+            break
+    return runs, folder
+
+
+def _free_folder() -> Path:
+    """runs/embedded, or with the first number that no run has taken; the same on every rank."""
+    candidates = [Path(DEFAULT_OUTPUT), *(Path(f"{DEFAULT_OUTPUT}-{n}") for n in range(2, 1000))]
+    return Path(str(broadcast_object(next(path for path in candidates if not path.exists()))))
+
+
+def _write(material: Path, seed: int, recipe: EmbeddedRecipe) -> EmbeddedPaths:
+    paths = broadcast_object(write_embedded(material, seed, recipe) if is_main() else None)
+    assert isinstance(paths, EmbeddedPaths)
+    return paths
+
+
+def _train_base(base: Path, paths: EmbeddedPaths, recipe: EmbeddedRecipe, settings: Settings) -> None:
+    """Train every weight of the untrained model on the base material and save it as a transformers folder."""
+    arguments = settings.training_arguments(
+        output_dir=base,
+        max_steps=recipe.base_steps,
+        per_device_train_batch_size=_per_rank(recipe.base_batch_size),
+        learning_rate=recipe.base_learning_rate,
+        warmup_steps=recipe.base_warmup_steps,
+        lr_scheduler_type="cosine",
+        adam_beta2=recipe.adam_beta2,
+        save_strategy="no",
+        logging_steps=100,
+        report_to="none",
+    )
+    logger.warning("training the base model: %d steps", recipe.base_steps)
+    tokenizer = AutoTokenizer.from_pretrained(paths.model_dir)
+    encoder = Encoder(tokenizer, recipe.max_prompt_length + recipe.max_answer_length)
+    rows = tokenize_rows(load_rows(str(paths.base_train_file)), encoder, str(paths.base_train_file))
+    model_settings = type(settings.model)(model_name_or_path=str(paths.model_dir))
+    model = load_model(model_settings, torch.float32)
+    trainer = TaskTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=make_collator(tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(str(base))
+    release(trainer)
+    barrier()
+
+
+def _stream_flags(paths: EmbeddedPaths, recipe: EmbeddedRecipe, base: Path) -> dict[str, Any]:
+    """The recipe as flags of the stream."""
+    return {
+        "model_name_or_path": base,
+        "task_dir": paths.task_dir,
+        "tasks": ",".join(paths.task_names),
+        "general_file": paths.general_file,
+        "max_prompt_len": recipe.max_prompt_length,
+        "max_ans_len": recipe.max_answer_length,
+        "max_new_tokens": recipe.max_new_tokens,
+        "mask_ratio": recipe.mask_ratio,
+        "importance_batch_size": recipe.importance_batch_size,
+        "max_steps": recipe.task_steps,
+        "per_device_train_batch_size": _per_rank(recipe.task_batch_size),
+        "per_device_eval_batch_size": 64,
+        "lr_scheduler_type": "linear",
+        "adam_beta2": recipe.adam_beta2,
+    }
+
+
+def _per_rank(batch_size: int) -> int:
+    return max(1, batch_size // world_size())

@@ -1,0 +1,35 @@
+"""What `piece_ds doctor` does: looks at everything a run needs on this machine, on one screen."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from piece_ds.doctor.findings import BAD, GOOD, Finding
+from piece_ds.doctor.machine import examine
+
+_COLOURS = {GOOD: "green", BAD: "bold red"}
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    """Print the findings; exit code 1 where one of them would fail a run."""
+    findings = list(examine(arguments.folder, arguments.ranks))
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=140)
+        console.print(_table(findings))
+    if any(finding.status == BAD for finding in findings):
+        sys.exit(1)
+
+
+def _table(findings: list[Finding]) -> Table:
+    table = Table("", "what", "found", title="piece_ds doctor", title_justify="left")
+    for finding in findings:
+        colour = _COLOURS.get(finding.status, "yellow")
+        table.add_row(f"[{colour}]{finding.status}[/]", finding.what, escape(finding.found))
+    return table

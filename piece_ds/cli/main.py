@@ -1,0 +1,95 @@
+"""The parser of the `piece_ds` command: which commands there are, and which function does each."""
+
+import argparse
+from typing import NoReturn
+
+from piece_ds.runtime.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="piece_ds", description="Task deltas as files, what a run needs, and runs compared.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    delta = commands.add_parser("delta", help="list, inspect, apply, revert, merge, compose and export task deltas")
+    _add_delta_commands(delta.add_subparsers(metavar="COMMAND", required=True))
+    _add_plan(commands.add_parser("plan", help="memory and traffic of a run, from a model's shapes alone"))
+    _add_doctor(commands.add_parser("doctor", help="whether this machine can do what a run needs"))
+    masks = commands.add_parser("masks", help="where the selected weights of mask files lie, and how much they overlap")
+    masks.add_argument("masks", metavar="MASK", nargs="+", help="a mask.safetensors file")
+    masks.set_defaults(run="piece_ds.cli.masks:masks")
+    _add_report(commands.add_parser("report", help="compare runs: a table, and a page with figures"))
+    return parser
+
+
+def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    """A DELTA is a delta file, a task's folder, or a run's folder: all its tasks in order."""
+
+    def add(name: str, text: str, model: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text}. {_add_delta_commands.__doc__}")
+        if model:
+            command.add_argument("model", metavar="MODEL_FOLDER", help="transformers folder with safetensors files")
+            command.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
+        command.add_argument("deltas", metavar="DELTA", nargs="+")
+        command.set_defaults(run=f"piece_ds.cli.delta:{name}_deltas")
+        return command
+
+    add("list", "One line per delta", model=False)
+    add("inspect", "Where a delta lies and how far it moves", model=False)
+    for name, text in (("apply", "Put deltas on a model"), ("revert", "Take a model's last deltas off")):
+        target = add(name, text).add_mutually_exclusive_group(required=True)
+        target.add_argument("--output", metavar="FOLDER", help="write a changed copy here")
+        target.add_argument("--in_place", action="store_true", help="change MODEL_FOLDER, file by file")
+    add("merge", "A plain copy of a model with deltas on it").add_argument("--output", metavar="FOLDER", required=True)
+    compose = add("compose", "One delta that equals a stack", model=False)
+    compose.add_argument("--output", metavar="FILE", required=True)
+    compose.add_argument("--without_previous", action="store_true", help="6 bytes a value in 16 bits; no revert")
+    export = add("export", "A delta in another tool's layout", model=False)
+    export.add_argument("--format", choices=["vllm", "peft"], required=True)
+    export.add_argument("--model", metavar="MODEL_FOLDER", help="the base; needed for peft")
+    export.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
+    export.add_argument("--output", metavar="PATH", required=True)
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.description = "Bytes per rank and traffic per optimizer step, computed from shapes; nothing is loaded."
+    plan.add_argument("--model", help="a local model folder, or 1.5B, 8B, 70B, 405B")
+    plan.add_argument("--world", type=int, default=1, help="ranks")
+    plan.add_argument("--zero", type=int, default=3, choices=[0, 1, 2, 3], help="ZeRO stage")
+    plan.add_argument("--update_mode", default="masked", choices=["masked", "compact", "full", "lora"])
+    plan.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    plan.add_argument("--ratio", type=float, default=0.001, help="selected elements / elements of the model")
+    plan.add_argument("--method", default="piece-s", choices=["piece-s", "piece-f"], help="what statistics are kept")
+    plan.add_argument("--offload_optimizer", action="store_true", help="masters and moments on the CPU")
+    plan.add_argument("--offload_param", action="store_true", help="parameters on the CPU (stage 3)")
+    plan.add_argument("--tokens", type=int, default=2048, help="tokens of a micro-batch on one rank")
+    plan.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")
+    plan.add_argument("--lora_rank", type=int, default=32, help="of update_mode lora, on all Linear layers")
+    plan.add_argument("--table", action="store_true", help="1.5B to 405B at 1, 8, 64 and 512 ranks, as Markdown")
+    plan.set_defaults(run="piece_ds.cli.plan:plan")
+
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.description = (
+        "Versions, compilers, GPUs, kernels, folders, collectives over local processes, and a tiny run of statistics, "
+        "mask and step whose unselected weights must keep their bits. Exit code 1 where a run would fail."
+    )
+    doctor.add_argument("--folder", default=".", help="where runs would write; default: %(default)s")
+    doctor.add_argument("--ranks", type=int, default=2, help="processes of the self-test; default: %(default)s")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.set_defaults(run="piece_ds.cli.doctor:doctor")
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.description = (
+        "Runs of one stream side by side, finished or not; those that differ in their seed alone become one row, with "
+        "95 %% confidence intervals."
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="an output folder of launch/train.py")
+    report.add_argument("--output", metavar="FILE", default="comparison.html", help="the page; default: %(default)s")
+    report.set_defaults(run="piece_ds.cli.report:report")

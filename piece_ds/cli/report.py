@@ -1,0 +1,80 @@
+"""What `piece_ds report` does: results of several runs read, grouped, printed as a table and written as a page."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from piece_ds.report.comparison_page import write_comparison
+from piece_ds.report.comparison_table import comparison_grid
+from piece_ds.report.groups import group_runs
+from piece_ds.report.results import RunResults, read_results
+from piece_ds.report.table import print_grids
+from piece_ds.runtime.errors import UserError
+
+RESULTS_NAME, RUN_NAME = "results.json", "run.json"
+# Parts of run.json that are no settings, or hold far more of them than decide a result.
+_LEFT_OUT = {"versions", "all_training_arguments", "deepspeed"}
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the comparison and write its page."""
+    path = Path(arguments.output)
+    if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--output {path}: expected the name of an .html file")
+    groups = group_runs(read_runs([Path(run) for run in arguments.runs]))
+    print_grids([comparison_grid(groups)])
+    print(f"report: {write_comparison(path, groups)}")
+
+
+def read_runs(folders: Sequence[Path]) -> list[tuple[str, RunResults]]:
+    """(folder as given, results with the settings of its run.json) of each folder.
+
+    Raises:
+        UserError: a folder that is no run or is given twice, or a file that cannot be read; it is named.
+    """
+    given: dict[Path, Path] = {}
+    runs = []
+    for folder in folders:
+        if not (folder / RESULTS_NAME).is_file():
+            raise UserError(f"{folder} is no run: expected a folder with {RESULTS_NAME}, as launch/train.py writes it "
+                            "before its first task")  # fmt: skip
+        if folder.resolve() in given:
+            raise UserError(f"{folder} is given twice, the first time as {given[folder.resolve()]}: give it once")
+        given[folder.resolve()] = folder
+        results = read_results(folder / RESULTS_NAME)
+        runs.append((str(folder), replace(results, settings=_settings(folder, results.settings))))
+    return runs
+
+
+def _settings(folder: Path, from_results: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a run, flat: those of run.json, else what results.json shows of them."""
+    path = folder / RUN_NAME
+    if not path.is_file():
+        return dict(from_results)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        parts = {name: value for name, value in content.items() if name not in _LEFT_OUT}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not what a run writes ({error}); the file is damaged") from None
+    nested = [part for part in parts.values() if isinstance(part, dict)]
+    flat = {name: value for part in nested for name, value in part.items()}
+    flat |= {name: value for name, value in parts.items() if not isinstance(value, dict)}
+    root = _own_root(folder)
+    return {name: _within(value, root) for name, value in flat.items()}
+
+
+def _own_root(folder: Path) -> Path:
+    """The folder, or the run that it is part of: the embedded default has its baseline inside."""
+    folder = folder.resolve()
+    return folder.parent if (folder.parent / RESULTS_NAME).is_file() else folder
+
+
+def _within(value: Any, root: Path) -> Any:
+    """A path inside of the run's own folder without the folder, so that runs made alike have like settings."""
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        return value
+    path = Path(value)
+    return str(path.relative_to(root)) if path.is_relative_to(root) else value

@@ -1,0 +1,31 @@
+"""launch/train.py: a task or a stream of tasks on a model, or the embedded default."""
+
+from piece_ds.cli.demo import run_embedded
+from piece_ds.cli.run import train
+from piece_ds.config.defaults import default_flags, with_default_config
+from piece_ds.config.parsing import parse, print_help
+from piece_ds.report.results import RunResults
+from piece_ds.report.run_page import write_report
+from piece_ds.report.table import print_results
+from piece_ds.runtime.distributed import is_main
+from piece_ds.training.run_folder import RunFolder
+
+
+def main(argv: list[str]) -> None:
+    """The whole job of launch/train.py."""
+    if "-h" in argv or "--help" in argv:
+        print_help()
+        return
+    settings = parse(with_default_config(argv), default_flags(argv))
+    if settings.model.model_name_or_path is None:
+        show(*run_embedded(with_default_config(argv), settings, default_flags(argv)))
+        return
+    results, folder = train(settings)
+    show([results], folder)
+
+
+def show(runs: list[RunResults], folder: RunFolder) -> None:
+    """Print the result tables and write report.html with its figures. Rank 0 alone does something."""
+    if is_main():
+        print_results(runs)
+        print(f"report: {write_report(folder.root, runs)}")

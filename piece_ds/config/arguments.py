@@ -1,0 +1,253 @@
+"""Every setting of the project that transformers' TrainingArguments does not have, once: meaning, unit, range, default.
+
+The launch scripts turn these dataclasses into flags through HfArgumentParser; library code receives the dataclasses.
+Ranges are checked in __post_init__, so a bad value is refused before a model or a data file is touched.
+"""
+
+from dataclasses import dataclass, field
+
+from piece_ds.runtime.errors import UserError, nearest
+
+UPDATE_MODES = ["masked", "compact"]
+SELECTED_GRADIENTS = ["auto", "dense"]
+BUDGETS = ["model", "layer", "tensor"]
+SCORINGS = ["clean", "authors"]
+SAVE_MODEL = ["last", "each", "never"]
+NONFINITE = ["stop", "skip"]
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+
+def require_choice(name: str, value: str, choices: list[str]) -> None:
+    """Raise UserError naming the nearest choice when value is not one of choices."""
+    if value not in choices:
+        raise UserError(f"--{name} {value!r} is unknown; known: {', '.join(choices)}.{nearest(value, choices)}")
+
+
+def require_positive(name: str, value: int | float) -> None:
+    """Raise UserError unless value > 0."""
+    if not value > 0:
+        raise UserError(f"--{name} must be positive, got {value}")
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "local folder or Hub id; without it the embedded example model is made"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto (that of the files), float32, bfloat16 or float16"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "as in transformers: sdpa, eager, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run modelling code that comes with the model"})
+    eligible: str | None = field(
+        default=None,
+        metadata={"help": "comma-separated fnmatch patterns of parameters of a vision tower that may train too"},
+    )
+
+    def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class DataArguments:
+    """Which tasks, and how rows become tokens."""
+
+    train_file: str | None = field(default=None, metadata={"help": "one task: JSON, JSONL, CSV, Parquet or a Hub name"})
+    eval_file: str | None = field(default=None, metadata={"help": "held-out rows of --train_file"})
+    task_dir: str | None = field(default=None, metadata={"help": "a stream: folder with NAME/{train,eval,test}.json"})
+    tasks: str | None = field(default=None, metadata={"help": "comma-separated task names under --task_dir, in order"})
+    general_file: str | None = field(
+        default=None, metadata={"help": "text that no task trains; its loss is the general-ability column"}
+    )
+    general_importance_file: str | None = field(
+        default=None, metadata={"help": "text that stands for general ability when piece-ratio selects; not judged on"}
+    )
+    max_prompt_len: int = field(default=1024, metadata={"help": "tokens; prompt and answer are each cut to the sum"})
+    max_ans_len: int = field(default=512, metadata={"help": "tokens; see max_prompt_len"})
+    chat_template: bool = field(default=False, metadata={"help": "wrap the prompt in the tokenizer's chat template"})
+    image_dir: str | None = field(default=None, metadata={"help": "folder of the rows' images, with its subfolders"})
+    skip_bad_images: bool = field(
+        default=False, metadata={"help": "leave out rows whose image is missing or broken, and say how many"}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N rows of each task"})
+    max_new_tokens: int = field(
+        default=16, metadata={"help": "tokens generated for an answer that is a letter or number"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_len", "max_ans_len", "max_new_tokens"):
+            require_positive(name, getattr(self, name))
+        if self.max_eval_samples is not None:
+            require_positive("max_eval_samples", self.max_eval_samples)
+        if self.train_file and self.task_dir:
+            raise UserError("give either --train_file (one task) or --task_dir with --tasks (a stream), not both")
+        if bool(self.task_dir) != bool(self.tasks):
+            raise UserError("--task_dir and --tasks belong together: a folder and the names of its tasks, in order")
+        if self.eval_file and not self.train_file:
+            raise UserError("--eval_file belongs to --train_file; a stream finds eval.json in each task's folder")
+
+    @property
+    def cutoff(self) -> int:
+        """Most tokens a prompt, and separately an answer, may keep."""
+        return self.max_prompt_len + self.max_ans_len
+
+
+@dataclass
+class MethodArguments:
+    """How the weights to train are chosen and updated."""
+
+    method: str = field(
+        default="piece-s",
+        metadata={
+            "help": "piece-s, piece-f; selections: random, magnitude, lift, hft, layernorm, migu, shira, piece-ratio, "
+            "piece-s-disjoint; baselines: seqft, ewc, gem, lwf, replay, replay-online, lora, o-lora"
+        },
+    )
+    mask_ratio: float = field(default=0.001, metadata={"help": "selected elements / elements of the model, in (0, 1]"})
+    mask_file: str | None = field(default=None, metadata={"help": "use this mask instead of estimating one"})
+    update_mode: str = field(
+        default="compact",
+        metadata={"help": "compact: optimise the selected values alone; masked: every weight, and mask the gradient"},
+    )
+    selected_gradient: str = field(
+        default="auto",
+        metadata={
+            "help": "compact mode: auto: linear layers form their selected gradients alone; dense: autograd forms all"
+        },
+    )
+    budget: str = field(default="model", metadata={"help": "what shares one top-k: model, layer or tensor"})
+    importance_batch_size: int = field(default=4, metadata={"help": "rows in a micro-batch of the statistics pass"})
+    importance_lambda: float = field(default=1.0, metadata={"help": "lambda in |sum g| / sqrt(sum g^2 + lambda)"})
+    statistics_device: str = field(default="auto", metadata={"help": "auto (the accelerator) or cpu"})
+    statistics_file: str | None = field(
+        default=None, metadata={"help": "folder of saved statistics: read when it exists, else written"}
+    )
+    statistics_save_steps: int = field(
+        default=0,
+        metadata={"help": "keep the sums every N rounds of micro-batches, to go on from; 0: only upon a signal"},
+    )
+
+    lift_rank: int | None = field(
+        default=None, metadata={"help": "lift: rank of the approximation; without it 1/32 of a matrix's shorter side"}
+    )
+    general_statistics: str | None = field(
+        default=None,
+        metadata={"help": "piece-ratio: folder of the base model's statistics of --general_importance_file, kept there "
+                  "for other runs; without it OUTPUT_DIR/general_statistics"},
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.lift_rank is not None:
+            require_positive("lift_rank", self.lift_rank)
+        if not 0.0 < self.mask_ratio <= 1.0:
+            raise UserError(f"--mask_ratio must be in (0, 1], got {self.mask_ratio}")
+        require_choice("update_mode", self.update_mode, UPDATE_MODES)
+        require_choice("selected_gradient", self.selected_gradient, SELECTED_GRADIENTS)
+        require_choice("budget", self.budget, BUDGETS)
+        require_choice("statistics_device", self.statistics_device, ["auto", "cpu"])
+        require_positive("importance_batch_size", self.importance_batch_size)
+        require_positive("importance_lambda", self.importance_lambda)
+        if self.statistics_save_steps < 0:
+            raise UserError(f"--statistics_save_steps must be 0 or more, got {self.statistics_save_steps}")
+
+
+@dataclass
+class BaselineArguments:
+    """What the methods without a mask need; each reads its own."""
+
+    ewc_lambda: float = field(default=400.0, metadata={"help": "ewc: weight of the quadratic penalty"})
+    ewc_decay: float = field(default=1.0, metadata={"help": "ewc: what is left of earlier tasks' Fisher, in (0, 1]"})
+    memory_ratio: float = field(
+        default=0.1, metadata={"help": "gem, replay, replay-online: share of each earlier task's rows that is kept"}
+    )
+    gem_margin: float = field(default=0.5, metadata={"help": "gem: least weight of a violated task's gradient"})
+    lwf_weight: float = field(default=1.0, metadata={"help": "lwf: weight of the distillation loss"})
+    lwf_temperature: float = field(default=2.0, metadata={"help": "lwf: temperature of both distributions"})
+    lora_r: int = field(default=8, metadata={"help": "lora, o-lora: rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "lora, o-lora: scaling is lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.1, metadata={"help": "lora, o-lora: dropout before the first factor"})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "lora, o-lora: comma-separated names as in peft, or all-linear"}
+    )
+    o_lora_lambda: float = field(default=0.5, metadata={"help": "o-lora: weight of the orthogonality penalty"})
+
+    def __post_init__(self) -> None:
+        for name in ("lwf_temperature", "lora_r", "lora_alpha", "ewc_decay", "memory_ratio"):
+            require_positive(name, getattr(self, name))
+        for name in ("ewc_decay", "memory_ratio"):
+            if getattr(self, name) > 1:
+                raise UserError(f"--{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("ewc_lambda", "gem_margin", "lwf_weight", "o_lora_lambda"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
+
+
+@dataclass
+class OutputArguments:
+    """What is written besides masks, deltas and results, and what happens at an epoch's end."""
+
+    incomplete_accumulation: str = field(
+        default="refuse",
+        metadata={"help": "an epoch's last step with fewer micro-batches than the others: refuse or smaller_step"},
+    )
+
+    nonfinite: str = field(
+        default="stop",
+        metadata={"help": "a step whose loss or gradient is NaN or infinite is never taken: stop the run, or skip it"},
+    )
+
+    save_model: str = field(default="last", metadata={"help": "transformers folder after: last task, each task, never"})
+
+    save_full: bool = field(
+        default=False,
+        metadata={"help": "compact mode: --save_steps writes the whole model, not only what the task changes"},
+    )
+
+    output_file: str | None = field(
+        default=None, metadata={"help": "the one file that select_mask.py (a mask) and eval_tasks.py (scores) write"}
+    )
+
+    def __post_init__(self) -> None:
+        require_choice("save_model", self.save_model, SAVE_MODEL)
+        require_choice("nonfinite", self.nonfinite, NONFINITE)
+        require_choice("incomplete_accumulation", self.incomplete_accumulation, ["refuse", "smaller_step"])
+
+
+@dataclass
+class EvaluationArguments:
+    """What a model is judged by, before any task and after each."""
+
+    scorers: str | None = field(
+        default=None,
+        metadata={
+            "help": "TASK=NAME,TASK=NAME with letter, reasons, stance, number, word, text, simplification, code, vqa, "
+            "caption or loss (nothing is generated); without it TRACE's own for its tasks, else by the gold answers"
+        },
+    )
+    scoring: str = field(default="clean", metadata={"help": "clean, or authors: the authors' parsers and formulas"})
+    max_new_tokens_text: int = field(default=256, metadata={"help": "tokens generated for free text or a line of code"})
+    sample: bool = field(
+        default=False, metadata={"help": "draw tokens as the authors do (0.3, top 10, 0.95) instead of the likeliest"}
+    )
+    sample_seed: int = field(default=42, metadata={"help": "seed of --sample; any number of ranks draws the same"})
+    forward_transfer: bool = field(
+        default=False, metadata={"help": "after each task judge the next one too, untrained: gives forward transfer"}
+    )
+    humaneval: bool = field(
+        default=False, metadata={"help": "pass@1 on HumanEval: runs code that the model wrote, shut off (extra: eval)"}
+    )
+    lm_eval_tasks: str | None = field(
+        default=None, metadata={"help": "comma-separated tasks of lm-evaluation-harness, run beside ours (extra: eval)"}
+    )
+    lm_eval_path: str | None = field(default=None, metadata={"help": "folder with the harness's YAML files of tasks"})
+    lm_eval_limit: int | None = field(default=None, metadata={"help": "the harness uses the first N rows of each task"})
+
+    def __post_init__(self) -> None:
+        require_choice("scoring", self.scoring, SCORINGS)
+        require_positive("max_new_tokens_text", self.max_new_tokens_text)
+        if self.lm_eval_limit is not None:
+            require_positive("lm_eval_limit", self.lm_eval_limit)
+        if not self.lm_eval_tasks and (self.lm_eval_path or self.lm_eval_limit):
+            raise UserError("--lm_eval_path and --lm_eval_limit belong to --lm_eval_tasks")

@@ -1,0 +1,187 @@
+"""Flags and YAML become checked settings. TrainingArguments is built afresh for every task.
+
+transformers resolves the "auto" values of a DeepSpeed configuration in place, once, inside TrainingArguments; a second
+task must not inherit the first one's, so what is kept is the list of flags, not the object.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from piece_ds.config.arguments import (
+    BaselineArguments,
+    DataArguments,
+    EvaluationArguments,
+    MethodArguments,
+    ModelArguments,
+    OutputArguments,
+)
+from piece_ds.runtime.errors import UserError, nearest
+
+OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments, EvaluationArguments, BaselineArguments)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run was asked to do.
+
+    Attributes:
+        model, data, method, output, evaluation, baseline: this project's settings.
+        flags: the flags that transformers' TrainingArguments is made from.
+        given: names of the flags and YAML keys that were set by the user, without dashes.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    method: MethodArguments
+    output: OutputArguments
+    evaluation: EvaluationArguments
+    baseline: BaselineArguments
+    flags: tuple[str, ...]
+    given: frozenset[str]
+
+    def training_arguments(self, **overrides: Any) -> TrainingArguments:
+        """A fresh TrainingArguments with overrides in place of the flags' values.
+
+        Raises:
+            UserError: a value that transformers refuses.
+        """
+        parser = _parser((TrainingArguments,))
+        extra = [item for name, value in overrides.items() for item in (f"--{name}", str(value))]
+        try:
+            arguments, *_ = parser.parse_args_into_dataclasses([*self.flags, *extra], look_for_args_file=False)
+        except (ValueError, ImportError) as error:
+            raise UserError(str(error)) from error
+        return arguments
+
+    def flag(self, name: str) -> str | None:
+        """The text of one of TrainingArguments' flags as given, without building TrainingArguments."""
+        parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+        parser.add_argument(f"--{name}", dest="value", nargs="?")
+        value: str | None = parser.parse_known_args(list(self.flags))[0].value
+        return value
+
+    def with_flags(self, **flags: Any) -> "Settings":
+        """These settings with more flags of TrainingArguments."""
+        extra = tuple(item for name, value in flags.items() for item in (f"--{name}", str(value)))
+        return replace(self, flags=self.flags + extra)
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings as JSON-ready values, for run.json."""
+        return {cls.__name__: asdict(value) for cls, value in zip(OURS, self._ours(), strict=True)}
+
+    def shown(self) -> dict[str, Any]:
+        """What the user set, with the values in force: the settings that a report shows."""
+        arguments = self.training_arguments()
+        found = {}
+        for name in sorted(self.given):
+            holder = next((part for part in (*self._ours(), arguments) if hasattr(part, name)), None)
+            if holder is not None:
+                value = getattr(holder, name)
+                found[name] = value if isinstance(value, int | float | str | bool | None) else str(value)
+        return found
+
+    def _ours(self) -> tuple[Any, ...]:
+        return self.model, self.data, self.method, self.output, self.evaluation, self.baseline
+
+
+def parse(argv: list[str], defaults: dict[str, Any] | None = None) -> Settings:
+    """Settings from the command line and, with --config FILE, from YAML; flags win over YAML, YAML over defaults.
+
+    Args:
+        argv: without the program's name.
+        defaults: values of flags that neither the command line nor the YAML file gives.
+    Raises:
+        UserError: an unknown flag or key (with the nearest known), a value of the wrong type or outside its range.
+    """
+    given = given_names(argv)
+    argv, config = _take_config(argv)
+    known = _known_flags()
+    for name in config:
+        if name not in known:
+            raise UserError(f"unknown key {name!r} in the YAML file.{nearest(name, known)}")
+    filled = {**(defaults or {}), **config}
+    flags = [item for name, value in filled.items() for item in _as_flags(name, value)] + argv
+    ours = _parser(OURS)
+    *parsed, rest = ours.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+    for item in rest:
+        if item.startswith("--") and _flag_name(item) not in known:
+            raise UserError(f"unknown flag {item.split('=')[0]}.{nearest(_flag_name(item), known)}")
+    model, data, method, output, evaluation, baseline = parsed[: len(OURS)]
+    return Settings(model, data, method, output, evaluation, baseline, tuple(rest), given)
+
+
+def given_names(argv: list[str]) -> frozenset[str]:
+    """Names of the flags on the command line and of the keys in its --config file."""
+    argv, config = _take_config(argv)
+    return frozenset({_flag_name(a) for a in argv if a.startswith("--")} | set(config))
+
+
+class _OneLineParser(HfArgumentParser):
+    """argparse prints its whole usage before an error; a user wants the error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser(classes: tuple[type, ...]) -> HfArgumentParser:
+    return _OneLineParser(classes, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def print_help() -> None:
+    """Every flag with its meaning, on stdout, once."""
+    if os.environ.get("RANK", "0") == "0":
+        _parser((*OURS, TrainingArguments)).print_help(sys.stdout)
+
+
+def _known_flags() -> list[str]:
+    return [field.name for cls in (*OURS, TrainingArguments) for field in fields(cls) if field.init]
+
+
+def _flag_name(item: str) -> str:
+    return item.split("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _as_flags(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list) and name == "report_to":  # on the command line transformers takes one text for it
+        return [f"--{name}", ",".join(map(str, value))]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, dict):  # as lr_scheduler_kwargs: transformers reads JSON
+        return [f"--{name}", json.dumps(value)]
+    return [f"--{name}", str(value)]
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """argv without --config FILE, and the content of FILE."""
+    rest, path = [], None
+    items = iter(argv)
+    for item in items:
+        if item == "--config":
+            path = next(items, None)
+            if path is None:
+                raise UserError("--config expects a YAML file")
+        elif item.startswith("--config="):
+            path = item.split("=", 1)[1]
+        else:
+            rest.append(item)
+    if path is None:
+        return rest, {}
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must map flag names to values, got {type(content).__name__}")
+    return rest, {str(key).replace("-", "_"): value for key, value in content.items()}

@@ -1,0 +1,83 @@
+"""Encoded rows of different lengths as one batch of tensors."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from piece_ds.data.rows import IGNORED_LABEL
+from piece_ds.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Item b is rows [b B, (b + 1) B), collated; the last has what is left. Collated when asked for, not kept.
+
+    Attributes:
+        rows: a dataset with length and integer access.
+        collate: rows -> model inputs with labels.
+        batch_size: B.
+    """
+
+    rows: Sequence[Any]
+    collate: Callable[[list[Any]], dict[str, Tensor]]
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __getitem__(self, b: int) -> dict[str, Tensor]:
+        if not 0 <= b < len(self):
+            raise IndexError(b)
+        stop = min((b + 1) * self.batch_size, len(self.rows))
+        return self.collate([self.rows[i] for i in range(b * self.batch_size, stop)])
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[b] for b in range(len(self)))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token id to pad with."""
+    chosen = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if chosen is None:
+        raise UserError("the tokenizer has neither a pad_token nor an eos_token to pad with; set one in its files")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads on the left to the longest row, rounded up to a multiple, as a callable for DataLoader and Trainer.
+
+    A row's first token is never a label, as nothing stands before it: the loss does not depend on the padding.
+
+    Attributes:
+        pad_id: token id of padding; it is masked from attention and from the loss.
+        multiple: lengths are rounded up to it; 8 suits tensor cores and is what the method's authors use.
+    """
+
+    pad_id: int
+    multiple: int = 8
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Batch of rows.
+
+        Args:
+            rows: at least one mapping with input_ids and labels, equally long; other keys are ignored.
+        Returns:
+            input_ids, labels and attention_mask, int64, (len(rows), padded length), on the CPU.
+        """
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
+        input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            start = shape[1] - len(row["input_ids"])
+            input_ids[index, start:] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+            labels[index, start:] = torch.as_tensor(row["labels"], dtype=torch.int64)
+            labels[index, start] = IGNORED_LABEL  # else padding would predict it, in padded rows only
+            attention_mask[index, start:] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

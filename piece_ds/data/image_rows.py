@@ -1,0 +1,139 @@
+"""Rows of prompt, answer and image: checked, found on disk, and encoded up to the image, which the collator reads."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from datasets import Features, Sequence, Value
+from transformers import ProcessorMixin
+
+from piece_ds.config.arguments import DataArguments
+from piece_ds.data.images import ImageFolder, check_header, read_image
+from piece_ds.data.rows import IGNORED_LABEL
+from piece_ds.data.tokenize import Encoder
+from piece_ds.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """Puts a question, and an image before it, into the user's turn.
+
+    Attributes:
+        processor: of a model that reads images, with a chat template.
+    """
+
+    processor: ProcessorMixin
+
+    def __post_init__(self) -> None:
+        if not self.processor.chat_template:
+            raise UserError("the model's processor has no chat template, so where the image stands in a prompt is not "
+                            "known; add a chat_template.jinja to the model's files")  # fmt: skip
+
+    def text(self, prompt: str, with_image: bool) -> str:
+        """The turn as text, ending where the answer begins; the image is one token, which the processor unfolds."""
+        content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
+        if with_image:
+            content.insert(0, {"type": "image"})
+        turn = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of text() with the image still one token."""
+        return self.processor.tokenizer(text, **self.options(text))["input_ids"]
+
+    def options(self, text: str) -> dict[str, bool]:
+        """For the tokenizer: what begins a sequence is added unless the template has done it."""
+        bos = self.processor.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+
+
+logger = logging.getLogger(__name__)
+
+ENCODED = Features(
+    {
+        "input_ids": Sequence(Value("int64")),
+        "labels": Sequence(Value("int64")),
+        "text": Value("string"),
+        "image": Value("string"),
+        "where": Value("string"),
+    }
+)
+
+
+def has_images(rows: datasets.Dataset) -> bool:
+    """Whether any row names an image."""
+    return "image" in rows.column_names and any(rows["image"])
+
+
+def find_images(rows: datasets.Dataset, source: str, arguments: DataArguments) -> datasets.Dataset:
+    """rows with the path of every image as it lies on disk, in a column `where` what to call the row.
+
+    Args:
+        rows: of load_rows(images=True).
+        source: their file.
+        arguments: image_dir, skip_bad_images.
+    Raises:
+        UserError: an image is missing or no image, without skip_bad_images; or no row is left.
+    Cost: opens every image once; with skip_bad_images decodes it too, so that every rank leaves out the same rows.
+    """
+    folder = ImageFolder(arguments.image_dir, source)
+    kept: list[int] = []
+    paths: list[str | None] = []
+    first_bad = ""
+    for index, path in enumerate(rows["image"]):
+        try:
+            found = _checked(folder, path, f"{source} row {index + 1}", arguments.skip_bad_images)
+        except UserError as error:
+            if not arguments.skip_bad_images:
+                raise
+            first_bad = first_bad or str(error)
+            continue
+        kept.append(index)
+        paths.append(found)
+    if first_bad:
+        bad = len(rows) - len(kept)
+        logger.warning("%s: %d of %d rows left out for their images; the first: %s", source, bad, len(rows), first_bad)
+    if not kept:
+        raise UserError(f"{source}: no row has an image that can be read; the first: {first_bad}")
+    where = [f"{source} row {index + 1}" for index in kept]
+    chosen = rows.select(kept).remove_columns("image").add_column("image", paths, feature=Value("string"))
+    return chosen.add_column("where", where, feature=Value("string"))
+
+
+def _checked(folder: ImageFolder, path: str | None, where: str, decode: bool) -> str | None:
+    """Where the image of a row lies; None for a row without one."""
+    if not path:
+        return None
+    found = folder.find(path)
+    if found is None:
+        raise UserError(f"{where}: no image {path} below {folder.root}; say where images are with --image_dir, or "
+                        "leave such rows out with --skip_bad_images")  # fmt: skip
+    if decode:
+        read_image(found, where)
+    else:
+        check_header(found, where)
+    return str(found)
+
+
+def encode_image_rows(rows: datasets.Dataset, encoder: Encoder, prompt: ImagePrompt) -> datasets.Dataset:
+    """rows of find_images() as token ids of prompt and answer, the image standing as the one token of the template.
+
+    The prompt is not cut to the encoder's cutoff: that could cut into the image, whose size the processor bounds.
+
+    Returns:
+        Dataset of ENCODED: input_ids and labels as of text rows, the prompt's text in the template, path and row.
+    Raises:
+        UserError: an answer without a token.
+    """
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        text = prompt.text(row["prompt"], with_image=bool(row["image"]))
+        ids, answer = prompt.ids(text), encoder.answer_ids(row["answer"])
+        if not answer:
+            raise UserError(f"{row['where']}: no answer token is left after tokenization of {row['answer'][:40]!r}; "
+                            "remove the row")  # fmt: skip
+        return {"input_ids": ids + answer, "labels": [IGNORED_LABEL] * len(ids) + answer, "text": text,
+                "image": row["image"], "where": row["where"]}  # fmt: skip
+
+    return datasets.Dataset.from_list([encode(row) for row in rows], features=ENCODED)

@@ -1,0 +1,208 @@
+"""The task stream: which rows are learned in which order, and which rows each task is judged on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from transformers import ProcessorMixin
+
+from piece_ds.config.arguments import DataArguments
+from piece_ds.data.files import first_rows, load_rows
+from piece_ds.data.image_rows import ImagePrompt, encode_image_rows, find_images, has_images
+from piece_ds.data.readers import READERS
+from piece_ds.data.tokenize import Encoder, split_prompt, tokenize_rows
+from piece_ds.models.processor import Processing, tokenizer_of
+from piece_ds.runtime.errors import UserError, nearest
+
+
+def load_general(
+    path_or_name: str,
+    processing: Processing,
+    cutoff: int,
+    chat_template: bool = False,
+    max_rows: int | None = None,
+    images: DataArguments | None = None,
+) -> datasets.Dataset:
+    """Rows whose loss tells how much general ability is left; no task trains them.
+
+    Args:
+        path_or_name: rows of prompt and answer (loss on the answer), of token ids, or of {"text"} (loss on all of
+            it, cut into windows), or a .txt file, which is one long text.
+        processing: the model's tokenizer or processor.
+        cutoff: as in Encoder.
+        max_rows: keep only the first so many encoded rows.
+        images: where a model that reads images finds those of the rows.
+    Returns:
+        Dataset of columns input_ids and labels.
+    """
+    encoder = Encoder(tokenizer_of(processing), cutoff, chat_template)
+    if path_or_name.lower().endswith(".txt") and Path(path_or_name).is_file():
+        rows = _text_file_rows(Path(path_or_name))
+    else:
+        rows = load_rows(path_or_name, allow_text=True, images=isinstance(processing, ProcessorMixin))
+    if max_rows is not None:
+        rows = first_rows(rows, max_rows)  # a row makes at least one encoded row, so nothing needed is cut
+    if isinstance(processing, ProcessorMixin) and has_images(rows):
+        found = find_images(rows, path_or_name, images or DataArguments())
+        return encode_image_rows(found, encoder, ImagePrompt(processing))
+    return first_rows(tokenize_rows(rows, encoder, path_or_name), max_rows)
+
+
+def _text_file_rows(path: Path) -> datasets.Dataset:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text ({error.reason}); re-encode the file") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; expected text")
+    return datasets.Dataset.from_dict({"text": [text]})
+
+
+# A task that comes with training rows alone is judged on its first rows, so that its column is not empty;
+# Task.held_out says so. More of them would only tell the same about rows the model has seen.
+NUM_TRAINING_ROWS_JUDGED = 256
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the stream, tokenized.
+
+    Attributes:
+        name: folder name, or the file's stem.
+        train, eval, test: columns input_ids and labels; of rows with images, those of image_rows.ENCODED. eval is for
+            the loss during training, test for the result matrix; where a file is absent the other stands in, and
+            where both are, the first training rows.
+        answers: the gold answers of test, as text, in its order; where a row gives several, the one that is trained.
+        prompt_texts: the prompts of test, as text, in its order.
+        held_out: whether test holds rows other than the training file's.
+        references: all gold answers of each row of test, where rows may give several; else empty.
+    """
+
+    name: str
+    train: datasets.Dataset
+    eval: datasets.Dataset
+    test: datasets.Dataset
+    answers: list[str] = field(repr=False)
+    prompt_texts: list[str] = field(repr=False)
+    held_out: bool = True
+    references: list[list[str]] = field(default_factory=list, repr=False)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether rows of test are asked about images."""
+        return "image" in self.test.column_names
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids to generate an answer from, for each row of test, in its order."""
+        return [split_prompt(row["input_ids"], row["labels"])[0] for row in self.test]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Files to encoded rows. prompt: how an image stands in a prompt; None for a model that reads none."""
+
+    arguments: DataArguments
+    encoder: Encoder
+    prompt: ImagePrompt | None
+
+    def load(self, path: str, limit: int | None) -> datasets.Dataset:
+        rows = first_rows(load_rows(path, images=self.prompt is not None), limit)
+        return find_images(rows, path, self.arguments) if has_images(rows) else rows
+
+    def encode(self, rows: datasets.Dataset, path: str) -> datasets.Dataset:
+        if self.prompt is not None and has_images(rows):
+            return encode_image_rows(rows, self.encoder, self.prompt)
+        return tokenize_rows(rows, self.encoder, path)
+
+
+def load_task_stream(arguments: DataArguments, processing: Processing) -> list[Task]:
+    """The tasks that --train_file, or --task_dir and --tasks, name, in order.
+
+    Args:
+        arguments: checked settings; one of train_file and task_dir is set.
+        processing: the model's tokenizer or processor.
+    Raises:
+        UserError: no data named, an unknown or repeated task, or a file that cannot be used.
+    """
+    encoder = Encoder(tokenizer_of(processing), arguments.cutoff, arguments.chat_template)
+    prompt = ImagePrompt(processing) if isinstance(processing, ProcessorMixin) else None
+    reader = _Reader(arguments, encoder, prompt)
+    return [_load_task(name, files, reader) for name, files in _task_files(arguments).items()]
+
+
+def _task_files(arguments: DataArguments) -> dict[str, dict[str, str]]:
+    """Task name -> split -> path or Hub name, in the order of the stream."""
+    if arguments.train_file:
+        files = {"train": arguments.train_file}
+        if arguments.eval_file:
+            files["eval"] = arguments.eval_file
+        return {Path(arguments.train_file.split(":")[0]).stem: files}
+    if not arguments.task_dir or not arguments.tasks:
+        raise UserError("no training data: give --train_file, or --task_dir with --tasks")
+    return {
+        name: _files_in(Path(arguments.task_dir) / name) for name in _task_names(arguments.tasks, arguments.task_dir)
+    }
+
+
+def _task_names(tasks: str, task_dir: str) -> list[str]:
+    names = [name.strip() for name in tasks.split(",")]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if "" in names or repeated:
+        what = f"{repeated!r} twice" if repeated else "an empty name"
+        raise UserError(f"--tasks {tasks!r} holds {what}; name each task once, separated by commas")
+    if not Path(task_dir).is_dir():
+        raise UserError(f"--task_dir {task_dir}: no such folder")
+    known = sorted(entry.name for entry in Path(task_dir).iterdir() if entry.is_dir())
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--tasks: no task {name!r} in {task_dir}; it has {', '.join(known)}.{nearest(name, known)}"
+            )
+    return names
+
+
+def _files_in(folder: Path) -> dict[str, str]:
+    """Split -> file of a task's folder, the first known suffix that exists; train.json where none does."""
+    found = {}
+    for split in ("train", "eval", "test"):
+        paths = [folder / f"{split}{suffix}" for suffix in READERS]
+        path = next((path for path in paths if path.exists()), None)
+        if path or split == "train":
+            found[split] = str(path or paths[0])
+    return found
+
+
+def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
+    max_eval_samples = reader.arguments.max_eval_samples
+    limits = {"train": None, "eval": max_eval_samples, "test": max_eval_samples}
+    rows = {split: reader.load(path, limits[split]) for split, path in files.items()}
+    splits = {split: reader.encode(rows[split], path) for split, path in files.items()}
+    held_out = len(files) > 1
+    judged = splits["train"] if held_out else first_rows(splits["train"], max_eval_samples or NUM_TRAINING_ROWS_JUDGED)
+    test_split = "test" if "test" in files else "eval" if "eval" in files else "train"
+    test = splits[test_split] if held_out else judged
+    texts = first_rows(rows[test_split], len(test))
+    prompt_texts, answers = _texts(texts, reader.encoder)
+    return Task(
+        name=name,
+        train=splits["train"],
+        eval=splits.get("eval", test),
+        test=test,
+        answers=answers,
+        prompt_texts=prompt_texts,
+        held_out=held_out,
+        references=list(texts["answers"]) if "answers" in texts.column_names else [],
+    )
+
+
+def _texts(rows: datasets.Dataset, encoder: Encoder) -> tuple[list[str], list[str]]:
+    """Prompts and gold answers as text; for rows of token ids, what these decode to."""
+    if "answer" in rows.column_names:
+        return list(rows["prompt"]), list(rows["answer"])
+    prompts, answers = zip(*(split_prompt(row["input_ids"], row["labels"]) for row in rows), strict=True)
+
+    def decode(many: Iterable[list[int]]) -> list[str]:
+        return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in many]
+
+    return decode(prompts), decode(answers)

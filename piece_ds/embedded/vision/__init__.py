@@ -1,9 +1,0 @@
-"""The embedded example with images: drawings, questions about them, and two small vision-language models.
-
-Everything is drawn and built from a seed and written as ordinary files, as the rest of the embedded example.
-"""
-
-from piece_ds.embedded.vision.models import FAMILIES, write_model
-from piece_ds.embedded.vision.tasks import BASE, TASKS, words, write_task
-
-__all__ = ["BASE", "FAMILIES", "TASKS", "words", "write_model", "write_task"]

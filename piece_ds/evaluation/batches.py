@@ -1,0 +1,61 @@
+"""Evaluation mode that leaves no trace."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from piece_ds.runtime.distributed import rank, world_size
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's rows of one step.
+
+    Attributes:
+        indices: rows of the data set, at least one.
+        counted: False for a filler, whose result must not enter anything.
+    """
+
+    indices: list[int]
+    counted: bool
+
+
+def deal_batches(lengths: Sequence[int], batch_size: int) -> list[Share]:
+    """This rank's batches, in step order; every rank gets a list of the same length.
+
+    Batches hold neighbours in length, the longest first, so that little is padded and a batch too large for the
+    memory fails at once. Which rows share a batch does not depend on the number of ranks; batch b goes to rank b mod
+    world size.
+
+    Args:
+        lengths: tokens of each row, equal on every rank.
+        batch_size: rows in a batch, >= 1.
+    Returns:
+        ceil(ceil(rows / batch_size) / world size) shares; none when there are no rows.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    shares = [Share(batch, counted=True) for batch in batches[rank() :: world_size()]]
+    num_steps = -(-len(batches) // world_size())
+    return shares + [Share(order[-1:], counted=False)] * (num_steps - len(shares))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() and no_grad inside; afterwards every submodule is in the mode it was in, also after an error.
+
+    A plain model.train() would switch on the dropout of a submodule that its user had put in eval mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

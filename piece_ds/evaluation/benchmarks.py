@@ -1,0 +1,74 @@
+"""General ability beside the loss on general text: HumanEval and lm-evaluation-harness, where they are asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from piece_ds.config.arguments import EvaluationArguments
+from piece_ds.config.parsing import Settings
+from piece_ds.data.tokenize import Encoder
+from piece_ds.evaluation import humaneval
+from piece_ds.evaluation.generate import Decoding, generate_texts
+from piece_ds.evaluation.harness import check_harness, run_harness
+from piece_ds.evaluation.scorers import AUTHORS
+from piece_ds.runtime.distributed import is_main
+from piece_ds.runtime.files import write_text
+
+# Tokens of a completion: the authors', and what the benchmark's own paper leaves room for.
+_TOKENS_OF_AUTHORS, _TOKENS = 128, 512
+
+
+def check_ability(asked: EvaluationArguments) -> None:
+    """Raise UserError where something asked for is not installed or cannot run here, before any weight is read."""
+    if asked.humaneval:
+        humaneval.check_humaneval()
+    if asked.lm_eval_tasks:
+        check_harness(asked.lm_eval_tasks, asked.lm_eval_path)
+
+
+def measure_ability(
+    model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, settings: Settings, device: Any, folder: Path
+) -> dict[str, float]:
+    """Measure -> value of all that settings ask for; empty where they ask for nothing. A collective.
+
+    Args:
+        folder: rank 0 writes the completions of HumanEval there, with what became of each.
+    """
+    asked = settings.evaluation
+    found: dict[str, float] = {}
+    if asked.humaneval:
+        found["HumanEval pass@1"] = _humaneval(model, tokenizer, batch_size, settings, device, folder)
+    if asked.lm_eval_tasks:
+        found |= run_harness(
+            model, tokenizer, asked.lm_eval_tasks, asked.lm_eval_path, asked.lm_eval_limit, batch_size, device
+        )
+    return found
+
+
+def _humaneval(
+    model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, settings: Settings, device: Any, folder: Path
+) -> float:
+    """Share of problems whose one completion passes; prompts as they are, without chat template."""
+    asked, problems = settings.evaluation, humaneval.load_problems()
+    by_authors = asked.scoring == AUTHORS
+    encoder = Encoder(tokenizer, settings.data.cutoff)
+    texts = generate_texts(
+        model,
+        [encoder.prompt_ids(problem.prompt) for problem in problems],
+        tokenizer,
+        _TOKENS_OF_AUTHORS if by_authors else _TOKENS,
+        batch_size,
+        device,
+        Decoding(sample=asked.sample, seed=asked.sample_seed),
+        description="HumanEval",
+    ).texts
+    cut = humaneval.cut_as_authors if by_authors else humaneval.cut_at_next_definition
+    completions = [cut(text) for text in texts]
+    passed = humaneval.passed(problems, completions)
+    if is_main():
+        rows = zip(problems, completions, passed, strict=True)
+        lines = [json.dumps({"task_id": p.name, "completion": c, "passed": right}) for p, c, right in rows]
+        write_text(folder / "HumanEval.jsonl", "".join(line + "\n" for line in lines))
+    return sum(passed) / len(passed)

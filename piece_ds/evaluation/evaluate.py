@@ -1,0 +1,143 @@
+"""What a model can do now: loss and score of every task, loss on general text, general ability where asked for."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from piece_ds.config.parsing import Settings
+from piece_ds.data.image_collate import ImageCollator, make_collator
+from piece_ds.data.tasks import Task
+from piece_ds.evaluation.benchmarks import measure_ability
+from piece_ds.evaluation.generate import Decoding, Generated, generate_texts
+from piece_ds.evaluation.loss import evaluate_loss
+from piece_ds.evaluation.predictions import write_predictions
+from piece_ds.evaluation.scorers import AUTHORS, Scorer, get_scorer
+from piece_ds.models.processor import Processing, tokenizer_of
+from piece_ds.runtime.distributed import barrier, is_main
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One row of the result matrix.
+
+    Attributes:
+        loss: task -> nats per answer token.
+        score: task -> its scorer's score, in [0, 1]; None where nothing was generated.
+        general_loss: nats per token of general text, or None without such text.
+        seconds: wall time.
+        measures: task -> what was measured beside its score, in [0, 1]; only tasks that have any.
+        ability: measure of general ability -> value, in [0, 1] unless the harness has another unit.
+        num_tokens: generated for the tasks, by all ranks.
+        generate_seconds: wall time of that.
+    """
+
+    loss: dict[str, float | None]
+    score: dict[str, float | None]
+    general_loss: float | None
+    seconds: float
+    measures: dict[str, dict[str, float]] = field(default_factory=dict)
+    ability: dict[str, float] = field(default_factory=dict)
+    num_tokens: int = 0
+    generate_seconds: float = 0.0
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What judging took, by names that say the unit."""
+        cost = {"evaluate_seconds": self.seconds}
+        if self.num_tokens:
+            cost["generated_tokens_per_second"] = self.num_tokens / self.generate_seconds
+        return cost
+
+
+def judge(
+    model: Any,
+    tokenizer: Processing,
+    tasks: list[Task],
+    scorers: dict[str, str],
+    general: datasets.Dataset | None,
+    batch_size: int,
+    settings: Settings,
+    device: Any,
+    folder: Path,
+) -> Scores:
+    """Evaluate tasks and general text. A collective: under ZeRO-3 every forward pass gathers parameters.
+
+    Args:
+        model: a transformers model or the DeepSpeed engine around one.
+        tasks: what to judge.
+        scorers: task -> name of its scorer, at least for tasks.
+        general: encoded text that no task trains.
+        batch_size: rows in a forward pass on each rank.
+        settings: the run's; scoring, lengths and decoding are read.
+        folder: rank 0 writes what was generated there, TASK.jsonl each.
+    """
+    begin = time.perf_counter()
+    collate = make_collator(tokenizer)
+    losses: dict[str, float | None] = {}
+    scores: dict[str, float | None] = {}
+    measures: dict[str, dict[str, float]] = {}
+    generated: list[Generated] = []
+    for task in tasks:
+        losses[task.name] = evaluate_loss(model, task.test, collate, batch_size, device).mean
+        scorer = get_scorer(scorers[task.name])
+        scores[task.name] = None
+        if scorer.generates:
+            answers = _answers(model, tokenizer, task, scorer, batch_size, settings, device)
+            generated.append(answers)
+            golds = task.references or task.answers
+            found = scorer.score(answers.texts, golds, task.prompt_texts, settings.evaluation.scoring)
+            scores[task.name] = found.pop("score")
+            measures |= {task.name: found} if found else {}
+            if is_main():
+                write_predictions(folder / f"{task.name}.jsonl", task.prompt_texts, golds, answers.texts)
+    general_loss = None
+    if general is not None:
+        general_loss = evaluate_loss(model, general, collate, batch_size, device).mean
+    ability = measure_ability(model, tokenizer_of(tokenizer), batch_size, settings, device, folder)
+    barrier()
+    return Scores(
+        losses,
+        scores,
+        general_loss,
+        time.perf_counter() - begin,
+        measures,
+        ability,
+        sum(answers.num_tokens for answers in generated),
+        sum(answers.seconds for answers in generated),
+    )
+
+
+def _answers(
+    model: Any,
+    tokenizer: Processing,
+    task: Task,
+    scorer: Scorer,
+    batch_size: int,
+    settings: Settings,
+    device: Any,
+) -> Generated:
+    asked = settings.evaluation
+    is_short = scorer.is_short_for_authors if asked.scoring == AUTHORS else scorer.is_short
+    collate = make_collator(tokenizer)
+    answers = generate_texts(
+        model,
+        task.prompts(),
+        tokenizer_of(tokenizer),
+        settings.data.max_new_tokens if is_short else asked.max_new_tokens_text,
+        batch_size,
+        device,
+        Decoding(sample=asked.sample, seed=asked.sample_seed),
+        description=task.name,
+        batch_of=(lambda indices: collate.prompts([task.test[index] for index in indices]))
+        if isinstance(collate, ImageCollator)
+        else None,
+    )
+    rate = answers.num_tokens / max(answers.seconds, 1e-9)
+    logger.info("%s: %d answers, %d tokens, %.0f tokens/s", task.name, len(answers.texts), answers.num_tokens, rate)
+    return answers

@@ -1,0 +1,49 @@
+"""LIFT: in every linear matrix, the weights that are largest once the matrix is brought to low rank."""
+
+import torch
+from torch import Tensor
+
+from piece_ds.methods.linear import linear_weights
+from piece_ds.methods.request import SelectionRequest, restricted
+from piece_ds.state.mask import Mask
+from piece_ds.zero.weights import read_whole
+
+RANK_SHARE = 32  # a rank of 128 for a matrix of 4096 rows
+
+
+def select_lift(request: SelectionRequest) -> Mask:
+    """The mask: every matrix has its part of k, in proportion to its elements, as LIFT selects matrix by matrix.
+
+    Taken once, before the task; the paper refreshes its selection while it trains, which would move weights that this
+    project promises to leave alone.
+
+    Cost: an eigendecomposition in fp64 per matrix, of its shorter side, on every rank; under ZeRO-3 a gather each.
+    Source: LIFT (Liu et al., arXiv 2506.00772).
+    """
+    names = {weight.name for weight in linear_weights(request.model)}
+    layout = restricted(request.layout, names)
+    device = torch.device(request.device or request.engine.device)
+    params = dict(request.model.named_parameters())
+    score_N = torch.zeros(layout.num_owned, dtype=torch.float32, device=device)
+    for info, part, offset in layout.owned():
+        whole = read_whole(params[info.name], request.engine.device).reshape(info.shape)
+        rank = request.options.lift_rank or max(1, min(info.shape) // RANK_SHARE)
+        score = low_rank(whole, rank).abs_().reshape(-1)
+        score_N[offset : offset + part.numel] = score[part.start : part.stop]
+    return request.select(score_N.nan_to_num_(nan=0.0), names, "tensor")
+
+
+def low_rank(matrix: Tensor, rank: int) -> Tensor:
+    """The best approximation of a matrix of the given rank, in fp32 (Eckart and Young).
+
+    By the eigenvectors of the Gram matrix of the shorter side, in fp64: its condition is squared there, and the vectors
+    of the largest singular values, the only ones that are used, are as exact as fp32 can show.
+    """
+    if min(matrix.shape) <= rank:
+        return matrix.to(torch.float32, copy=True)
+    exact = matrix.double()
+    rows_are_short = exact.shape[0] <= exact.shape[1]
+    gram = exact @ exact.T if rows_are_short else exact.T @ exact
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:]  # eigenvalues ascend
+    near = vectors @ (vectors.T @ exact) if rows_are_short else (exact @ vectors) @ vectors.T
+    return near.float()

@@ -1,0 +1,114 @@
+"""Beyond PIECE: selections that also look at what the model knew before.
+
+piece-ratio divides the task's Fisher information by that of general text, so that weights on which general ability
+rests are left alone. piece-s-disjoint is PIECE-S among the weights that no earlier task has trained.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from piece_ds.methods.request import SelectionRequest
+from piece_ds.runtime.distributed import all_reduce_sum_
+from piece_ds.runtime.errors import UserError
+from piece_ds.selection.budget import num_selected
+from piece_ds.selection.estimators import estimator
+from piece_ds.selection.scores import ScoreSource
+from piece_ds.selection.threshold import find_thresholds
+from piece_ds.selection.top_k import select
+from piece_ds.state.mask import Mask, collective_device
+from piece_ds.state.partition import Layout
+from piece_ds.state.statistics import GradientStats
+from piece_ds.zero.statistics import collect_statistics
+
+
+def select_ratio(request: SelectionRequest) -> Mask:
+    """The highest f / (g + d), where f and g are mean squared gradients: of the task and of general text.
+
+    d, which keeps weights that neither uses from winning by a division by nothing, is the median of g's entries above
+    zero: an order statistic, so the same bits for every number of ranks.
+
+    Raises:
+        UserError: there is no general text, or it gives no gradient.
+    Cost: two statistics passes (the general one is kept, see --general_statistics), 8 bytes per owned element.
+    """
+    if request.options.general is None:
+        raise UserError("--method piece-ratio needs text that stands for general ability: --general_importance_file F")
+    general = request.options.general()
+    stats = collect_statistics(request.engine, request.micro_batches, False, request.device, request.layout)
+    f = stats.square_sum.div_(stats.num_micro_batches)
+    g = general.square_sum.to(f.device) / general.num_micro_batches
+    score_N = ratio_score(f, g, median_above_zero(g, request.layout))
+    return request.select(score_N, {info.name for info in request.layout.eligible()}, "model")
+
+
+def ratio_score(f: Tensor, g: Tensor, damping: float) -> Tensor:
+    """f / (g + damping), fp32, never NaN."""
+    return (f / (g + damping)).nan_to_num_(nan=0.0, posinf=float("inf"))
+
+
+def median_above_zero(value_N: Tensor, layout: Layout) -> float:
+    """The (lower) median of the positive numbers among all ranks' values >= 0. A collective.
+
+    Raises:
+        UserError: there is none.
+    """
+    positive = torch.tensor([int((value_N > 0).sum())])
+    count = int(all_reduce_sum_(positive.to(collective_device())))
+    if count == 0:
+        raise UserError("the general text of --general_importance_file gives no gradient: is every answer empty?")
+    group_of = {info.name: 0 for info in layout.eligible()}
+    stats = GradientStats(layout, value_N, None)
+    runs = ScoreSource(layout, group_of, estimator("piece-f"), stats, None, value_N.device, 1.0, 0)
+    (threshold,) = find_thresholds(runs, [count // 2 + 1], value_N.device)
+    return float(torch.tensor(threshold.key, dtype=torch.int32).view(torch.float32))
+
+
+def select_disjoint(request: SelectionRequest) -> Mask:
+    """PIECE-S among the elements that are in no earlier task's mask.
+
+    Raises:
+        UserError: fewer than k elements are left.
+    """
+    stats = collect_statistics(request.engine, request.micro_batches, True, request.device, request.layout)
+    return replace(exclude_earlier(request, stats), method=request.method)
+
+
+def exclude_earlier(request: SelectionRequest, stats: GradientStats) -> Mask:
+    """PIECE-S of stats, whose entries at earlier positions are set to zero here."""
+    layout, taken = request.layout, _union(request)
+    k = num_selected(layout, request.ratio)
+    num_taken = sum(positions.numel() for positions in taken.values())
+    if layout.num_eligible - num_taken < k:
+        raise UserError(f"--method {request.method}: {layout.num_eligible - num_taken} weights are not taken by an "
+                        f"earlier task, {k} are asked for: lower --mask_ratio {request.ratio}")  # fmt: skip
+    for info, part, offset in layout.owned():
+        if info.name in taken and part.numel:
+            whole = taken[info.name]
+            own = whole[(whole >= part.start) & (whole < part.stop)] - part.start
+            for values in stats.fragment(offset, part.numel):
+                assert values is not None
+                values[own.to(values.device)] = 0.0
+    # A free element whose gradient is zero everywhere ties with taken ones. It is left out with them.
+    num_free = int(all_reduce_sum_(_num_nonzero(stats).to(collective_device())))
+    if num_free < k:
+        raise UserError(f"--method {request.method}: {num_free} free weights have a gradient, {k} are asked for: "
+                        f"lower --mask_ratio {request.ratio}")  # fmt: skip
+    return select(layout, "piece-s", request.ratio, stats, lam=request.lam)
+
+
+def _num_nonzero(stats: GradientStats) -> Tensor:
+    assert stats.grad_sum is not None
+    return (stats.grad_sum != 0).sum().reshape(1).cpu()
+
+
+def _union(request: SelectionRequest) -> dict[str, Tensor]:
+    """Parameter name -> ascending positions that any earlier task selected."""
+    eligible = {info.name for info in request.layout.eligible()}
+    found: dict[str, list[Tensor]] = {}
+    for index in request.options.earlier:
+        for name, positions in index.items():
+            if name in eligible:
+                found.setdefault(name, []).append(positions.long())
+    return {name: torch.cat(many).unique() for name, many in found.items()}

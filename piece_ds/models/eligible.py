@@ -1,0 +1,125 @@
+"""Which parameters may be selected: the rule for the input embeddings and for towers that encode images or sound.
+
+Not eligible: the input embeddings (and a head tied to them) and, unless named, an encoder of another modality than text
+with all that stands in it (patch and position embeddings, blocks, norms), except the merger or projector by which it
+enters the language model. The encoder is where transformers says that it is (get_encoder()), not at one model's names.
+"""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from piece_ds.runtime.errors import UserError
+
+_MODALITIES = ("image", "video", "audio")
+# Parts that stand inside a tower but map into the language model's space. transformers marks them by name alone:
+# `merger` and `deepstack_merger_list` of the Qwen-VL and GLM-V families, `multi_modal_projector`, `aligner`, ...
+_INTO_TEXT = ("merger", "projector", "connector", "aligner", "resampler")
+_ADDED = "_piece_ds_eligible"
+
+
+def input_embedding(model: nn.Module) -> nn.Parameter | None:
+    """The input embedding's weight, or None for a model without get_input_embeddings()."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        module = getter() if getter is not None else None
+    except NotImplementedError:
+        return None
+    return getattr(module, "weight", None)
+
+
+def towers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> encoder of images, video or sound inside a model that also has text; empty for a text model."""
+    getter: Any = getattr(model, "get_encoder", None)
+    found = {id(getter(modality=modality)) for modality in _MODALITIES} if _takes_modality(getter) else set()
+    whole = (model, getattr(model, "base_model", model))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in found and not any(module is one for one in whole)
+    }
+
+
+def _takes_modality(getter: Any) -> bool:
+    """Whether get_encoder is the one of transformers' models: another one may mean the text encoder."""
+    code = getattr(getter, "__code__", None)
+    return code is not None and "modality" in code.co_varnames[: code.co_argcount]
+
+
+def in_towers(model: nn.Module) -> set[str]:
+    """Names of the parameters in towers(), without what maps into the language model's space."""
+    found = set()
+    for tower, module in towers(model).items():
+        for name, _ in module.named_parameters():
+            if not any(word in name.lower() for word in _INTO_TEXT):
+                found.add(f"{tower}.{name}")
+    return found
+
+
+def ineligible(model: nn.Module) -> set[str]:
+    """Names of the parameters that may not be selected whatever their gradients, as in named_parameters()."""
+    embedding = input_embedding(model)
+    embeddings = {name for name, param in model.named_parameters() if param is embedding}
+    return embeddings | (in_towers(model) - getattr(model, _ADDED, frozenset()))
+
+
+def make_eligible(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Let model's parameters be selected that the rule leaves out, where their names match; returns those names.
+
+    Args:
+        patterns: of fnmatch, for whole names of named_parameters(): '*' matches anything, dots too.
+    Raises:
+        UserError: a pattern that makes nothing eligible, with the reason.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    left_out = in_towers(model)
+    added: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in names if fnmatchcase(name, pattern)}
+        if not matching & left_out:
+            raise UserError(f"--eligible {pattern!r} makes nothing eligible: {_reason(matching, model, left_out)}")
+        added |= matching & left_out
+    setattr(model, _ADDED, frozenset(added))
+    return [name for name in names if name in added]
+
+
+def _reason(matching: set[str], model: nn.Module, left_out: set[str]) -> str:
+    if not left_out:
+        return "every parameter is already, but for the input embeddings, which never are"
+    if not matching:
+        return f"no parameter has such a name; the ones left out are {min(left_out)} to {max(left_out)}"
+    if matching <= ineligible(model):
+        return "the input embeddings never are"
+    return f"{min(matching)} is already"
+
+
+def let_gradients_in(model: nn.Module) -> None:
+    """Make gradients reach the blocks under reentrant checkpointing, which passes them through inputs alone.
+
+    Where the input embeddings are frozen no input of a block requires a gradient, so the blocks would get none. Only
+    towers that train are treated so too: else backward would run through all of a frozen one for nothing.
+    """
+    if not hasattr(model, "enable_input_require_grads"):
+        return
+    encoders = towers(model)
+    if not encoders:
+        model.enable_input_require_grads()
+        return
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    inside = in_towers(model)
+    training = [name for name, param in model.named_parameters() if name in inside and param.requires_grad]
+    for tower, module in encoders.items():
+        if any(name.startswith(f"{tower}.") for name in training):
+            module.register_forward_pre_hook(_requiring_gradients, with_kwargs=True)
+
+
+def _requiring_gradients(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A tower's inputs, of which those that are no indices require a gradient."""
+
+    def require(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().requires_grad_(True) if is_float else value
+
+    return tuple(map(require, args)), {name: require(value) for name, value in kwargs.items()}

@@ -1,0 +1,194 @@
+"""Loading a causal LM or a vision-language model with its tokenizer or processor, and what is settled before that."""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from piece_ds.config.arguments import ModelArguments
+from piece_ds.models.eligible import in_towers, ineligible, input_embedding, let_gradients_in, make_eligible, towers
+from piece_ds.models.layout import full_shape, layout_of
+from piece_ds.models.positions import count_positions_from_mask_
+from piece_ds.models.processor import Processing, load_processor
+from piece_ds.runtime.distributed import is_main
+from piece_ds.runtime.errors import UserError
+from piece_ds.state.partition import Layout
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_config(arguments: ModelArguments) -> Any:
+    """The model's configuration. Raises UserError where there is none."""
+    source = arguments.model_name_or_path
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model_name_or_path {source}: no model can be loaded from there ({reason})") from error
+
+
+def require_weights(arguments: ModelArguments) -> None:
+    """Raise UserError where model_name_or_path is a folder with no weights in it, before anything is written."""
+    source = Path(str(arguments.model_name_or_path))
+    if source.is_dir() and not any(path for kind in ("*.safetensors", "*.bin") for path in source.glob(kind)):
+        raise UserError(f"--model_name_or_path {source}: the folder holds no weights (*.safetensors or *.bin)")
+
+
+def reads_images(config: Any) -> bool:
+    """Whether transformers has an image-text-to-text model for config."""
+    return getattr(config, "model_type", None) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def load_tokenizer(arguments: ModelArguments, config: Any = None) -> Processing:
+    """The model's tokenizer or, where it reads images, its processor. Raises UserError where there is none."""
+    source = arguments.model_name_or_path
+    try:
+        if reads_images(config):
+            return load_processor(str(source), config, arguments.trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        what, reason = "processor" if reads_images(config) else "tokenizer", str(error).strip().splitlines()[0]
+        raise UserError(f"--model_name_or_path {source}: no {what} can be loaded from there ({reason})") from error
+
+
+def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
+    """The dtype to train in: --dtype, or that of the model's files."""
+    if arguments.dtype != "auto":
+        return _DTYPES[arguments.dtype]
+    stated = getattr(config, "dtype", None) or torch.float32
+    return _DTYPES[stated] if isinstance(stated, str) else stated
+
+
+def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str | None = None) -> nn.Module:
+    """The model in dtype; partitioned while loading where a ZeRO-3 TrainingArguments is alive.
+
+    Args:
+        folder: load from there instead of model_name_or_path (a later task of a resumed stream).
+    """
+    source = str(folder or arguments.model_name_or_path)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+        model = _auto_class(config).from_pretrained(source, **options)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    count_positions_from_mask_(model)
+    return model
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The model from its configuration alone, on the meta device: no weight is read and no memory taken."""
+    with _no_zero3(), torch.device("meta"):
+        model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        model.tie_weights()
+    return model
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
+
+
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """Every name under which a checkpoint may hold a parameter whole -> its name in named_parameters().
+
+    The names differ for tied weights, which a checkpoint may hold under either or both, and where transformers renames
+    while loading (GPT-NeoX's embed_out). Parameters that it stacks while loading (experts) are not in the result under
+    the names of their parts.
+    """
+    parameter_of = {id(param): name for name, param in model.named_parameters()}
+    stored = [*model.named_parameters(remove_duplicate=False)]
+    stored += revert_weight_conversion(model, dict(model.state_dict(keep_vars=True))).items()
+    return {name: parameter_of[id(param)] for name, param in stored if id(param) in parameter_of}
+
+
+def empty_layout(arguments: ModelArguments, config: Any) -> Layout:
+    """The layout of the model from its configuration alone."""
+    return layout_of(empty_model(config, arguments.trust_remote_code))
+
+
+def check_eligible(arguments: ModelArguments, config: Any) -> None:
+    """Raise UserError where --eligible names nothing, or what encodes images cannot be told from the rest."""
+    if arguments.eligible is None and not reads_images(config):
+        return
+    model = empty_model(config, arguments.trust_remote_code)
+    if reads_images(config) and not towers(model):
+        raise UserError(f"--model_name_or_path {arguments.model_name_or_path}: transformers does not say which part of "
+                        f"{type(model).__name__} encodes images, so what may train is not known")  # fmt: skip
+    make_eligible(model, patterns_of(arguments))
+    if is_main():
+        _report_eligible(model, arguments)
+
+
+def patterns_of(arguments: ModelArguments) -> list[str]:
+    """The patterns of --eligible."""
+    return [pattern.strip() for pattern in (arguments.eligible or "").split(",") if pattern.strip()]
+
+
+def _report_eligible(model: nn.Module, arguments: ModelArguments) -> None:
+    sizes = {name: torch.Size(full_shape(param)).numel() for name, param in model.named_parameters()}
+    added = make_eligible(model, patterns_of(arguments))
+    if added:
+        logger.warning("--eligible makes %d parameters in %d tensors eligible: %s", sum(sizes[name] for name in added),
+                       len(added), ", ".join(_folded(added)))  # fmt: skip
+    left_out = ineligible(model)
+    frozen = in_towers(model) & left_out
+    logger.warning("eligible: %d of %d parameters; not: %d of %s, %d of the input embeddings",
+                   sum(size for name, size in sizes.items() if name not in left_out), sum(sizes.values()),
+                   sum(sizes[name] for name in frozen), " and ".join(towers(model)) or "towers",
+                   sum(sizes[name] for name in left_out - frozen))  # fmt: skip
+
+
+def _folded(names: Iterable[str]) -> list[str]:
+    """names in their order, those that differ in their numbers alone as one: "blocks.*.norm1.weight (27)"."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return [group[0] if len(group) == 1 else f"{one} ({len(group)})" for one, group in alike.items()]
+
+
+@contextmanager
+def _no_zero3() -> Iterator[None]:
+    """transformers builds plain models inside, although a TrainingArguments with ZeRO-3 may be alive."""
+    alive = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = alive
+
+
+def freeze_ineligible(model: nn.Module, selected: set[str] | None = None, patterns: Iterable[str] = ()) -> None:
+    """Freeze what may not be selected or, where the selected parameters are known already, every other parameter.
+
+    A frozen parameter costs no gradient, master or moment. Which weights train does not change: a mask that is yet
+    to be estimated selects none of what is left out.
+
+    Args:
+        model: a whole model of transformers, or any module.
+        selected: names of the parameters of a given mask.
+        patterns: of --eligible; see make_eligible().
+    """
+    if selected is None:
+        make_eligible(model, patterns)
+    left_out = ineligible(model)
+    for name, param in model.named_parameters():
+        if (name not in selected) if selected is not None else (name in left_out):
+            param.requires_grad_(False)
+    embedding = input_embedding(model)
+    if embedding is not None and not embedding.requires_grad:
+        let_gradients_in(model)

@@ -1,0 +1,1 @@
+"""What is read and refused before a weight is loaded."""

@@ -1,0 +1,167 @@
+"""What is refused before a weight is read: settings that do not fit each other or the data."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from piece_ds import ops
+from piece_ds.checkpoint.mask_file import check_mask_file
+from piece_ds.config.parsing import Settings
+from piece_ds.methods.registry import BASELINES, SELECTIONS
+from piece_ds.models.loading import empty_layout, reads_images
+from piece_ds.runtime.distributed import world_size
+from piece_ds.runtime.errors import UserError, nearest
+from piece_ds.selection.estimators import estimator_names
+
+logger = logging.getLogger(__name__)
+
+# transformers' names of the optimizers in zero/door.py's PROVEN_OPTIMIZERS that it can make.
+PROVEN_OPTIM = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
+
+
+def check_method(method: str) -> None:
+    """Raise UserError unless method is one that exists."""
+    known = [*estimator_names(), *SELECTIONS, *BASELINES]
+    if method not in known:
+        raise UserError(f"--method {method!r} is unknown; known: {', '.join(known)}.{nearest(method, known)}")
+
+
+def check_method_reads_images(method: str, config: Any) -> None:
+    """Raise UserError for a method without a mask that is not proven with a model that reads images."""
+    if reads_images(config) and method in set(BASELINES) - {"seqft"}:
+        raise UserError(f"--method {method} is not proven with models that read images (its adapters, memory or "
+                        "replayed rows may reach the vision tower); use a selection or seqft")  # fmt: skip
+
+
+def check_deepspeed_file(path: str | None) -> None:
+    """Raise UserError unless path is a readable DeepSpeed configuration without what the engine would refuse later."""
+    if path is None or not (path.startswith("{") or Path(path).is_file()):
+        raise UserError(f"--deepspeed {path}: no such file; ds_configs/ has one for every ZeRO stage")
+    try:
+        content = json.loads(path if path.startswith("{") else Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed {path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--deepspeed {path} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed {path} must hold an object of settings, got {type(content).__name__}")
+    for keys, allowed, instead in _DEEPSPEED_REFUSALS:
+        value = _at(content, keys)
+        if value is not None and value not in allowed:
+            raise UserError(f"--deepspeed {path}: piece_ds does not work with {'.'.join(keys)} {json.dumps(value)}; "
+                            f"{instead}")  # fmt: skip
+
+
+# What zero/door.py refuses of an engine, as far as the file tells: there the model is loaded already.
+# (keys, values that are allowed besides absence, what to do)
+_DEEPSPEED_REFUSALS: list[tuple[tuple[str, ...], tuple[Any, ...], str]] = [
+    (("zero_optimization", "stage"), (0, 1, 2, 3), "use stage 0, 1, 2 or 3"),
+    (("zero_optimization", "zenflow"), (), "remove it"),
+    (("zero_optimization", "offload_optimizer", "device"), ("none", "cpu"), "use 'cpu'"),
+    (("zero_optimization", "offload_param", "device"), ("none", "cpu"), "use 'cpu'"),
+    (("zero_optimization", "offload_optimizer", "super_offload"), (False,), "remove it"),
+    (("zero_optimization", "offload_optimizer", "ratio"), (1,), "remove it"),
+    (("zero_optimization", "zero_quantized_weights"), (False,), "set it to false"),
+    (("zero_optimization", "zero_quantized_nontrainable_weights"), (False,), "set it to false"),
+    (("zero_optimization", "zero_quantized_gradients"), (False,), "set it to false"),
+    (("compile", "deepcompile"), (False,), "set it to false"),
+    (("tensor_parallel", "autotp_size"), (0, 1), "remove it"),
+    (("torch_autocast", "enabled"), (False,), "use --bf16"),
+]
+
+
+def _at(content: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def check_training(arguments: TrainingArguments, masked: bool) -> None:
+    """Raise UserError where TrainingArguments ask for something that masked training is not proven with."""
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    if masked and optimizer not in PROVEN_OPTIM:
+        raise UserError(f"--optim {optimizer}: a zero gradient may move a weight; use one of {', '.join(PROVEN_OPTIM)}")
+    resumes_from(arguments)
+
+
+def check_offload(method: str, arguments: TrainingArguments) -> None:
+    """Raise UserError where the optimizer is offloaded and the method changes the reduced gradient."""
+    device = arguments.hf_deepspeed_config.get_value("zero_optimization.offload_optimizer.device", "none")
+    if method in BASELINES and BASELINES[method].changes_gradient and device != "none":
+        raise UserError(f"--method {method} changes the reduced gradient, which is not proven with optimizer offload: "
+                        "use a DeepSpeed configuration without zero_optimization.offload_optimizer")  # fmt: skip
+
+
+def check_kernels(method: str, arguments: TrainingArguments) -> None:
+    """Raise UserError unless the ops that method needs can run on this device; builds them where they have to be."""
+    if method not in BASELINES or method in ("ewc", "gem"):  # these two take statistics
+        ops.load(arguments.device.type)
+
+
+def resumes_from(arguments: TrainingArguments) -> bool:
+    """--resume_from_checkpoint as yes or no: where to go on is found in --output_dir.
+
+    Raises:
+        UserError: it names a checkpoint; a stream has one per task.
+    """
+    given = str(arguments.resume_from_checkpoint).lower()
+    if given not in _RESUME:
+        raise UserError(f"--resume_from_checkpoint expects True or False, got {arguments.resume_from_checkpoint!r}: "
+                        "where to go on is found in --output_dir")  # fmt: skip
+    return _RESUME[given]
+
+
+_RESUME = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": False}
+
+
+def check_mask(settings: Settings, config: Any) -> None:
+    """Raise UserError where --mask_file is damaged or of another model; only the model's configuration is needed."""
+    if settings.method.mask_file is None:
+        return
+    if settings.method.method in BASELINES:
+        raise UserError(f"--mask_file has no meaning with --method {settings.method.method}, which has no mask")
+    check_mask_file(settings.method.mask_file, empty_layout(settings.model, config))
+
+
+def check_sources(settings: Settings, num_tasks: int) -> None:
+    """Raise UserError where a method lacks what it selects by, or a setting is given that it would ignore."""
+    method, data = settings.method, settings.data
+    if method.method == "piece-ratio" and not data.general_importance_file:
+        raise UserError("--method piece-ratio needs text that stands for general ability: --general_importance_file F")
+    if method.method == "piece-s-disjoint" and num_tasks < 2:
+        raise UserError(
+            "--method piece-s-disjoint avoids earlier tasks' weights: it needs a stream (--task_dir, --tasks)"
+        )
+    if method.method in SELECTIONS and method.statistics_file:
+        raise UserError(f"--statistics_file has no meaning with --method {method.method}: statistics that any ratio "
+                        "can use are those of piece-s and piece-f")  # fmt: skip
+    if method.method in SELECTIONS and method.budget != "model":
+        raise UserError(f"--budget {method.budget} has no meaning with --method {method.method}, which has its own")
+    if method.method != "piece-ratio" and (data.general_importance_file or method.general_statistics):
+        raise UserError("--general_importance_file and --general_statistics belong to --method piece-ratio")
+
+
+def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow_smaller: bool) -> None:
+    """Raise UserError where the last step of an epoch would accumulate fewer micro-batches than the others.
+
+    Nothing would be dropped, but that step's rows would weigh more; it is an option, not an accident.
+    """
+    accumulation = arguments.gradient_accumulation_steps
+    per_round = arguments.per_device_train_batch_size * world_size()
+    rounds = -(-rows // per_round)
+    steps = -(-rounds // accumulation)
+    ends_early = 0 < arguments.max_steps <= rounds // accumulation
+    if rounds % accumulation == 0 or ends_early:
+        return
+    left = rounds % accumulation
+    message = (
+        f"task {name}: {rows} rows make {rounds} micro-batches of {arguments.per_device_train_batch_size} rows on "
+        f"{world_size()} ranks, and gradient_accumulation_steps is {accumulation}: the last of {steps} steps of an "
+        f"epoch would accumulate {left} instead of {accumulation}"
+    )
+    if not allow_smaller:
+        raise UserError(f"{message}; change the batch, or accept it with --incomplete_accumulation smaller_step")
+    logger.warning("%s", message)

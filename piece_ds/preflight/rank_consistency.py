@@ -1,0 +1,137 @@
+"""Ranks that were started with different things are found before anything is written, not after a day.
+
+Each rank says what it has, as short fingerprints; what is not the same everywhere is named, with the ranks.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import transformers
+from transformers.utils import cached_file
+
+from piece_ds.preflight.inputs import Inputs
+from piece_ds.runtime.distributed import all_gather_objects, world_size
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.versions import versions
+
+# Of a file of weights: its size, its beginning (names and shapes) and this many places in it are compared. Another
+# checkpoint differs nearly everywhere; to find one damaged byte, all of it would have to be read once more.
+NUM_SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+
+_OF_THE_MACHINE = {"device", "python"}  # they may differ where machines do
+_ROWS_AT_A_TIME = 10_000
+_PLACES = ("image", "where")  # columns that say where a row's image and the row itself lie; images are not read here
+
+
+def require_agreement(inputs: Inputs) -> None:
+    """Raise UserError, on all ranks, unless all ranks have the same packages, settings, weights, mask and rows.
+
+    A collective. Cost: a pass over the tokens, and 4 MiB of each file of weights.
+    """
+    if world_size() > 1:
+        difference = first_difference(all_gather_objects(_fingerprints(inputs)))  # type: ignore[arg-type]
+        if difference:
+            raise UserError(f"the ranks were not started alike: {difference}. Give all of them the same packages, "
+                            "command and files")  # fmt: skip
+
+
+def first_difference(of_ranks: list[dict[str, str]]) -> str | None:
+    """The first thing that is not the same on all ranks, in words; None where everything is.
+
+    Args:
+        of_ranks: each rank's thing -> its value or fingerprint.
+    """
+    for thing in dict.fromkeys(thing for found in of_ranks for thing in found):
+        ranks_with: dict[str, list[int]] = {}
+        for rank, found in enumerate(of_ranks):
+            ranks_with.setdefault(found.get(thing, "absent"), []).append(rank)
+        if len(ranks_with) > 1:
+            usual = max(ranks_with, key=lambda value: (len(ranks_with[value]), -ranks_with[value][0]))
+            other, ranks = next((value, ranks) for value, ranks in ranks_with.items() if value != usual)
+            return (f"{thing}: {other} on rank {', '.join(map(str, ranks))}, "
+                    f"{usual} on rank {', '.join(map(str, ranks_with[usual]))}")  # fmt: skip
+    return None
+
+
+def _fingerprints(inputs: Inputs) -> dict[str, str]:
+    found = {f"version of {name}": value for name, value in versions().items() if name not in _OF_THE_MACHINE}
+    found["piece_ds's source"] = _digest_of_files(sorted(Path(__file__).parents[1].rglob("*.py")))
+    settings = inputs.settings
+    for values in settings.resolved().values():
+        found |= {f"--{name}": str(value) for name, value in values.items() if not _is_a_place(name)}
+    found["TrainingArguments"] = _digest(json.dumps(_flags(inputs), sort_keys=True).encode())
+    found["the DeepSpeed configuration"] = _digest(
+        json.dumps(inputs.arguments.hf_deepspeed_config.config, sort_keys=True, default=str).encode()
+    )
+    found["the model's configuration"] = _digest(inputs.config.to_json_string().encode())
+    found |= _weights(str(settings.model.model_name_or_path))
+    if settings.method.mask_file is not None:
+        found["the mask"] = _digest_of_files([Path(settings.method.mask_file)])
+    for task in inputs.tasks:
+        for split in ("train", "eval", "test"):
+            found[f"the {split} rows of task {task.name}"] = _digest_of_rows(getattr(task, split))
+    for name, rows in (("general text", inputs.general), ("text for piece-ratio", inputs.general_importance)):
+        if rows is not None:
+            found[f"the {name}"] = _digest_of_rows(rows)
+    return found
+
+
+def _is_a_place(name: str) -> bool:
+    """Machines may keep the same files in different folders; what is in them is compared."""
+    return name.endswith(("_file", "_dir", "_path", "_statistics"))
+
+
+def _flags(inputs: Inputs) -> dict[str, Any]:
+    """TrainingArguments without what names a rank, a place or a time."""
+    known = inputs.arguments.to_dict()
+    own = ("local_rank", "output_dir", "logging_dir", "deepspeed", "run_name", "hub_token", "use_cpu")
+    return {name: str(value) for name, value in known.items() if name not in own and not name.startswith("_")}
+
+
+def _weights(source: str) -> dict[str, str]:
+    if not Path(source).is_dir():
+        try:
+            config = cached_file(source, transformers.utils.CONFIG_NAME)
+        except OSError:
+            return {}
+        source = str(Path(config).parent)
+    files = sorted(path for kind in ("*.safetensors", "*.bin") for path in Path(source).glob(kind))
+    return {f"the weights in {path.name}": _sampled(path) for path in files}
+
+
+def _sampled(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for number in range(NUM_SAMPLES):
+            file.seek(number * max(0, size - SAMPLE_BYTES) // max(1, NUM_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_files(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(os.fsencode(path.name) + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_rows(rows: datasets.Dataset) -> str:
+    digest = hashlib.sha256(str(len(rows)).encode())
+    bare = rows.remove_columns([name for name in _PLACES if name in rows.column_names])
+    for table in bare.with_format("arrow").iter(_ROWS_AT_A_TIME):
+        sink = pyarrow.BufferOutputStream()
+        plain = table.combine_chunks().replace_schema_metadata(None)
+        with pyarrow.ipc.new_stream(sink, plain.schema) as stream:
+            stream.write_table(plain)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()[:16]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,175 @@
+"""Results as rows of short texts, once for the console, Markdown and HTML."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from piece_ds.evaluation.matrix import Measure
+from piece_ds.report.results import RunResults
+
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts.
+
+    Attributes:
+        title: what it shows.
+        header: names of the columns; the first names the rows.
+        rows: as long as the header.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def result_grids(run: RunResults) -> list[Grid]:
+    """The result matrix of a run: one grid of scores, where any task has them, and one of losses.
+
+    A row is a moment of the stream (before it, after each task), a column a task; the last columns are the overall
+    performance at that moment and the loss on general text.
+    """
+    grids = []
+    if has_scores(run.matrix.score):
+        grids.append(_matrix_grid(f"{run.name}: {run.matrix.score_name}", run, run.matrix.score, percent))
+    grids.append(_matrix_grid(f"{run.name}: loss (nats per answer token)", run, run.matrix.loss, nats, general=True))
+    return grids
+
+
+def summary_grid(runs: Sequence[RunResults]) -> Grid:
+    """Runs in rows, the derived figures in columns; figures that no run has are left out."""
+    columns: list[tuple[str, str, Callable[[float | None], str]]] = [
+        ("OP", "score_overall", percent),
+        ("learned", "score_learning", percent),
+        ("BWT", "score_backward_transfer", points),
+        ("BWT (authors)", "score_backward_transfer_authors", points),
+        ("forgetting", "score_forgetting", points),
+        ("FWT", "score_forward_transfer", points),
+        ("loss OP", "loss_overall", nats),
+        ("loss BWT", "loss_backward_transfer", signed_nats),
+        ("general loss change", "general_loss_change", signed_nats),
+    ]
+    summaries = [run.matrix.summary() for run in runs]
+    kept = [column for column in columns if any(summary[column[1]] is not None for summary in summaries)]
+    rows = [
+        (run.name, *(form(summary[key]) for _, key, form in kept)) for run, summary in zip(runs, summaries, strict=True)
+    ]
+    return Grid("Derived figures", ("run", *(label for label, _, _ in kept)), tuple(rows))
+
+
+def run_grids(run: RunResults) -> list[Grid]:
+    """Every grid of one run but its costs."""
+    beside = measures_grid(run)
+    return [*result_grids(run), *([beside] if beside.rows else [])]
+
+
+def measures_grid(run: RunResults) -> Grid:
+    """What was measured beside the scores: parts of a score, SARI, general ability; a row a moment and task.
+
+    Plain numbers, since the harness also has measures that are no shares, such as a perplexity.
+    """
+    moments: list[tuple[str, str, Mapping[str, float]]] = []
+    for moment, of_task in run.measures.items():
+        moments += [(moment, task, values) for task, values in of_task.items() if values]
+    moments += [(moment, "general ability", values) for moment, values in run.ability.items() if values]
+    names = list(dict.fromkeys(name for _, _, values in moments for name in values))
+    rows = [(moment, task, *(nats(values.get(name)) for name in names)) for moment, task, values in moments]
+    return Grid(f"{run.name}: beside the scores", ("", "task", *names), tuple(rows))
+
+
+def has_scores(measure: Measure) -> bool:
+    """Whether any task was scored at any moment."""
+    rows = [*measure.after, *([measure.before] if measure.before else [])]
+    return any(value is not None for row in rows for value in row)
+
+
+COST_LABELS = {
+    "peak_bytes": "peak memory",
+    "host_peak_bytes": "peak host memory",
+    "generated_tokens_per_second": "tokens/s",
+    "other_bytes": "other files",
+}
+_COST_ORDER = ("select_seconds", "train_seconds", "num_steps", "evaluate_seconds", "generated_tokens_per_second",
+               "save_seconds", "peak_bytes", "host_peak_bytes", "mask_bytes", "delta_bytes", "model_bytes")  # fmt: skip
+_SHOWN_WHERE_MET = {"nonfinite_steps", "overflow_steps"}  # a column of zeros would say nothing
+
+
+def cost_grid(runs: Sequence[RunResults]) -> Grid:
+    """What each task of each run cost, with its mask's size; columns that nothing was measured for are left out."""
+    costs = [cost for run in runs for cost in run.cost.values()]
+    known = dict.fromkeys(key for cost in costs for key, value in cost.items() if value is not None)
+    keys = [*(key for key in _COST_ORDER if key in known), *(key for key in known if key not in _COST_ORDER)]
+    keys = [key for key in keys if key not in _SHOWN_WHERE_MET or any(cost.get(key) for cost in costs)]
+    named, has_masks = len(runs) > 1, any(run.masks for run in runs)
+    rows = []
+    for run in runs:
+        counts = run.selected_counts
+        for task, cost in run.cost.items():
+            selected, total = counts.get(task, (None, None))
+            mask = f"{selected:,} of {total:,}" if total else ABSENT
+            values = (quantity(key, cost.get(key)) for key in keys)
+            rows.append((*([run.name] if named else []), task, *([mask] if has_masks else []), *values))
+    first = ("run", "task") if named else ("task",)
+    header = (*first, *(["selected weights"] if has_masks else []), *map(_cost_label, keys))
+    return Grid("Cost of each task, on rank 0", header, tuple(rows))
+
+
+def _cost_label(key: str) -> str:
+    plain = key.removeprefix("num_").removesuffix("_seconds").removesuffix("_bytes").replace("_", " ")
+    return COST_LABELS.get(key, plain)
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage: 62.5 %."""
+    return ABSENT if value is None else f"{100 * value:.1f} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return ABSENT if value is None else f"{100 * value:+.1f}"
+
+
+def nats(value: float | None) -> str:
+    """A loss, or another plain number."""
+    return ABSENT if value is None else f"{value:.3f}"
+
+
+def signed_nats(value: float | None) -> str:
+    """A difference of losses, with its sign."""
+    return ABSENT if value is None else f"{value:+.3f}"
+
+
+def quantity(name: str, value: object) -> str:
+    """A measured value in the unit that its name says: 12.3 s, 5.0 min, 1.50 GiB, 4,007."""
+    if not isinstance(value, int | float):
+        return ABSENT if value is None else str(value)
+    if name.endswith("_seconds"):
+        return _in_unit(float(value), ((3600, "h"), (60, "min"), (1, "s")), from_count=2)
+    if name.endswith("_bytes"):
+        return _in_unit(float(value), ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")))
+    if isinstance(value, float) and abs(value) < 1000:
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    return f"{value:,.0f}"
+
+
+def _in_unit(value: float, units: Sequence[tuple[int, str]], from_count: int = 1) -> str:
+    """value in the first, largest unit of which it has at least from_count, or in the last."""
+    size, unit = next((pair for pair in units if abs(value) >= from_count * pair[0]), units[-1])
+    num_decimals = 0 if unit == "B" else 2 if unit == "s" and value < 1 else 1
+    return f"{value / size:,.{num_decimals}f} {unit}"
+
+
+def _matrix_grid(
+    title: str, run: RunResults, measure: Measure, form: Callable[[float | None], str], general: bool = False
+) -> Grid:
+    with_general = general and any(value is not None for value in run.matrix.general_loss)
+    header = ("", *run.tasks, "mean of seen", *(["general text"] if with_general else []))
+    rows = []
+    if measure.before is not None:
+        extra = (nats(run.matrix.general_loss_before),) if with_general else ()
+        rows.append(("before", *map(form, measure.before), ABSENT, *extra))
+    for stage, row in enumerate(measure.after):
+        extra = (nats(run.matrix.general_loss[stage]),) if with_general else ()
+        rows.append((f"after {run.tasks[stage]}", *map(form, row), form(measure.overall(stage)), *extra))
+    return Grid(title, header, tuple(rows))

@@ -1,0 +1,125 @@
+"""Which figures a set of runs has: their names, captions and PNG bytes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+
+from piece_ds.evaluation.matrix import Measure
+from piece_ds.report.heat_maps import mask_heat_maps, overlap_heat_map, result_heat_map
+from piece_ds.report.html import ReportFigure
+from piece_ds.report.lines import Values, stream_figure, training_figure
+from piece_ds.report.results import RunResults
+
+SCORE_PANEL = "score, mean of the tasks seen"
+LOSS_PANEL = "loss, mean of the tasks seen"
+GENERAL_PANEL = "loss on general text"
+
+
+def make_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
+    """All figures that runs have data for: comparisons of the runs first, then those of each run.
+
+    Comparisons show the runs whose tasks are the first run's.
+    """
+    alike = {run.name: [run] for run in runs if run.tasks == runs[0].tasks}
+    figures = line_figures(alike)
+    for index, run in enumerate(runs):
+        figures += run_figures(run, f"{index}-{_file_stem(run.name)}")
+    return figures
+
+
+def line_figures(runs: Mapping[str, Sequence[RunResults]], families: Sequence[str] = ()) -> list[ReportFigure]:
+    """What changes along the stream, and training loss; a line for each name, of one run or of several seeds.
+
+    Args:
+        runs: of the same tasks.
+        families: what each name belongs to; one colour a family. Without, each is its own.
+    """
+    if not runs:
+        return []
+    tasks = next(iter(runs.values()))[0].tasks
+    return [*_stream_figures(runs, tasks, families), *_training_figures(runs, tasks, families)]
+
+
+def _stream_figures(
+    runs: Mapping[str, Sequence[RunResults]], tasks: Sequence[str], families: Sequence[str]
+) -> list[ReportFigure]:
+    """Overall performance and general loss along the stream."""
+    measures: dict[str, Callable[[RunResults], Values]] = {
+        SCORE_PANEL: lambda run: _overall(run.matrix.score),
+        LOSS_PANEL: lambda run: _overall(run.matrix.loss),
+        GENERAL_PANEL: lambda run: [run.matrix.general_loss_before, *run.matrix.general_loss],
+    }
+    panels = {title: {name: [measure(run) for run in several] for name, several in runs.items()}
+              for title, measure in measures.items()}  # fmt: skip
+    panels = {title: of_run for title, of_run in panels.items()
+              if any(_has_values(values) for several in of_run.values() for values in several)}  # fmt: skip
+    if SCORE_PANEL in panels:
+        panels.pop(LOSS_PANEL, None)
+    if not panels:
+        return []
+    caption = "Performance on the tasks seen so far: what is learned and kept."
+    if GENERAL_PANEL in panels:
+        caption = (
+            "Performance on the tasks seen so far and loss on text that no task trains, before the stream and after "
+            "each task: what is learned, and what it costs in general ability."
+        )
+    png = stream_figure(panels, ["before", *tasks], shares=[SCORE_PANEL], may_be_log=[GENERAL_PANEL], families=families)
+    return [ReportFigure("stream.png", caption + _of_seeds(runs), png)]
+
+
+def _training_figures(
+    runs: Mapping[str, Sequence[RunResults]], tasks: Sequence[str], families: Sequence[str]
+) -> list[ReportFigure]:
+    losses = {name: [run.training_losses for run in several] for name, several in runs.items()}
+    if not any(points for several in losses.values() for of_task in several for points in of_task.values()):
+        return []
+    caption = "Training loss over the optimizer steps of the stream; a dotted line is the start of a task."
+    return [ReportFigure("training.png", caption + _of_seeds(runs), training_figure(losses, tasks, families))]
+
+
+def _overall(measure: Measure) -> Values:
+    return [None, *(measure.overall(stage) for stage in range(len(measure.after)))]
+
+
+def _of_seeds(runs: Mapping[str, Sequence[RunResults]]) -> str:
+    several = any(len(of_name) > 1 for of_name in runs.values())
+    return " Lines are means over seeds, bands go from the lowest to the highest." if several else ""
+
+
+def run_figures(run: RunResults, stem: str) -> list[ReportFigure]:
+    """Result matrices and masks of one run; stem begins the files' names."""
+    matrix, figures = run.matrix, []
+    for name, measure, ends, form in (
+        (matrix.score_name, matrix.score, (0.0, 1.0), lambda value: f"{100 * value:.0f}"),
+        ("loss", matrix.loss, (None, None), "{:.2f}".format),
+    ):
+        rows = [*([measure.before] if measure.before else []), *measure.after]
+        names = [*(["before"] if measure.before else []), *(f"after {task}" for task in run.tasks)][: len(rows)]
+        if any(map(_has_values, rows)):
+            unit = "nats per answer token" if name == "loss" else "%"
+            png = result_heat_map(rows, names, run.tasks, f"{run.name}: {name} ({unit})", ends, form)
+            caption = f"Result matrix of {run.name}, {name}: a row is a moment of the stream, a column a task."
+            figures.append(ReportFigure(f"{stem}-{name}.png", caption, png))
+    return figures + mask_figures(run, stem)
+
+
+def mask_figures(run: RunResults, stem: str) -> list[ReportFigure]:
+    """Where the weights of all tasks' masks lie, and how much the masks share; nothing for a run without masks."""
+    figures = []
+    if run.masks:
+        caption = f"Where {run.name} selected weights, as shares of all it selected for a task; grey: no such module."
+        figures.append(ReportFigure(f"{stem}-masks.png", caption, mask_heat_maps(run.masks)))
+    if len(run.overlaps) == len(run.masks) > 1:
+        caption = f"How much the masks of two tasks share in {run.name}: shared / united selected weights."
+        png = overlap_heat_map(run.overlaps, list(run.masks), f"{run.name}: overlap of masks")
+        figures.append(ReportFigure(f"{stem}-overlap.png", caption, png))
+    return figures
+
+
+def _has_values(values: Values) -> bool:
+    return any(value is not None and isfinite(value) for value in values)
+
+
+def _file_stem(name: str) -> str:
+    """name with everything but ASCII letters, digits, dots and hyphens as hyphens."""
+    kept = [letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name]
+    return "".join(kept).strip("-.") or "run"

@@ -1,0 +1,89 @@
+"""Files are written whole: to a temporary name in the same folder, flushed to disk, then renamed over the target."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from piece_ds.runtime.errors import MachineError
+
+# What write_whole() and write_folder() leave behind where the process is killed in between.
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
+
+def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), then put the result at path in one step. A crash leaves the old file or none.
+
+    Raises:
+        MachineError: the disk is full, the folder cannot be written ...; what stood at path is unchanged.
+    """
+    path = Path(path)
+    temporary = temporary_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise not_written(path, error) from error
+    finally:
+        _remove(temporary)
+
+
+def not_written(path: Path | str, error: BaseException) -> MachineError:
+    """What to raise when writing to path failed."""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    return MachineError(
+        f"{path} could not be written ({error}; {shutil.disk_usage(folder).free} bytes are free there): what was there "
+        "before is as it was; free or mend the disk, then run the same command again (a training run with "
+        "--resume_from_checkpoint True)"
+    )
+
+
+def temporary_of(path: Path) -> Path:
+    """Where this process writes what will stand at path."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def temporaries(folder: Path) -> Iterator[Path]:
+    """What killed processes left under folder, at any depth, of what they were writing."""
+    yield from [path for path in folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove them; only while nobody writes there."""
+    for path in temporaries(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems have no fsync of folders
+        pass
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 text file whole."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write value as indented JSON, whole."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _remove(temporary: Path) -> None:
+    with suppress(OSError):  # where the folder cannot be written, that is being reported
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,170 @@
+"""What every launch script shares: environment for one process, quiet logs, errors as one line and exit code 2."""
+
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+from piece_ds.runtime.errors import MachineError, UserError
+from piece_ds.runtime.rank_status import claim, is_gone, is_late, who_is_missing
+from piece_ds.runtime.signals import STOP_CODE, Stopped
+
+# How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
+OTHER_RANKS_WAIT_SECONDS = 5.0
+
+DEFAULT_TIMEOUT_SECONDS = 1800.0  # transformers' default of --ddp_timeout
+
+
+def run_command(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run main(argv) as a program and leave with exit_code().
+
+    deepspeed's launcher adds --local_rank=N to the arguments; ranks come from the environment.
+    """
+    argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
+    _one_process_environment()
+    _own_programs_first()
+    _quiet()
+    _leave(exit_code(main, argv))
+
+
+def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run main(argv). A UserError becomes one line on stderr and 2, a MachineError one and 1; a run that a signal has
+    stopped, one and 75. Any other exception is a defect or a lost rank: 1."""
+    try:
+        main(argv)
+    except UserError as error:
+        _say_after_rank_0(f"error: {message_of(error)}")
+        return 2
+    except MachineError as error:
+        _say_after_rank_0(f"error: {error}")
+        return 1
+    except Stopped as stop:
+        if int(os.environ["RANK"]) == 0:
+            _say(f"{stop}; the same command with --resume_from_checkpoint True goes on")
+        return STOP_CODE
+    except Exception as error:
+        _say_failure(error)
+        return 1
+    return 0
+
+
+def _say_failure(error: Exception) -> None:
+    """One traceback a job: that of the first rank that failed by itself. A rank that lost another says so in a line.
+
+    Nobody waits for the others: their collectives with this rank fail at once, and launchers end them.
+    """
+    own = os.environ["RANK"]
+    if is_late(error):
+        _say(f"error: {who_is_missing()}. What was finished is there; --ddp_timeout says how long ranks wait")
+    elif is_gone(error):
+        _say(f"error: rank {own} ends, since another rank has ended ({str(error).splitlines()[0][:120]})")
+    elif claim("traceback") == 1:
+        _say(f"rank {own} failed:")
+        traceback.print_exception(error)
+    else:
+        _say(f"error: rank {own} failed too, see the traceback of the first: {type(error).__name__}: {error}")
+
+
+def _say_after_rank_0(message: str) -> None:
+    """On other ranks only where rank 0 has not ended them by then."""
+    if int(os.environ["RANK"]) != 0:
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+    _say(message)
+
+
+def _say(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def message_of(error: UserError) -> str:
+    """Its message; from a worker of a DataLoader, without the traceback that torch puts before it."""
+    text = str(error)
+    name = f"{UserError.__module__}.{UserError.__name__}: "
+    if text.startswith("Caught UserError in DataLoader worker"):
+        text = text.rpartition(name)[2]
+    return text
+
+
+def start_distributed(seconds: float | None = None) -> None:
+    """Start torch.distributed through DeepSpeed, with the accelerator's backend; once per process.
+
+    transformers would start it too, but with --use_cpu not through DeepSpeed, which then counts one rank.
+
+    Args:
+        seconds: how long a collective waits for other ranks, in this group and in all that are made later:
+            DeepSpeed makes some, and hands no timeout on. None means torch's defaults for those.
+    """
+    import deepspeed
+    from torch.distributed import distributed_c10d
+
+    timeout = timedelta(seconds=seconds or DEFAULT_TIMEOUT_SECONDS)
+    if seconds is not None:
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    # On a CPU DeepSpeed compiles an extension here for inference's all-reduce, which nothing in training calls: half a
+    # minute on a new machine, under a lock file that a killed process leaves behind and later ones wait for, silently.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timeout)
+
+
+def _one_process_environment() -> None:
+    """Started with plain python, a script is rank 0 of 1."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _own_programs_first() -> None:
+    """Let torch build extensions with this environment's ninja, also when the environment has not been activated.
+
+    Without one on the path DeepSpeed's extensions do not build; with another one they are built again for every
+    change between the two, half a minute each time.
+    """
+    programs = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if programs not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, (programs, path)))
+
+
+def _quiet() -> None:
+    """Warnings and our own progress on rank 0; on the CPU, threads shared out among the ranks of this machine."""
+    import torch
+    import transformers
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    # Deprecations inside the libraries we call are not our users' business, four times a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if int(os.environ["RANK"]) != 0:
+        logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        )
+        num_threads = max(1, (os.cpu_count() or 1) // local_ranks)
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        torch.set_num_threads(num_threads)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit without waiting for peers that may never come."""
+    import torch.distributed as dist
+
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)

@@ -1,0 +1,55 @@
+"""Wall time of a run's phases, added up where they happen and taken where they are written down."""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc(5): sets the peak resident set size back to what is resident now
+
+
+def reset_peaks() -> bool:
+    """Begin anew; whether the host's peak can be told (on Linux alone)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        _CLEAR.write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> int | None:
+    """Most bytes of tensors on the accelerator since reset_peaks(); None on the CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def host_peak_bytes() -> int | None:
+    """Most resident bytes of this process since reset_peaks(); None where /proc does not tell."""
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found.group(1)) * 1024 if found else None
+
+
+_seconds: dict[str, float] = {}
+
+
+@contextmanager
+def timed(phase: str) -> Iterator[None]:
+    """Add what happens inside to a phase's seconds; also a decorator."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        _seconds[phase] = _seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+
+def take_seconds(phase: str) -> float:
+    """A phase's seconds since they were last taken."""
+    return _seconds.pop(phase, 0.0)

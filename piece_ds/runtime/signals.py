@@ -1,0 +1,82 @@
+"""A signal that asks a run to end, heeded by all ranks at the same point of the run.
+
+SIGTERM, SIGUSR1 or SIGINT on any rank is only noted when it comes. At points that every rank passes (the end of an
+optimizer step, a round of statistics, a batch of an evaluation) the ranks agree whether one of them has noted one.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from piece_ds.runtime.distributed import all_reduce_max_, collective_device
+from piece_ds.runtime.rank_status import at
+
+# EX_TEMPFAIL of sysexits.h: not a failure, try again later. No shell, launcher or kernel uses it for anything else.
+STOP_CODE = 75
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The run ended because a signal asked for it, at a point from which it can go on. The message says where."""
+
+
+class _Notice:
+    """What this process has noted.
+
+    Attributes:
+        heeding: signals are noted instead of ending the process, on all ranks.
+        signum: the first signal noted here, 0 without one.
+        agreed: all ranks know of one.
+    """
+
+    heeding = False
+    signum = 0
+    agreed = False
+
+
+@contextmanager
+def heeding_signals() -> Iterator[None]:
+    """Inside, SIGNALS are noted; call it on every rank, in the main thread. A second SIGINT ends its process."""
+    _Notice.heeding, _Notice.signum, _Notice.agreed = True, 0, False  # first: a signal may follow its handler at once
+    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        _Notice.heeding = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _note(signum: int, frame: Any) -> None:
+    _Notice.signum = _Notice.signum or signum
+    if signum == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stop_asked() -> bool:
+    """Whether any rank has noted a signal; the same answer on all ranks. A collective of one number.
+
+    False, without communication, outside heeding_signals().
+    """
+    if _Notice.heeding and not _Notice.agreed:
+        noted = torch.tensor([_Notice.signum], device=collective_device())
+        number = int(all_reduce_max_(noted))
+        # Without one, a signal that came while this rank waited for the others stays noted for the next time.
+        if number:
+            _Notice.signum, _Notice.agreed = number, True
+    return _Notice.heeding and _Notice.agreed
+
+
+def leave_if_asked(where: str) -> None:
+    """Raise Stopped, on all ranks, if stop_asked(). A collective.
+
+    Args:
+        where: what the run was doing, for the message.
+    """
+    at(where)
+    if stop_asked():
+        raise Stopped(f"stopped by {signal.Signals(_Notice.signum).name} {where}")

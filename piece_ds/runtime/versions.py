@@ -1,0 +1,20 @@
+"""Versions of what the numbers depend on."""
+
+import platform
+import sys
+from importlib.metadata import version
+
+import accelerate
+import deepspeed
+import torch
+import transformers
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    modules = {"torch": torch, "deepspeed": deepspeed, "transformers": transformers,
+               "accelerate": accelerate}  # fmt: skip
+    found = {"piece_ds": version("piece_ds")}
+    found |= {name: str(module.__version__) for name, module in modules.items()}
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {**found, "python": sys.version.split()[0], "device": device}

@@ -1,0 +1,100 @@
+"""The mask of exactly k elements with the highest scores of the whole model, over all ranks.
+
+The selection is a set, so it is exact: the same scores give the same mask for every number of ranks, and ties go to
+the smaller (parameter in named_parameters() order, flat row-major index).
+"""
+
+import torch
+from torch import Tensor
+
+from piece_ds import ops
+from piece_ds.selection.budget import budget_groups
+from piece_ds.selection.candidates import candidate_runs, find_candidates, runs_of
+from piece_ds.selection.estimators import estimator
+from piece_ds.selection.scores import Runs, ScoreSource, WeightReader
+from piece_ds.selection.threshold import Threshold, find_thresholds, tie_quotas
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import Layout
+from piece_ds.state.statistics import GradientStats
+
+
+def select(
+    layout: Layout,
+    method: str,
+    ratio: float,
+    stats: GradientStats | None = None,
+    weight_of: WeightReader | None = None,
+    budget: str = "model",
+    lam: float = 1.0,
+    seed: int = 0,
+    candidates: ops.Candidates | None = None,
+    device: torch.device | str | None = None,
+) -> Mask:
+    """Select the highest-scoring elements of the model. A collective: every rank calls it.
+
+    Args:
+        layout: of the model; scores exist for its eligible elements only.
+        method: an importance estimator's name.
+        ratio: selected / all elements of the model, in (0, 1]; see budget_groups for k.
+        stats: gradient statistics, for methods that use them.
+        weight_of: (name, start, numel) -> current values of elements this rank owns, for methods that use them.
+        budget: 'model' (one top-k), 'layer' or 'tensor'.
+        lam: lambda of piece-s.
+        seed: of `random`.
+        candidates: elements proven to contain the selection (see LastPassFilter), which spares the pass over stats.
+        device: where methods without statistics compute; None means where stats are, else the CPU.
+    Returns:
+        Mask with exactly k selected elements.
+    Raises:
+        ValueError: method needs statistics that are not there, or nothing is eligible.
+    Cost: one pass over the statistics, none with candidates; up to eight where more scores tie or share their leading
+        digit than there is room for candidates. Room: 12 bytes for 4 k candidates. Communicates counts only.
+    """
+    scorer = estimator(method)
+    if scorer.needs_squares and (stats is None or (scorer.needs_sum and stats.grad_sum is None)):
+        raise ValueError(f"method {method!r} needs gradient statistics with "
+                         f"{'sum and ' if scorer.needs_sum else ''}square sum: collect them first")  # fmt: skip
+    groups = budget_groups(layout, ratio, budget)
+    num_to_take = [k for _, k in groups]
+    group_of = {name: group for group, (names, _) in enumerate(groups) for name in names}
+    device = stats.square_sum.device if stats is not None else torch.device(device or "cpu")
+    runs: Runs = ScoreSource(layout, group_of, scorer, stats, weight_of, device, lam, seed)
+    candidates = candidates or find_candidates(runs, num_to_take, layout, device)
+    if candidates is not None:
+        runs = runs_of(candidate_runs(candidates, layout, group_of))
+    thresholds = find_thresholds(runs, num_to_take, device)
+    names = [info.name for info in layout.eligible() if info.name in group_of]
+    index = _take(runs, thresholds, names, group_of, layout.rank, device)
+    return Mask(layout, index, sum(num_to_take), method, ratio)
+
+
+def _take(
+    runs: Runs,
+    thresholds: list[Threshold],
+    names: list[str],
+    group_of: dict[str, int],
+    owner: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Ascending positions of what is above its group's threshold, and of this rank's share of the ties.
+
+    Legend: R runs, P parameters.
+    """
+    row_of = {name: row for row, name in enumerate(names)}
+    row_R = []
+    count_R = [torch.zeros(0, dtype=torch.int64, device=device)]
+    for run in runs():
+        row_R.append(row_of[run.name])
+        count_R.append(torch.zeros(1, dtype=torch.int64, device=device))
+        ops.score_histogram_(count_R[-1], *run.scores, shift=0, bits=0, prefix=thresholds[run.group].key)
+    ties_R = torch.cat(count_R).cpu()
+    ties_P = torch.zeros(len(names), dtype=torch.int64).index_add_(0, torch.tensor(row_R, dtype=torch.int64), ties_R)
+    left = dict(zip(names, tie_quotas(ties_P, [group_of[name] for name in names], thresholds, owner), strict=True))
+    found: dict[str, list[Tensor]] = {}
+    for run, count in zip(runs(), ties_R.tolist(), strict=True):
+        quota = min(count, left[run.name])
+        left[run.name] -= quota
+        element = ops.select_above(*run.scores, thresholds[run.group].key, quota)
+        if element.numel():
+            found.setdefault(run.name, []).append(run.positions(element))
+    return {name: torch.cat(found[name]) for name in names if name in found}

@@ -1,0 +1,67 @@
+"""64 bits that tell one set of weights from another, and that a task delta can be added to and taken from.
+
+The fingerprint is the sum modulo 2**64 of a hash of (parameter name, flat position, bits) over all elements. Ranks add
+their shares in any order, files add their tensors, and a changed element moves the sum by the difference of two
+hashes: the fingerprint of base + delta is known without reading the base again. It does not withstand an attacker.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+# Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014), as signed integers.
+_GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Elements hashed at a time. On a CPU the int64 temporaries then stay in cache: 380 M elements/s on two cores against
+# 18 M/s with 2**23; on an accelerator launches would dominate.
+CPU_CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 23
+
+
+def bits_of(values: Tensor) -> Tensor:
+    """values as integers of the same width; a view."""
+    return values.view(_INTEGER[values.element_size()])
+
+
+def hash_range(name: str, bits: Tensor, start: int = 0) -> int:
+    """Sum of the hashes of elements [start, start + bits.numel()) of a parameter, in [0, 2**64).
+
+    Args:
+        bits: 1-D integers, see bits_of().
+    """
+    chunk = CPU_CHUNK if bits.device.type == "cpu" else DEVICE_CHUNK
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    positions = torch.arange(min(chunk, bits.numel()), device=bits.device) + _seed(name)
+    for begin in range(0, bits.numel(), chunk):
+        piece = bits[begin : begin + chunk]
+        total += _hash(positions[: piece.numel()] + (start + begin), piece).sum()
+    return int(total) % 2**64
+
+
+def hash_elements(name: str, index: Tensor, bits: Tensor) -> int:
+    """Sum of the hashes of some elements of a parameter, in [0, 2**64).
+
+    Args:
+        index: 1-D int64, flat positions in the whole parameter.
+        bits: as many integers, see bits_of().
+    """
+    return int(_hash(index + _seed(name), bits).sum()) % 2**64
+
+
+def hexadecimal(fingerprint: int) -> str:
+    """16 digits, as files keep it."""
+    return f"{fingerprint % 2**64:016x}"
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+
+
+def _hash(positions: Tensor, bits: Tensor) -> Tensor:
+    """SplitMix64's finalizer of position and bits; int64 arithmetic wraps around."""
+    mixed = positions * _GAMMA + bits.long()
+    mixed = (mixed ^ ((mixed >> 30) & ((1 << 34) - 1))) * _MIX_1
+    mixed = (mixed ^ ((mixed >> 27) & ((1 << 37) - 1))) * _MIX_2
+    return mixed ^ ((mixed >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,1 @@
+"""PIECE in a Trainer, and a stream of tasks."""

@@ -1,0 +1,119 @@
+"""metrics.jsonl: what happens in a task, a whole line at a time, as it happens.
+
+A line is a row of the Trainer's log with what the step cost beside it, or an event. An interrupted task that goes on
+from a checkpoint keeps the lines up to there, and no step stands there twice.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from piece_ds.runtime.distributed import all_reduce_sum_, collective_device, is_main
+from piece_ds.runtime.files import not_written, write_text
+from piece_ds.runtime.profiling import host_peak_bytes, peak_bytes, take_seconds
+from piece_ds.runtime.rank_status import at
+from piece_ds.training.trainer import TaskTrainer
+
+# What comes after the last step, and is done again where a task is finished again.
+_AFTER_TRAINING = {"training", "saving", "evaluation after"}
+
+Row = dict[str, Any]
+
+
+class MetricsLog(TrainerCallback):
+    """Writes a task's metrics.jsonl on rank 0. All ranks must tell it of the same things."""
+
+    def __init__(self, path: Path, trainer: TaskTrainer) -> None:
+        self.rows: list[Row] = []  # of rank 0
+        self.train_seconds = 0.0  # between every step's begin and end
+        self._path, self._trainer = path, trainer
+        self._begin = 0.0
+        self._seconds_logged = 0.0
+
+    def open(self, last_step: int | None) -> None:
+        """Begin the file, or go on with it after last_step: its later lines, and one that was cut short, go."""
+        if is_main():
+            self.rows = [] if last_step is None else [row for row in _read(self._path) if _is_kept(row, last_step)]
+            self._write_all()
+
+    def note(self, event: str, **values: Any) -> None:
+        """A line for an event, in the place of one that told of the same event at this step."""
+        row = {"event": event, "step": self._trainer.state.global_step, **values}
+        same = [old for old in self.rows if (old.get("event"), old["step"]) == (event, row["step"])]
+        if same and is_main():
+            self.rows = [old for old in self.rows if old not in same]
+            self._write_all()
+        self._append(row)
+
+    def count(self, event: str) -> int:
+        """Lines of an event so far, on rank 0; those before an interruption count too."""
+        return sum(row.get("event") == event for row in self.rows)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        at(f"step {state.global_step + 1} of {self._path.parent.name}")
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.train_seconds += time.perf_counter() - self._begin
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.note("checkpoint", seconds=take_seconds("saving"))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        row = dict(state.log_history[-1])
+        if "loss" in row:
+            row |= self._cost()
+        self._append(row)
+
+    def _cost(self) -> Row:
+        """Of the steps since the last log. A collective of one number."""
+        tokens = int(all_reduce_sum_(self._trainer.take_num_tokens().view(1).to(collective_device())))
+        seconds, self._seconds_logged = self.train_seconds - self._seconds_logged, self.train_seconds
+        cost = {"train_seconds": seconds, "tokens_per_second": tokens / seconds if seconds else None,
+                "host_peak_bytes": host_peak_bytes(), "peak_bytes": peak_bytes()}  # fmt: skip
+        return {name: value for name, value in cost.items() if value is not None}
+
+    def _append(self, row: Row) -> None:
+        if not is_main():
+            return
+        self.rows.append(row)
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(_line(row))  # one write: what a killed process leaves is a whole line
+        except OSError as error:
+            raise not_written(self._path, error) from error
+
+    def _write_all(self) -> None:
+        write_text(self._path, "".join(map(_line, self.rows)))
+
+
+def _read(path: Path) -> list[Row]:
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut short
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _is_kept(row: Row, last_step: int) -> bool:
+    of_the_end = row.get("event") in _AFTER_TRAINING or "train_runtime" in row
+    return row["step"] <= last_step and not of_the_end
+
+
+def finite(row: Row) -> Row:
+    """row without NaN and infinity, which JSON does not know: the norm of a step that was not taken is infinite."""
+    return {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def _line(row: Row) -> str:
+    return json.dumps(finite(row)) + "\n"

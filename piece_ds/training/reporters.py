@@ -1,0 +1,143 @@
+"""--report_to for a stream: one run of TensorBoard, W&B, MLflow ... for all tasks, and the stream's results in it.
+
+transformers' Trainer counts its steps from 0 in every task, and its reporters live as long as it does: each task would
+be drawn over the one before (W&B), or be a run of its own without a name (MLflow). Here the reporters live as long as
+the stream, and a task's steps count on from those of the tasks before.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
+
+from piece_ds.report.results import RunResults
+from piece_ds.runtime.errors import UserError
+
+# What the Trainer tells a reporter of a task. It began when the first one did, and ends with the stream.
+_EVENTS = ("on_epoch_begin", "on_epoch_end", "on_step_begin", "on_substep_end", "on_optimizer_step", "on_step_end",
+           "on_evaluate", "on_predict", "on_log", "on_save")  # fmt: skip
+
+
+class StreamReporters:
+    """The reporters of one stream. Only the world's first process reports; all of them may call everything."""
+
+    def __init__(self, reporters: Sequence[TrainerCallback], root: Path) -> None:
+        """
+        Args:
+            reporters: made once for the stream.
+            root: the run's folder, where reporters that write files do so; its name is the default --run_name.
+        """
+        self._reporters, self._root = list(reporters), root
+        self._last: tuple[TrainingArguments, TrainerState, TrainerControl] | None = None
+        self._offset = 0
+
+    def of_task(self, num_steps_before: int) -> TrainerCallback:
+        """The callback for one task's Trainer, which must have no reporters of its own.
+
+        Args:
+            num_steps_before: optimizer steps of all tasks before it.
+        """
+        self._offset = num_steps_before
+        return _OfTask(self)
+
+    def log_results(self, results: RunResults) -> None:
+        """Report the newest row of the result matrix, at the last step that was trained."""
+        if self._last is not None:
+            self._call("on_log", *self._last, logs=newest_values(results))
+
+    def close(self, **kwargs: Any) -> None:
+        """End the reporters' run; kwargs are what the Trainer would hand over (model, processing_class)."""
+        if self._last is None:
+            return
+        self._call("on_train_end", *self._last, **kwargs)
+        self._last = None
+        wandb = sys.modules.get("wandb")
+        if any(type(reporter).__name__ == "WandbCallback" for reporter in self._reporters) and wandb is not None:
+            wandb.finish()  # its reporter leaves the run open, and the next stream of this process would go on in it
+
+    def tell(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Pass an event of the task's Trainer on, in terms of the stream."""
+        of_stream = self._in_stream(args), self._counted_on(state), control
+        is_first, self._last = self._last is None, of_stream
+        if is_first:
+            self._call("on_init_end", *of_stream)
+        if event == "on_save":
+            self._call(event, args, state, control, **kwargs)  # the folder of a checkpoint has the task's step
+        elif event != "on_train_begin" or is_first:
+            self._call(event, *of_stream, **kwargs)
+
+    def _call(self, event: str, *args: Any, **kwargs: Any) -> None:
+        for reporter in self._reporters:
+            getattr(reporter, event)(*args, **kwargs)
+
+    def _in_stream(self, args: TrainingArguments) -> TrainingArguments:
+        of_stream = copy.copy(args)
+        of_stream.output_dir = str(self._root)
+        of_stream.run_name = args.run_name or self._root.name
+        return of_stream
+
+    def _counted_on(self, state: TrainerState) -> TrainerState:
+        of_stream = copy.copy(state)
+        of_stream.global_step = self._offset + state.global_step
+        return of_stream
+
+
+def open_reporters(report_to: Sequence[str], root: Path) -> StreamReporters:
+    """The reporters that TrainingArguments.report_to names; a name may be several, with commas between them.
+
+    Raises:
+        UserError: transformers knows no such reporter, or its package is not installed.
+    """
+    names = [name.strip() for text in report_to for name in text.split(",") if name.strip()]
+    # transformers' own refusal of a missing mlflow is followed by a traceback, from the __del__ of what it half made
+    if "mlflow" in names and not integration_utils.is_mlflow_available():
+        raise UserError(f"--report_to {','.join(names)}: mlflow is not installed: pip install mlflow")
+    try:
+        return StreamReporters([make() for make in integration_utils.get_reporting_integration_callbacks(names)], root)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"--report_to {','.join(names)}: {error}") from None
+
+
+def newest_values(results: RunResults) -> dict[str, float]:
+    """The last row of the result matrix, what is derived from it and what the last task cost, by names for reporters.
+
+    The prefix eval_ is the Trainer's own; reporters make a section "eval" of it.
+    """
+    matrix, stage = results.matrix, len(results.matrix.loss.after) - 1
+    measures = {"score": matrix.score, "loss": matrix.loss}
+    found: dict[str, float | None] = {}
+    for index, task in enumerate(results.tasks):
+        for name, measure in measures.items():
+            row = measure.before if stage < 0 else measure.after[stage]
+            found[f"eval_tasks/{index:02d}-{task}/{name}"] = row[index] if row else None
+    found["eval_stream/general_loss"] = matrix.general_loss_before if stage < 0 else matrix.general_loss[stage]
+    found |= {f"eval_stream/{name}": value for name, value in matrix.summary().items()}
+    moment = "before" if stage < 0 else f"after {results.tasks[stage]}"
+    found |= {f"eval_ability/{name}": value for name, value in results.ability.get(moment, {}).items()}
+    if stage >= 0:
+        cost = results.cost.get(results.tasks[stage], {})
+        found |= {f"eval_cost/{name}": value for name, value in cost.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _relay(event: str) -> Callable[..., None]:
+    def relay(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.reporters.tell(event, args, state, control, **kwargs)
+
+    return relay
+
+
+class _TaskCallback(TrainerCallback):
+    """Tells the stream's reporters what one task's Trainer says."""
+
+    def __init__(self, reporters: StreamReporters) -> None:
+        self.reporters = reporters
+
+
+_OfTask = type("_OfTask", (_TaskCallback,), {event: _relay(event) for event in ("on_train_begin", *_EVENTS)})

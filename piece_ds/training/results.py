@@ -1,0 +1,123 @@
+"""results.json while a stream runs: results grow task by task, and are the record of where to go on.
+
+Written whole after the model was judged before any task and again after every task.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from piece_ds.checkpoint.mask_statistics import mask_statistics, overlap, read_index
+from piece_ds.config.parsing import Settings
+from piece_ds.data.tasks import Task
+from piece_ds.evaluation.evaluate import Scores
+from piece_ds.evaluation.matrix import ResultMatrix
+from piece_ds.evaluation.scorers import get_scorer
+from piece_ds.methods.registry import BASELINES, SELECTIONS
+from piece_ds.report.results import RunResults, read_results
+from piece_ds.runtime.distributed import barrier, is_main
+from piece_ds.runtime.files import write_json
+
+
+def open_results(
+    path: Path, settings: Settings, tasks: list[Task], scorers: dict[str, str], resume: bool
+) -> RunResults:
+    """What path holds where the run is resumed, else results of nothing yet.
+
+    Args:
+        scorers: task -> name of its scorer.
+    """
+    if resume and path.is_file():
+        return read_results(path)
+    method = settings.method
+    ratio = 1.0 if method.method in BASELINES or _ignores_ratio(method.method) else method.mask_ratio
+    notes = [f"{task.name} was judged on rows it trained on: it has no held-out ones." for task in tasks
+             if not task.held_out]  # fmt: skip
+    return RunResults(
+        name=method.method if ratio == 1.0 else f"{method.method} {100 * ratio:g} %",
+        method=method.method,
+        ratio=ratio,
+        matrix=ResultMatrix(
+            tuple(task.name for task in tasks), tuple(get_scorer(scorers[task.name]).metric for task in tasks)
+        ),
+        settings=settings.shown(),
+        notes=notes,
+    )
+
+
+def _ignores_ratio(method: str) -> bool:
+    return method in SELECTIONS and SELECTIONS[method].ignores_ratio
+
+
+def num_finished(results: RunResults) -> int:
+    """Tasks that need not be done again."""
+    return len(results.matrix.loss.after)
+
+
+def num_steps_before(results: RunResults) -> int:
+    """Optimizer steps of all finished tasks."""
+    return sum(int(cost.get("num_steps", 0)) for cost in results.cost.values())
+
+
+def is_judged_before(results: RunResults) -> bool:
+    """Whether the row before any task is there."""
+    return results.matrix.loss.before is not None
+
+
+def with_before(results: RunResults, scores: Scores) -> RunResults:
+    """results with the row before any task."""
+    matrix = results.matrix.with_before(scores.score, scores.loss, scores.general_loss)
+    return _with_details(replace(results, matrix=matrix), "before", scores)
+
+
+def with_task(
+    results: RunResults,
+    task: str,
+    scores: Scores,
+    cost: dict[str, Any],
+    index: dict[str, Tensor] | None,
+    numel: dict[str, int],
+    log: list[dict[str, Any]],
+) -> RunResults:
+    """results with one more finished task.
+
+    Args:
+        index: selected positions per parameter, or None without a mask.
+        numel: elements of each parameter.
+    """
+    masks = results.masks if index is None else {**results.masks, task: mask_statistics(index, numel)}
+    if index is not None and _ignores_ratio(results.method):
+        num_selected = sum(positions.numel() for positions in index.values())
+        results = replace(results, ratio=num_selected / sum(numel.values()))
+    results = replace(
+        results,
+        matrix=results.matrix.with_row(scores.score, scores.loss, scores.general_loss),
+        masks=masks,
+        logs={**results.logs, task: log},
+        cost={**results.cost, task: {**cost, **scores.cost}},
+    )
+    return _with_details(results, f"after {task}", scores)
+
+
+def _with_details(results: RunResults, moment: str, scores: Scores) -> RunResults:
+    """results with what was measured beside the scores at moment."""
+    measures = {**results.measures, moment: scores.measures} if scores.measures else results.measures
+    ability = {**results.ability, moment: scores.ability} if scores.ability else results.ability
+    return replace(results, measures=measures, ability=ability)
+
+
+def with_overlaps(results: RunResults, mask_files: list[Path]) -> RunResults:
+    """results with the overlap of every two masks; only rank 0 reads them."""
+    if not is_main() or not mask_files:
+        return results
+    masks = [read_index(path)[0] for path in mask_files]
+    return replace(results, overlaps=[[overlap(first, second) for second in masks] for first in masks])
+
+
+def write_results(results: RunResults, path: Path) -> None:
+    """Rank 0 writes; all ranks return when the file is there."""
+    if is_main():
+        write_json(path, results.to_json())
+    barrier()

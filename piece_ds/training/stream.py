@@ -1,0 +1,227 @@
+"""The hall where the rooms meet: a stream of tasks, one after another, in one process group.
+
+For each task: statistics on the current model, selection, a fresh optimizer, training, evaluation of all tasks so
+far, files. The next task starts from these weights; nothing else goes back.
+"""
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import set_seed
+
+from piece_ds.checkpoint.manifest import verify_seal
+from piece_ds.config.parsing import Settings
+from piece_ds.data.image_collate import make_collator
+from piece_ds.data.tasks import Task
+from piece_ds.evaluation.evaluate import Scores, judge
+from piece_ds.methods.baseline import Baseline, TaskContext
+from piece_ds.models.layout import layout_of
+from piece_ds.models.loading import freeze_ineligible, load_model, patterns_of
+from piece_ds.models.processor import Processing
+from piece_ds.report.results import RunResults
+from piece_ds.runtime.distributed import barrier, is_main
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.rank_status import at
+from piece_ds.runtime.signals import heeding_signals
+from piece_ds.training.mask_source import MaskSource
+from piece_ds.training.reporters import StreamReporters
+from piece_ds.training.results import (
+    is_judged_before,
+    num_finished,
+    num_steps_before,
+    open_results,
+    with_before,
+    with_overlaps,
+    with_task,
+    write_results,
+)
+from piece_ds.training.run_folder import RunFolder, clear_half_written, forget_resumption, written_bytes
+from piece_ds.training.task import train_task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A run: what to do, on which data, where to.
+
+    Attributes:
+        baseline: the method, where it is one without a mask.
+        general_importance: text that piece-ratio takes statistics of.
+    """
+
+    settings: Settings
+    tokenizer: Processing
+    tasks: list[Task]
+    scorers: dict[str, str]
+    general: datasets.Dataset | None
+    dtype: torch.dtype
+    folder: RunFolder
+    eval_batch_size: int
+    seed: int
+    reporters: StreamReporters
+    baseline: Baseline | None = None
+    general_importance: datasets.Dataset | None = None
+
+    def model_folder(self, index: int) -> Path:
+        return self.folder.model(index, self.tasks[index].name)
+
+
+def run_stream(stream: Stream, resume: bool) -> RunResults:
+    """Train every task that is not finished yet and return what all of them left. A collective.
+
+    Args:
+        resume: continue from what is in the folder: finished tasks are not done again, and an unfinished one goes on
+            from its last checkpoint, where there is one.
+    """
+    results = open_results(stream.folder.results_file, stream.settings, stream.tasks, stream.scorers, resume)
+    first = num_finished(results)
+    if resume:
+        clear_half_written(stream.folder.root)
+        _tidy(stream, first - 1)  # the run may have ended between its results and this
+    if first == len(stream.tasks):
+        return results
+    with heeding_signals():
+        at("loading the model")
+        model = _load(stream, first)
+        for index in range(first, len(stream.tasks)):
+            goes_on = stream.baseline is None or stream.baseline.resumes_inside
+            results = _run_task(stream, model, index, results, resume and index == first and goes_on)
+    stream.reporters.close(model=model, processing_class=stream.tokenizer)
+    return results
+
+
+def _load(stream: Stream, first: int) -> nn.Module:
+    """The model that task `first` starts from."""
+    source, previous = None, None
+    if first > 0:
+        previous = stream.folder.task(first - 1, stream.tasks[first - 1].name)
+    if first > 0 and not (stream.baseline and stream.baseline.saves_itself):
+        source = stream.model_folder(first - 1)
+        if not (source / "config.json").is_file():
+            raise UserError(f"{source} is missing: with --save_model never a stream cannot go on after task {first}; "
+                            "begin again in another folder")  # fmt: skip
+        verify_seal(source.parent, inside=f"{source.name}/")
+    # ZeRO-3 partitions while loading only where TrainingArguments with its configuration exists.
+    arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
+    model = load_model(stream.settings.model, stream.dtype, source)
+    settings = stream.settings
+    freeze_ineligible(model, _masked_names(settings.method.mask_file), patterns_of(settings.model))
+    if stream.baseline is not None:
+        set_seed(stream.seed)  # adapters are drawn, the same on every rank
+        model = stream.baseline.adapt(model, len(stream.tasks), previous)
+    del arguments
+    return model
+
+
+def _masked_names(mask_file: str | None) -> set[str] | None:
+    if mask_file is None:
+        return None
+    from safetensors import safe_open
+
+    with safe_open(mask_file, framework="pt") as file:
+        return set(file.keys())
+
+
+def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults, resume: bool) -> RunResults:
+    settings, task = stream.settings, stream.tasks[index]
+    folder = stream.folder.task(index, task.name)
+    logger.warning("task %d of %d: %s (%d rows)", index + 1, len(stream.tasks), task.name, len(task.train))
+    scores: list[Scores] = []
+
+    def before(engine: Any) -> None:
+        nonlocal results
+        results = with_before(results, _judge(stream, engine, stream.tasks, "before"))
+        write_results(results, stream.folder.results_file)
+        stream.reporters.log_results(results)
+
+    def after(engine: Any) -> None:
+        seen = index + 1 + settings.evaluation.forward_transfer
+        scores.append(_judge(stream, engine, stream.tasks[:seen], folder.name))
+
+    trained = train_task(
+        model,
+        stream.tokenizer,
+        task,
+        settings,
+        folder,
+        _mask_source(stream, index) if stream.baseline is None else stream.baseline,
+        _context(stream, index),
+        resume,
+        before if index == 0 and not is_judged_before(results) else None,
+        after,
+        None if settings.output.save_model == "never" else stream.model_folder(index),
+        stream.reporters.of_task(num_steps_before(results)),
+    )
+    numel = {info.name: info.numel for info in layout_of(model).parameters}
+    cost = {**asdict(trained.cost), **written_bytes(folder)}
+    results = with_task(results, task.name, scores[0], cost, trained.index, numel, trained.log)
+    results = with_overlaps(results, _mask_files(stream, index + 1))
+    write_results(results, stream.folder.results_file)
+    stream.reporters.log_results(results)
+    _tidy(stream, index)
+    return results
+
+
+def _mask_source(stream: Stream, index: int) -> MaskSource:
+    method = stream.settings.method
+    return MaskSource(
+        method,
+        stream.tasks[index].name,
+        stream.seed,
+        _mask_files(stream, index) if method.method == "piece-s-disjoint" else (),
+        stream.general_importance,
+        Path(method.general_statistics or stream.folder.root / "general_statistics"),
+        is_base=index == 0,
+    )
+
+
+def _context(stream: Stream, index: int) -> TaskContext:
+    folders = [stream.folder.task(i, task.name) for i, task in enumerate(stream.tasks)]
+    return TaskContext(
+        index,
+        len(stream.tasks),
+        stream.tasks[index],
+        tuple(stream.tasks[:index]),
+        folders[index],
+        folders[index - 1] if index else None,
+        make_collator(stream.tokenizer),
+        stream.settings.method.importance_batch_size,
+        stream.seed,
+    )
+
+
+def _judge(stream: Stream, engine: Any, tasks: list[Task], moment: str) -> Scores:
+    return judge(
+        engine,
+        stream.tokenizer,
+        tasks,
+        stream.scorers,
+        stream.general,
+        stream.eval_batch_size,
+        stream.settings,
+        engine.device,
+        stream.folder.predictions(moment),
+    )
+
+
+def _mask_files(stream: Stream, num_tasks: int) -> list[Path]:
+    paths = [stream.folder.task(i, task.name) / "mask.safetensors" for i, task in enumerate(stream.tasks[:num_tasks])]
+    return [path for path in paths if path.is_file()]
+
+
+def _tidy(stream: Stream, index: int) -> None:
+    """A finished task needs nothing to resume from, and under `last` the model before it is not kept. A collective."""
+    if is_main() and index >= 0:
+        forget_resumption(stream.folder.task(index, stream.tasks[index].name))
+        for name in stream.baseline.passing if index > 0 and stream.baseline is not None else ():
+            shutil.rmtree(stream.folder.task(index - 1, stream.tasks[index - 1].name) / name, ignore_errors=True)
+        if stream.settings.output.save_model == "last" and index > 0:
+            shutil.rmtree(stream.model_folder(index - 1), ignore_errors=True)
+    barrier()

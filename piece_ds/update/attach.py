@@ -1,0 +1,89 @@
+"""prepare_compact(): what must happen to a model before its engine is made, if it is to train in compact mode."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from piece_ds.models.eligible import input_embedding, let_gradients_in
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
+from piece_ds.selection.budget import num_selected as num_selected_of
+from piece_ds.state.mask import Mask
+from piece_ds.state.selected_values import SelectedValues, selected_values
+from piece_ds.update.compact import CompactUpdate
+from piece_ds.update.masked import MaskedUpdate
+
+
+def attach(
+    engine: Any, mask: Mask, save_full: bool = False, selected_gradient: str = "auto"
+) -> MaskedUpdate | CompactUpdate:
+    """From now on engine.step() trains only the selected weights; every other weight keeps its bits.
+
+    Works at ZeRO 0-3 with and without CPU offload, in fp32, bf16 and (stage 1-3) fp16. Of an engine whose model
+    prepare_compact() has prepared, DeepSpeed optimises the selected values alone (compact mode); of any other, the mask
+    is applied to the reduced gradient (masked mode). Both act before DeepSpeed's overflow check, norm and clipping, so
+    engine.get_global_grad_norm() is the norm of the selected gradient.
+    A collective: every rank calls it, once per engine and before the first step.
+
+    Args:
+        engine: deepspeed.DeepSpeedEngine.
+        mask: from select() or load_mask(), of this model and this number of ranks.
+        save_full: in compact mode, engine.save_checkpoint() writes the whole model, not only what training changes.
+        selected_gradient: in compact mode, 'auto' or 'dense'; see GradientCollection.
+    Raises:
+        UserError: the engine uses a feature or an optimizer with which this has not been proven to be exact; in compact
+            mode also a mask of another size, and an optimizer that holds other parameters.
+    Cost per step: masked: one pass over the reduced gradient, and 8 bytes per selected element that this rank updates.
+        compact: an fp32 all-reduce of K numbers, an all-gather of K values under ZeRO-3, and about 16 bytes per
+        selected element on every rank, whatever the model's size.
+    """
+    if selected_values(engine.module) is not None:
+        return CompactUpdate(engine, mask, save_full, selected_gradient)
+    return MaskedUpdate(engine, mask)
+
+
+def prepare_compact(
+    model: nn.Module,
+    ratio: float | None = None,
+    num_selected: int | None = None,
+    decays: Iterable[str] | None = None,
+) -> SelectedValues:
+    """Give model the one flat parameter that DeepSpeed shall optimise, and freeze all others.
+
+    How many weights will be selected is known before which ones: the engine made next serves the statistics pass and
+    training, and never holds a master, a moment or a gradient partition of the model's own parameters.
+
+    Args:
+        model: as it will go into deepspeed.initialize(), together with the result's parameters() and no others.
+        ratio: as in estimate_mask(); or
+        num_selected: elements in the mask that will be attached.
+        decays: names of the parameters whose selected elements weight decay acts on; None means all.
+    Returns:
+        SelectedValues, already part of model, in the dtype of its parameters; zeros until attach().
+    Raises:
+        UserError: the model is prepared already.
+    """
+    if selected_values(model) is not None:
+        raise UserError("the model is prepared for compact mode already: detach() the update first")
+    if (ratio is None) == (num_selected is None):
+        raise ValueError("give either ratio or num_selected")
+    layout = layout_of(model)
+    if num_selected is None:
+        num_selected = num_selected_of(layout, float(ratio or 0.0))
+    params = dict(model.named_parameters())
+    first = next(iter(params.values()))
+    values = SelectedValues(
+        num_selected,
+        first.dtype,
+        first.device if first.device.type != "meta" else torch.device("cpu"),
+        trainable=frozenset(name for name, param in params.items() if param.requires_grad),
+        eligible=frozenset(info.name for info in layout.eligible()),
+        decays=None if decays is None else frozenset(decays),
+    )
+    embedding = input_embedding(model)
+    if embedding is not None and embedding.requires_grad:
+        let_gradients_in(model)
+    values.join(model)
+    return values

@@ -1,0 +1,97 @@
+"""open_door(engine): the adapter for the way this engine keeps its gradients, or a refusal that says why."""
+
+from typing import Any
+
+from piece_ds.runtime.errors import UserError
+from piece_ds.zero.adapter import Adapter
+from piece_ds.zero.stage0 import Stage0
+from piece_ds.zero.stage1_bf16 import Stage1BF16
+from piece_ds.zero.stage3 import Stage3
+from piece_ds.zero.stage12 import Stage12
+
+# DeepSpeed's wrapper -> adapter. Anything else (ZenFlow, SuperOffload, MiCS, ...) is not here and is refused.
+_ADAPTERS: dict[str, type[Adapter]] = {
+    "DeepSpeedZeroOptimizer_Stage3": Stage3,
+    "DeepSpeedZeroOptimizer": Stage12,
+    "BF16_Optimizer": Stage1BF16,
+    "FP16_Optimizer": Stage0,
+    "FP16_UnfusedOptimizer": Stage0,
+}
+
+# Optimizers for which a zero gradient with zero moments leaves an entry's bits alone, and whose weight decay is
+# decoupled from the gradient, so that it can be restricted to selected entries.
+PROVEN_OPTIMIZERS = ("AdamW", "Adam", "DeepSpeedCPUAdam", "FusedAdam")
+
+
+def open_door(engine: Any) -> Adapter:
+    """The adapter of a deepspeed.DeepSpeedEngine.
+
+    Raises:
+        UserError: the engine uses a feature with which masked updates have not been proven to be exact.
+        RuntimeError: this DeepSpeed keeps its gradients under other names.
+    """
+    reason = _refusal(engine)
+    if reason:
+        raise UserError(f"piece_ds does not work with {reason}")
+    wrapper = type(engine.optimizer).__name__
+    adapter = _ADAPTERS.get(wrapper)
+    if adapter is None and engine.optimizer is engine.basic_optimizer and engine.zero_optimization_stage() == 0:
+        adapter = Stage0
+    if adapter is None:
+        raise UserError(f"piece_ds does not know DeepSpeed's optimizer wrapper {wrapper}: use ZeRO stage 0, 1, 2 or 3 "
+                        "with a torch optimizer")  # fmt: skip
+    return adapter(engine)
+
+
+def _refusal(engine: Any) -> str | None:
+    """Why this engine is refused, or None."""
+    config = engine._config
+    zero = config.zero_config
+    if type(engine).__name__ != "DeepSpeedEngine":
+        return f"{type(engine).__name__}: pipeline parallel training has not been proven; use ZeRO-3 instead"
+    if getattr(engine, "has_moe_layers", False):
+        return "DeepSpeed's MoE layers: expert gradients are reduced over other groups; use a dense model"
+    if getattr(engine, "zenflow", False) or zero.zenflow is not None:
+        return "ZenFlow: it selects gradient columns itself; remove 'zenflow' from the DeepSpeed configuration"
+    if engine.is_deepcompile_active() or getattr(config.compile_config, "deepcompile", False):
+        return "DeepCompile: it compiles its own gradient reduction; set compile.deepcompile to false"
+    if getattr(engine, "sequence_parallel_size", 1) > 1:
+        return "sequence parallelism: gradients are summed over another group; set its size to 1"
+    if engine.autotp_size() > 0:
+        return "AutoTP: parameters are split before ZeRO sees them; set tensor_parallel.autotp_size to 0"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if getattr(zero, key, False):
+            return f"zero_optimization.{key}: weights or gradients are rounded; set it to false"
+    for key in ("offload_optimizer", "offload_param"):
+        offload = getattr(zero, key, None)
+        if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+            return f"zero_optimization.{key}.device 'nvme': not proven yet; use 'cpu'"
+    if zero.offload_optimizer is not None and getattr(zero.offload_optimizer, "super_offload", False):
+        return "SuperOffload: it replaces the step; remove super_offload"
+    if zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1.0:
+        return "offload_optimizer.ratio below 1: a second optimizer steps a part; set it to 1"
+    if engine.torch_autocast_enabled():
+        return "torch_autocast: the gradient's dtype differs per module; use bf16 instead"
+    return None
+
+
+def require_trainable(engine: Any) -> None:
+    """Raise UserError where statistics can be taken but masked steps would not be exact with this optimizer."""
+    reason = _optimizer_refusal(engine)
+    if reason:
+        raise UserError(f"piece_ds cannot train with {reason}")
+
+
+def _optimizer_refusal(engine: Any) -> str | None:
+    base = engine.basic_optimizer
+    name = type(base).__name__
+    # By module too: other libraries have an AdamW of their own, with 8-bit states for instance.
+    if name not in PROVEN_OPTIMIZERS or not type(base).__module__.startswith(("torch.optim", "deepspeed.ops")):
+        return f"the optimizer {name}: a zero gradient may move a weight; use one of {', '.join(PROVEN_OPTIMIZERS)}"
+    decoupled = name == "AdamW" or (name != "Adam" and getattr(base, "adam_w_mode", getattr(base, "adamw_mode", True)))
+    if not decoupled and any(group.get("weight_decay", 0) for group in base.param_groups):
+        return f"{name} with L2 weight decay: it would move weights outside the mask; use AdamW"
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        return ("fp16 at ZeRO stage 0: DeepSpeed 0.19 does not scale the loss there but unscales the gradient; "
+                "use stage 1, 2 or 3")  # fmt: skip
+    return None
