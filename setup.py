@@ -23,8 +23,10 @@ def ahead_of_time() -> dict[str, Any]:
 
         from piece_ds.ops.builder import PieceCPUBuilder, PieceCUDABuilder
     except ImportError as error:
-        raise SystemExit(f"PIECE_DS_BUILD_OPS=1 needs torch and deepspeed in this environment ({error}): install them, "
-                         "then this with --no-build-isolation") from error  # fmt: skip
+        raise SystemExit(
+            f"PIECE_DS_BUILD_OPS=1 needs torch and deepspeed in this environment ({error}): install them, "
+            "then this with --no-build-isolation"
+        ) from error
     builders = [PieceCPUBuilder()]
     if torch.version.cuda and CUDA_HOME:
         builders.append(PieceCUDABuilder())

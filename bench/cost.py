@@ -42,8 +42,10 @@ def main() -> None:
                 found = _worker(options, zero, dtype, options.methods, options.repeats)
                 measured = [{**_with_ratios({m: {m: row} for m, row in found.items()}, method)} for method in found]
             else:
-                alone = {m: _worker(options, zero, dtype, [m], options.repeats if options.apart else 2)
-                         for m in options.methods}  # fmt: skip
+                alone = {
+                    m: _worker(options, zero, dtype, [m], options.repeats if options.apart else 2)
+                    for m in options.methods
+                }
                 together = {} if options.apart else _worker(options, zero, dtype, options.methods, options.repeats)
                 measured = [
                     {
@@ -63,20 +65,47 @@ def main() -> None:
 def _worker(options: argparse.Namespace, zero: str, dtype: str, methods: list[str], repeats: int) -> dict[str, Any]:
     """Method -> row, measured in a process group of their own."""
     with tempfile.NamedTemporaryFile() as file:
-        arguments = [str(WORKER), "--shape", options.shape, "--zero", zero, "--dtype", dtype, "--output", file.name,
-                     "--repeats", str(repeats), "--layers", str(options.layers),
-                     *(["--in_turn"] if options.in_turn else []), "--methods", *methods]  # fmt: skip
-        launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(options.ranks), "--master_port",
-                    str(29500 + os.getpid() % 1000)]  # fmt: skip
+        arguments = [
+            str(WORKER),
+            "--shape",
+            options.shape,
+            "--zero",
+            zero,
+            "--dtype",
+            dtype,
+            "--output",
+            file.name,
+            "--repeats",
+            str(repeats),
+            "--layers",
+            str(options.layers),
+            *(["--in_turn"] if options.in_turn else []),
+            "--methods",
+            *methods,
+        ]
+        launcher = [
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_gpus",
+            str(options.ranks),
+            "--master_port",
+            str(29500 + os.getpid() % 1000),
+        ]
         alone = options.ranks == 1  # a launcher would import torch and deepspeed twice more
         command = [sys.executable, *([] if zero == "none" or alone else launcher), *arguments]
         environment = dict(os.environ)
         if alone and zero != "none":
-            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": launcher[-1]}  # fmt: skip
+            environment |= {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": launcher[-1],
+            }
         try:
-            done = subprocess.run(command, capture_output=not options.in_turn, text=True,
-                                  timeout=options.seconds or None, env=environment)  # fmt: skip
+            done = subprocess.run(
+                command, capture_output=not options.in_turn, text=True, timeout=options.seconds or None, env=environment
+            )
             failed = bool(done.returncode)
         except subprocess.TimeoutExpired:
             done, failed = None, True
@@ -98,10 +127,13 @@ def _with_ratios(alone: dict[str, dict[str, Any]], method: str) -> dict[str, Any
 
 
 def _print(row: dict[str, Any]) -> None:
-    print(f"{row['method']:<8} zero {row['zero']:<4} {row['dtype']}  {row['step_ms'] or 'out of memory'!s:>13} ms  "
-          f"{row['step_ms_ratio_to_full']!s:>5} x full  {row['step_ms_ratio_to_lora']!s:>5} x lora  "
-          f"peak {(row['peak_bytes'] or 0) / 2**20:.0f} MiB  state {row['optimizer_state_bytes']}  "
-          f"gradients {row['gradient_elements_per_step']}", flush=True)  # fmt: skip
+    print(
+        f"{row['method']:<8} zero {row['zero']:<4} {row['dtype']}  {row['step_ms'] or 'out of memory'!s:>13} ms  "
+        f"{row['step_ms_ratio_to_full']!s:>5} x full  {row['step_ms_ratio_to_lora']!s:>5} x lora  "
+        f"peak {(row['peak_bytes'] or 0) / 2**20:.0f} MiB  state {row['optimizer_state_bytes']}  "
+        f"gradients {row['gradient_elements_per_step']}",
+        flush=True,
+    )
 
 
 def _options() -> argparse.Namespace:

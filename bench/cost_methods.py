@@ -73,8 +73,12 @@ def without_deepspeed(method: str, model: nn.Module) -> Trained:
     if method == "compact":
         assert mask is not None
         sparse = SparseAdamW(model, mask, **ADAMW)
-        return Trained(_step_of(model, sparse, lambda: None, lambda: None), lambda: _state_bytes(sparse),
-                       mask.num_selected, sparse.close)  # fmt: skip
+        return Trained(
+            _step_of(model, sparse, lambda: None, lambda: None),
+            lambda: _state_bytes(sparse),
+            mask.num_selected,
+            sparse.close,
+        )
     weights = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     has_masters = weights[0][1].dtype != torch.float32
     masters = [nn.Parameter(p.detach().float()) if has_masters else p for _, p in weights]

@@ -25,14 +25,32 @@ from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.process import start_distributed
 
 SHAPES = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 4, "vocab_size": 2048},
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 2048,
+    },
     # 102 M parameters: 12 blocks of 7.1 M and a vocabulary of 8 192.
-    "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
-              "num_key_value_heads": 12, "vocab_size": 8192},
-    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 8, "vocab_size": 128256},
-}  # fmt: skip
+    "small": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "vocab_size": 8192,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS, TOKENS = 2, 256
 

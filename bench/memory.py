@@ -68,9 +68,15 @@ def _measure(mode: str, stage: int, options: argparse.Namespace) -> dict[str, An
     engine.empty_partition_cache()
     engine.destroy()
     return {
-        "mode": mode, "zero": stage, "dtype": "bf16", "world": dist.get_world_size(), "params": num_params,
-        "ratio": RATIO, "bytes": alive, "bytes_per_param": round(alive / num_params, 3),
-    }  # fmt: skip
+        "mode": mode,
+        "zero": stage,
+        "dtype": "bf16",
+        "world": dist.get_world_size(),
+        "params": num_params,
+        "ratio": RATIO,
+        "bytes": alive,
+        "bytes_per_param": round(alive / num_params, 3),
+    }
 
 
 def _alive_bytes() -> int:

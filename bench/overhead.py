@@ -163,8 +163,10 @@ def _write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     write_rows(path, rows, deepspeed=deepspeed.__version__, transformers=transformers.__version__)
     print(f"{'what':<36} zero dtype     ms  plain ms  ratio (p20..p80)")
     for row in rows:
-        print(f"{row['what']:<36} {row['zero']:>4} {row['dtype']:<5} {row['ms_p50']:>7.1f} {row['plain_ms_p50']:>8.1f}"
-              f"  {row['ratio_p50']:.3f} ({row['ratio_p20']:.3f}..{row['ratio_p80']:.3f})")  # fmt: skip
+        print(
+            f"{row['what']:<36} {row['zero']:>4} {row['dtype']:<5} {row['ms_p50']:>7.1f} {row['plain_ms_p50']:>8.1f}"
+            f"  {row['ratio_p50']:.3f} ({row['ratio_p20']:.3f}..{row['ratio_p80']:.3f})"
+        )
     print(f"{options.params / 1e6:.1f} M parameters, {rows[0]['world']} ranks; written to {path}")
 
 

@@ -20,8 +20,13 @@ def device_name() -> str:
 def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
     """One CSV line per row, with device, torch, further versions, commit and date at its end."""
     commit = os.environ.get("PIECE_DS_COMMIT") or _commit()
-    facts = {"device": device_name(), "torch": torch.__version__, **versions, "commit": commit,
-             "date": date.today().isoformat()}  # fmt: skip
+    facts = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        **versions,
+        "commit": commit,
+        "date": date.today().isoformat(),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *facts])

@@ -139,9 +139,12 @@ def _be_rank(rank: int, num_ranks: int, width: int, folder: Path, apart: bool) -
     exchanged = _on_the_wire()
     if rank == 0:
         eligible = layout.eligible()
-        found = {"parameters": len(eligible), "elements": sum(info.numel for info in eligible),
-                 "selection": (selected - before) / num_ranks if apart else None,
-                 "statistics": (exchanged - selected) / num_ranks if apart else None}  # fmt: skip
+        found = {
+            "parameters": len(eligible),
+            "elements": sum(info.numel for info in eligible),
+            "selection": (selected - before) / num_ranks if apart else None,
+            "statistics": (exchanged - selected) / num_ranks if apart else None,
+        }
         (folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -154,8 +157,14 @@ def _on_the_wire() -> int:
 
 
 def _model(width: int) -> nn.Module:
-    config = LlamaConfig(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=4, vocab_size=1024)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=1024,
+    )
     with torch.device("meta"):
         return LlamaForCausalLM(config)
 

@@ -10,9 +10,7 @@ from piece_ds.kernels.launch import BLOCK, DTYPES, OPTIONS, grid, require_sums, 
 
 
 @triton.jit
-def add_gradient(
-    grad_ptr, sum_ptr, square_ptr, scale, num_nonfinite_ptr, position, mask, WITH_SUM: tl.constexpr
-):  # fmt: skip
+def add_gradient(grad_ptr, sum_ptr, square_ptr, scale, num_nonfinite_ptr, position, mask, WITH_SUM: tl.constexpr):
     """Update the sums at position; returns them as (sum, square sum)."""
     grad = to_float(tl.load(grad_ptr + position, mask=mask, other=0.0))
     finite = is_finite(grad)

@@ -67,6 +67,16 @@ def sampled_gradient_(grad_output: Tensor, input: Tensor, index: Tensor, scale: 
         rows = grad_output[first : first + step].t().contiguous()
         columns = input[first : first + step].t().contiguous()
         _sampled_gradient_kernel[grid(k, ENTRIES)](
-            rows, columns, index, scale, total, rows.shape[1], width, grad_output.shape[1] * width, k,
-            ENTRIES, TOKENS, **CHECKED_OPTIONS,
-        )  # fmt: skip
+            rows,
+            columns,
+            index,
+            scale,
+            total,
+            rows.shape[1],
+            width,
+            grad_output.shape[1] * width,
+            k,
+            ENTRIES,
+            TOKENS,
+            **CHECKED_OPTIONS,
+        )

@@ -23,7 +23,7 @@ def compare_keys(sum_ptr, square_ptr, lam, key, position, mask, WITH_SUM: tl.con
 @triton.jit
 def _select_above_count_kernel(
     sum_ptr, square_ptr, lam, key, above_ptr, ties_ptr, n_elements, WITH_SUM: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     position, mask = positions_of_block(n_elements, BLOCK)
     is_above, is_tie = compare_keys(sum_ptr, square_ptr, lam, key, position, mask, WITH_SUM)
     tl.store(above_ptr + tl.program_id(0), tl.sum(is_above).to(tl.int64))
@@ -75,7 +75,5 @@ def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: i
     num_above, all_ties = before[:, -1].tolist()
     out = square_sum.new_empty(num_above + min(all_ties, num_ties), dtype=torch.int64)
     if out.numel() > 0:
-        _select_above_write_kernel[grid(n)](
-            *common, num_ties, before[0], before[1], out, n, with_sum, BLOCK, **OPTIONS
-        )  # fmt: skip
+        _select_above_write_kernel[grid(n)](*common, num_ties, before[0], before[1], out, n, with_sum, BLOCK, **OPTIONS)
     return out

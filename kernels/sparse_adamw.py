@@ -80,7 +80,23 @@ def sparse_adamw_(
     # In fp64; Triton rounds each to fp32 once, as it hands them over.
     step_size, correction = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
     _sparse_adamw_kernel[grid(k)](
-        grad, value, exp_avg, exp_avg_sq, weight, index, grad_scale, 1.0 - lr * weight_decay, 1.0 - beta1, beta2,
-        1.0 - beta2, eps, step_size, correction, weight.numel(), k, weight_holds_value, BLOCK,
+        grad,
+        value,
+        exp_avg,
+        exp_avg_sq,
+        weight,
+        index,
+        grad_scale,
+        1.0 - lr * weight_decay,
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        eps,
+        step_size,
+        correction,
+        weight.numel(),
+        k,
+        weight_holds_value,
+        BLOCK,
         **CHECKED_OPTIONS,
-    )  # fmt: skip
+    )

@@ -43,8 +43,13 @@ def make_base(cache: Path, recipe: BaseRecipe) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_text(folder / GENERAL_NAME, "".join(json.dumps({"text": t}) + "\n" for t in _pieces(material, recipe)))
-    facts = {"parameters": model.num_parameters(), "tokens_of_material": len(learned), **judged,
-             "train_seconds": round(time.perf_counter() - begin), "bytes": material.kind_bytes}  # fmt: skip
+    facts = {
+        "parameters": model.num_parameters(),
+        "tokens_of_material": len(learned),
+        **judged,
+        "train_seconds": round(time.perf_counter() - begin),
+        "bytes": material.kind_bytes,
+    }
     write_json(folder / "base.json", facts)
     return folder
 
@@ -56,13 +61,23 @@ def _train_tokenizer(texts: list[str], recipe: BaseRecipe) -> PreTrainedTokenize
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=recipe.vocab_size, special_tokens=[PAD, BOS, EOS], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, padding_side="left",
-        truncation_side="left", model_max_length=recipe.context, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
+        truncation_side="left",
+        model_max_length=recipe.context,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
@@ -127,8 +142,9 @@ def _share_of_rate(step: int, recipe: BaseRecipe) -> float:
 def _judge(model: LlamaForCausalLM, learned: Tensor, held_out: Tensor, recipe: BaseRecipe) -> dict[str, float]:
     """Nats per token of held-out text: the model's, and those of the frequencies of single tokens."""
     starts = torch.linspace(0, len(held_out) - recipe.context, NUM_JUDGED_WINDOWS).long()
-    losses = [model(input_ids=ids, labels=ids).loss.item()
-              for ids in _windows(held_out, starts, recipe.context).split(16)]  # fmt: skip
+    losses = [
+        model(input_ids=ids, labels=ids).loss.item() for ids in _windows(held_out, starts, recipe.context).split(16)
+    ]
     counts = Counter(learned.tolist())
     total = len(learned) + recipe.vocab_size
     unigram = [math.log(total / (counts[token] + 1)) for token in held_out.tolist()]

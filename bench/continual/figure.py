@@ -77,10 +77,16 @@ def _draw(axes: Axes, methods: Sequence[Method], column: str) -> None:
             continue
         x, y, low, high = zip(*points, strict=True)
         axes.errorbar(
-            x, y, yerr=(low, high), label=method.name, color=LINE_COLORS[index % len(LINE_COLORS)],
-            linestyle=LINE_STYLES[style % len(LINE_STYLES)], marker=MARKERS[index % len(MARKERS)], capsize=2,
+            x,
+            y,
+            yerr=(low, high),
+            label=method.name,
+            color=LINE_COLORS[index % len(LINE_COLORS)],
+            linestyle=LINE_STYLES[style % len(LINE_STYLES)],
+            marker=MARKERS[index % len(MARKERS)],
+            capsize=2,
             elinewidth=0.8,
-        )  # fmt: skip
+        )
 
 
 def _point(rows: list[dict[str, str]], column: str) -> tuple[float, float, float, float]:

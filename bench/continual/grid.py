@@ -79,8 +79,15 @@ def settings_in_order(seeds: tuple[int, ...] = SEEDS) -> list[Setting]:
     seeds of the smaller ratio, of the other methods, of the larger ratio.
     """
     first = seeds[:1]
-    parts = [(MAIN, first), (LARGE_RATIO, first), (MAIN, seeds), (SWEEPS, first), (SMALL_RATIO, seeds),
-             (OTHERS, seeds), (SWEEPS, seeds)]  # fmt: skip
+    parts = [
+        (MAIN, first),
+        (LARGE_RATIO, first),
+        (MAIN, seeds),
+        (SWEEPS, first),
+        (SMALL_RATIO, seeds),
+        (OTHERS, seeds),
+        (SWEEPS, seeds),
+    ]
     wanted = [
         Setting(sweep.method, sweep.ratio, rate, seed, sweep.flags)
         for sweeps, some_seeds in parts

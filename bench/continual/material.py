@@ -61,8 +61,10 @@ def collect(recipe: BaseRecipe) -> Material:
                 break
     wanted = sum(most for _, most in recipe.kind_bytes)
     if sum(kind_bytes.values()) < wanted / 10:
-        raise RuntimeError(f"general text: expected about {wanted:,} bytes, this machine has {kind_bytes}: "
-                           "install documentation packages, or give --base FOLDER")  # fmt: skip
+        raise RuntimeError(
+            f"general text: expected about {wanted:,} bytes, this machine has {kind_bytes}: "
+            "install documentation packages, or give --base FOLDER"
+        )
     return Material(learned, held_out, kind_bytes)
 
 
@@ -99,8 +101,12 @@ _KINDS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
 
 def _files(roots: list[Path], wanted: Callable[[Path], bool]) -> Iterator[tuple[str, Path]]:
     """(path below its root, path) of the wanted files, in the order of their _part; links are left out."""
-    found = [(f"{root.name}/{path.relative_to(root)}", path) for root in roots for path in root.rglob("*")
-             if wanted(path) and path.is_file() and not path.is_symlink()]  # fmt: skip
+    found = [
+        (f"{root.name}/{path.relative_to(root)}", path)
+        for root in roots
+        for path in root.rglob("*")
+        if wanted(path) and path.is_file() and not path.is_symlink()
+    ]
     yield from sorted(found, key=lambda item: (_part("order " + item[0]), item[0]))
 
 

@@ -20,8 +20,11 @@ class BaseRecipe:
     """
 
     kind_bytes: tuple[tuple[str, int], ...] = (
-        ("docs", 12_000_000), ("manuals", 8_000_000), ("manuals in German", 1_000_000), ("sources", 7_000_000)
-    )  # fmt: skip
+        ("docs", 12_000_000),
+        ("manuals", 8_000_000),
+        ("manuals in German", 1_000_000),
+        ("sources", 7_000_000),
+    )
     file_bytes: int = 40_000
     held_out_share: float = 0.1
     vocab_size: int = 2048

@@ -85,8 +85,11 @@ def _make_runs(options: argparse.Namespace, most: int) -> None:
 
 def _next(options: argparse.Namespace, recipe_hash: str) -> list[Setting]:
     """Runs to make, without those of methods that are not there and those that failed."""
-    wanted = [setting for setting in settings_in_order(options.seeds)
-              if options.methods is None or setting.method in options.methods]  # fmt: skip
+    wanted = [
+        setting
+        for setting in settings_in_order(options.seeds)
+        if options.methods is None or setting.method in options.methods
+    ]
     absent = {method for method in {setting.method for setting in wanted} if not _is_there(method)}
     if absent:
         print(f"not there yet, left out: {', '.join(sorted(absent))}", flush=True)

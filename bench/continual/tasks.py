@@ -63,9 +63,14 @@ def write_stream(cache: Path, base: Path, trace: Path, recipe: StreamRecipe) -> 
     if lima.is_file():
         rows = [_cut(row, recipe) for row in _read(lima, "") if row["answer"]]
         write_json(folder / "instructions.json", rows[: recipe.general_rows])
-    return StreamFiles(base, folder, folder / "general.json", folder / "instructions.json" if lima.is_file() else None,
-                       folder / "importance.jsonl",
-                       _digest([base / "model.safetensors", *sorted(folder.rglob("*.json"))]))  # fmt: skip
+    return StreamFiles(
+        base,
+        folder,
+        folder / "general.json",
+        folder / "instructions.json" if lima.is_file() else None,
+        folder / "importance.jsonl",
+        _digest([base / "model.safetensors", *sorted(folder.rglob("*.json"))]),
+    )
 
 
 def _read(path: Path, hint: str) -> list[Row]:

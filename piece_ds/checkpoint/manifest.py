@@ -16,7 +16,7 @@ from piece_ds.runtime.files import sync_folder, write_text
 SUMS_NAME = "SHA256SUMS"
 
 
-def seal(folder: Path | str, names: Iterable[str] | None = None) -> None:
+def write_manifest(folder: Path | str, names: Iterable[str] | None = None) -> None:
     """Bring files to the disk, then write their checksums. A collective; all return when it is done.
 
     Args:
@@ -37,12 +37,12 @@ def seal(folder: Path | str, names: Iterable[str] | None = None) -> None:
     barrier()
 
 
-def is_sealed(folder: Path | str) -> bool:
-    """True where seal() has finished."""
+def is_complete(folder: Path | str) -> bool:
+    """True where write_manifest() has finished."""
     return (Path(folder) / SUMS_NAME).is_file()
 
 
-def verify_seal(folder: Path | str, inside: str = "") -> None:
+def verify_manifest(folder: Path | str, inside: str = "") -> None:
     """Raise UserError, on all ranks, unless every sealed file is there with the bytes it was sealed with. A collective.
 
     Args:

@@ -49,11 +49,14 @@ def check_mask_file(path: Path | str, layout: Layout | None = None) -> dict[str,
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"mask {path} cannot be read as a safetensors file ({error}): it is truncated or damaged; "
-                        "write it again") from error  # fmt: skip
+        raise UserError(
+            f"mask {path} cannot be read as a safetensors file ({error}): it is truncated or damaged; write it again"
+        ) from error
     if metadata.get("format") != "piece-mask" or metadata.get("version") != VERSION:
-        raise UserError(f"mask {path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, "
-                        "expected 'piece-mask' version '1'")  # fmt: skip
+        raise UserError(
+            f"mask {path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, "
+            "expected 'piece-mask' version '1'"
+        )
     if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
         raise UserError(f"mask {path} is damaged: its checksum does not match its content; write it again")
     shapes = _shapes(path, metadata)
@@ -102,17 +105,23 @@ def _check_fits(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]
     shapes = _shapes(path, metadata)
     for name, bits in tensors.items():
         if name not in known:
-            raise UserError(f"mask {path} names parameter {name!r}, which this model does not have: it is a mask of "
-                            f"another model.{nearest(name, list(known))}")  # fmt: skip
+            raise UserError(
+                f"mask {path} names parameter {name!r}, which this model does not have: it is a mask of "
+                f"another model.{nearest(name, list(known))}"
+            )
         shape = shapes.get(name, list(known[name]))
         if list(shape) != list(known[name]):
-            raise UserError(f"mask {path}: {name!r} has shape {list(shape)}, this model's is {list(known[name])}: "
-                            "it is a mask of another model")  # fmt: skip
+            raise UserError(
+                f"mask {path}: {name!r} has shape {list(shape)}, this model's is {list(known[name])}: "
+                "it is a mask of another model"
+            )
         _check_bits(path, name, bits, list(known[name]))
     fingerprint = metadata.get("model_fingerprint")
     if fingerprint is not None and fingerprint != model_fingerprint(layout):
-        raise UserError(f"mask {path} was made for another model: parameter names or shapes differ "
-                        f"(fingerprint {fingerprint[:12]}, this model's {model_fingerprint(layout)[:12]})")  # fmt: skip
+        raise UserError(
+            f"mask {path} was made for another model: parameter names or shapes differ "
+            f"(fingerprint {fingerprint[:12]}, this model's {model_fingerprint(layout)[:12]})"
+        )
 
 
 def _checked(path: Path | str, layout: Layout) -> tuple[str | None, dict[str, str]]:

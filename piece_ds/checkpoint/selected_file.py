@@ -48,8 +48,10 @@ def load_selected_state(path: Path | str, mask: Mask) -> SelectedState:
     index = mask.whole()
     tensors, metadata = _read(Path(path))
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        raise UserError(f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, expected "
-                        f"{FORMAT!r} version {VERSION!r}")  # fmt: skip
+        raise UserError(
+            f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, expected "
+            f"{FORMAT!r} version {VERSION!r}"
+        )
     if metadata.get("checksum") != checksum(tensors):
         raise UserError(f"{path} is damaged: its checksum does not match its content")
     if set(tensors) != {f"{name}.{part}" for name in index for part in ("indices", *PARTS)} or any(

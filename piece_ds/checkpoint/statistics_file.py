@@ -16,7 +16,7 @@ from piece_ds.checkpoint.metadata import checksum, checksum_of, model_fingerprin
 from piece_ds.runtime.distributed import barrier, broadcast_object, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json, write_whole
-from piece_ds.runtime.signals import leave_if_asked, stop_asked
+from piece_ds.runtime.signals import exit_if_signalled, stop_asked
 from piece_ds.state.partition import Layout, partition_of
 from piece_ds.state.statistics import GradientStats, empty_stats
 
@@ -54,7 +54,7 @@ class PartialStatistics:
                 if other != place:
                     shutil.rmtree(other)
         barrier()
-        leave_if_asked(f"after {stats.num_micro_batches} micro-batches of statistics")
+        exit_if_signalled(f"after {stats.num_micro_batches} micro-batches of statistics")
 
     def forget(self) -> None:
         """The sums have been used."""
@@ -69,8 +69,14 @@ class PartialStatistics:
 INDEX, FORMAT, VERSION = "statistics.json", "piece-statistics", 1
 
 # What the index must say, and of what type.
-_FIELDS = {"num_ranks": int, "has_grad_sum": bool, "num_micro_batches": int, "num_nonfinite": int,
-           "model_fingerprint": str, "source": dict}  # fmt: skip
+_FIELDS = {
+    "num_ranks": int,
+    "has_grad_sum": bool,
+    "num_micro_batches": int,
+    "num_nonfinite": int,
+    "model_fingerprint": str,
+    "source": dict,
+}
 
 
 def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, object] | None = None) -> None:
@@ -160,8 +166,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / INDEX}: expected format {FORMAT!r} version {VERSION}: take the statistics again")
     for field, kind in _FIELDS.items():
         if type(index.get(field)) is not kind or (kind is int and index[field] < (field == "num_ranks")):
-            raise UserError(f"{folder / INDEX}: {field!r} is {str(index.get(field))[:40]!r}, expected "
-                            f"{kind.__name__}: take the statistics again")  # fmt: skip
+            raise UserError(
+                f"{folder / INDEX}: {field!r} is {str(index.get(field))[:40]!r}, expected "
+                f"{kind.__name__}: take the statistics again"
+            )
     return index
 
 
@@ -173,9 +181,11 @@ def _fill_from_shard(stats: GradientStats, path: Path, owner: int, num_ranks: in
         low, high = max(part.start, stored.start), min(part.stop, stored.stop)
         if low < high:
             targets = stats.fragment(offset + low - part.start, high - low)
-            overlaps += [(f"{info.name}.{key}", target, low - stored.start, high - stored.start)
-                         for key, target in zip(("grad_sum", "square_sum"), targets, strict=True)
-                         if target is not None]  # fmt: skip
+            overlaps += [
+                (f"{info.name}.{key}", target, low - stored.start, high - stored.start)
+                for key, target in zip(("grad_sum", "square_sum"), targets, strict=True)
+                if target is not None
+            ]
     if not overlaps:
         return
     try:

@@ -31,9 +31,16 @@ def list_deltas(arguments: argparse.Namespace) -> None:
     for delta in _open(arguments.deltas):
         size = delta.path.stat().st_size
         metadata = delta.metadata
-        table.add_row(str(delta.path), metadata.get("method"), metadata.get("ratio"), str(delta.num_selected),
-                      f"{size / 1e6:.3f}", f"{size / delta.num_selected:.2f}", delta.base_fingerprint,
-                      delta.result_fingerprint)  # fmt: skip
+        table.add_row(
+            str(delta.path),
+            metadata.get("method"),
+            metadata.get("ratio"),
+            str(delta.num_selected),
+            f"{size / 1e6:.3f}",
+            f"{size / delta.num_selected:.2f}",
+            delta.base_fingerprint,
+            delta.result_fingerprint,
+        )
     _console().print(table)
 
 
@@ -95,8 +102,10 @@ def export_deltas(arguments: argparse.Namespace) -> None:
         raise UserError("--format peft needs --model: only the model says which weights are those of Linear modules")
     num_inexact = export_peft(deltas[0], output, _linear_weights(arguments), str(folder.root.absolute()))
     size = sum(file.stat().st_size for file in output.iterdir())
-    print(f"wrote {output}: {size} bytes; {num_inexact} of {deltas[0].num_selected} values differ in the last bits "
-          "from the delta's when added to the base in fp32")  # fmt: skip
+    print(
+        f"wrote {output}: {size} bytes; {num_inexact} of {deltas[0].num_selected} values differ in the last bits "
+        "from the delta's when added to the base in fp32"
+    )
 
 
 def _patch(arguments: argparse.Namespace, steps: list[Step], what: str) -> None:
@@ -152,13 +161,27 @@ def _summary(delta: Delta) -> dict[str, str]:
 
 
 def _movement_table(delta: Delta) -> Table:
-    table = Table("module", "values", "changed", "mean |change|", "max |change|", "mean |change| / mean |value|",
-                  title="how far values moved", title_justify="left")  # fmt: skip
+    table = Table(
+        "module",
+        "values",
+        "changed",
+        "mean |change|",
+        "max |change|",
+        "mean |change| / mean |value|",
+        title="how far values moved",
+        title_justify="left",
+    )
     whole = movements(("all", delta.change(name)) for name in delta.shapes)
     parts = movements((place_of(name).module, delta.change(name)) for name in delta.shapes)
     for module, moved in (*sorted(parts.items()), *whole.items()):
-        table.add_row(module, str(moved.num_values), f"{moved.num_changed / moved.num_values:.1%}",
-                      f"{moved.mean_distance:.3g}", f"{moved.max_distance:.3g}", f"{moved.relative:.3g}")  # fmt: skip
+        table.add_row(
+            module,
+            str(moved.num_values),
+            f"{moved.num_changed / moved.num_values:.1%}",
+            f"{moved.mean_distance:.3g}",
+            f"{moved.max_distance:.3g}",
+            f"{moved.relative:.3g}",
+        )
     return table
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 from piece_ds.config.defaults import default_flags, with_default_config
 from piece_ds.config.parsing import Settings, parse, print_help
-from piece_ds.evaluation.evaluate import Scores, judge
+from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
 from piece_ds.evaluation.matrix import ACCURACY
 from piece_ds.evaluation.scorers import get_scorer
 from piece_ds.models.loading import load_model
 from piece_ds.preflight.inputs import load_inputs
-from piece_ds.preflight.rank_consistency import require_agreement
+from piece_ds.preflight.rank_consistency import require_rank_consistency
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
             print(f"generated: {scores.num_tokens} tokens, {scores.num_tokens / scores.generate_seconds:.0f} a second")
 
 
-def evaluate(settings: Settings) -> tuple[Scores, dict[str, str]]:
+def evaluate(settings: Settings) -> tuple[EvalResult, dict[str, str]]:
     """Judge the model and write --output_file, and what the model wrote to a folder beside it, NAME-predictions.
 
     Returns:
@@ -52,10 +52,10 @@ def evaluate(settings: Settings) -> tuple[Scores, dict[str, str]]:
     if settings.model.model_name_or_path is None:
         raise UserError("eval_tasks.py needs --model_name_or_path M")
     inputs = load_inputs(settings)
-    require_agreement(inputs)
+    require_rank_consistency(inputs)
     settings, arguments = inputs.settings, inputs.arguments
     model: Any = inference_model(load_model(settings.model, inputs.dtype), arguments)
-    scores = judge(
+    scores = evaluate_tasks(
         model,
         inputs.tokenizer,
         inputs.tasks,
@@ -69,9 +69,16 @@ def evaluate(settings: Settings) -> tuple[Scores, dict[str, str]]:
     metrics = {task: get_scorer(name).metric for task, name in inputs.scorers.items()}
     if is_main():
         accuracy = {task: score if metrics[task] == ACCURACY else None for task, score in scores.score.items()}
-        content = {"loss": scores.loss, "score": scores.score, "accuracy": accuracy, "metrics": metrics,
-                   "general_loss": scores.general_loss, "measures": scores.measures, "ability": scores.ability,
-                   "cost": scores.cost}  # fmt: skip
+        content = {
+            "loss": scores.loss,
+            "score": scores.score,
+            "accuracy": accuracy,
+            "metrics": metrics,
+            "general_loss": scores.general_loss,
+            "measures": scores.measures,
+            "ability": scores.ability,
+            "cost": scores.cost,
+        }
         write_json(output_file, {**content, "settings": settings.shown(), "versions": versions()})
     barrier()
     if hasattr(model, "empty_partition_cache"):

@@ -72,8 +72,9 @@ def _shape(name: str) -> ModelShape:
     if name in KNOWN:
         return shape_of(empty_model(known_config(name)))
     if not Path(name).is_dir():
-        raise UserError(f"--model {name}: expected a local model folder or one of {', '.join(KNOWN)}."
-                        f"{nearest(name, list(KNOWN))}")  # fmt: skip
+        raise UserError(
+            f"--model {name}: expected a local model folder or one of {', '.join(KNOWN)}.{nearest(name, list(KNOWN))}"
+        )
     return shape_of(empty_model(load_config(ModelArguments(model_name_or_path=name))))
 
 
@@ -81,8 +82,13 @@ def _memory_table(terms: list[Term], title: str) -> Table:
     table = Table("what", "formula", "GB", "where", "when", title=title, title_justify="left")
     for term in terms:
         when = "always" if term.moments == MOMENTS else ", ".join(term.moments)
-        table.add_row(term.name + (" (estimate)" if term.is_estimate else ""), term.formula, f"{term.size / GB:.3f}",
-                      "CPU" if term.on_host else "device", when)  # fmt: skip
+        table.add_row(
+            term.name + (" (estimate)" if term.is_estimate else ""),
+            term.formula,
+            f"{term.size / GB:.3f}",
+            "CPU" if term.on_host else "device",
+            when,
+        )
     table.columns[2].justify = "right"
     return table
 
@@ -98,8 +104,14 @@ def _totals(terms: list[Term]) -> Table:
 
 
 def _traffic_table(shape: ModelShape, setting: Setting) -> Table:
-    table = Table("what", "collective", "elements", "GB received", title="traffic per optimizer step and rank",
-                  title_justify="left")  # fmt: skip
+    table = Table(
+        "what",
+        "collective",
+        "elements",
+        "GB received",
+        title="traffic per optimizer step and rank",
+        title_justify="left",
+    )
     for transfer in transfers(shape, setting):
         table.add_row(transfer.name, transfer.collective, f"{transfer.elements:.4g}", f"{transfer.received / GB:.3f}")
     return table

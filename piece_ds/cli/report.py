@@ -39,8 +39,10 @@ def read_runs(folders: Sequence[Path]) -> list[tuple[str, RunResults]]:
     runs = []
     for folder in folders:
         if not (folder / RESULTS_NAME).is_file():
-            raise UserError(f"{folder} is no run: expected a folder with {RESULTS_NAME}, as launch/train.py writes it "
-                            "before its first task")  # fmt: skip
+            raise UserError(
+                f"{folder} is no run: expected a folder with {RESULTS_NAME}, as launch/train.py writes it "
+                "before its first task"
+            )
         if folder.resolve() in given:
             raise UserError(f"{folder} is given twice, the first time as {given[folder.resolve()]}: give it once")
         given[folder.resolve()] = folder

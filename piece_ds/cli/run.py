@@ -15,7 +15,7 @@ from piece_ds.preflight.checks import (
     resumes_from,
 )
 from piece_ds.preflight.inputs import load_inputs
-from piece_ds.preflight.rank_consistency import require_agreement
+from piece_ds.preflight.rank_consistency import require_rank_consistency
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
@@ -25,10 +25,24 @@ from piece_ds.training.stream import Stream, run_stream
 
 # What decides the results; a resumed run must have the same.
 DECISIVE = (
-    "learning_rate", "per_device_train_batch_size", "max_steps", "num_train_epochs",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "train_sampling_strategy", "optim", "seed", "data_seed", "bf16", "fp16",
-)  # fmt: skip
+    "learning_rate",
+    "per_device_train_batch_size",
+    "max_steps",
+    "num_train_epochs",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "train_sampling_strategy",
+    "optim",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+)
 
 
 def train(settings: Settings) -> tuple[RunResults, RunFolder]:
@@ -50,7 +64,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         check_accumulation(task.name, num_rows, arguments, settings.output.incomplete_accumulation == "smaller_step")
     check_offload(settings.method.method, arguments)
     check_kernels(settings.method.method, arguments)
-    require_agreement(inputs)
+    require_rank_consistency(inputs)
     folder = RunFolder(Path(arguments.output_dir))
     reporters = open_reporters(arguments.report_to, folder.root)
     resume = resumes_from(arguments)

@@ -12,7 +12,7 @@ from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible, load_model, patterns_of
 from piece_ds.preflight.checks import check_kernels, check_method, check_sources
 from piece_ds.preflight.inputs import load_inputs
-from piece_ds.preflight.rank_consistency import require_agreement
+from piece_ds.preflight.rank_consistency import require_rank_consistency
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.estimators import estimator_names
@@ -40,15 +40,17 @@ def select_mask(settings: Settings) -> Mask:
     method = settings.method.method
     check_method(method)
     if method in BASELINES:
-        raise UserError(f"--method {method} has no mask; select_mask.py expects one of "
-                        f"{', '.join([*estimator_names(), *SELECTIONS])}")  # fmt: skip
+        raise UserError(
+            f"--method {method} has no mask; select_mask.py expects one of "
+            f"{', '.join([*estimator_names(), *SELECTIONS])}"
+        )
     output_file = settings.output.output_file
     if output_file is None or settings.data.train_file is None:
         raise UserError("select_mask.py needs --train_file F and --output_file MASK")
     if settings.model.model_name_or_path is None:
         raise UserError("select_mask.py needs --model_name_or_path M")
     inputs = load_inputs(settings)
-    require_agreement(inputs)
+    require_rank_consistency(inputs)
     settings, arguments, task = inputs.settings, inputs.arguments, inputs.tasks[0]
     check_sources(settings, num_tasks=1)
     check_kernels(settings.method.method, arguments)

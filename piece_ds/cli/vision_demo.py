@@ -65,10 +65,15 @@ def write_material(material: Path, seed: int) -> None:
 
 def _train_base(argv: list[str], defaults: dict, material: Path, family: str) -> None:
     flags = {
-        "model_name_or_path": material / family / "untrained", "train_file": material / "base" / "train.json",
-        "eval_file": material / "base" / "test.json", "method": "seqft", "eligible": "*", "max_steps": BASE_STEPS,
-        "learning_rate": BASE_RATE, "output_dir": material / family / "base",
-    }  # fmt: skip
+        "model_name_or_path": material / family / "untrained",
+        "train_file": material / "base" / "train.json",
+        "eval_file": material / "base" / "test.json",
+        "method": "seqft",
+        "eligible": "*",
+        "max_steps": BASE_STEPS,
+        "learning_rate": BASE_RATE,
+        "output_dir": material / family / "base",
+    }
     train(_settings(argv, defaults, flags))
 
 
@@ -76,16 +81,28 @@ def _train_tasks(
     argv: list[str], defaults: dict, material: Path, family: str, output: Path
 ) -> tuple[RunResults, RunFolder]:
     flags = {
-        "model_name_or_path": material / family / "base" / "00-train" / "model", "task_dir": material / "tasks",
-        "tasks": ",".join(TASKS), "general_file": material / "base" / "test.json", "mask_ratio": MASK_RATIO,
-        "importance_batch_size": 16, "max_steps": TASK_STEPS, "learning_rate": TASK_RATE, "output_dir": output,
-    }  # fmt: skip
+        "model_name_or_path": material / family / "base" / "00-train" / "model",
+        "task_dir": material / "tasks",
+        "tasks": ",".join(TASKS),
+        "general_file": material / "base" / "test.json",
+        "mask_ratio": MASK_RATIO,
+        "importance_batch_size": 16,
+        "max_steps": TASK_STEPS,
+        "learning_rate": TASK_RATE,
+        "output_dir": output,
+    }
     return train(_settings(argv, defaults, flags))
 
 
 def _settings(argv: list[str], defaults: dict, flags: dict) -> Settings:
     """The recipe's flags, over them the user's, over them what must differ between base and tasks."""
-    shared = {"per_device_train_batch_size": max(1, BATCH_SIZE // world_size()), "per_device_eval_batch_size": 64,
-              "max_new_tokens": 8, "lr_scheduler_type": "linear", "warmup_steps": 20, "adam_beta2": 0.95}  # fmt: skip
+    shared = {
+        "per_device_train_batch_size": max(1, BATCH_SIZE // world_size()),
+        "per_device_eval_batch_size": 64,
+        "max_new_tokens": 8,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 20,
+        "adam_beta2": 0.95,
+    }
     own = ["--output_dir", str(flags["output_dir"])]
     return parse([*argv, *own], {**defaults, **shared, **flags})

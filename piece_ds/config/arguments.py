@@ -132,9 +132,11 @@ class MethodArguments:
     )
     general_statistics: str | None = field(
         default=None,
-        metadata={"help": "piece-ratio: folder of the base model's statistics of --general_importance_file, kept there "
-                  "for other runs; without it OUTPUT_DIR/general_statistics"},
-    )  # fmt: skip
+        metadata={
+            "help": "piece-ratio: folder of the base model's statistics of --general_importance_file, kept there "
+            "for other runs; without it OUTPUT_DIR/general_statistics"
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.lift_rank is not None:

@@ -110,8 +110,10 @@ def _require_marks_of_images(name: str, tensor: Tensor) -> None:
     with zeros, answers would be read from themselves, or without the image.
     """
     if tensor[:, -1].any() or not tensor.flatten(1).any(dim=1).all():
-        raise UserError(f"the model's processor gives {name} for every token and does not mark images by it: what it "
-                        "is for an answer is not known, so models of this kind cannot be used here")  # fmt: skip
+        raise UserError(
+            f"the model's processor gives {name} for every token and does not mark images by it: what it "
+            "is for an answer is not known, so models of this kind cannot be used here"
+        )
 
 
 def _image_of(row: Row) -> Image.Image:

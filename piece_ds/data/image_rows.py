@@ -27,8 +27,10 @@ class ImagePrompt:
 
     def __post_init__(self) -> None:
         if not self.processor.chat_template:
-            raise UserError("the model's processor has no chat template, so where the image stands in a prompt is not "
-                            "known; add a chat_template.jinja to the model's files")  # fmt: skip
+            raise UserError(
+                "the model's processor has no chat template, so where the image stands in a prompt is not "
+                "known; add a chat_template.jinja to the model's files"
+            )
 
     def text(self, prompt: str, with_image: bool) -> str:
         """The turn as text, ending where the answer begins; the image is one token, which the processor unfolds."""
@@ -107,8 +109,10 @@ def _checked(folder: ImageFolder, path: str | None, where: str, decode: bool) ->
         return None
     found = folder.find(path)
     if found is None:
-        raise UserError(f"{where}: no image {path} below {folder.root}; say where images are with --image_dir, or "
-                        "leave such rows out with --skip_bad_images")  # fmt: skip
+        raise UserError(
+            f"{where}: no image {path} below {folder.root}; say where images are with --image_dir, or "
+            "leave such rows out with --skip_bad_images"
+        )
     if decode:
         read_image(found, where)
     else:
@@ -131,9 +135,15 @@ def encode_image_rows(rows: datasets.Dataset, encoder: Encoder, prompt: ImagePro
         text = prompt.text(row["prompt"], with_image=bool(row["image"]))
         ids, answer = prompt.ids(text), encoder.answer_ids(row["answer"])
         if not answer:
-            raise UserError(f"{row['where']}: no answer token is left after tokenization of {row['answer'][:40]!r}; "
-                            "remove the row")  # fmt: skip
-        return {"input_ids": ids + answer, "labels": [IGNORED_LABEL] * len(ids) + answer, "text": text,
-                "image": row["image"], "where": row["where"]}  # fmt: skip
+            raise UserError(
+                f"{row['where']}: no answer token is left after tokenization of {row['answer'][:40]!r}; remove the row"
+            )
+        return {
+            "input_ids": ids + answer,
+            "labels": [IGNORED_LABEL] * len(ids) + answer,
+            "text": text,
+            "image": row["image"],
+            "where": row["where"],
+        }
 
     return datasets.Dataset.from_list([encode(row) for row in rows], features=ENCODED)

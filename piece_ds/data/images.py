@@ -53,8 +53,10 @@ class ImageFolder:
                     self._by_name.setdefault(file, []).append(Path(folder, file))
         found = self._by_name.get(name, [])
         if len(found) > 1:
-            raise UserError(f"--image_dir {self.root} holds {name} more than once ({found[0]}, {found[1]}): name the "
-                            "subfolder in the row")  # fmt: skip
+            raise UserError(
+                f"--image_dir {self.root} holds {name} more than once ({found[0]}, {found[1]}): name the "
+                "subfolder in the row"
+            )
         return found[0] if found else None
 
 
@@ -71,8 +73,10 @@ def read_image(path: str | Path, where: str) -> Image.Image:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except _BROKEN as error:
-        raise UserError(f"{where}: the image {path} cannot be read ({_reason(error)}); replace it, or leave such rows "
-                        "out with --skip_bad_images") from error  # fmt: skip
+        raise UserError(
+            f"{where}: the image {path} cannot be read ({_reason(error)}); replace it, or leave such rows "
+            "out with --skip_bad_images"
+        ) from error
 
 
 def check_header(path: str | Path, where: str) -> None:
@@ -81,8 +85,10 @@ def check_header(path: str | Path, where: str) -> None:
         with Image.open(path):
             pass
     except _BROKEN as error:
-        raise UserError(f"{where}: the image {path} cannot be read ({_reason(error)}); replace it, or leave such rows "
-                        "out with --skip_bad_images") from error  # fmt: skip
+        raise UserError(
+            f"{where}: the image {path} cannot be read ({_reason(error)}); replace it, or leave such rows "
+            "out with --skip_bad_images"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

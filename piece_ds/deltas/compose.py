@@ -63,12 +63,16 @@ def _check_consecutive(before: Delta, after: Delta) -> None:
     if any(after.dtypes[name] != dtype for name, dtype in before.dtypes.items() if name in after.dtypes):
         raise UserError(f"deltas {before.path} and {after.path} hold values of different dtypes")
     if None in (before.result_fingerprint, after.base_fingerprint):
-        raise UserError(f"delta {after.path if after.base_fingerprint is None else before.path} has no fingerprints: "
-                        "nothing can show that it belongs to this stack")  # fmt: skip
+        raise UserError(
+            f"delta {after.path if after.base_fingerprint is None else before.path} has no fingerprints: "
+            "nothing can show that it belongs to this stack"
+        )
     if before.result_fingerprint != after.base_fingerprint:
-        raise UserError(f"delta {after.path} does not follow {before.path}: it was made on weights "
-                        f"{after.base_fingerprint}, that one leaves {before.result_fingerprint}; give consecutive "
-                        "deltas of one run, in task order")  # fmt: skip
+        raise UserError(
+            f"delta {after.path} does not follow {before.path}: it was made on weights "
+            f"{after.base_fingerprint}, that one leaves {before.result_fingerprint}; give consecutive "
+            "deltas of one run, in task order"
+        )
 
 
 def _overlay(name: str, changes: Sequence[Change]) -> tuple[Tensor, Tensor, Tensor | None]:

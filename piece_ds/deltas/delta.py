@@ -87,8 +87,10 @@ def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
             tasks = [file for file in path.glob(f"*/{DELTA_NAME}") if file.parent.name.partition("-")[0].isdigit()]
             if not tasks:
                 what = "none in it" if path.exists() else "nothing there"
-                raise UserError(f"{path}: expected a delta file, or a folder of a task or of a run that holds "
-                                f"{DELTA_NAME}, found {what}")  # fmt: skip
+                raise UserError(
+                    f"{path}: expected a delta file, or a folder of a task or of a run that holds "
+                    f"{DELTA_NAME}, found {what}"
+                )
             found += sorted(tasks, key=lambda file: int(file.parent.name.partition("-")[0]))
     return found
 
@@ -103,8 +105,10 @@ def open_delta(path: Path | str) -> Delta:
     path = Path(path)
     tensors, metadata = _read(path)
     if metadata.get("format") != "piece-delta" or metadata.get("version") != VERSION:
-        raise UserError(f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, expected "
-                        f"'piece-delta' version {VERSION!r}: give a task's {DELTA_NAME}")  # fmt: skip
+        raise UserError(
+            f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, expected "
+            f"'piece-delta' version {VERSION!r}: give a task's {DELTA_NAME}"
+        )
     if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
         raise UserError(f"delta {path} is damaged: its checksum does not match its content; copy it again")
     try:
@@ -129,8 +133,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"delta {path} cannot be read as a safetensors file ({error}): give a task's {DELTA_NAME}"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"delta {path} cannot be read as a safetensors file ({error}): give a task's {DELTA_NAME}"
+        ) from error
 
 
 def _check_change(path: Path, name: str, numel: int, index: Tensor, values: Tensor, *previous: Tensor) -> None:

@@ -69,16 +69,18 @@ def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: 
         raise UserError(f"delta {delta.path} has no previous values, which an adapter of differences needs")
     outside = [name for name in delta.shapes if name not in linear]
     if outside:
-        raise UserError(f"a PEFT adapter holds changes of Linear weights alone, delta {delta.path} also changes "
-                        f"{len(outside)} other parameters, {outside[0]!r} for one: use piece_ds delta merge"
-                        )  # fmt: skip
+        raise UserError(
+            f"a PEFT adapter holds changes of Linear weights alone, delta {delta.path} also changes "
+            f"{len(outside)} other parameters, {outside[0]!r} for one: use piece_ds delta merge"
+        )
     changes = {name: delta.change(name) for name in delta.shapes}
     rank = max(-(-change.index.numel() // sum(delta.shapes[name])) for name, change in changes.items())
     tight = [name for name in changes if rank * sum(delta.shapes[name]) > prod(delta.shapes[name])]
     if tight:
-        raise UserError(f"SHiRA gives every module r * (rows + columns) elements, here r = {rank}, which is more than "
-                        f"{tight[0]!r} of shape {list(delta.shapes[tight[0]])} has: use piece_ds delta merge"
-                        )  # fmt: skip
+        raise UserError(
+            f"SHiRA gives every module r * (rows + columns) elements, here r = {rank}, which is more than "
+            f"{tight[0]!r} of shape {list(delta.shapes[tight[0]])} has: use piece_ds delta merge"
+        )
     tensors: dict[str, Tensor] = {}
     num_inexact = 0
     for name, change in changes.items():

@@ -95,15 +95,18 @@ def open_folder(root: Path | str, layout: Layout, known: Mapping[str, str]) -> M
     parameter_of = {name: known[name] for name in stored if name in known}
     for name, parameter in parameter_of.items():
         if stored[name].shape != shapes[parameter]:
-            raise UserError(f"{root}: {name!r} has shape {list(stored[name].shape)}, the folder's config.json makes it "
-                            f"{list(shapes[parameter])}: weights and configuration do not belong together")  # fmt: skip
+            raise UserError(
+                f"{root}: {name!r} has shape {list(stored[name].shape)}, the folder's config.json makes it "
+                f"{list(shapes[parameter])}: weights and configuration do not belong together"
+            )
     present = set(parameter_of.values())
     missing = [name for name in shapes if name not in present]
     if missing:
-        raise UserError(f"{root}: {len(missing)} of {len(shapes)} parameters are not in its files, {missing[0]!r} for "
-                        "one: the folder is incomplete, or transformers puts them together from parts while loading; "
-                        "then save the loaded model with save_pretrained(..., save_original_format=False) and use that"
-                        )  # fmt: skip
+        raise UserError(
+            f"{root}: {len(missing)} of {len(shapes)} parameters are not in its files, {missing[0]!r} for "
+            "one: the folder is incomplete, or transformers puts them together from parts while loading; "
+            "then save the loaded model with save_pretrained(..., save_original_format=False) and use that"
+        )
     return ModelFolder(root, layout, {name: stored[name] for name in parameter_of}, parameter_of)
 
 
@@ -120,8 +123,9 @@ def _files(root: Path) -> list[str]:
         return files
     if (root / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
-    raise UserError(f"{root}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; save the model with "
-                    "save_pretrained() first")  # fmt: skip
+    raise UserError(
+        f"{root}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; save the model with save_pretrained() first"
+    )
 
 
 def _header(path: Path, file: str) -> dict[str, Stored]:

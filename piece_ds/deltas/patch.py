@@ -70,8 +70,9 @@ def patch_in_place(folder: ModelFolder, steps: Sequence[Step]) -> None:
         if found == after:
             continue  # done before the interruption
         if found != before:
-            raise UserError(f"{folder.root / file} is neither as before nor as after the interrupted change: "
-                            "copy the folder again")  # fmt: skip
+            raise UserError(
+                f"{folder.root / file} is neither as before nor as after the interrupted change: copy the folder again"
+            )
         write_whole(folder.root / file, partial(_write_patched, folder, steps, file))
     write_record(folder.root, Record(tuple(Entry(**entry) for entry in note["applied"])))
 

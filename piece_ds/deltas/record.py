@@ -28,8 +28,14 @@ class Entry:
 def entry_of(delta: Delta) -> Entry:
     name = f"{delta.path.resolve().parent.name}/{delta.path.name}"
     metadata = delta.metadata
-    return Entry(name, metadata.get("checksum"), metadata.get("method"), delta.num_selected, delta.base_fingerprint,
-                 delta.result_fingerprint)  # fmt: skip
+    return Entry(
+        name,
+        metadata.get("checksum"),
+        metadata.get("method"),
+        delta.num_selected,
+        delta.base_fingerprint,
+        delta.result_fingerprint,
+    )
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,10 @@ class Record:
         for delta in removed if applied else ():
             top = applied.pop() if applied else None
             if top is None or not _same(top, entry_of(delta)):
-                raise UserError(f"delta {delta.path} is not the last one applied to {root}: that is "
-                                f"{top.delta if top else 'none'}; revert in the reverse of the order of applying"
-                                )  # fmt: skip
+                raise UserError(
+                    f"delta {delta.path} is not the last one applied to {root}: that is "
+                    f"{top.delta if top else 'none'}; revert in the reverse of the order of applying"
+                )
         for delta in added:
             if any(_same(entry, entry_of(delta)) for entry in applied):
                 raise UserError(f"delta {delta.path} is applied already in {root}: leave it out")

@@ -130,24 +130,33 @@ def _check_kind(folder: ModelFolder, step: Step) -> None:
     delta, shapes = step.delta, folder.layout.shapes()
     fingerprint = delta.metadata.get("model_fingerprint")
     if fingerprint not in (None, model_fingerprint(folder.layout)):
-        raise UserError(f"delta {delta.path} was made for another model than {folder.root}: parameter names or shapes "
-                        "differ; give the model that the run began with")  # fmt: skip
+        raise UserError(
+            f"delta {delta.path} was made for another model than {folder.root}: parameter names or shapes "
+            "differ; give the model that the run began with"
+        )
     for name, shape in delta.shapes.items():
         if shapes.get(name) != shape:
-            raise UserError(f"delta {delta.path} changes {name!r} of shape {list(shape)}, {folder.root} has "
-                            f"{list(shapes[name]) if name in shapes else 'no such parameter'}")  # fmt: skip
+            raise UserError(
+                f"delta {delta.path} changes {name!r} of shape {list(shape)}, {folder.root} has "
+                f"{list(shapes[name]) if name in shapes else 'no such parameter'}"
+            )
         for stored in folder.stored_as(name):
             dtype = folder.stored[stored].dtype
             if dtype != delta.dtypes[name]:
-                raise UserError(f"delta {delta.path} holds {delta.dtypes[name]} values of {name!r}, {folder.root} "
-                                f"stores {dtype or 'a quantized type'}: save the model in the dtype it was trained in"
-                                )  # fmt: skip
+                raise UserError(
+                    f"delta {delta.path} holds {delta.dtypes[name]} values of {name!r}, {folder.root} "
+                    f"stores {dtype or 'a quantized type'}: save the model in the dtype it was trained in"
+                )
     if step.undo and not delta.reversible:
-        raise UserError(f"delta {delta.path} was written without previous values and cannot be reverted: keep a copy "
-                        "of the base, or use a delta with them")  # fmt: skip
+        raise UserError(
+            f"delta {delta.path} was written without previous values and cannot be reverted: keep a copy "
+            "of the base, or use a delta with them"
+        )
     if not delta.reversible and step.before is None:
-        raise UserError(f"delta {delta.path} holds neither previous values nor its base's fingerprint: nothing can "
-                        "show that it belongs to this model; write it again")  # fmt: skip
+        raise UserError(
+            f"delta {delta.path} holds neither previous values nor its base's fingerprint: nothing can "
+            "show that it belongs to this model; write it again"
+        )
 
 
 def _check_weights(folder: ModelFolder, step: Step, count: _Count, fingerprint: str) -> None:
@@ -157,10 +166,18 @@ def _check_weights(folder: ModelFolder, step: Step, count: _Count, fingerprint: 
     if not count.num_other and fits:
         return
     if count.num_done >= selected and not fits:  # tied weights may be stored, and counted, twice
-        raise UserError(f"delta {path} is {verb} already in {folder.root}, or the weights around it differ from those "
-                        "it was made with: leave it out")  # fmt: skip
-    what = (f"{count.num_other} of its {selected} selected values are not what it expects" if count.num_other else
-            f"weights outside its selection differ (fingerprint {fingerprint}, expected {step.before})")  # fmt: skip
-    order = ("only the last delta of a stack can be taken off, then the one before" if step.undo else
-             "give the base it was trained on and the deltas before it, in task order")  # fmt: skip
+        raise UserError(
+            f"delta {path} is {verb} already in {folder.root}, or the weights around it differ from those "
+            "it was made with: leave it out"
+        )
+    what = (
+        f"{count.num_other} of its {selected} selected values are not what it expects"
+        if count.num_other
+        else f"weights outside its selection differ (fingerprint {fingerprint}, expected {step.before})"
+    )
+    order = (
+        "only the last delta of a stack can be taken off, then the one before"
+        if step.undo
+        else "give the base it was trained on and the deltas before it, in task order"
+    )
     raise UserError(f"delta {path} cannot be {verb} on {folder.root}: {what}; {order}")

@@ -13,7 +13,7 @@ import torch
 from piece_ds.doctor.findings import BAD, GOOD, NOTE, Finding
 from piece_ds.doctor.processes import run_self_test
 from piece_ds.ops import backends
-from piece_ds.ops.recipes import compiler_version
+from piece_ds.ops.build_specs import compiler_version
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.versions import versions
 
@@ -51,8 +51,11 @@ def _gpus() -> Finding:
 
 def _programs() -> Iterator[Finding]:
     compiler = compiler_version()
-    yield Finding("C++ compiler", GOOD if compiler else BAD,
-                  compiler or "none: install g++, name one in CXX, or set PIECE_DS_BACKEND=reference")  # fmt: skip
+    yield Finding(
+        "C++ compiler",
+        GOOD if compiler else BAD,
+        compiler or "none: install g++, name one in CXX, or set PIECE_DS_BACKEND=reference",
+    )
     has_ninja = bool(shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}"))
     yield Finding("ninja", GOOD if has_ninja else BAD, "found" if has_ninja else "none: pip install ninja")
     nvcc = shutil.which("nvcc")

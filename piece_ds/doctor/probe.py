@@ -61,8 +61,11 @@ def _try_training() -> tuple[list[str], str]:
 
     model = _tiny_model()
     optimizer = torch.optim.AdamW(prepare_compact(model, ratio=RATIO).parameters(), lr=0.1)
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
-              "zero_allow_untested_optimizer": True}  # fmt: skip
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+    }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     ids = torch.arange(32).view(4, 8)
     batches = [{"input_ids": row.view(1, 8), "labels": row.view(1, 8)} for row in ids]
@@ -101,8 +104,16 @@ def _tiny_model() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                        num_attention_heads=2, initializer_range=0.2))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            initializer_range=0.2,
+        )
+    )
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

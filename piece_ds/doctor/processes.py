@@ -39,10 +39,17 @@ def run_self_test(num_ranks: int) -> Iterator[Finding]:
 
 def _start(rank: int, num_ranks: int, port: int, folder: Path) -> "subprocess.Popen[bytes]":
     package = str(Path(__file__).parents[2])
-    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks),
-                   "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1",
-                   "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}  # fmt: skip
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
+    }
     environment.setdefault("OMP_NUM_THREADS", "1")
     with open(folder / f"rank{rank}.log", "wb") as log:
         command = [sys.executable, "-m", "piece_ds.doctor.probe", str(folder / "result.json")]

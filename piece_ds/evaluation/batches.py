@@ -11,7 +11,7 @@ from piece_ds.runtime.distributed import rank, world_size
 
 
 @dataclass(frozen=True)
-class Share:
+class Batch:
     """One rank's rows of one step.
 
     Attributes:
@@ -23,7 +23,7 @@ class Share:
     counted: bool
 
 
-def deal_batches(lengths: Sequence[int], batch_size: int) -> list[Share]:
+def shard_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
     """This rank's batches, in step order; every rank gets a list of the same length.
 
     Batches hold neighbours in length, the longest first, so that little is padded and a batch too large for the
@@ -40,9 +40,9 @@ def deal_batches(lengths: Sequence[int], batch_size: int) -> list[Share]:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    shares = [Share(batch, counted=True) for batch in batches[rank() :: world_size()]]
+    shares = [Batch(batch, counted=True) for batch in batches[rank() :: world_size()]]
     num_steps = -(-len(batches) // world_size())
-    return shares + [Share(order[-1:], counted=False)] * (num_steps - len(shares))
+    return shares + [Batch(order[-1:], counted=False)] * (num_steps - len(shares))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def check_ability(asked: EvaluationArguments) -> None:
         check_harness(asked.lm_eval_tasks, asked.lm_eval_path)
 
 
-def measure_ability(
+def run_benchmarks(
     model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, settings: Settings, device: Any, folder: Path
 ) -> dict[str, float]:
     """Measure -> value of all that settings ask for; empty where they ask for nothing. A collective.

@@ -11,7 +11,7 @@ import datasets
 from piece_ds.config.parsing import Settings
 from piece_ds.data.image_collate import ImageCollator, make_collator
 from piece_ds.data.tasks import Task
-from piece_ds.evaluation.benchmarks import measure_ability
+from piece_ds.evaluation.benchmarks import run_benchmarks
 from piece_ds.evaluation.generate import Decoding, Generated, generate_texts
 from piece_ds.evaluation.loss import evaluate_loss
 from piece_ds.evaluation.predictions import write_predictions
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Scores:
+class EvalResult:
     """One row of the result matrix.
 
     Attributes:
@@ -55,7 +55,7 @@ class Scores:
         return cost
 
 
-def judge(
+def evaluate_tasks(
     model: Any,
     tokenizer: Processing,
     tasks: list[Task],
@@ -65,7 +65,7 @@ def judge(
     settings: Settings,
     device: Any,
     folder: Path,
-) -> Scores:
+) -> EvalResult:
     """Evaluate tasks and general text. A collective: under ZeRO-3 every forward pass gathers parameters.
 
     Args:
@@ -99,9 +99,9 @@ def judge(
     general_loss = None
     if general is not None:
         general_loss = evaluate_loss(model, general, collate, batch_size, device).mean
-    ability = measure_ability(model, tokenizer_of(tokenizer), batch_size, settings, device, folder)
+    ability = run_benchmarks(model, tokenizer_of(tokenizer), batch_size, settings, device, folder)
     barrier()
-    return Scores(
+    return EvalResult(
         losses,
         scores,
         general_loss,

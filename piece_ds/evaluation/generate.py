@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from piece_ds.evaluation.batches import deal_batches, evaluating
+from piece_ds.evaluation.batches import evaluating, shard_batches
 from piece_ds.runtime.distributed import all_gather_objects, world_size
 from piece_ds.runtime.progress import progress_bar
-from piece_ds.runtime.signals import leave_if_asked
+from piece_ds.runtime.signals import exit_if_signalled
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def generate_texts(
     config = generation_config(module, tokenizer, max_new_tokens, decoding)
     found: list[tuple[int, str, int]] = []
     with evaluating(model), no_generation_defaults(module):
-        shares = deal_batches([len(prompt) for prompt in prompts], batch_size)
+        shares = shard_batches([len(prompt) for prompt in prompts], batch_size)
         for share in progress_bar(shares, description, unit="batch"):
-            leave_if_asked("during an evaluation")
+            exit_if_signalled("during an evaluation")
             if not share.counted and not synced:
                 continue
             inputs = _inputs_of(share.indices, prompts, cast(int, config.pad_token_id), batch_of)

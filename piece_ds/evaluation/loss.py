@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from piece_ds.evaluation.batches import deal_batches, evaluating
+from piece_ds.evaluation.batches import evaluating, shard_batches
 from piece_ds.runtime.distributed import all_reduce_sum_
-from piece_ds.runtime.signals import leave_if_asked
+from piece_ds.runtime.signals import exit_if_signalled
 
 IGNORED_LABEL = -100
 Batch = dict[str, Tensor]
@@ -65,8 +65,8 @@ def evaluate_loss(
     lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
     with evaluating(model):
-        for share in deal_batches(lengths, batch_size):
-            leave_if_asked("during an evaluation")
+        for share in shard_batches(lengths, batch_size):
+            exit_if_signalled("during an evaluation")
             batch = collator([dataset[index] for index in share.indices])
             num_tokens = count_labels(batch["labels"])
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss

@@ -34,10 +34,14 @@ def runs_to_its_end(program: str, timeout_seconds: float = TIMEOUT_SECONDS, memo
         source.seek(0)
         command = [sys.executable, "-I", "-B", str(_GUARD), str(memory_bytes), str(ceil(timeout_seconds) + 1)]
         process = subprocess.Popen(
-            command, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
+            command,
+            stdin=source,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
             env={"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""), "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,
-        )  # fmt: skip
+        )
         assert process.stdout is not None
         with process.stdout as answer:
             try:
@@ -52,8 +56,10 @@ def runs_to_its_end(program: str, timeout_seconds: float = TIMEOUT_SECONDS, memo
 def check_sandbox() -> None:
     """Raise UserError unless this machine runs a harmless program and stops harmful ones."""
     if not runs_to_its_end("import math, re, hashlib\nassert math.sqrt(4) == 2"):
-        raise UserError("--humaneval: generated code cannot be run shut off on this machine (it takes Linux with "
-                        "seccomp on x86_64 or aarch64); leave the flag out")  # fmt: skip
+        raise UserError(
+            "--humaneval: generated code cannot be run shut off on this machine (it takes Linux with "
+            "seccomp on x86_64 or aarch64); leave the flag out"
+        )
     for harmful in _HARMFUL:
         if runs_to_its_end(harmful):
             raise UserError(f"--humaneval: this machine's kernel did not stop {harmful!r}; leave the flag out")

@@ -61,8 +61,10 @@ class Scorer:
         """
         formula: Any = {CLEAN: self.clean, AUTHORS: self.authors}.get(scoring)
         if formula is None or not len(outputs) == len(golds) == len(prompts):
-            raise ValueError(f"{len(outputs)} outputs, {len(golds)} golds and {len(prompts)} prompts for {scoring!r} "
-                             f"scoring of {self.metric}")  # fmt: skip
+            raise ValueError(
+                f"{len(outputs)} outputs, {len(golds)} golds and {len(prompts)} prompts for {scoring!r} "
+                f"scoring of {self.metric}"
+            )
         if not outputs:
             return {"score": nan}
         # The authors strip a whole output before they look for </think>; the rest keeps its white space.
@@ -99,8 +101,9 @@ def parse_scorers(flag: str | None) -> dict[str, str]:
     for item in (flag or "").split(",") if flag else []:
         task, equals, name = (part.strip() for part in item.rpartition("="))
         if not equals or not task or task in chosen:
-            raise UserError(f"--scorers {flag!r}: expected TASK=NAME for each task once, separated by commas, "
-                            f"got {item!r}")  # fmt: skip
+            raise UserError(
+                f"--scorers {flag!r}: expected TASK=NAME for each task once, separated by commas, got {item!r}"
+            )
         get_scorer(name)
         chosen[task] = name
     return chosen

@@ -15,7 +15,7 @@ from piece_ds.selection.top_k import select
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
-from piece_ds.zero.statistics import Keeper, MicroBatchSource, collect_statistics
+from piece_ds.zero.statistics import MicroBatchSource, StatisticsCheckpoint, collect_statistics
 from piece_ds.zero.weights import read_weight
 
 
@@ -31,7 +31,7 @@ def estimate_mask(
     layout: Layout | None = None,
     stats: GradientStats | None = None,
     options: SelectionOptions | None = None,
-    keeper: Keeper | None = None,
+    keeper: StatisticsCheckpoint | None = None,
 ) -> Mask:
     """Estimate importance on data and select the most important weights of the model. A collective.
 

@@ -86,8 +86,10 @@ def select_whole(names_of: Names, request: SelectionRequest) -> Mask:
     layout = request.layout
     names = names_of(request.model, layout, request.seed, request.options.task)
     if not names:
-        raise UserError(f"--method {request.method}: the model has no parameter to select; "
-                        "its normalization layers have no eligible weight")  # fmt: skip
+        raise UserError(
+            f"--method {request.method}: the model has no parameter to select; "
+            "its normalization layers have no eligible weight"
+        )
     index = {
         info.name: torch.arange(part.start, part.stop)
         for info, part, _ in layout.owned()

@@ -81,8 +81,10 @@ def exclude_earlier(request: SelectionRequest, stats: GradientStats) -> Mask:
     k = num_selected(layout, request.ratio)
     num_taken = sum(positions.numel() for positions in taken.values())
     if layout.num_eligible - num_taken < k:
-        raise UserError(f"--method {request.method}: {layout.num_eligible - num_taken} weights are not taken by an "
-                        f"earlier task, {k} are asked for: lower --mask_ratio {request.ratio}")  # fmt: skip
+        raise UserError(
+            f"--method {request.method}: {layout.num_eligible - num_taken} weights are not taken by an "
+            f"earlier task, {k} are asked for: lower --mask_ratio {request.ratio}"
+        )
     for info, part, offset in layout.owned():
         if info.name in taken and part.numel:
             whole = taken[info.name]
@@ -93,8 +95,10 @@ def exclude_earlier(request: SelectionRequest, stats: GradientStats) -> Mask:
     # A free element whose gradient is zero everywhere ties with taken ones. It is left out with them.
     num_free = int(all_reduce_sum_(_num_nonzero(stats).to(collective_device())))
     if num_free < k:
-        raise UserError(f"--method {request.method}: {num_free} free weights have a gradient, {k} are asked for: "
-                        f"lower --mask_ratio {request.ratio}")  # fmt: skip
+        raise UserError(
+            f"--method {request.method}: {num_free} free weights have a gradient, {k} are asked for: "
+            f"lower --mask_ratio {request.ratio}"
+        )
     return select(layout, "piece-s", request.ratio, stats, lam=request.lam)
 
 

@@ -26,8 +26,10 @@ def shira_counts(model: nn.Module, layout: Layout, ratio: float) -> dict[str, in
     shares = share_out(num_to_select(ratio, layout.total), [sum(info.shape) for info in infos])
     for info, share in zip(infos, shares, strict=True):
         if share > info.numel:
-            raise UserError(f"--method shira: {info.name} has {info.numel} elements and a share of {share}: "
-                            f"lower --mask_ratio {ratio}")  # fmt: skip
+            raise UserError(
+                f"--method shira: {info.name} has {info.numel} elements and a share of {share}: "
+                f"lower --mask_ratio {ratio}"
+            )
     return {info.name: share for info, share in zip(infos, shares, strict=True)}
 
 

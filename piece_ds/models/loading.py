@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.models.eligible import in_towers, ineligible, input_embedding, let_gradients_in, make_eligible, towers
 from piece_ds.models.layout import full_shape, layout_of
-from piece_ds.models.positions import count_positions_from_mask_
+from piece_ds.models.position_ids import count_positions_from_mask_
 from piece_ds.models.processor import Processing, load_processor
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
@@ -127,8 +127,10 @@ def check_eligible(arguments: ModelArguments, config: Any) -> None:
         return
     model = empty_model(config, arguments.trust_remote_code)
     if reads_images(config) and not towers(model):
-        raise UserError(f"--model_name_or_path {arguments.model_name_or_path}: transformers does not say which part of "
-                        f"{type(model).__name__} encodes images, so what may train is not known")  # fmt: skip
+        raise UserError(
+            f"--model_name_or_path {arguments.model_name_or_path}: transformers does not say which part of "
+            f"{type(model).__name__} encodes images, so what may train is not known"
+        )
     make_eligible(model, patterns_of(arguments))
     if is_main():
         _report_eligible(model, arguments)
@@ -143,14 +145,22 @@ def _report_eligible(model: nn.Module, arguments: ModelArguments) -> None:
     sizes = {name: torch.Size(full_shape(param)).numel() for name, param in model.named_parameters()}
     added = make_eligible(model, patterns_of(arguments))
     if added:
-        logger.warning("--eligible makes %d parameters in %d tensors eligible: %s", sum(sizes[name] for name in added),
-                       len(added), ", ".join(_folded(added)))  # fmt: skip
+        logger.warning(
+            "--eligible makes %d parameters in %d tensors eligible: %s",
+            sum(sizes[name] for name in added),
+            len(added),
+            ", ".join(_folded(added)),
+        )
     left_out = ineligible(model)
     frozen = in_towers(model) & left_out
-    logger.warning("eligible: %d of %d parameters; not: %d of %s, %d of the input embeddings",
-                   sum(size for name, size in sizes.items() if name not in left_out), sum(sizes.values()),
-                   sum(sizes[name] for name in frozen), " and ".join(towers(model)) or "towers",
-                   sum(sizes[name] for name in left_out - frozen))  # fmt: skip
+    logger.warning(
+        "eligible: %d of %d parameters; not: %d of %s, %d of the input embeddings",
+        sum(size for name, size in sizes.items() if name not in left_out),
+        sum(sizes.values()),
+        sum(sizes[name] for name in frozen),
+        " and ".join(towers(model)) or "towers",
+        sum(sizes[name] for name in left_out - frozen),
+    )
 
 
 def _folded(names: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ from deepspeed.ops.op_builder.builder import (
 )
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
-from piece_ds.ops.recipes import CSRC, RECIPES, Recipe, require_compiler
+from piece_ds.ops.build_specs import BUILD_SPECS, CSRC, BuildSpec, require_compiler
 from piece_ds.runtime.errors import UserError
 
 
@@ -30,7 +30,7 @@ class _PieceBuilder:
     hash, and load() goes its own way.
     """
 
-    recipe: Recipe
+    recipe: BuildSpec
     device_type: str
     name: str
 
@@ -84,14 +84,14 @@ class _PieceBuilder:
 class PieceCPUBuilder(_PieceBuilder, CPUOpBuilder):
     """The C++ provider; no argument depends on the machine that compiles."""
 
-    recipe = RECIPES["cpu"]
+    recipe = BUILD_SPECS["cpu"]
     device_type = "cpu"
 
 
 class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
     """The CUDA provider. DeepSpeed's own arguments hold --use_fast_math, which flushes denormals and approximates."""
 
-    recipe = RECIPES["cuda"]
+    recipe = BUILD_SPECS["cuda"]
     device_type = "cuda"
 
     def nvcc_args(self) -> list[str]:

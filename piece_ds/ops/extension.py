@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from piece_ds.ops.recipes import (
+from piece_ds.ops.build_specs import (
+    BUILD_SPECS,
     CSRC,
     PACKAGE,
-    RECIPES,
     _digest,
     compiler_version,
     require_compiler,
@@ -42,7 +42,7 @@ def load_extension(device_type: str) -> Path:
         UserError: it has to be built and cannot be here.
     Cost: some milliseconds; seconds (CPU) or minutes (CUDA) where it has to be built, in one process of the machine.
     """
-    recipe = RECIPES[device_type]
+    recipe = BUILD_SPECS[device_type]
     if not recipe.source_files():
         raise UserError(f"no sources of the {device_type} kernels under {CSRC}: install piece_ds from a whole checkout")
     name = recipe.library_name()
@@ -85,8 +85,10 @@ def _cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot keep compiled kernels in {folder} ({error.strerror}): set TORCH_EXTENSIONS_DIR to a "
-                        "folder that can be written") from error  # fmt: skip
+        raise UserError(
+            f"cannot keep compiled kernels in {folder} ({error.strerror}): set TORCH_EXTENSIONS_DIR to a "
+            "folder that can be written"
+        ) from error
     return folder
 
 

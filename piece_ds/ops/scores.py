@@ -154,8 +154,10 @@ def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: i
 
 def _check_sums(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor) -> None:
     if grad.dim() != 1 or grad.shape != square_sum.shape or (grad_sum is not None and grad_sum.shape != grad.shape):
-        raise ValueError(f"accumulate_ expected equal 1-D shapes, got grad {tuple(grad.shape)}, sums "
-                         f"{tuple(square_sum.shape)}: pass the owned fragment of the gradient")  # fmt: skip
+        raise ValueError(
+            f"accumulate_ expected equal 1-D shapes, got grad {tuple(grad.shape)}, sums "
+            f"{tuple(square_sum.shape)}: pass the owned fragment of the gradient"
+        )
 
 
 def _check_lam(lam: float) -> None:

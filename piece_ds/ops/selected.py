@@ -62,8 +62,10 @@ def sampled_gradient_(grad_output: Tensor, input: Tensor, index: Tensor, scale: 
     Source: sampled dense-dense matrix multiplication (SDDMM), Nisa et al. 2018.
     """
     if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
-        raise ValueError(f"sampled_gradient_ expected [tokens, out] and [tokens, in], got {tuple(grad_output.shape)} "
-                         f"and {tuple(input.shape)}: flatten the batch")  # fmt: skip
+        raise ValueError(
+            f"sampled_gradient_ expected [tokens, out] and [tokens, in], got {tuple(grad_output.shape)} "
+            f"and {tuple(input.shape)}: flatten the batch"
+        )
     load_for(input)
     torch.ops.piece_ds.sampled_gradient_(grad_output, input, index, scale, total)
 
@@ -102,6 +104,18 @@ def sparse_adamw_(
     """
     load_for(grad)
     _sparse_adamw_(
-        grad, value, exp_avg, exp_avg_sq, weight, index, grad_scale, lr, beta1, beta2, eps, weight_decay, step,
+        grad,
+        value,
+        exp_avg,
+        exp_avg_sq,
+        weight,
+        index,
+        grad_scale,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
         weight_holds_value,
-    )  # fmt: skip
+    )

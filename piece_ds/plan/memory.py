@@ -76,11 +76,15 @@ def _state(shape: ModelShape, setting: Setting) -> list[Term]:
     host = setting.offload_optimizer
     return [
         Term("parameters", "B N / p", size * shape.total / setting.parameter_ranks, on_host=setting.offload_param),
-        Term("parameters added", "B T / p", size * setting.added(shape) / setting.parameter_ranks,
-             on_host=setting.offload_param),
+        Term(
+            "parameters added",
+            "B T / p",
+            size * setting.added(shape) / setting.parameter_ranks,
+            on_host=setting.offload_param,
+        ),
         Term("fp32 masters", "4 T / w", 4 * optimised / ranks if has_masters else 0, on_host=host),
         Term("Adam moments", "8 T / w", 8 * optimised / ranks, early, on_host=host),
-    ]  # fmt: skip
+    ]
 
 
 def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
@@ -93,9 +97,14 @@ def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
         k = setting.selected(shape)
         return [
             Term("gradient of the selected", "4 K", 4 * k, MOMENTS[1:]),
-            Term("... their partition", "4 K / w", 4 * k / setting.optimizer_ranks, MOMENTS[1:],
-                 on_host=setting.offload_optimizer),
-        ]  # fmt: skip
+            Term(
+                "... their partition",
+                "4 K / w",
+                4 * k / setting.optimizer_ranks,
+                MOMENTS[1:],
+                on_host=setting.offload_optimizer,
+            ),
+        ]
     optimised, ranks, size, zero = setting.optimised(shape), setting.optimizer_ranks, setting.itemsize, setting.zero
     part, backward, step = optimised / ranks, ("backward",), ("step",)
     if zero == 0:
@@ -158,14 +167,28 @@ def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
     compact = setting.update_mode == "compact"
     return [
         Term("statistics", letters, 4 * sums * owned, statistics),
-        Term("gradients in exchange", "B (largest + 2 min(2^25, E))", setting.itemsize * (shape.largest + 2 * bucket),
-             statistics, is_estimate=True),
+        Term(
+            "gradients in exchange",
+            "B (largest + 2 min(2^25, E))",
+            setting.itemsize * (shape.largest + 2 * bucket),
+            statistics,
+            is_estimate=True,
+        ),
         Term("candidates", "12 min(4 K, E / W)", CANDIDATE_BYTES * room, statistics, is_estimate=True),
-        Term("positions", "4 K / p + 8 K / w" if compact else "16 K / w",
-             4 * k / setting.parameter_ranks + 8 * part if compact else 16 * part, MOMENTS[1:]),
-        Term("positions, on the CPU", "8 K + 8 K / W" if compact else "8 K / W + 8 K / w",
-             8 * k / setting.world + (8 * k if compact else 8 * part), MOMENTS[1:], on_host=True),
-    ]  # fmt: skip
+        Term(
+            "positions",
+            "4 K / p + 8 K / w" if compact else "16 K / w",
+            4 * k / setting.parameter_ranks + 8 * part if compact else 16 * part,
+            MOMENTS[1:],
+        ),
+        Term(
+            "positions, on the CPU",
+            "8 K + 8 K / W" if compact else "8 K / W + 8 K / w",
+            8 * k / setting.world + (8 * k if compact else 8 * part),
+            MOMENTS[1:],
+            on_host=True,
+        ),
+    ]
 
 
 def _working(shape: ModelShape, setting: Setting) -> list[Term]:
@@ -184,9 +207,13 @@ def _working(shape: ModelShape, setting: Setting) -> list[Term]:
     gathered = size * min(shape.total, MAX_LIVE) if setting.zero == 3 and setting.world > 1 else 0
     forward = MOMENTS[:2]
     return [
-        Term("reduce buckets", "2 B hidden^2" if setting.zero < 3 else "4 hidden^2", bucket * reduces,
-             MOMENTS if setting.zero == 3 else ("backward",)),
+        Term(
+            "reduce buckets",
+            "2 B hidden^2" if setting.zero < 3 else "4 hidden^2",
+            bucket * reduces,
+            MOMENTS if setting.zero == 3 else ("backward",),
+        ),
         Term("gathered parameters, at most", "B min(N, 1e9)", gathered, forward, is_estimate=True),
         Term("activations", "B tokens hidden (layers + 17)", layers, forward, is_estimate=True),
         Term("logits", "(B + 8) tokens vocab", (size + 8) * tokens * shape.vocab, forward, is_estimate=True),
-    ]  # fmt: skip
+    ]

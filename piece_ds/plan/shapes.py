@@ -9,18 +9,37 @@ from piece_ds.models.eligible import input_embedding
 from piece_ds.models.layout import full_shape, layout_of
 
 # Published configurations; only what decides shapes.
-_QWEN = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-         "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}  # fmt: skip
+_QWEN = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
 _LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "1.5B": ("Qwen2", _QWEN),
-    "8B": ("Llama", {**_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                     "num_attention_heads": 32}),
-    "70B": ("Llama", {**_LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-                      "num_attention_heads": 64}),
-    "405B": ("Llama", {**_LLAMA, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
-                       "num_attention_heads": 128}),
-}  # fmt: skip
+    "8B": (
+        "Llama",
+        {**_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    ),
+    "70B": (
+        "Llama",
+        {**_LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    ),
+    "405B": (
+        "Llama",
+        {
+            **_LLAMA,
+            "hidden_size": 16384,
+            "intermediate_size": 53248,
+            "num_hidden_layers": 126,
+            "num_attention_heads": 128,
+        },
+    ),
+}
 
 
 @dataclass(frozen=True)

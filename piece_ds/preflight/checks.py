@@ -32,8 +32,10 @@ def check_method(method: str) -> None:
 def check_method_reads_images(method: str, config: Any) -> None:
     """Raise UserError for a method without a mask that is not proven with a model that reads images."""
     if reads_images(config) and method in set(BASELINES) - {"seqft"}:
-        raise UserError(f"--method {method} is not proven with models that read images (its adapters, memory or "
-                        "replayed rows may reach the vision tower); use a selection or seqft")  # fmt: skip
+        raise UserError(
+            f"--method {method} is not proven with models that read images (its adapters, memory or "
+            "replayed rows may reach the vision tower); use a selection or seqft"
+        )
 
 
 def check_deepspeed_file(path: str | None) -> None:
@@ -51,8 +53,9 @@ def check_deepspeed_file(path: str | None) -> None:
     for keys, allowed, instead in _DEEPSPEED_REFUSALS:
         value = _at(content, keys)
         if value is not None and value not in allowed:
-            raise UserError(f"--deepspeed {path}: piece_ds does not work with {'.'.join(keys)} {json.dumps(value)}; "
-                            f"{instead}")  # fmt: skip
+            raise UserError(
+                f"--deepspeed {path}: piece_ds does not work with {'.'.join(keys)} {json.dumps(value)}; {instead}"
+            )
 
 
 # What zero/door.py refuses of an engine, as far as the file tells: there the model is loaded already.
@@ -91,8 +94,10 @@ def check_offload(method: str, arguments: TrainingArguments) -> None:
     """Raise UserError where the optimizer is offloaded and the method changes the reduced gradient."""
     device = arguments.hf_deepspeed_config.get_value("zero_optimization.offload_optimizer.device", "none")
     if method in BASELINES and BASELINES[method].changes_gradient and device != "none":
-        raise UserError(f"--method {method} changes the reduced gradient, which is not proven with optimizer offload: "
-                        "use a DeepSpeed configuration without zero_optimization.offload_optimizer")  # fmt: skip
+        raise UserError(
+            f"--method {method} changes the reduced gradient, which is not proven with optimizer offload: "
+            "use a DeepSpeed configuration without zero_optimization.offload_optimizer"
+        )
 
 
 def check_kernels(method: str, arguments: TrainingArguments) -> None:
@@ -109,8 +114,10 @@ def resumes_from(arguments: TrainingArguments) -> bool:
     """
     given = str(arguments.resume_from_checkpoint).lower()
     if given not in _RESUME:
-        raise UserError(f"--resume_from_checkpoint expects True or False, got {arguments.resume_from_checkpoint!r}: "
-                        "where to go on is found in --output_dir")  # fmt: skip
+        raise UserError(
+            f"--resume_from_checkpoint expects True or False, got {arguments.resume_from_checkpoint!r}: "
+            "where to go on is found in --output_dir"
+        )
     return _RESUME[given]
 
 
@@ -136,8 +143,10 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
             "--method piece-s-disjoint avoids earlier tasks' weights: it needs a stream (--task_dir, --tasks)"
         )
     if method.method in SELECTIONS and method.statistics_file:
-        raise UserError(f"--statistics_file has no meaning with --method {method.method}: statistics that any ratio "
-                        "can use are those of piece-s and piece-f")  # fmt: skip
+        raise UserError(
+            f"--statistics_file has no meaning with --method {method.method}: statistics that any ratio "
+            "can use are those of piece-s and piece-f"
+        )
     if method.method in SELECTIONS and method.budget != "model":
         raise UserError(f"--budget {method.budget} has no meaning with --method {method.method}, which has its own")
     if method.method != "piece-ratio" and (data.general_importance_file or method.general_statistics):

@@ -28,7 +28,7 @@ _ROWS_AT_A_TIME = 10_000
 _PLACES = ("image", "where")  # columns that say where a row's image and the row itself lie; images are not read here
 
 
-def require_agreement(inputs: Inputs) -> None:
+def require_rank_consistency(inputs: Inputs) -> None:
     """Raise UserError, on all ranks, unless all ranks have the same packages, settings, weights, mask and rows.
 
     A collective. Cost: a pass over the tokens, and 4 MiB of each file of weights.
@@ -36,8 +36,9 @@ def require_agreement(inputs: Inputs) -> None:
     if world_size() > 1:
         difference = first_difference(all_gather_objects(_fingerprints(inputs)))  # type: ignore[arg-type]
         if difference:
-            raise UserError(f"the ranks were not started alike: {difference}. Give all of them the same packages, "
-                            "command and files")  # fmt: skip
+            raise UserError(
+                f"the ranks were not started alike: {difference}. Give all of them the same packages, command and files"
+            )
 
 
 def first_difference(of_ranks: list[dict[str, str]]) -> str | None:
@@ -53,8 +54,10 @@ def first_difference(of_ranks: list[dict[str, str]]) -> str | None:
         if len(ranks_with) > 1:
             usual = max(ranks_with, key=lambda value: (len(ranks_with[value]), -ranks_with[value][0]))
             other, ranks = next((value, ranks) for value, ranks in ranks_with.items() if value != usual)
-            return (f"{thing}: {other} on rank {', '.join(map(str, ranks))}, "
-                    f"{usual} on rank {', '.join(map(str, ranks_with[usual]))}")  # fmt: skip
+            return (
+                f"{thing}: {other} on rank {', '.join(map(str, ranks))}, "
+                f"{usual} on rank {', '.join(map(str, ranks_with[usual]))}"
+            )
     return None
 
 

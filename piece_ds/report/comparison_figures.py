@@ -56,8 +56,10 @@ def _frontier(groups: Sequence[Group]) -> list[ReportFigure]:
         next(figure for name, (figure, _) in figures.items() if name.endswith(end))
         for end in ("learned", "OP", "general loss after")
     )
-    panels = [("kept: mean of all tasks at the end" + ("" if score else " (loss)"), overall, not score),
-              ("loss on general text at the end", general, True)]  # fmt: skip
+    panels = [
+        ("kept: mean of all tasks at the end" + ("" if score else " (loss)"), overall, not score),
+        ("loss on general text at the end", general, True),
+    ]
     panels = [panel for panel in panels if any(panel[1](run) is not None for group in groups for run in group.runs)]
     kept = [figure for _, figure, _ in panels]
     points = [point for group in _along_lines(groups) if (point := _point(group, groups, learned, kept))]
@@ -88,8 +90,11 @@ def _line_and_label(group: Group, groups: Sequence[Group]) -> tuple[str, str]:
     of_method = [other for other in groups if other.first.method == group.first.method]
     rates = {shown(other.settings.get("learning_rate")) for other in of_method}
     ratio, rate = f"{100 * group.first.ratio:g} %", group.settings.get("learning_rate")
-    others = [f"{name} {shown(value)}" for name, value in group.settings.items() if name != "learning_rate"
-              and len({repr(other.settings[name]) for other in of_method}) > 1]  # fmt: skip
+    others = [
+        f"{name} {shown(value)}"
+        for name, value in group.settings.items()
+        if name != "learning_rate" and len({repr(other.settings[name]) for other in of_method}) > 1
+    ]
     if len(rates) > 1:
         return ", ".join([group.name, *others]), shown(rate)
     return ", ".join([group.first.method, *others]), ratio

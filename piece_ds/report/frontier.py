@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from piece_ds.report.style import Look, figure_style, log_if_wide, looks, new_axes, png
+from piece_ds.report.style import LineStyle, figure_style, log_if_wide, looks, new_axes, png
 
 MAX_LABELS = 24  # more labels than this cover the points
 # Points right, points up, alignment: labels of neighbouring lines stand on different sides of their points.
@@ -68,7 +68,7 @@ def frontier_figure(
         return png(figure)
 
 
-def _draw(axes: Axes, points: Sequence[FrontierPoint], panel: int, look: Look) -> None:
+def _draw(axes: Axes, points: Sequence[FrontierPoint], panel: int, look: LineStyle) -> None:
     """One method's line and the seeds around it."""
     known = [(point.learned, kept) for point in points if (kept := point.kept[panel]) is not None]
     seeds = [(x, y) for point in points for x, kept in point.repetitions if (y := kept[panel]) is not None]
@@ -81,14 +81,17 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _label(axes: Axes, points: Sequence[FrontierPoint], panel: int, look: Look, place: tuple[int, int, str]) -> None:
+def _label(
+    axes: Axes, points: Sequence[FrontierPoint], panel: int, look: LineStyle, place: tuple[int, int, str]
+) -> None:
     right, up, side = place
     for point in points:
         kept = point.kept[panel]
         if kept is not None and point.label:
             at = (point.learned, kept)
-            axes.annotate(point.label, at, (right, up), textcoords="offset points", fontsize=7, ha=side,
-                          color=look.color)  # fmt: skip
+            axes.annotate(
+                point.label, at, (right, up), textcoords="offset points", fontsize=7, ha=side, color=look.color
+            )
 
 
 def _name_axes(

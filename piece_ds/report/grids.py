@@ -90,8 +90,19 @@ COST_LABELS = {
     "generated_tokens_per_second": "tokens/s",
     "other_bytes": "other files",
 }
-_COST_ORDER = ("select_seconds", "train_seconds", "num_steps", "evaluate_seconds", "generated_tokens_per_second",
-               "save_seconds", "peak_bytes", "host_peak_bytes", "mask_bytes", "delta_bytes", "model_bytes")  # fmt: skip
+_COST_ORDER = (
+    "select_seconds",
+    "train_seconds",
+    "num_steps",
+    "evaluate_seconds",
+    "generated_tokens_per_second",
+    "save_seconds",
+    "peak_bytes",
+    "host_peak_bytes",
+    "mask_bytes",
+    "delta_bytes",
+    "model_bytes",
+)
 _SHOWN_WHERE_MET = {"nonfinite_steps", "overflow_steps"}  # a column of zeros would say nothing
 
 

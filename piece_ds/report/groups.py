@@ -45,12 +45,16 @@ def over_seeds(runs: Sequence[RunResults], confidence: float = 0.95) -> dict[str
     for run in runs[1:]:
         for what, first, other in zip(_SAME, _identity(runs[0]), _identity(run), strict=True):
             if first != other:
-                raise UserError(f"runs over seeds must have the same {what}: {runs[0].name} has {first}, "
-                                f"{run.name} has {other}")  # fmt: skip
+                raise UserError(
+                    f"runs over seeds must have the same {what}: {runs[0].name} has {first}, {run.name} has {other}"
+                )
     summaries = [run.matrix.summary() for run in runs]
     known = {name: [s[name] for s in summaries if s[name] is not None] for name in summaries[0]}
-    return {name: interval([float(v) for v in values if v is not None], confidence)
-            for name, values in known.items() if values}  # fmt: skip
+    return {
+        name: interval([float(v) for v in values if v is not None], confidence)
+        for name, values in known.items()
+        if values
+    }
 
 
 _SAME = ("method", "ratio", "tasks", "metrics", "number of finished tasks")
@@ -72,9 +76,24 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 SEEDS = ("seed", "data_seed", "sample_seed")
 # Where a run lies and what it shows; and what RunResults has of its own.
-FREE = {"output_dir", "resume_from_checkpoint", "logging_steps", "report_to", "run_name", "disable_tqdm", "save_model",
-        "save_full", "save_steps", "save_strategy", "save_total_limit", "local_rank", "statistics_file", "config",
-        "method", "mask_ratio"}  # fmt: skip
+FREE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "save_model",
+    "save_full",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "local_rank",
+    "statistics_file",
+    "config",
+    "method",
+    "mask_ratio",
+}
 
 
 @dataclass(frozen=True)
@@ -147,11 +166,15 @@ def _require_one_stream(runs: Sequence[tuple[str, RunResults]]) -> None:
         raise UserError("a comparison needs at least one run")
     (first_folder, first), *others = runs
     for folder, run in others:
-        for what, ours, theirs in (("tasks", first.tasks, run.tasks),
-                                   ("metrics", first.matrix.metrics, run.matrix.metrics)):  # fmt: skip
+        for what, ours, theirs in (
+            ("tasks", first.tasks, run.tasks),
+            ("metrics", first.matrix.metrics, run.matrix.metrics),
+        ):
             if ours != theirs:
-                raise UserError(f"only runs of the same stream can be compared: the {what} of {first_folder} are "
-                                f"{', '.join(ours)}; those of {folder} are {', '.join(theirs)}")  # fmt: skip
+                raise UserError(
+                    f"only runs of the same stream can be compared: the {what} of {first_folder} are "
+                    f"{', '.join(ours)}; those of {folder} are {', '.join(theirs)}"
+                )
 
 
 def _differing(runs: Sequence[RunResults]) -> list[str]:
@@ -174,8 +197,11 @@ def _labelled(groups: list[Group]) -> list[Group]:
     labelled = []
     for group in groups:
         namesakes = [other for other in groups if other.name == group.name]
-        apart = [f"{name} {shown(value)}" for name, value in group.settings.items()
-                 if len({repr(other.settings[name]) for other in namesakes}) > 1]  # fmt: skip
+        apart = [
+            f"{name} {shown(value)}"
+            for name, value in group.settings.items()
+            if len({repr(other.settings[name]) for other in namesakes}) > 1
+        ]
         if len({other.num_finished for other in namesakes}) > 1:
             apart.append(f"{group.num_finished} of {len(group.first.tasks)} tasks")
         labelled.append(replace(group, label=", ".join([group.name, *apart])))

@@ -12,7 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from piece_ds.report.style import GREY, Look, figure_style, label_ticks, log_if_wide, looks, new_axes, png, shortened
+from piece_ds.report.style import (
+    GREY,
+    LineStyle,
+    figure_style,
+    label_ticks,
+    log_if_wide,
+    looks,
+    new_axes,
+    png,
+    shortened,
+)
 
 Values = Sequence[float | None]
 Points = Sequence[tuple[int, float]]
@@ -124,7 +134,7 @@ def _mean_and_band(several: Sequence[Sequence[tuple[int, float | None]]]) -> tup
     return [(place, fmean(at[place])) for place in places], band
 
 
-def _curve(axes: Axes, several: Sequence[Points], look: Look, label: str | None) -> None:
+def _curve(axes: Axes, several: Sequence[Points], look: LineStyle, label: str | None) -> None:
     """One task's curve of one run."""
     points, band = _mean_and_band(several)
     steps, values = _columns(points)
@@ -139,7 +149,7 @@ def _curve(axes: Axes, several: Sequence[Points], look: Look, label: str | None)
     _fill(axes, band, look)
 
 
-def _fill(axes: Axes, band: Band, look: Look) -> None:
+def _fill(axes: Axes, band: Band, look: LineStyle) -> None:
     if band:
         places, lows, highs = zip(*band, strict=True)
         axes.fill_between(places, lows, highs, color=look.color, alpha=0.15, linewidth=0)

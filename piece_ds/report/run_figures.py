@@ -48,10 +48,15 @@ def _stream_figures(
         LOSS_PANEL: lambda run: _overall(run.matrix.loss),
         GENERAL_PANEL: lambda run: [run.matrix.general_loss_before, *run.matrix.general_loss],
     }
-    panels = {title: {name: [measure(run) for run in several] for name, several in runs.items()}
-              for title, measure in measures.items()}  # fmt: skip
-    panels = {title: of_run for title, of_run in panels.items()
-              if any(_has_values(values) for several in of_run.values() for values in several)}  # fmt: skip
+    panels = {
+        title: {name: [measure(run) for run in several] for name, several in runs.items()}
+        for title, measure in measures.items()
+    }
+    panels = {
+        title: of_run
+        for title, of_run in panels.items()
+        if any(_has_values(values) for several in of_run.values() for values in several)
+    }
     if SCORE_PANEL in panels:
         panels.pop(LOSS_PANEL, None)
     if not panels:

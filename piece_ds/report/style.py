@@ -55,7 +55,7 @@ STYLE = {
 
 
 @dataclass(frozen=True)
-class Look:
+class LineStyle:
     """How one run is drawn in every figure."""
 
     color: str
@@ -67,7 +67,7 @@ class Look:
         return {"color": self.color, "linestyle": self.style}
 
 
-def looks(families: Sequence[str]) -> list[Look]:
+def looks(families: Sequence[str]) -> list[LineStyle]:
     """A look for each run, from what it belongs to: one colour a family, another style and marker for each member.
 
     Where every run is its own family, or all are of one, style and marker change with the colour.
@@ -79,7 +79,7 @@ def looks(families: Sequence[str]) -> list[Look]:
     for place, family in enumerate(families):
         color = order.index(family)
         member = families[:place].count(family) if len(order) < len(families) else color
-        found.append(Look(_nth(LINE_COLORS, color), _nth(LINE_STYLES, member), _nth(MARKERS, member)))
+        found.append(LineStyle(_nth(LINE_COLORS, color), _nth(LINE_STYLES, member), _nth(MARKERS, member)))
     return found
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from piece_ds.runtime.errors import MachineError, UserError
-from piece_ds.runtime.rank_status import claim, is_gone, is_late, who_is_missing
-from piece_ds.runtime.signals import STOP_CODE, Stopped
+from piece_ds.runtime.rank_status import claim, is_gone, is_late, missing_ranks
+from piece_ds.runtime.signals import STOP_CODE, Preempted
 
 # How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
 OTHER_RANKS_WAIT_SECONDS = 5.0
@@ -45,7 +45,7 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except MachineError as error:
         _say_after_rank_0(f"error: {error}")
         return 1
-    except Stopped as stop:
+    except Preempted as stop:
         if int(os.environ["RANK"]) == 0:
             _say(f"{stop}; the same command with --resume_from_checkpoint True goes on")
         return STOP_CODE
@@ -62,7 +62,7 @@ def _say_failure(error: Exception) -> None:
     """
     own = os.environ["RANK"]
     if is_late(error):
-        _say(f"error: {who_is_missing()}. What was finished is there; --ddp_timeout says how long ranks wait")
+        _say(f"error: {missing_ranks()}. What was finished is there; --ddp_timeout says how long ranks wait")
     elif is_gone(error):
         _say(f"error: rank {own} ends, since another rank has ended ({str(error).splitlines()[0][:120]})")
     elif claim("traceback") == 1:

@@ -19,8 +19,14 @@ GRACE_SECONDS = 3.0
 
 # What torch's backends say where another rank does not come, and where it has gone.
 _LATE = ("timed out waiting", "timeout", "timed out")
-_GONE = ("connection closed by peer", "connection reset", "connection refused", "broken pipe", "socket closed",
-         "remote process exited")  # fmt: skip
+_GONE = (
+    "connection closed by peer",
+    "connection reset",
+    "connection refused",
+    "broken pipe",
+    "socket closed",
+    "remote process exited",
+)
 
 
 class _Own:
@@ -30,7 +36,7 @@ class _Own:
     place = "its start"
 
 
-def at(place: str) -> None:
+def report_status(place: str) -> None:
     """Note that this rank has come to a place, in words; no collective. Cost: one message to the store."""
     _Own.count, _Own.place = _Own.count + 1, place
     _write("at")
@@ -46,7 +52,7 @@ def is_gone(error: BaseException) -> bool:
     return _is_of_group(error) and any(text in str(error).lower() for text in _GONE)
 
 
-def who_is_missing() -> str:
+def missing_ranks() -> str:
     """After a collective has run into its timeout: the ranks that it waited for, and where they were last seen.
 
     Every rank that waited calls it within GRACE_SECONDS; those that have not by then are missing.

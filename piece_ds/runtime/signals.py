@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from piece_ds.runtime.distributed import all_reduce_max_, collective_device
-from piece_ds.runtime.rank_status import at
+from piece_ds.runtime.rank_status import report_status
 
 # EX_TEMPFAIL of sysexits.h: not a failure, try again later. No shell, launcher or kernel uses it for anything else.
 STOP_CODE = 75
@@ -20,7 +20,7 @@ STOP_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Stopped(Exception):
+class Preempted(Exception):
     """The run ended because a signal asked for it, at a point from which it can go on. The message says where."""
 
 
@@ -39,7 +39,7 @@ class _Notice:
 
 
 @contextmanager
-def heeding_signals() -> Iterator[None]:
+def signal_handling() -> Iterator[None]:
     """Inside, SIGNALS are noted; call it on every rank, in the main thread. A second SIGINT ends its process."""
     _Notice.heeding, _Notice.signum, _Notice.agreed = True, 0, False  # first: a signal may follow its handler at once
     before = {number: signal.signal(number, _note) for number in SIGNALS}
@@ -60,7 +60,7 @@ def _note(signum: int, frame: Any) -> None:
 def stop_asked() -> bool:
     """Whether any rank has noted a signal; the same answer on all ranks. A collective of one number.
 
-    False, without communication, outside heeding_signals().
+    False, without communication, outside signal_handling().
     """
     if _Notice.heeding and not _Notice.agreed:
         noted = torch.tensor([_Notice.signum], device=collective_device())
@@ -71,12 +71,12 @@ def stop_asked() -> bool:
     return _Notice.heeding and _Notice.agreed
 
 
-def leave_if_asked(where: str) -> None:
-    """Raise Stopped, on all ranks, if stop_asked(). A collective.
+def exit_if_signalled(where: str) -> None:
+    """Raise Preempted, on all ranks, if stop_asked(). A collective.
 
     Args:
         where: what the run was doing, for the message.
     """
-    at(where)
+    report_status(where)
     if stop_asked():
-        raise Stopped(f"stopped by {signal.Signals(_Notice.signum).name} {where}")
+        raise Preempted(f"stopped by {signal.Signals(_Notice.signum).name} {where}")

@@ -12,8 +12,7 @@ import transformers
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    modules = {"torch": torch, "deepspeed": deepspeed, "transformers": transformers,
-               "accelerate": accelerate}  # fmt: skip
+    modules = {"torch": torch, "deepspeed": deepspeed, "transformers": transformers, "accelerate": accelerate}
     found = {"piece_ds": version("piece_ds")}
     found |= {name: str(module.__version__) for name, module in modules.items()}
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()

@@ -32,8 +32,12 @@ def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[
         raise ValueError("the model has no eligible parameter: every one is frozen or the input embedding")
     k = num_selected(layout, ratio)
     if k < num_to_select(ratio, layout.total):
-        logger.warning("ratio %g asks for %d elements, only %d are eligible: all are selected",
-                       ratio, num_to_select(ratio, layout.total), k)  # fmt: skip
+        logger.warning(
+            "ratio %g asks for %d elements, only %d are eligible: all are selected",
+            ratio,
+            num_to_select(ratio, layout.total),
+            k,
+        )
     groups: dict[str, list[str]] = {}
     numel: dict[str, int] = {}
     for info in eligible:

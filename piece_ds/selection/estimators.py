@@ -122,6 +122,7 @@ def estimator(method: str) -> Estimator:
     """The estimator called method. Raises UserError with the nearest name."""
     if method not in _ESTIMATORS:
         known = estimator_names()
-        raise UserError(f"--method {method!r} is no importance estimator; known: {', '.join(known)}."
-                        f"{nearest(method, known)}")  # fmt: skip
+        raise UserError(
+            f"--method {method!r} is no importance estimator; known: {', '.join(known)}.{nearest(method, known)}"
+        )
     return _ESTIMATORS[method]

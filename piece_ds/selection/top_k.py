@@ -52,8 +52,10 @@ def select(
     """
     scorer = estimator(method)
     if scorer.needs_squares and (stats is None or (scorer.needs_sum and stats.grad_sum is None)):
-        raise ValueError(f"method {method!r} needs gradient statistics with "
-                         f"{'sum and ' if scorer.needs_sum else ''}square sum: collect them first")  # fmt: skip
+        raise ValueError(
+            f"method {method!r} needs gradient statistics with "
+            f"{'sum and ' if scorer.needs_sum else ''}square sum: collect them first"
+        )
     groups = budget_groups(layout, ratio, budget)
     num_to_take = [k for _, k in groups]
     group_of = {name: group for group, (names, _) in enumerate(groups) for name in names}

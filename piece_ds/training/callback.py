@@ -101,8 +101,10 @@ class PieceCallback(TrainerCallback):
     ) -> None:
         engine = self.trainer.model_wrapped
         if type(engine).__name__ != "DeepSpeedEngine":
-            raise UserError(f"PieceCallback expected a DeepSpeed engine, got {type(engine).__name__}: start training "
-                            "with TrainingArguments(deepspeed=...)")  # fmt: skip
+            raise UserError(
+                f"PieceCallback expected a DeepSpeed engine, got {type(engine).__name__}: start training "
+                "with TrainingArguments(deepspeed=...)"
+            )
         require_trainable(engine)  # attach() would refuse it too, after the pass over the data
         if self._update_mode == "compact" and selected_values(engine.module) is None:
             raise UserError("PieceCallback prepares the model for one train(): make another callback for another one")
@@ -141,8 +143,10 @@ class PieceCallback(TrainerCallback):
         """Before the trainer makes its optimizer and engine: values for as many weights as will be selected."""
         trainer, model = self.trainer, self.trainer.model
         if trainer.optimizer is not None or model is None:
-            raise UserError("compact mode makes the trainer's optimizer be one of the selected values: give Trainer a "
-                            "model and no optimizer, or use update_mode='masked'")  # fmt: skip
+            raise UserError(
+                "compact mode makes the trainer's optimizer be one of the selected values: give Trainer a "
+                "model and no optimizer, or use update_mode='masked'"
+            )
         decays = trainer.get_decay_parameter_names(model)
         given = load_mask(self.mask_file, layout_of(model)) if self.mask_file is not None else None
         prepare_compact(model, num_selected=given.num_selected if given else count(model), decays=decays)

@@ -23,7 +23,7 @@ from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
 from piece_ds.state.weights_hash import hexadecimal
-from piece_ds.zero.statistics import Keeper, collect_statistics
+from piece_ds.zero.statistics import StatisticsCheckpoint, collect_statistics
 from piece_ds.zero.weights import weights_fingerprint
 
 
@@ -53,7 +53,9 @@ class MaskSource:
         """How many weights will be selected."""
         return count_selected(self.method.method, model, self.method.mask_ratio, self.seed, self.task)
 
-    def estimate(self, engine: Any, batches: MicroBatches, layout: Layout, keeper: Keeper | None = None) -> Mask:
+    def estimate(
+        self, engine: Any, batches: MicroBatches, layout: Layout, keeper: StatisticsCheckpoint | None = None
+    ) -> Mask:
         """Statistics (taken, or read from --statistics_file) and selection. A collective.
 
         Args:
@@ -93,8 +95,10 @@ class MaskSource:
         """
         assert self.general_folder is not None
         if not self.is_base and not has_statistics(self.general_folder):
-            raise UserError(f"no statistics of the base model in {self.general_folder}, and the model is no longer the "
-                            "base model: begin the stream again in another folder")  # fmt: skip
+            raise UserError(
+                f"no statistics of the base model in {self.general_folder}, and the model is no longer the "
+                "base model: begin the stream again in another folder"
+            )
         source: dict[str, object] = {"rows": len(rows.rows), "batch_size": rows.batch_size, "text": _digest(rows)}
         if self.is_base:
             source["weights"] = _fingerprint(engine.module, layout)
@@ -124,7 +128,7 @@ def _statistics_of(
     batches: MicroBatches,
     layout: Layout,
     device: torch.device | str | None,
-    keeper: Keeper | None,
+    keeper: StatisticsCheckpoint | None,
 ) -> GradientStats | None:
     """The statistics kept in --statistics_file, taken now where they are not there; None without it. A collective.
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from piece_ds.runtime.distributed import all_reduce_sum_, collective_device, is_main
 from piece_ds.runtime.files import not_written, write_text
 from piece_ds.runtime.profiling import host_peak_bytes, peak_bytes, take_seconds
-from piece_ds.runtime.rank_status import at
+from piece_ds.runtime.rank_status import report_status
 from piece_ds.training.trainer import TaskTrainer
 
 # What comes after the last step, and is done again where a task is finished again.
@@ -56,7 +56,7 @@ class MetricsLog(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        at(f"step {state.global_step + 1} of {self._path.parent.name}")
+        report_status(f"step {state.global_step + 1} of {self._path.parent.name}")
         self._begin = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -75,8 +75,12 @@ class MetricsLog(TrainerCallback):
         """Of the steps since the last log. A collective of one number."""
         tokens = int(all_reduce_sum_(self._trainer.take_num_tokens().view(1).to(collective_device())))
         seconds, self._seconds_logged = self.train_seconds - self._seconds_logged, self.train_seconds
-        cost = {"train_seconds": seconds, "tokens_per_second": tokens / seconds if seconds else None,
-                "host_peak_bytes": host_peak_bytes(), "peak_bytes": peak_bytes()}  # fmt: skip
+        cost = {
+            "train_seconds": seconds,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "host_peak_bytes": host_peak_bytes(),
+            "peak_bytes": peak_bytes(),
+        }
         return {name: value for name, value in cost.items() if value is not None}
 
     def _append(self, row: Row) -> None:

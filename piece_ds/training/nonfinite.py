@@ -11,8 +11,8 @@ from piece_ds.runtime.distributed import all_gather_objects, is_main
 from piece_ds.runtime.errors import MachineError
 from piece_ds.training.metrics import MetricsLog
 from piece_ds.training.trainer import TaskTrainer
-from piece_ds.zero.step_watch import StepFault, StepWatch
-from piece_ds.zero.supported import open_door
+from piece_ds.zero.step_watch import SkippedStep, StepWatch
+from piece_ds.zero.supported import adapter_for
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,12 @@ class _Report:
         is_local_finite: whether its own part of the gradient was finite; None where that is unknown.
     """
 
-    fault: StepFault
+    fault: SkippedStep
     losses: list[tuple[int, float]]
     is_local_finite: bool | None
 
 
-class NonfiniteGuard(TrainerCallback):
+class NonfiniteCallback(TrainerCallback):
     """Looks at every step's end whether the step was taken. Add it before what acts on the reduced gradient."""
 
     def __init__(self, trainer: TaskTrainer, task: str, policy: str, metrics: MetricsLog) -> None:
@@ -55,7 +55,7 @@ class NonfiniteGuard(TrainerCallback):
 
     def watch_engine(self) -> None:
         """For a method without a mask: watch the trainer's engine, which must exist."""
-        self._watch = StepWatch(open_door(self._trainer.model_wrapped))
+        self._watch = StepWatch(adapter_for(self._trainer.model_wrapped))
         self._watch.install()  # the engine does not outlive the task
 
     @property
@@ -81,9 +81,11 @@ class NonfiniteGuard(TrainerCallback):
         self._metrics.note(NONFINITE, found=shown)
         found = f"step {state.global_step} of task {self._task}: {shown}"
         if self._policy == "stop":
-            raise NonfiniteError(f"{found}; the step was not taken. Lower --learning_rate, mend the data, or leave "
-                                 "such steps out with --nonfinite skip (a run with checkpoints goes on from the last "
-                                 "one: --resume_from_checkpoint True)")  # fmt: skip
+            raise NonfiniteError(
+                f"{found}; the step was not taken. Lower --learning_rate, mend the data, or leave "
+                "such steps out with --nonfinite skip (a run with checkpoints goes on from the last "
+                "one: --resume_from_checkpoint True)"
+            )
         if is_main():
             logger.warning("%s; the step was not taken (%d so far)", found, self._metrics.count(NONFINITE))
 
@@ -101,8 +103,11 @@ def _shown(reports: list[_Report], replicated: bool) -> str:
     if firsts:
         name, index = firsts[0]
         what = f"{num_entries} entries of the gradient are NaN or infinite, the first {name}[{index}] (flat index)"
-    losses = [f"{loss} on rank {rank}, micro-batch {number}" for rank, report in enumerate(reports)
-              for number, loss in report.losses]  # fmt: skip
+    losses = [
+        f"{loss} on rank {rank}, micro-batch {number}"
+        for rank, report in enumerate(reports)
+        for number, loss in report.losses
+    ]
     if losses:
         return f"the loss is {losses[0]}{f' and {len(losses) - 1} more' if len(losses) > 1 else ''}; {what}"
     ranks = ", ".join(str(rank) for rank, report in enumerate(reports) if report.is_local_finite is False)

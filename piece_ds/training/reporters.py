@@ -18,8 +18,18 @@ from piece_ds.report.results import RunResults
 from piece_ds.runtime.errors import UserError
 
 # What the Trainer tells a reporter of a task. It began when the first one did, and ends with the stream.
-_EVENTS = ("on_epoch_begin", "on_epoch_end", "on_step_begin", "on_substep_end", "on_optimizer_step", "on_step_end",
-           "on_evaluate", "on_predict", "on_log", "on_save")  # fmt: skip
+_EVENTS = (
+    "on_epoch_begin",
+    "on_epoch_end",
+    "on_step_begin",
+    "on_substep_end",
+    "on_optimizer_step",
+    "on_step_end",
+    "on_evaluate",
+    "on_predict",
+    "on_log",
+    "on_save",
+)
 
 
 class StreamReporters:

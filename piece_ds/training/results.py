@@ -12,7 +12,7 @@ from torch import Tensor
 from piece_ds.checkpoint.mask_statistics import mask_statistics, overlap, read_index
 from piece_ds.config.parsing import Settings
 from piece_ds.data.tasks import Task
-from piece_ds.evaluation.evaluate import Scores
+from piece_ds.evaluation.evaluate import EvalResult
 from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.evaluation.scorers import get_scorer
 from piece_ds.methods.registry import BASELINES, SELECTIONS
@@ -33,8 +33,9 @@ def open_results(
         return read_results(path)
     method = settings.method
     ratio = 1.0 if method.method in BASELINES or _ignores_ratio(method.method) else method.mask_ratio
-    notes = [f"{task.name} was judged on rows it trained on: it has no held-out ones." for task in tasks
-             if not task.held_out]  # fmt: skip
+    notes = [
+        f"{task.name} was judged on rows it trained on: it has no held-out ones." for task in tasks if not task.held_out
+    ]
     return RunResults(
         name=method.method if ratio == 1.0 else f"{method.method} {100 * ratio:g} %",
         method=method.method,
@@ -66,7 +67,7 @@ def is_judged_before(results: RunResults) -> bool:
     return results.matrix.loss.before is not None
 
 
-def with_before(results: RunResults, scores: Scores) -> RunResults:
+def with_before(results: RunResults, scores: EvalResult) -> RunResults:
     """results with the row before any task."""
     matrix = results.matrix.with_before(scores.score, scores.loss, scores.general_loss)
     return _with_details(replace(results, matrix=matrix), "before", scores)
@@ -75,7 +76,7 @@ def with_before(results: RunResults, scores: Scores) -> RunResults:
 def with_task(
     results: RunResults,
     task: str,
-    scores: Scores,
+    scores: EvalResult,
     cost: dict[str, Any],
     index: dict[str, Tensor] | None,
     numel: dict[str, int],
@@ -101,7 +102,7 @@ def with_task(
     return _with_details(results, f"after {task}", scores)
 
 
-def _with_details(results: RunResults, moment: str, scores: Scores) -> RunResults:
+def _with_details(results: RunResults, moment: str, scores: EvalResult) -> RunResults:
     """results with what was measured beside the scores at moment."""
     measures = {**results.measures, moment: scores.measures} if scores.measures else results.measures
     ability = {**results.ability, moment: scores.ability} if scores.ability else results.ability

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from piece_ds.checkpoint.manifest import SUMS_NAME, is_sealed
+from piece_ds.checkpoint.manifest import SUMS_NAME, is_complete
 from piece_ds.runtime.distributed import barrier, broadcast_object, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import remove_temporaries, write_json
@@ -24,7 +24,7 @@ def clear_half_written(root: Path) -> None:
     if is_main():
         remove_temporaries(root)
         for checkpoint in root.glob(f"[0-9]*-*/{PREFIX_CHECKPOINT_DIR}-*"):
-            if not is_sealed(checkpoint):
+            if not is_complete(checkpoint):
                 shutil.rmtree(checkpoint)
     barrier()
 
@@ -39,9 +39,22 @@ def forget_resumption(task: Path) -> None:
 
 
 # Settings that may differ between the two halves of a resumed run.
-_FREE = {"output_dir", "resume_from_checkpoint", "logging_steps", "report_to", "disable_tqdm", "save_total_limit",
-         "save_steps", "save_strategy", "save_full", "statistics_save_steps", "deepspeed", "local_rank",
-         "run_name", "nonfinite"}  # fmt: skip
+_FREE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "report_to",
+    "disable_tqdm",
+    "save_total_limit",
+    "save_steps",
+    "save_strategy",
+    "save_full",
+    "statistics_save_steps",
+    "deepspeed",
+    "local_rank",
+    "run_name",
+    "nonfinite",
+}
 
 _KINDS = {"mask.safetensors": "mask_bytes", "delta.safetensors": "delta_bytes", "model": "model_bytes"}
 _NOT_COUNTED = {"previous.safetensors", "metrics.jsonl"}  # removed when the task is finished; a log
@@ -121,8 +134,10 @@ class RunFolder:
             return f"{self.run_file} cannot be read ({error}): use another --output_dir"
         difference = _first_difference(earlier, json.loads(json.dumps(configuration)))
         if difference:
-            return (f"--output_dir {self.root} belongs to another run ({difference}): use another folder, "
-                    "or the settings it was begun with")  # fmt: skip
+            return (
+                f"--output_dir {self.root} belongs to another run ({difference}): use another folder, "
+                "or the settings it was begun with"
+            )
         if not resume:
             return self._taken()
         return None

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from piece_ds.checkpoint.manifest import verify_seal
+from piece_ds.checkpoint.manifest import verify_manifest
 from piece_ds.config.parsing import Settings
 from piece_ds.data.image_collate import make_collator
 from piece_ds.data.tasks import Task
-from piece_ds.evaluation.evaluate import Scores, judge
+from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
 from piece_ds.methods.baseline import Baseline, TaskContext
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible, load_model, patterns_of
@@ -27,8 +27,8 @@ from piece_ds.models.processor import Processing
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.rank_status import at
-from piece_ds.runtime.signals import heeding_signals
+from piece_ds.runtime.rank_status import report_status
+from piece_ds.runtime.signals import signal_handling
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.reporters import StreamReporters
 from piece_ds.training.results import (
@@ -87,8 +87,8 @@ def run_stream(stream: Stream, resume: bool) -> RunResults:
         _tidy(stream, first - 1)  # the run may have ended between its results and this
     if first == len(stream.tasks):
         return results
-    with heeding_signals():
-        at("loading the model")
+    with signal_handling():
+        report_status("loading the model")
         model = _load(stream, first)
         for index in range(first, len(stream.tasks)):
             goes_on = stream.baseline is None or stream.baseline.resumes_inside
@@ -105,9 +105,11 @@ def _load(stream: Stream, first: int) -> nn.Module:
     if first > 0 and not (stream.baseline and stream.baseline.saves_itself):
         source = stream.model_folder(first - 1)
         if not (source / "config.json").is_file():
-            raise UserError(f"{source} is missing: with --save_model never a stream cannot go on after task {first}; "
-                            "begin again in another folder")  # fmt: skip
-        verify_seal(source.parent, inside=f"{source.name}/")
+            raise UserError(
+                f"{source} is missing: with --save_model never a stream cannot go on after task {first}; "
+                "begin again in another folder"
+            )
+        verify_manifest(source.parent, inside=f"{source.name}/")
     # ZeRO-3 partitions while loading only where TrainingArguments with its configuration exists.
     arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
     model = load_model(stream.settings.model, stream.dtype, source)
@@ -133,17 +135,17 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
     settings, task = stream.settings, stream.tasks[index]
     folder = stream.folder.task(index, task.name)
     logger.warning("task %d of %d: %s (%d rows)", index + 1, len(stream.tasks), task.name, len(task.train))
-    scores: list[Scores] = []
+    scores: list[EvalResult] = []
 
     def before(engine: Any) -> None:
         nonlocal results
-        results = with_before(results, _judge(stream, engine, stream.tasks, "before"))
+        results = with_before(results, _evaluate(stream, engine, stream.tasks, "before"))
         write_results(results, stream.folder.results_file)
         stream.reporters.log_results(results)
 
     def after(engine: Any) -> None:
         seen = index + 1 + settings.evaluation.forward_transfer
-        scores.append(_judge(stream, engine, stream.tasks[:seen], folder.name))
+        scores.append(_evaluate(stream, engine, stream.tasks[:seen], folder.name))
 
     trained = train_task(
         model,
@@ -197,8 +199,8 @@ def _context(stream: Stream, index: int) -> TaskContext:
     )
 
 
-def _judge(stream: Stream, engine: Any, tasks: list[Task], moment: str) -> Scores:
-    return judge(
+def _evaluate(stream: Stream, engine: Any, tasks: list[Task], moment: str) -> EvalResult:
+    return evaluate_tasks(
         engine,
         stream.tokenizer,
         tasks,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from piece_ds.checkpoint.delta_file import load_previous, save_delta
-from piece_ds.checkpoint.manifest import seal
+from piece_ds.checkpoint.manifest import write_manifest
 from piece_ds.checkpoint.statistics_file import PartialStatistics
 from piece_ds.config.parsing import Settings
 from piece_ds.data.tasks import Task
@@ -21,13 +21,13 @@ from piece_ds.methods.baseline import Baseline, TaskContext
 from piece_ds.models.processor import Processing
 from piece_ds.runtime.distributed import barrier, broadcast_object
 from piece_ds.runtime.profiling import host_peak_bytes, peak_bytes, reset_peaks, take_seconds
-from piece_ds.runtime.rank_status import at
-from piece_ds.runtime.signals import leave_if_asked
+from piece_ds.runtime.rank_status import report_status
+from piece_ds.runtime.signals import exit_if_signalled
 from piece_ds.state.mask import Mask
 from piece_ds.training.callback import MASK_NAME, PieceCallback
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.metrics import MetricsLog, finite
-from piece_ds.training.nonfinite import NONFINITE, OVERFLOW, NonfiniteGuard
+from piece_ds.training.nonfinite import NONFINITE, OVERFLOW, NonfiniteCallback
 from piece_ds.training.run_folder import PARTIAL_NAME, PREVIOUS_NAME
 from piece_ds.training.saving import save_baseline, save_model
 from piece_ds.training.trainer import (
@@ -35,10 +35,10 @@ from piece_ds.training.trainer import (
     StopAtStep,
     TaskTrainer,
     Update,
-    is_portable,
     last_checkpoint,
     make_trainer,
-    restore_portable,
+    needs_resharding,
+    restore_resharded,
     step_of,
 )
 from piece_ds.zero.weights import read_selected
@@ -116,7 +116,7 @@ class TaskCallback(PieceCallback):
 
     def on_attached(self, update: Update) -> None:
         if self.checkpoint is not None:
-            restore_portable(update, self.checkpoint)
+            restore_resharded(update, self.checkpoint)
         self.trainer.update = update
 
     @property
@@ -150,14 +150,14 @@ def train_task(
         save_model_to: transformers folder for the trained model, or None.
         reporter: takes the place of the Trainer's own reporters.
     Raises:
-        Stopped: a signal asked the run to end; the task can be resumed.
+        Preempted: a signal asked the run to end; the task can be resumed.
         UserError: what an interrupted run has left is damaged.
     """
     knows_host_peak = reset_peaks()
     # The collator needs columns that no model takes: a row's image and its text.
     arguments = settings.training_arguments(output_dir=folder, report_to="none", remove_unused_columns=False)
     checkpoint = last_checkpoint(folder) if resume else None
-    portable = checkpoint is not None and is_portable(checkpoint, arguments, not isinstance(method, Baseline))
+    portable = checkpoint is not None and needs_resharding(checkpoint, arguments, not isinstance(method, Baseline))
     use_cache = getattr(model.config, "use_cache", None)
     trainer = make_trainer(model, arguments, task, tokenizer, method, context)
     trainer.portable = portable
@@ -167,7 +167,7 @@ def train_task(
     trainer.add_callback(metrics)
     if before_training is not None and checkpoint is None:
         trainer.add_callback(_OnBegin(lambda: _evaluate(before_training, trainer, metrics, "evaluation before")))
-    guard = NonfiniteGuard(trainer, task.name, settings.output.nonfinite, metrics)
+    guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)
     trainer.add_callback(guard)
     callback = None
     if isinstance(method, Baseline):
@@ -182,11 +182,11 @@ def train_task(
         trainer.add_callback(_OnBegin(lambda: _note_selection(callback, metrics)))
     trainer.add_callback(StopAtStep())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    leave_if_asked(f"after step {trainer.state.global_step} of {trainer.state.max_steps} of task {task.name}")
+    exit_if_signalled(f"after step {trainer.state.global_step} of {trainer.state.max_steps} of task {task.name}")
     engine = trainer.model_wrapped
     if isinstance(method, Baseline):
         method.end_task(engine, context)
-    at(f"saving task {task.name}")
+    report_status(f"saving task {task.name}")
     metrics.note("training", seconds=metrics.train_seconds, num_steps=trainer.state.global_step)
     index, saving_since = None, time.perf_counter()
     if callback is not None and callback.mask is not None:
@@ -202,7 +202,7 @@ def train_task(
     save_seconds = time.perf_counter() - saving_since
     metrics.note("saving", seconds=save_seconds)
     _evaluate(after_training, trainer, metrics, "evaluation after")
-    seal(folder, [name for name in SEALED if (folder / name).exists()])
+    write_manifest(folder, [name for name in SEALED if (folder / name).exists()])
     cost = TaskCost(
         select_seconds=(callback.select_seconds or 0.0) if callback else 0.0,
         train_seconds=metrics.train_seconds,
@@ -252,7 +252,7 @@ class _OnBegin(TrainerCallback):
 
 
 def _evaluate(function: Callable[[Any], None], trainer: Trainer, metrics: MetricsLog, event: str) -> None:
-    at(f"the {event} training")
+    report_status(f"the {event} training")
     begin = time.perf_counter()
     function(trainer.model_wrapped)
     metrics.note(event, seconds=time.perf_counter() - begin)
@@ -262,8 +262,12 @@ def _note_selection(callback: TaskCallback, metrics: MetricsLog) -> None:
     """What it took, unless the mask was there already."""
     statistics = take_seconds("statistics")
     if callback.select_seconds is not None and callback.mask is not None:
-        metrics.note("selection", statistics_seconds=statistics, num_selected=callback.mask.num_selected,
-                     selection_seconds=callback.select_seconds - statistics)  # fmt: skip
+        metrics.note(
+            "selection",
+            statistics_seconds=statistics,
+            num_selected=callback.mask.num_selected,
+            selection_seconds=callback.select_seconds - statistics,
+        )
 
 
 def release(trainer: Trainer) -> None:

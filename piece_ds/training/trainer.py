@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from piece_ds.checkpoint.manifest import is_sealed, seal, verify_seal
+from piece_ds.checkpoint.manifest import is_complete, verify_manifest, write_manifest
 from piece_ds.checkpoint.selected_file import load_selected_state, save_selected_state
 from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.data.tasks import Task
@@ -126,7 +126,7 @@ class TaskTrainer(Trainer):
             save_selected_state(folder / SELECTED_NAME, self.update.mask, self.update.state())
         if is_main():
             write_json(folder / CUT_NAME, cut_of(self.args))
-        seal(folder)
+        write_manifest(folder)
         if is_main():
             rotate_checkpoints(
                 output_dir=self.args.output_dir,
@@ -198,13 +198,18 @@ def cut_of(arguments: TrainingArguments) -> dict[str, Any]:
     zero = {
         key: config.get_value(f"zero_optimization.{key}") for key in ("stage", "offload_optimizer", "offload_param")
     }
-    return {"format": "piece-checkpoint", "version": 1, "world_size": world_size(), "zero": zero,
-            "data_types": config.get_value("data_types")}  # fmt: skip
+    return {
+        "format": "piece-checkpoint",
+        "version": 1,
+        "world_size": world_size(),
+        "zero": zero,
+        "data_types": config.get_value("data_types"),
+    }
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest sealed checkpoint of a task, or None; the same on all ranks. A collective."""
-    sealed = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_sealed(path)]
+    sealed = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
     return broadcast_object(max(sealed, key=step_of, default=None))
 
 
@@ -213,14 +218,14 @@ def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
 
 
-def is_portable(checkpoint: Path, arguments: TrainingArguments, masked: bool) -> bool:
+def needs_resharding(checkpoint: Path, arguments: TrainingArguments, masked: bool) -> bool:
     """Check a checkpoint's files, then say whether it must be read in its portable form. A collective.
 
     Raises:
         UserError: a file of it is damaged, or it is of another cut and holds no selection.
     """
     try:
-        verify_seal(checkpoint)
+        verify_manifest(checkpoint)
     except UserError as error:
         raise UserError(f"{error}; remove {checkpoint} to go on from what was there before it") from None
     try:
@@ -231,14 +236,16 @@ def is_portable(checkpoint: Path, arguments: TrainingArguments, masked: bool) ->
     if found == now:
         return False
     if not masked:
-        raise UserError(f"{checkpoint} was written with {_shown(found)}, this is {_shown(now)}: without a mask a "
-                        "checkpoint goes on only as it was begun")  # fmt: skip
+        raise UserError(
+            f"{checkpoint} was written with {_shown(found)}, this is {_shown(now)}: without a mask a "
+            "checkpoint goes on only as it was begun"
+        )
     if not hasattr(Trainer, "_prepare_for_training"):
         raise UserError("going on with another number of ranks, ZeRO stage or offload needs transformers 5.23 or later")
     return True
 
 
-def restore_portable(update: Update, checkpoint: Path) -> None:
+def restore_resharded(update: Update, checkpoint: Path) -> None:
     """Bring a mask in force to where a checkpoint of another cut was. A collective."""
     update.restore(load_selected_state(checkpoint / SELECTED_NAME, update.mask))
 

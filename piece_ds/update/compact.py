@@ -23,7 +23,7 @@ from piece_ds.update.gradients import GradientCollection
 from piece_ds.zero.checkpoints import install_checkpoints
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.step_watch import Place, StepWatch
-from piece_ds.zero.supported import open_door, require_trainable
+from piece_ds.zero.supported import adapter_for, require_trainable
 from piece_ds.zero.weights import SelectedWeights, forget_secondary, read_selected, read_whole, weights_fingerprint
 
 
@@ -41,7 +41,7 @@ class CompactUpdate:
         self.mask, self._engine, self._values, self._save_full = mask, engine, values, save_full
         whole = mask.whole()
         self._index = {info.name: whole[info.name] for info in mask.layout.parameters if info.name in whole}
-        self._adapter = open_door(engine)
+        self._adapter = adapter_for(engine)
         self._check()
         params = dict(engine.module.named_parameters())
         self._weights = {name: SelectedWeights(params[name], self._index[name]) for name in self._index}
@@ -92,20 +92,26 @@ class CompactUpdate:
     def _check(self) -> None:
         values, mask = self._values, self.mask
         if full_shape(values.values) != (mask.num_selected,):
-            raise UserError(f"the mask selects {mask.num_selected} elements, the model was prepared for another number:"
-                            " give prepare_compact() the mask's ratio or number")  # fmt: skip
+            raise UserError(
+                f"the mask selects {mask.num_selected} elements, the model was prepared for another number:"
+                " give prepare_compact() the mask's ratio or number"
+            )
         optimised = {piece.name for _, pieces in self._adapter.masters() for piece in pieces}
         if not optimised <= {PARAMETER_NAME}:
-            raise UserError(f"compact mode expects an optimizer over the selected values alone, this one also has "
-                            f"{min(optimised - {PARAMETER_NAME})!r}: make it from prepare_compact(model).parameters(), "
-                            "or use masked mode (--update_mode masked)")  # fmt: skip
+            raise UserError(
+                f"compact mode expects an optimizer over the selected values alone, this one also has "
+                f"{min(optimised - {PARAMETER_NAME})!r}: make it from prepare_compact(model).parameters(), "
+                "or use masked mode (--update_mode masked)"
+            )
         dtypes = {name: param.dtype for name, param in self._engine.module.named_parameters()}
         for name in self._index:
             if name not in values.trainable:
                 raise UserError(f"the mask selects elements of {name!r}, which is frozen: use a mask without it")
             if dtypes[name] != dtypes[PARAMETER_NAME]:
-                raise UserError(f"compact mode keeps the selected values in one dtype, {dtypes[PARAMETER_NAME]}, but "
-                                f"{name!r} is {dtypes[name]}: use masked mode (--update_mode masked)")  # fmt: skip
+                raise UserError(
+                    f"compact mode keeps the selected values in one dtype, {dtypes[PARAMETER_NAME]}, but "
+                    f"{name!r} is {dtypes[name]}: use masked mode (--update_mode masked)"
+                )
 
     def _parts(self, flat_K: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(parameter, its part of a tensor of one entry per selected element)."""
@@ -190,14 +196,17 @@ class CompactUpdate:
         """
         found, self._values.checkpoint = self._values.checkpoint, None
         if found is None:
-            raise UserError("the checkpoint was not written in compact mode: resume it in masked mode "
-                            "(--update_mode masked)")  # fmt: skip
+            raise UserError(
+                "the checkpoint was not written in compact mode: resume it in masked mode (--update_mode masked)"
+            )
         if not torch.equal(found["positions"].cpu(), self._positions()):
             raise UserError("the checkpoint is of another mask: its selected positions differ from this one's")
         if not found["whole"] and not torch.equal(found["surroundings"].cpu(), self._surroundings()):
-            raise UserError("the checkpoint holds the selected weights alone, and this model's other weights are not "
-                            "those that the training began with: load the model that it began with, or save with "
-                            "--save_full True")  # fmt: skip
+            raise UserError(
+                "the checkpoint holds the selected weights alone, and this model's other weights are not "
+                "those that the training began with: load the model that it began with, or save with "
+                "--save_full True"
+            )
         if found["whole"]:
             forget_secondary(self._engine.module)
         self._grad.zero_()

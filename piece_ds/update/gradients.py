@@ -148,15 +148,22 @@ class GradientCollection:
                 dense.append(name)
                 self._remove.append(collect_dense(weights[name], part))
         if is_main():
-            logger.info("gradients of selected weights: %d tensors sampled, %d dense%s",
-                        len(self._sampled), len(dense), f" ({_shortened(dense)})" if dense else "")  # fmt: skip
+            logger.info(
+                "gradients of selected weights: %d tensors sampled, %d dense%s",
+                len(self._sampled),
+                len(dense),
+                f" ({_shortened(dense)})" if dense else "",
+            )
 
     def check(self) -> None:
         """Once backward has run: warn of weights that the model uses past the layer that holds them."""
         unseen = [sampled.name for sampled in self._sampled if not sampled.was_called]
         if unseen:
-            logger.warning("no gradient for %s: the layer was not called. If the model uses its weight in another way, "
-                           "train with --selected_gradient dense", _shortened(unseen))  # fmt: skip
+            logger.warning(
+                "no gradient for %s: the layer was not called. If the model uses its weight in another way, "
+                "train with --selected_gradient dense",
+                _shortened(unseen),
+            )
 
     def close(self) -> None:
         """End it."""

@@ -6,7 +6,7 @@ from piece_ds.state.mask import Mask
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.step_watch import StepWatch
-from piece_ds.zero.supported import open_door, require_trainable
+from piece_ds.zero.supported import adapter_for, require_trainable
 from piece_ds.zero.weights import SelectedWeights, forget_secondary
 
 
@@ -19,7 +19,7 @@ class MaskedUpdate:
 
     def __init__(self, engine: Any, mask: Mask) -> None:
         require_trainable(engine)
-        self._engine, self._adapter = engine, open_door(engine)
+        self._engine, self._adapter = engine, adapter_for(engine)
         adapter = self._adapter
         whole = mask.whole()
         if engine.global_steps == 0:  # else masters and moments are those of a checkpoint

@@ -5,20 +5,20 @@ What has not been proven is refused at the door, with the reason.
 """
 
 from piece_ds.zero.gradient_term import GradientTerm, Ranges
-from piece_ds.zero.statistics import Keeper, MicroBatchSource, collect_statistics
-from piece_ds.zero.step_watch import StepFault, StepWatch
-from piece_ds.zero.supported import open_door, require_trainable
+from piece_ds.zero.statistics import MicroBatchSource, StatisticsCheckpoint, collect_statistics
+from piece_ds.zero.step_watch import SkippedStep, StepWatch
+from piece_ds.zero.supported import adapter_for, require_trainable
 from piece_ds.zero.weights import read_weight
 
 __all__ = [
     "GradientTerm",
-    "Keeper",
     "MicroBatchSource",
     "Ranges",
-    "StepFault",
+    "SkippedStep",
+    "StatisticsCheckpoint",
     "StepWatch",
+    "adapter_for",
     "collect_statistics",
-    "open_door",
     "read_weight",
     "require_trainable",
 ]

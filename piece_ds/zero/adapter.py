@@ -1,7 +1,7 @@
 """What every ZeRO stage must offer, whichever wrapper DeepSpeed uses for it.
 
 An adapter knows where one engine keeps reduced gradients and fp32 masters, and how to leave the engine as if a
-backward had not happened. It is made by open_door() and holds no tensor of its own but selected positions.
+backward had not happened. It is made by adapter_for() and holds no tensor of its own but selected positions.
 """
 
 from abc import ABC, abstractmethod

@@ -14,7 +14,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout, ParameterInfo, partition_of
 from piece_ds.zero.adapter import Piece
-from piece_ds.zero.supported import open_door
+from piece_ds.zero.supported import adapter_for
 
 # Parameter name -> (flat index of the first element, values): one range of each parameter.
 Ranges = dict[str, tuple[int, Tensor]]
@@ -34,9 +34,11 @@ class GradientTerm:
         """
         offload = engine._config.zero_config.offload_optimizer
         if offload is not None and str(getattr(offload.device, "value", offload.device)) != "none":
-            raise UserError("this method changes the reduced gradient, which is not proven with optimizer offload: use "
-                            "a DeepSpeed configuration without zero_optimization.offload_optimizer")  # fmt: skip
-        self._engine, self._adapter = engine, open_door(engine)
+            raise UserError(
+                "this method changes the reduced gradient, which is not proven with optimizer offload: use "
+                "a DeepSpeed configuration without zero_optimization.offload_optimizer"
+            )
+        self._engine, self._adapter = engine, adapter_for(engine)
         self.replicated = self._adapter.replicated or engine.dp_world_size == 1
 
     def weights(self) -> Ranges:

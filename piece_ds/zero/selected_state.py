@@ -71,9 +71,11 @@ def write_selected_state_(adapter: Adapter, index: dict[str, Tensor], state: Sel
         UserError: the DeepSpeed configuration has a scheduler, whose state is not among these.
     """
     if adapter.engine.lr_scheduler is not None:
-        raise UserError("a checkpoint can go on with another number of ranks, ZeRO stage or offload only where "
-                        "--lr_scheduler_type makes the schedule: take 'scheduler' out of the DeepSpeed configuration, "
-                        "or go on as it was begun")  # fmt: skip
+        raise UserError(
+            "a checkpoint can go on with another number of ranks, ZeRO stage or offload only where "
+            "--lr_scheduler_type makes the schedule: take 'scheduler' out of the DeepSpeed configuration, "
+            "or go on as it was begun"
+        )
     starts, _ = _starts(index)
     for master, pieces in adapter.masters():
         moments = {name: torch.zeros_like(master, dtype=torch.float32) for name in MOMENTS}

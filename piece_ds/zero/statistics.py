@@ -21,13 +21,13 @@ from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.profiling import timed
 from piece_ds.runtime.progress import progress_bar
-from piece_ds.runtime.rank_status import at
+from piece_ds.runtime.rank_status import report_status
 from piece_ds.state.partition import Layout
 from piece_ds.state.selected_values import selected_values
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
-from piece_ds.zero.supported import open_door
+from piece_ds.zero.supported import adapter_for
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class LastPass(Protocol):
     ) -> None: ...
 
 
-class Keeper(Protocol):
+class StatisticsCheckpoint(Protocol):
     """Keeps the sums of an unfinished pass, so that another pass can go on from them."""
 
     def begin(self, stats: GradientStats) -> None:
@@ -84,7 +84,7 @@ def collect_statistics(
     layout: Layout | None = None,
     description: str = "statistics",
     last_pass: LastPass | None = None,
-    keeper: Keeper | None = None,
+    keeper: StatisticsCheckpoint | None = None,
 ) -> GradientStats:
     """Sum of g and of g * g over micro-batches, where g is the gradient of the model's mean loss. A collective.
 
@@ -109,9 +109,11 @@ def collect_statistics(
         raise ValueError("no micro-batch to take statistics of: the data is empty")
     values = selected_values(engine.module)
     if values is not None and values.attached:
-        raise UserError("statistics were asked for while a compact update is attached, which takes the gradients of "
-                        "every backward: take them before attach(), or after detach()")  # fmt: skip
-    adapter = open_door(engine)
+        raise UserError(
+            "statistics were asked for while a compact update is attached, which takes the gradients of "
+            "every backward: take them before attach(), or after detach()"
+        )
+    adapter = adapter_for(engine)
     layout = layout or layout_of(engine.module)
     stats = empty_stats(layout, needs_sum, device or engine.device)
     if keeper is not None:
@@ -123,7 +125,7 @@ def collect_statistics(
     rounds = range(stats.num_micro_batches, len(micro_batches), layout.num_ranks)
     with _undisturbed(engine), receiver.hooks(), adapter.local_backward():
         for first in progress_bar(rounds, description, unit="round"):
-            at(f"{description}, from micro-batch {first}")
+            report_status(f"{description}, from micro-batch {first}")
             # ZeRO-3 gathers together: a rank without a micro-batch repeats one, and nobody adds its gradient.
             b = first + layout.rank if first + layout.rank < len(micro_batches) else first
             batch = {k: v.to(engine.device) for k, v in micro_batches[b].items()}
@@ -146,8 +148,11 @@ def collect_statistics(
     if stats.num_nonfinite:
         stats.first_nonfinite = nonfinite.first()
         if is_main():
-            logger.warning("%d gradient entries were NaN or infinite and counted as 0%s", stats.num_nonfinite,
-                           _shown(stats.first_nonfinite, layout.num_ranks))  # fmt: skip
+            logger.warning(
+                "%d gradient entries were NaN or infinite and counted as 0%s",
+                stats.num_nonfinite,
+                _shown(stats.first_nonfinite, layout.num_ranks),
+            )
     return stats
 
 

@@ -16,7 +16,7 @@ Place = tuple[str, int]  # parameter name, flat index in it
 
 
 @dataclass(frozen=True)
-class StepFault:
+class SkippedStep:
     """Why a step was not taken, as far as this rank's share of the reduced gradient tells.
 
     Attributes:
@@ -44,7 +44,7 @@ class StepWatch:
             adapter: of the engine.
             locate: place in what DeepSpeed optimises -> place in the model; None where they are the same.
         """
-        self.fault: StepFault | None = None
+        self.fault: SkippedStep | None = None
         self.replicated = adapter.replicated
         self._adapter, self._locate = adapter, locate or (lambda place: place)
 
@@ -62,13 +62,13 @@ class StepWatch:
 
     def _end(self) -> None:
         if self.fault is None and getattr(self._adapter.optimizer, "overflow", False):
-            self.fault = StepFault(may_recover=self._adapter.scale_falls())
+            self.fault = SkippedStep(may_recover=self._adapter.scale_falls())
 
     def _note(self) -> None:
         """Called before DeepSpeed clears the gradient of a step that it does not take, perhaps more than once."""
         if self.fault is None:
             count, first = self._look()
-            self.fault = StepFault(count, first, self._adapter.scale_falls())
+            self.fault = SkippedStep(count, first, self._adapter.scale_falls())
 
     def _look(self) -> tuple[int, Place | None]:
         order = {name: number for number, name in enumerate(self._adapter.name_of.values())}

@@ -1,4 +1,4 @@
-"""open_door(engine): the adapter for the way this engine keeps its gradients, or a refusal that says why."""
+"""adapter_for(engine): the adapter for the way this engine keeps its gradients, or a refusal that says why."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ _ADAPTERS: dict[str, type[Adapter]] = {
 PROVEN_OPTIMIZERS = ("AdamW", "Adam", "DeepSpeedCPUAdam", "FusedAdam")
 
 
-def open_door(engine: Any) -> Adapter:
+def adapter_for(engine: Any) -> Adapter:
     """The adapter of a deepspeed.DeepSpeedEngine.
 
     Raises:
@@ -38,8 +38,10 @@ def open_door(engine: Any) -> Adapter:
     if adapter is None and engine.optimizer is engine.basic_optimizer and engine.zero_optimization_stage() == 0:
         adapter = Stage0
     if adapter is None:
-        raise UserError(f"piece_ds does not know DeepSpeed's optimizer wrapper {wrapper}: use ZeRO stage 0, 1, 2 or 3 "
-                        "with a torch optimizer")  # fmt: skip
+        raise UserError(
+            f"piece_ds does not know DeepSpeed's optimizer wrapper {wrapper}: use ZeRO stage 0, 1, 2 or 3 "
+            "with a torch optimizer"
+        )
     return adapter(engine)
 
 
@@ -92,6 +94,8 @@ def _optimizer_refusal(engine: Any) -> str | None:
     if not decoupled and any(group.get("weight_decay", 0) for group in base.param_groups):
         return f"{name} with L2 weight decay: it would move weights outside the mask; use AdamW"
     if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
-        return ("fp16 at ZeRO stage 0: DeepSpeed 0.19 does not scale the loss there but unscales the gradient; "
-                "use stage 1, 2 or 3")  # fmt: skip
+        return (
+            "fp16 at ZeRO stage 0: DeepSpeed 0.19 does not scale the loss there but unscales the gradient; "
+            "use stage 1, 2 or 3"
+        )
     return None

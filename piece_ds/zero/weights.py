@@ -27,8 +27,10 @@ def read_weight(param: nn.Parameter, start: int, numel: int) -> Tensor:
     shard, chunk = param.ds_tensor, param.partition_numel()
     offset = start - chunk * dist.get_rank(group=param.ds_process_group)
     if offset < 0 or offset + numel > shard.numel():
-        raise RuntimeError(f"elements [{start}, {start + numel}) of a parameter of {param.ds_numel} elements are not "
-                           f"in this rank's shard of {shard.numel()}: read them on their owner")  # fmt: skip
+        raise RuntimeError(
+            f"elements [{start}, {start + numel}) of a parameter of {param.ds_numel} elements are not "
+            f"in this rank's shard of {shard.numel()}: read them on their owner"
+        )
     return shard.detach().reshape(-1)[offset : offset + numel]
 
 

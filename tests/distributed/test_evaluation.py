@@ -54,8 +54,11 @@ def test_generations_end_at_different_steps(alone: dict[str, Any]) -> None:
 
 
 def test_the_scores_that_are_compared_are_between_nothing_and_everything(alone: dict[str, Any]) -> None:
-    assert all(0 < alone["scores"][f"{name} {scoring}"]["score"] < 1
-               for name in ("text", "simplification", "code") for scoring in ("clean", "authors"))  # fmt: skip
+    assert all(
+        0 < alone["scores"][f"{name} {scoring}"]["score"] < 1
+        for name in ("text", "simplification", "code")
+        for scoring in ("clean", "authors")
+    )
 
 
 def tiny_model() -> LlamaForCausalLM:

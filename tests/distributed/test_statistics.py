@@ -74,8 +74,9 @@ def test_sums_have_the_same_bits_for_any_number_of_ranks(job: Any, name: str, ra
     alone, together = result(job, name, 1), result(job, name, ranks)
     for which in ("sums", "squares"):
         for parameter in alone[which]:
-            np.testing.assert_array_equal(alone[which][parameter].view(np.int32),
-                                          together[which][parameter].view(np.int32), parameter)  # fmt: skip
+            np.testing.assert_array_equal(
+                alone[which][parameter].view(np.int32), together[which][parameter].view(np.int32), parameter
+            )
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN | VISION if not name.endswith("stage0")])
@@ -121,22 +122,28 @@ def test_finite_gradients_count_no_nonfinite_entry(job: Any, name: str, ranks: i
     assert result(job, name, ranks)["num_nonfinite"] == 0
 
 
-@pytest.mark.parametrize(("with_dropout", "without"), [("dropout-stage0", "neox-stage0"),
-                                                       ("dropout-stage3", "llama-stage3")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("with_dropout", "without"), [("dropout-stage0", "neox-stage0"), ("dropout-stage3", "llama-stage3")]
+)
 def test_dropout_has_no_effect(job: Any, with_dropout: str, without: str) -> None:
     first, second = result(job, with_dropout, 2), result(job, without, 2)
     for parameter, values in first["sums"].items():
         np.testing.assert_array_equal(values, second["sums"][parameter])
 
 
-@pytest.mark.parametrize(("with_it", "without"), [("reentrant-checkpointing-stage3", "llama-stage3"),
-                                                  ("non-reentrant-checkpointing-stage3", "llama-stage3"),
-                                                  ("stage3-offload-all", "llama-stage3"),
-                                                  ("small-buckets-stage0", "neox-stage0"),
-                                                  ("small-buckets-stage2", "qwen3-stage2"),
-                                                  ("small-buckets-stage3", "llama-stage3"),
-                                                  ("small-buckets-branches-stage3", "branches-stage3"),
-                                                  ("stage2-offload", "llama-stage2")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("with_it", "without"),
+    [
+        ("reentrant-checkpointing-stage3", "llama-stage3"),
+        ("non-reentrant-checkpointing-stage3", "llama-stage3"),
+        ("stage3-offload-all", "llama-stage3"),
+        ("small-buckets-stage0", "neox-stage0"),
+        ("small-buckets-stage2", "qwen3-stage2"),
+        ("small-buckets-stage3", "llama-stage3"),
+        ("small-buckets-branches-stage3", "branches-stage3"),
+        ("stage2-offload", "llama-stage2"),
+    ],
+)
 def test_checkpointing_offload_and_bucket_size_have_no_effect(job: Any, with_it: str, without: str) -> None:
     first, second = result(job, with_it, 2), result(job, without, 2)
     for parameter, values in first["sums"].items():

@@ -71,8 +71,9 @@ def test_compact_checkpoints_hold_the_model_only_if_asked(job: Any) -> None:
     files = {name: result(job, name)["checkpoint_bytes"] for name in TRAINERS}
     assert "model.safetensors" in files["trainer-compact-full-stage2"]
     assert "model.safetensors" not in files["trainer-compact-stage3"]
-    states = {name: sum(size for path, size in found.items() if path.endswith("_states.pt"))
-              for name, found in files.items()}  # fmt: skip
+    states = {
+        name: sum(size for path, size in found.items() if path.endswith("_states.pt")) for name, found in files.items()
+    }
     assert states["trainer-compact-stage3"] < 0.2 * states["trainer-stage3"]
 
 
@@ -87,5 +88,6 @@ def test_stages_train_the_same_weights_to_the_same_values(job: Any) -> None:
     first, other = result(job, "loop-stage0"), result(job, "loop-stage3")
     assert first["index"].keys() == other["index"].keys()
     for parameter, index in first["index"].items():
-        torch.testing.assert_close(first["final"][parameter][index], other["final"][parameter][index],
-                                   rtol=0, atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(
+            first["final"][parameter][index], other["final"][parameter][index], rtol=0, atol=1e-5
+        )

@@ -43,8 +43,15 @@ def base_model(folder: Path) -> Path:
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
-    run = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                         env={**environment(), "PYTHONPATH": str(ROOT)}, timeout=900, check=False)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        timeout=900,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return run
 
@@ -78,8 +85,20 @@ def test_finished_runs_are_kept_and_the_rest_is_made(tmp_path: Path) -> None:
         for split, num_rows in (("train", 16), ("test", 4)):
             write_rows(tmp_path / "trace" / task / f"{split}.json", make_rows(10 * index + num_rows, num_rows, choices))
     base, table = base_model(tmp_path / "base"), tmp_path / "runs.csv"
-    flags = [RUNNER, "--trace", tmp_path / "trace", "--base", base, "--cache", tmp_path / "cache", "--runs_file", table,
-             "--smoke", "--methods", "seqft"]  # fmt: skip
+    flags = [
+        RUNNER,
+        "--trace",
+        tmp_path / "trace",
+        "--base",
+        base,
+        "--cache",
+        tmp_path / "cache",
+        "--runs_file",
+        table,
+        "--smoke",
+        "--methods",
+        "seqft",
+    ]
     assert "4 of 4 runs to make" in python(*flags, "--seeds", "1", "--in_this_process", "2").stdout
     half = table.read_text().splitlines()
     assert len(half) == 3
@@ -93,8 +112,15 @@ def test_finished_runs_are_kept_and_the_rest_is_made(tmp_path: Path) -> None:
 
 
 def test_without_tasks_the_runner_says_so_in_one_line(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, str(RUNNER), "--trace", str(tmp_path / "none")], cwd=ROOT,
-                         capture_output=True, text=True, env=environment(), timeout=300, check=False)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, str(RUNNER), "--trace", str(tmp_path / "none")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+        check=False,
+    )
     assert run.returncode == 2
     assert run.stderr.strip().splitlines() == [
         f"error: --trace {tmp_path / 'none'}: no such folder; expected TRACE's tasks, TASK/{{train,test}}.json each"

@@ -15,8 +15,9 @@ def test_torchrun_and_a_yaml_file_give_what_deepspeed_and_flags_give(material: M
     """The file also holds a rate that a flag overrides."""
     config = material.root / "run.yaml"
     config.write_text(yaml.safe_dump({**TRAINING, "learning_rate": 5.0, "tasks": "letter,text"}))
-    flags = material.stream_flags("yaml", **dict.fromkeys(TRAINING), tasks=None,
-                                  general_file=material.root / "general.jsonl")  # fmt: skip
+    flags = material.stream_flags(
+        "yaml", **dict.fromkeys(TRAINING), tasks=None, general_file=material.root / "general.jsonl"
+    )
     flags += ["--config", str(config), "--learning_rate", str(TRAINING["learning_rate"])]
     succeeded(launch("torchrun", NUM_RANKS, "train.py", *flags))
     found = material.out("yaml")
@@ -28,12 +29,18 @@ def test_torchrun_and_a_yaml_file_give_what_deepspeed_and_flags_give(material: M
 
 def test_one_process_without_launcher_gives_what_two_ranks_give(material: Material, stream: Path) -> None:
     """With the same rows in each step; sums over ranks round apart, so weights agree to 5 % of the largest update."""
-    flags = material.stream_flags("alone", tasks="letter", gradient_accumulation_steps=NUM_RANKS * ACCUMULATION,
-                                  per_device_train_batch_size=BATCH_SIZE)  # fmt: skip
+    flags = material.stream_flags(
+        "alone",
+        tasks="letter",
+        gradient_accumulation_steps=NUM_RANKS * ACCUMULATION,
+        per_device_train_batch_size=BATCH_SIZE,
+    )
     succeeded(launch("python", 1, "train.py", *flags))
     expected, found = stream / "00-letter", material.out("alone") / "00-letter"
-    masks = [{(n, p) for n, positions in mask_index(f / "mask.safetensors").items() for p in positions.tolist()}
-             for f in (expected, found)]  # fmt: skip
+    masks = [
+        {(n, p) for n, positions in mask_index(f / "mask.safetensors").items() for p in positions.tolist()}
+        for f in (expected, found)
+    ]
     assert len(masks[0] - masks[1]) <= 0.01 * len(masks[0])
     base, first, second = weights(material.base), weights(expected / "model"), weights(found / "model")
     largest = max(float((first[name] - base[name]).abs().max()) for name in base)
@@ -47,13 +54,40 @@ def test_mask_and_scores_can_be_had_alone(material: Material, stream: Path) -> N
     mask, scores = material.root / "alone.safetensors", material.root / "scores.json"
     shared = ["--deepspeed", "ds_configs/zero3.json", "--model_name_or_path", material.base]
     train = material.tasks / "letter" / "train.json"
-    succeeded(launch("deepspeed", 2, "select_mask.py", *shared, "--train_file", train, "--method", "piece-s",
-                     "--mask_ratio", TRAINING["mask_ratio"], "--importance_batch_size", 4,
-                     "--output_file", mask))  # fmt: skip
+    succeeded(
+        launch(
+            "deepspeed",
+            2,
+            "select_mask.py",
+            *shared,
+            "--train_file",
+            train,
+            "--method",
+            "piece-s",
+            "--mask_ratio",
+            TRAINING["mask_ratio"],
+            "--importance_batch_size",
+            4,
+            "--output_file",
+            mask,
+        )
+    )
     used = mask_index(stream / "00-letter" / "mask.safetensors")
     found = mask_index(mask)
     assert {n: i.tolist() for n, i in found.items()} == {n: i.tolist() for n, i in used.items()}
-    succeeded(launch("deepspeed", 2, "eval_tasks.py", *shared, "--task_dir", material.tasks, "--tasks", "letter,text",
-                     "--output_file", scores))  # fmt: skip
+    succeeded(
+        launch(
+            "deepspeed",
+            2,
+            "eval_tasks.py",
+            *shared,
+            "--task_dir",
+            material.tasks,
+            "--tasks",
+            "letter,text",
+            "--output_file",
+            scores,
+        )
+    )
     before = json.loads((stream / "results.json").read_text())["matrix"]["loss"]["before"]
     assert list(json.loads(scores.read_text())["loss"].values()) == pytest.approx(before, rel=1e-5)

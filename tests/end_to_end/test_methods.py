@@ -26,9 +26,15 @@ def runs_of(material: Material, methods: tuple[str, ...], config: str, bf16: boo
             if bf16:
                 also |= {"bf16": True}
             flags = material.stream_flags(
-                name, method=method, deepspeed=CONFIGS / f"{config}.json", max_steps=2, max_eval_samples=2,
-                lora_dropout=0.0, ewc_lambda=1e3, **also,
-            )  # fmt: skip
+                name,
+                method=method,
+                deepspeed=CONFIGS / f"{config}.json",
+                max_steps=2,
+                max_eval_samples=2,
+                lora_dropout=0.0,
+                ewc_lambda=1e3,
+                **also,
+            )
             runs[name] = {"flags": flags, "stop": stop}
     return runs
 
@@ -49,8 +55,10 @@ def all_methods(material: Material, tmp_path_factory: pytest.TempPathFactory) ->
     """Every method at ZeRO-3 with stops, and at ZeRO-1 in bf16 and ZeRO-2."""
     every = (*SELECTIONS, *BASELINES)
     runs = runs_of(material, every, "zero2", False, True) | runs_of(material, every, "zero1", True, False)
-    return run_all(runs | runs_of(material, tuple(set(every) - set(FAST)), "zero3", False, False),
-                   tmp_path_factory.mktemp("methods_slow"))  # fmt: skip
+    return run_all(
+        runs | runs_of(material, tuple(set(every) - set(FAST)), "zero3", False, False),
+        tmp_path_factory.mktemp("methods_slow"),
+    )
 
 
 def finished(material: Material, results: Results, name: str) -> Path:

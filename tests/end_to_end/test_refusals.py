@@ -56,8 +56,11 @@ CASES = {
     "ratio-negative": Case("--mask_ratio=-0.1", r"--mask_ratio must be in \(0, 1\], got -0\.1"),
     "ratio-nan": Case("--mask_ratio nan", r"--mask_ratio must be in \(0, 1\], got nan"),
     "mask-missing": Case("--mask_file {base}/gone.safetensors", r"gone\.safetensors: no such file"),
-    "mask-of-another-model": Case("--mask_file {base}/deep.safetensors", r"'model\.layers\.2\..*', which this"
-                                  r" model does not have: it is a mask of another model"),
+    "mask-of-another-model": Case(
+        "--mask_file {base}/deep.safetensors",
+        r"'model\.layers\.2\..*', which this"
+        r" model does not have: it is a mask of another model",
+    ),
     "mask-of-another-shape": Case("--mask_file {base}/wide.safetensors", r"shape \[.*this model's is \[.*mask"),
     "mask-truncated": Case("--mask_file {base}/truncated.safetensors", r"truncated or damaged"),
     "mask-flipped-bit": Case("--mask_file {base}/flipped.safetensors", r"checksum does not match"),
@@ -96,8 +99,10 @@ CASES = {
     "folder-is-a-file": Case("--output_dir {base}/row.json", r"row\.json is a file, expected a folder"),
     "resume-another-run": Case("--output_dir {base}/taken --resume_from_checkpoint True", r"belongs to another run"),
     "resume-from-a-path": Case("--resume_from_checkpoint {base}/taken", r"expects True or False"),
-    "incomplete-accumulation": Case("--gradient_accumulation_steps 4 --max_steps -1",
-                                    r"6 rows make 6 micro-batches .* on 1 rank|6 rows make 3 micro-batches .* 2 ranks"),
+    "incomplete-accumulation": Case(
+        "--gradient_accumulation_steps 4 --max_steps -1",
+        r"6 rows make 6 micro-batches .* on 1 rank|6 rows make 3 micro-batches .* 2 ranks",
+    ),
     "model-missing": Case("--model_name_or_path {base}/gone", r"gone: no model can be loaded from there"),
     "model-without-tokenizer": Case("--model_name_or_path {base}/silent", r"silent: no tokenizer can be loaded"),
     "model-without-weights": Case("--model_name_or_path {base}/light", r"light: the folder holds no weights"),
@@ -113,12 +118,14 @@ CASES = {
     "no-data": Case("", r"no data: give --train_file F, or --task_dir D", "stream"),
     "select-without-output": Case("", r"select_mask\.py needs --train_file F and --output_file MASK", "select"),
     "select-seqft": Case("--method seqft --output_file {base}/out.m", r"--method seqft has no mask", "select"),
-    "select-deepspeed-missing": Case("--deepspeed {base}/gone.json --output_file {base}/out.m", r"no such file",
-                                     "select"),
+    "select-deepspeed-missing": Case(
+        "--deepspeed {base}/gone.json --output_file {base}/out.m", r"no such file", "select"
+    ),
     "eval-without-output": Case("", r"eval_tasks\.py needs .* and --output_file F", "eval"),
-    "eval-model-missing": Case("--model_name_or_path {base}/gone --output_file {base}/out.s", r"no model can be",
-                               "eval"),
-}  # fmt: skip
+    "eval-model-missing": Case(
+        "--model_name_or_path {base}/gone --output_file {base}/out.s", r"no model can be", "eval"
+    ),
+}
 # Told apart from a file and a stream given together, which has its own message.
 CASES["unknown-task"] = Case(CASES["unknown-task"].flags, CASES["unknown-task"].message, "stream")
 
@@ -222,23 +229,48 @@ def test_refused_runs_leave_no_file_behind(refused: dict[str, Any]) -> None:
     [
         ("deepspeed", 2, ["--mask_ratio", "1.5"], r"error: --mask_ratio must be in \(0, 1\], got 1\.5"),
         ("python", 1, ["--output_dir", "{base}/row.json"], r"error: --output_dir .*row\.json is a file, .*"),
-        pytest.param("deepspeed", 2, ["--gradient_accumulation_steps", "2"], r"error: task row: 6 rows make 3 .*",
-                     marks=pytest.mark.slow),
-        pytest.param("deepspeed", 1, ["--learnig_rate", "1"], r"error: unknown flag --learnig_rate\. Did you mean .*",
-                     marks=pytest.mark.slow),
-        pytest.param("deepspeed", 2, ["--model_name_or_path", "{base}/gone"], r"error: --model_name_or_path .*",
-                     marks=pytest.mark.slow),
+        pytest.param(
+            "deepspeed",
+            2,
+            ["--gradient_accumulation_steps", "2"],
+            r"error: task row: 6 rows make 3 .*",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "deepspeed",
+            1,
+            ["--learnig_rate", "1"],
+            r"error: unknown flag --learnig_rate\. Did you mean .*",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "deepspeed",
+            2,
+            ["--model_name_or_path", "{base}/gone"],
+            r"error: --model_name_or_path .*",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["ratio", "file", "accumulation", "flag", "model"],
-)  # fmt: skip
+)
 def test_a_launch_refuses_with_one_line_and_exit_code_2(
     tmp_path: Path, launcher: str, num_ranks: int, flags: list[str], message: str
 ) -> None:
     make_model_folder(tmp_path / "model")
     write_rows(tmp_path / "row.json", make_rows(1, 6, ("A", "B")))
     before = tree(tmp_path)
-    right = ["--deepspeed", CONFIGS / "zero3.json", "--model_name_or_path", tmp_path / "model", "--train_file",
-             tmp_path / "row.json", "--output_dir", tmp_path / "out", "--per_device_train_batch_size", 1]  # fmt: skip
+    right = [
+        "--deepspeed",
+        CONFIGS / "zero3.json",
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--train_file",
+        tmp_path / "row.json",
+        "--output_dir",
+        tmp_path / "out",
+        "--per_device_train_batch_size",
+        1,
+    ]
     run = launch(launcher, num_ranks, "train.py", *right, *(flag.format(base=tmp_path) for flag in flags))
     assert run.returncode == 2, run.stderr[-3000:]
     assert len(error_lines(run)) == 1

@@ -128,8 +128,10 @@ def test_delta_commands_take_the_base_to_the_final_model_and_back(
     main(["delta", "apply", str(material.base), str(stream), "--output", str(tmp_path / "out")])
     assert same_bits(weights(tmp_path / "out"), weights(stream / "01-text" / "model"))
     main(["delta", "revert", str(tmp_path / "out"), str(stream), "--output", str(tmp_path / "back")])
-    sha256 = [hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-              for folder in (material.base, tmp_path / "back")]  # fmt: skip
+    sha256 = [
+        hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        for folder in (material.base, tmp_path / "back")
+    ]
     assert sha256[0] == sha256[1]
 
 
@@ -196,8 +198,9 @@ def test_what_was_written_gives_the_scores_again(stream: Path) -> None:
     results = results_of(stream)
     matrix = results["matrix"]
     assert matrix["metrics"] == ["accuracy", "(BLEU-4 + ROUGE-L) / 2"]
-    for moment, row in zip(["before", *FOLDERS.values()], [matrix["score"]["before"], *matrix["score"]["after"]],
-                           strict=True):  # fmt: skip
+    for moment, row in zip(
+        ["before", *FOLDERS.values()], [matrix["score"]["before"], *matrix["score"]["after"]], strict=True
+    ):
         files = {path.stem: path for path in (stream / "predictions" / moment).iterdir()}
         assert {task: rescore(path)["score"] for task, path in files.items()} == {
             task: value for task, value in zip(FOLDERS, row, strict=True) if value is not None

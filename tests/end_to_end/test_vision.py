@@ -68,12 +68,24 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
 def flags(root: Path, name: str, **changes: object) -> list[str]:
     family, config, mode = RUNS[name]
     values = {
-        "deepspeed": CONFIGS / config, "model_name_or_path": root / family, "task_dir": root / "tasks",
-        "tasks": "colour,number", "update_mode": mode, "mask_ratio": 0.05, "max_steps": 2, "learning_rate": 1e-2,
-        "weight_decay": 0.1, "per_device_train_batch_size": 2, "importance_batch_size": 2, "save_model": "each",
-        "max_new_tokens": NEW_TOKENS, "per_device_eval_batch_size": 2, "dataloader_num_workers": 1,
-        "general_file": root / "tasks" / "colour" / "train.json", "output_dir": root / "out" / name,
-    }  # fmt: skip
+        "deepspeed": CONFIGS / config,
+        "model_name_or_path": root / family,
+        "task_dir": root / "tasks",
+        "tasks": "colour,number",
+        "update_mode": mode,
+        "mask_ratio": 0.05,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "per_device_train_batch_size": 2,
+        "importance_batch_size": 2,
+        "save_model": "each",
+        "max_new_tokens": NEW_TOKENS,
+        "per_device_eval_batch_size": 2,
+        "dataloader_num_workers": 1,
+        "general_file": root / "tasks" / "colour" / "train.json",
+        "output_dir": root / "out" / name,
+    }
     return as_flags({**values, **changes})
 
 
@@ -174,14 +186,42 @@ def test_the_embedded_base_questions_go_through_eval_and_select(root: Path) -> N
     write_task(BASE, root / "tasks" / "base", {"train": 8, "test": 4}, "base")
     model = ["--deepspeed", CONFIGS / "zero3.json", "--model_name_or_path", root / "qwen3-vl"]
     mask, scores = root / "whole.safetensors", root / "scores.json"
-    run = succeeded(launch("deepspeed", 2, "select_mask.py", *model, "--train_file", root / "tasks/base/train.json",
-                           "--mask_ratio", 0.2, "--eligible", "*visual.blocks.*", "--output_file", mask))  # fmt: skip
+    run = succeeded(
+        launch(
+            "deepspeed",
+            2,
+            "select_mask.py",
+            *model,
+            "--train_file",
+            root / "tasks/base/train.json",
+            "--mask_ratio",
+            0.2,
+            "--eligible",
+            "*visual.blocks.*",
+            "--output_file",
+            mask,
+        )
+    )
     sizes = {name: tensor.numel() for name, tensor in parameters(root / "qwen3-vl").items() if "visual.blocks." in name}
     assert f"--eligible makes {sum(sizes.values())} parameters in {len(sizes)} tensors eligible" in run.stderr
     assert [name for name in mask_index(mask) if "visual.blocks." in name]
     assert not [name for name in mask_index(mask) if "patch_embed" in name or "pos_embed" in name]
-    succeeded(launch("deepspeed", 2, "eval_tasks.py", *model, "--task_dir", root / "tasks", "--tasks", "base,number",
-                     "--max_new_tokens", 2, "--output_file", scores))  # fmt: skip
+    succeeded(
+        launch(
+            "deepspeed",
+            2,
+            "eval_tasks.py",
+            *model,
+            "--task_dir",
+            root / "tasks",
+            "--tasks",
+            "base,number",
+            "--max_new_tokens",
+            2,
+            "--output_file",
+            scores,
+        )
+    )
     assert json.loads(scores.read_text())["measures"]["base"].keys() == {"exact_match"}
 
 
@@ -200,16 +240,34 @@ def test_question_files_of_vqa_go_through_with_stand_in_images(root: Path, tmp_p
                 path = images / row["pic_path"].split("_")[1] / row["pic_path"]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 random_drawing(Random(path.name)).draw(24).save(path)
-    values = {"task_dir": SHARED / "vqa", "tasks": ",".join(tasks), "image_dir": images, "general_file": None,
-              "max_eval_samples": 4, "importance_batch_size": 100, "save_model": "last",
-              "output_dir": tmp_path / "out"}  # fmt: skip
+    values = {
+        "task_dir": SHARED / "vqa",
+        "tasks": ",".join(tasks),
+        "image_dir": images,
+        "general_file": None,
+        "max_eval_samples": 4,
+        "importance_batch_size": 100,
+        "save_model": "last",
+        "output_dir": tmp_path / "out",
+    }
     succeeded(launch("deepspeed", 2, "train.py", *flags(root, "qwen3-vl-zero3", **values)))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["finished"] == 3
     assert results["matrix"]["metrics"] == ["accuracy"] * 3
     assert None not in results["matrix"]["score"]["after"][2]
     scores = ["--task_dir", SHARED / "vqa", "--tasks", ",".join(tasks), "--image_dir", images, "--max_eval_samples", 4]
-    succeeded(launch("deepspeed", 2, "eval_tasks.py", "--deepspeed", CONFIGS / "zero3.json", "--model_name_or_path",
-                     tmp_path / "out" / "02-count" / "model", *scores, "--output_file",
-                     tmp_path / "scores.json"))  # fmt: skip
+    succeeded(
+        launch(
+            "deepspeed",
+            2,
+            "eval_tasks.py",
+            "--deepspeed",
+            CONFIGS / "zero3.json",
+            "--model_name_or_path",
+            tmp_path / "out" / "02-count" / "model",
+            *scores,
+            "--output_file",
+            tmp_path / "scores.json",
+        )
+    )
     assert json.loads((tmp_path / "scores.json").read_text())["score"].keys() == set(tasks)

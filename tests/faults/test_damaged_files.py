@@ -18,10 +18,15 @@ SEED = int(os.environ.get("PIECE_DS_SEED", "0"))
 
 # What no reader can tell from a good file: a newline less at the end, rows less, weights without a checksum.
 UNSEEN = {
-    ("statistics-index", "without-its-last-byte"), ("seal", "without-its-last-byte"), ("jsonl", "half"),
-    ("predictions", "without-its-last-byte"), ("predictions", "empty"), ("csv", "half"),
-    ("csv", "without-its-last-byte"), ("model", "zeros-for-its-last-quarter"),
-}  # fmt: skip
+    ("statistics-index", "without-its-last-byte"),
+    ("seal", "without-its-last-byte"),
+    ("jsonl", "half"),
+    ("predictions", "without-its-last-byte"),
+    ("predictions", "empty"),
+    ("csv", "half"),
+    ("csv", "without-its-last-byte"),
+    ("model", "zeros-for-its-last-quarter"),
+}
 
 
 @pytest.mark.parametrize("kind", READERS)

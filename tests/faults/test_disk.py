@@ -59,9 +59,9 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, kind: str) -
         limit = min(len(content) for content in before.values()) // 2
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if kind == "seal":  # the file that it seals is there already
-            from piece_ds.checkpoint.manifest import seal
+            from piece_ds.checkpoint.manifest import write_manifest
 
-            seal(path.parent)
+            write_manifest(path.parent)
         else:
             READERS[kind].make(path.parent)
 
@@ -85,9 +85,26 @@ def test_a_run_goes_on_after_its_disk_was_full(tmp_path: Path, disk: Callable[[s
     make_model_folder(tmp_path / "model")
     write_rows(tmp_path / "rows.json", make_rows(1, 32, ("A", "B")))
     full = disk("size=400k")
-    flags = ["--deepspeed", CONFIGS / "zero3.json", "--model_name_or_path", tmp_path / "model", "--train_file",
-             tmp_path / "rows.json", "--mask_ratio", "0.05", "--max_steps", "4", "--save_steps", "1",
-             "--max_eval_samples", "2", "--update_mode", "masked", "--max_new_tokens", "2"]  # fmt: skip
+    flags = [
+        "--deepspeed",
+        CONFIGS / "zero3.json",
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--train_file",
+        tmp_path / "rows.json",
+        "--mask_ratio",
+        "0.05",
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "1",
+        "--max_eval_samples",
+        "2",
+        "--update_mode",
+        "masked",
+        "--max_new_tokens",
+        "2",
+    ]
     run = launch("python", 1, "train.py", *flags, "--output_dir", full)
     assert run.returncode == 1, run.stderr[-3000:]
     assert len(error_lines(run)) == 1, run.stderr[-3000:]

@@ -35,28 +35,70 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 
 def torchrun(number: int, first: Host) -> tuple[list[str], dict[str, str]]:
-    return [str(PROGRAMS / "torchrun"), "--nnodes", "2", "--node_rank", str(number), "--nproc_per_node", "1",
-            "--master_addr", first.address, "--master_port", str(PORT)], {}  # fmt: skip
+    return [
+        str(PROGRAMS / "torchrun"),
+        "--nnodes",
+        "2",
+        "--node_rank",
+        str(number),
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        first.address,
+        "--master_port",
+        str(PORT),
+    ], {}
 
 
 def deepspeed(number: int, first: Host) -> tuple[list[str], dict[str, str]]:
-    return [str(PROGRAMS / "deepspeed"), "--no_ssh", "--node_rank", str(number), "--hostfile", "HOSTFILE",
-            "--master_addr", first.address, "--master_port", str(PORT)], {}  # fmt: skip
+    return [
+        str(PROGRAMS / "deepspeed"),
+        "--no_ssh",
+        "--node_rank",
+        str(number),
+        "--hostfile",
+        "HOSTFILE",
+        "--master_addr",
+        first.address,
+        "--master_port",
+        str(PORT),
+    ], {}
 
 
 def accelerate(number: int, first: Host) -> tuple[list[str], dict[str, str]]:
     """--multi_gpu is its word for one process a rank."""
-    return [str(PROGRAMS / "accelerate"), "launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2",
-            "--machine_rank", str(number), "--main_process_ip", first.address, "--main_process_port", str(PORT),
-            "--mixed_precision", "no", "--dynamo_backend", "no"], {}  # fmt: skip
+    return [
+        str(PROGRAMS / "accelerate"),
+        "launch",
+        "--multi_gpu",
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "2",
+        "--machine_rank",
+        str(number),
+        "--main_process_ip",
+        first.address,
+        "--main_process_port",
+        str(PORT),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ], {}
 
 
 def srun(number: int, first: Host) -> tuple[list[str], dict[str, str]]:
     """What launch/slurm.sbatch makes of srun's variables: torch's, in the task's own shell."""
     script = (ROOT / "launch" / "slurm.sbatch").read_text()
     inner = script.partition("bash -c '")[2].partition("' bash ")[0]
-    return ["bash", "-c", inner, "bash"], {"SLURM_PROCID": str(number), "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
-                                           "MASTER_ADDR": first.address, "MASTER_PORT": str(PORT)}  # fmt: skip
+    return ["bash", "-c", inner, "bash"], {
+        "SLURM_PROCID": str(number),
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": "0",
+        "MASTER_ADDR": first.address,
+        "MASTER_PORT": str(PORT),
+    }
 
 
 LAUNCHERS = {"torchrun": torchrun, "deepspeed": deepspeed, "accelerate": accelerate, "srun": srun}

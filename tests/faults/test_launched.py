@@ -17,10 +17,28 @@ def launch_and_signal(folder: Path, launcher: str, num_ranks: int, to_rank: int 
     """Start a long task, signal a rank (None: the launcher) after its first checkpoint; (exit code, stderr)."""
     make_model_folder(folder / "model")
     write_rows(folder / "rows.json", make_rows(1, 64, ("A", "B")))
-    flags = ["--deepspeed", CONFIGS / "zero2.json", "--model_name_or_path", folder / "model", "--train_file",
-             folder / "rows.json", "--mask_ratio", "0.05", "--max_steps", "5000", "--save_steps", "3",
-             "--save_total_limit", "1", "--max_eval_samples", "2", "--max_new_tokens", "2",
-             "--output_dir", folder / "out"]  # fmt: skip
+    flags = [
+        "--deepspeed",
+        CONFIGS / "zero2.json",
+        "--model_name_or_path",
+        folder / "model",
+        "--train_file",
+        folder / "rows.json",
+        "--mask_ratio",
+        "0.05",
+        "--max_steps",
+        "5000",
+        "--save_steps",
+        "3",
+        "--save_total_limit",
+        "1",
+        "--max_eval_samples",
+        "2",
+        "--max_new_tokens",
+        "2",
+        "--output_dir",
+        folder / "out",
+    ]
     with open(folder / "stderr", "w") as errors:
         process = subprocess.Popen(
             command_line(launcher, num_ranks, "train.py", *flags), env=environment(), stdout=errors, stderr=errors

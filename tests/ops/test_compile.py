@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from piece_ds.ops.recipes import CSRC, RECIPES
+from piece_ds.ops.build_specs import BUILD_SPECS, CSRC
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -33,7 +33,13 @@ def assert_exact(ptx: str, what: str) -> None:
 
 def compile_cuda(source: Path, architecture: int, folder: Path) -> tuple[str, str]:
     """(PTX, what ptxas reports) of a .cu file."""
-    arguments = [NVCC, *RECIPES["cuda"].nvcc_args, "-std=c++17", f"-I{CSRC / 'include'}", f"-arch=sm_{architecture}"]
+    arguments = [
+        NVCC,
+        *BUILD_SPECS["cuda"].nvcc_args,
+        "-std=c++17",
+        f"-I{CSRC / 'include'}",
+        f"-arch=sm_{architecture}",
+    ]
     arguments += ["-Xptxas", "-v", "-Werror", "all-warnings", "--keep", f"--keep-dir={folder}", "-cubin", str(source)]
     done = subprocess.run(
         [*arguments, "-o", str(folder / f"{source.stem}.cubin")], capture_output=True, text=True, timeout=600
@@ -80,7 +86,7 @@ def test_bindings_compile_against_the_stable_abi() -> None:
     described = subprocess.run([NVCC, "-E", "-v", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
     toolkit = Path(re.findall("TOP=(.*)", described)[0].strip()) / "include"
     includes = [CSRC / "include", Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"], toolkit]
-    arguments = [*RECIPES["cuda"].cxx_args, "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only"]
+    arguments = [*BUILD_SPECS["cuda"].cxx_args, "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only"]
     arguments += ["-DTORCH_EXTENSION_NAME=piece_ds_cuda", f"-I{includes[0]}"]
     for folder in includes[1:]:
         arguments += ["-isystem", str(folder)]

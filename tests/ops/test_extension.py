@@ -20,8 +20,14 @@ def python(code: str, **environment: str) -> subprocess.Popen[str]:
     for name in ("PIECE_DS_BACKEND", "PIECE_DS_ISA"):
         if not environment.get(name):
             environment.pop(name, None)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=environment, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
 
 
 def result(process: subprocess.Popen[str]) -> str:

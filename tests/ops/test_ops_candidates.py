@@ -120,9 +120,15 @@ def test_select_above_takes_the_k_highest(n: int, case: str, with_sum: bool, sha
 
 @pytest.mark.parametrize(
     ("key", "num_ties", "want"),
-    [(-1, 0, [0, 1, 2, 3]), (0, 0, [1, 2, 3]), (0, 1, [0, 1, 2, 3]), (0x7F800000, 9, [3]), (0x7F800001, 9, []),
-     (0x7FFFFFFF, 9, [])],
-)  # fmt: skip
+    [
+        (-1, 0, [0, 1, 2, 3]),
+        (0, 0, [1, 2, 3]),
+        (0, 1, [0, 1, 2, 3]),
+        (0x7F800000, 9, [3]),
+        (0x7F800001, 9, []),
+        (0x7FFFFFFF, 9, []),
+    ],
+)
 def test_select_above_at_the_ends_of_the_keys(key: int, num_ties: int, want: list[int]) -> None:
     score = torch.tensor([0.0, 1e-45, 1.0, float("inf")])
     assert ops.select_above(None, score, 1.0, key, num_ties).tolist() == want

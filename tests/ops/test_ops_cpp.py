@@ -71,8 +71,9 @@ def sampled_gradient() -> list[Tensor]:
 def sparse_adamw() -> list[Tensor]:
     out = [*(values(K, seed=seed).nan_to_num(1.0, 1.0, 1.0).abs() for seed in range(4)), torch.zeros(N).bfloat16()]
     ops.sparse_adamw_(*out, INDEX, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=2)
-    ops.sparse_adamw_(*out, INDEX, lr=1e-6, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=3,
-                      weight_holds_value=True)  # fmt: skip
+    ops.sparse_adamw_(
+        *out, INDEX, lr=1e-6, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=3, weight_holds_value=True
+    )
     return out
 
 
@@ -130,8 +131,9 @@ def test_a_position_outside_is_found_before_anything_is_written() -> None:
         with pytest.raises(RuntimeError, match=rf"position outside \[0, {N}\)"):
             ops.apply_mask_(grad, index)
         with pytest.raises(RuntimeError, match="position outside"):
-            ops.sparse_adamw_(*[value] * 4, grad, index,
-                              lr=1.0, beta1=0.9, beta2=0.9, eps=1.0, weight_decay=0.0, step=1)  # fmt: skip
+            ops.sparse_adamw_(
+                *[value] * 4, grad, index, lr=1.0, beta1=0.9, beta2=0.9, eps=1.0, weight_decay=0.0, step=1
+            )
         with pytest.raises(RuntimeError, match="position outside"):
             ops.gather_add_(grad, index, 1.0, value)
         assert grad.eq(1.0).all()
@@ -154,7 +156,7 @@ def test_a_position_outside_is_found_before_anything_is_written() -> None:
         (lambda x: ops.score_histogram_(count(), None, x, 1.0, 0, 0, 0, 0, 4), "run >= 1"),
         (lambda x: ops.sampled_gradient_(x[None], x[None].half(), count(), 1.0, x[:1]), "the same dtype"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(call: Callable[[Tensor], object], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         call(torch.ones(9))

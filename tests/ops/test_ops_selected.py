@@ -194,16 +194,37 @@ def test_sparse_adamw_follows_torch_for_50_steps() -> None:
     for step in range(1, 51):
         parameter.grad = torch.randn(k, generator=generator)
         optimizer.step()
-        ops.sparse_adamw_(parameter.grad, value, exp_avg, exp_avg_sq, weight, index,
-                          lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=step)  # fmt: skip
+        ops.sparse_adamw_(
+            parameter.grad,
+            value,
+            exp_avg,
+            exp_avg_sq,
+            weight,
+            index,
+            lr=1e-2,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.1,
+            step=step,
+        )
     torch.testing.assert_close(value, parameter.detach(), rtol=1e-5, atol=1e-6)
     assert torch.equal(weight[index], value)
 
 
 def adamw_call(index: Tensor) -> None:
     k = index.numel()
-    ops.sparse_adamw_(*(torch.ones(k) for _ in range(4)), torch.ones(8), index,
-                      lr=1.0, beta1=0.9, beta2=0.9, eps=1.0, weight_decay=0.0, step=1)  # fmt: skip
+    ops.sparse_adamw_(
+        *(torch.ones(k) for _ in range(4)),
+        torch.ones(8),
+        index,
+        lr=1.0,
+        beta1=0.9,
+        beta2=0.9,
+        eps=1.0,
+        weight_decay=0.0,
+        step=1,
+    )
 
 
 @pytest.mark.parametrize("position", [8, -9, 1 << 40])

@@ -36,9 +36,19 @@ def arguments(op: str, n: int) -> tuple:
         "gather_add_": (x.bfloat16(), index, 0.5, torch.zeros(k)),
         "sampled_gradient_": (torch.ones(5, 1), x.repeat(5, 1), index, 0.5, torch.zeros(k)),
         "sparse_adamw_": (
-            *(torch.ones(k) for _ in range(4)), x.bfloat16(), index, 1.0, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1, True,
+            *(torch.ones(k) for _ in range(4)),
+            x.bfloat16(),
+            index,
+            1.0,
+            1e-3,
+            0.9,
+            0.999,
+            1e-8,
+            0.1,
+            1,
+            True,
         ),
-    }[op]  # fmt: skip
+    }[op]
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -71,23 +71,43 @@ RESUMED |= {
     "fp16-stage2": Setup(2, "fp16"),
     "fp16-stage3": Setup(3, "fp16"),
 }
-FULL = ("stage0", "stage1", "stage2", "stage3", "bf16-stage3-fp32-accumulation", "stage3-offload-all",
-        "stage3-hpz")  # fmt: skip
+FULL = ("stage0", "stage1", "stage2", "stage3", "bf16-stage3-fp32-accumulation", "stage3-offload-all", "stage3-hpz")
 
 # What the fast tests run, of all of the above and of update_cases: every stage, wrapper, offload and precision once.
 FAST = {
-    "stage0", "stage1-offload", "stage2", "stage2-round-robin", "stage2-two-groups", "stage3", "stage3-hpz",
-    "stage3-offload-all", "bf16-stage0", "bf16-stage1-bf16-optimizer-two-groups", "bf16-stage2-fp32-accumulation",
-    "bf16-stage3-fp32-accumulation", "bf16-stage3-offload-fp32-accumulation", "fp16-stage2-offload",
-    "fp16-stage2-overflow", "fp16-stage3-overflow",
-}  # fmt: skip
+    "stage0",
+    "stage1-offload",
+    "stage2",
+    "stage2-round-robin",
+    "stage2-two-groups",
+    "stage3",
+    "stage3-hpz",
+    "stage3-offload-all",
+    "bf16-stage0",
+    "bf16-stage1-bf16-optimizer-two-groups",
+    "bf16-stage2-fp32-accumulation",
+    "bf16-stage3-fp32-accumulation",
+    "bf16-stage3-offload-fp32-accumulation",
+    "fp16-stage2-offload",
+    "fp16-stage2-overflow",
+    "fp16-stage3-overflow",
+}
 FAST_WHOLE = {
-    "llama-stage0", "neox-stage2-offload", "bf16-qwen3-stage3", "reentrant-checkpointing-llama-stage3",
-    "non-reentrant-checkpointing-qwen3-stage2", "bf16-neox-stage1-bf16-optimizer",
-}  # fmt: skip
+    "llama-stage0",
+    "neox-stage2-offload",
+    "bf16-qwen3-stage3",
+    "reentrant-checkpointing-llama-stage3",
+    "non-reentrant-checkpointing-qwen3-stage2",
+    "bf16-neox-stage1-bf16-optimizer",
+}
 FAST_SAMPLED = {
-    "llama-stage3-all-persistent", "neox-stage2", "gpt2-stage3", "bf16-qwen3-stage3",
-    "reentrant-checkpointing-llama-stage3", "non-reentrant-checkpointing-qwen3-stage2", "qwen3-stage3-offload-all",
-}  # fmt: skip
+    "llama-stage3-all-persistent",
+    "neox-stage2",
+    "gpt2-stage3",
+    "bf16-qwen3-stage3",
+    "reentrant-checkpointing-llama-stage3",
+    "non-reentrant-checkpointing-qwen3-stage2",
+    "qwen3-stage3-offload-all",
+}
 FAST_RESUMED = {"stage0", "stage2-offload", "bf16-stage3-fp32-accumulation"}
 FAST_FULL = {"stage3-hpz"}

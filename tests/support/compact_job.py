@@ -114,10 +114,15 @@ def both_modes(case: Whole, selected_gradient: str = "dense") -> dict[str, Any]:
         leftover = [name for name, param in model.named_parameters() if param.grad is not None]
         update.detach()
         result[mode] = {
-            "initial": initial, "final": whole_weights(engine), "index": mask.whole(), "norms": norms,
-            "optimised": optimised, "frozen": frozen, "leftover": leftover,
+            "initial": initial,
+            "final": whole_weights(engine),
+            "index": mask.whole(),
+            "norms": norms,
+            "optimised": optimised,
+            "frozen": frozen,
+            "leftover": leftover,
             "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()} == start,
-        }  # fmt: skip
+        }
         engine.destroy()
     return result
 
@@ -172,8 +177,14 @@ def resume(folder: Path, setup: Setup) -> dict[str, Any]:
     engine.load_checkpoint(str(folder))
     attach(engine, mask_of(engine))
     result["loaded, then attached"] = outcome(engine)
-    largest = max((tensor.numel() for path in folder.rglob("*_states.pt") for tensor in tensors_in(torch.load(
-        path, weights_only=False))), default=0)  # fmt: skip
+    largest = max(
+        (
+            tensor.numel()
+            for path in folder.rglob("*_states.pt")
+            for tensor in tensors_in(torch.load(path, weights_only=False))
+        ),
+        default=0,
+    )
     return {**result, "largest": largest}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from piece_ds.ops.recipes import CSRC, RECIPES
+from piece_ds.ops.build_specs import BUILD_SPECS, CSRC
 from piece_ds.ops.schema import SCHEMAS
 
 NAMESPACE = "piece_ds_emulated"
@@ -69,7 +69,7 @@ def build(folder: Path) -> Path:
         target.parent.mkdir(exist_ok=True)
         target.write_text(rewritten(path) if path.suffix in (".cu", ".cpp") else path.read_text(encoding="utf-8"))
     torch_folder = Path(torch.__file__).parent
-    arguments = ["c++", *RECIPES["cuda"].cxx_args, "-O1", "-std=c++17", "-fPIC", "-fvisibility=default", *SANITIZE]
+    arguments = ["c++", *BUILD_SPECS["cuda"].cxx_args, "-O1", "-std=c++17", "-fPIC", "-fvisibility=default", *SANITIZE]
     arguments += [f"-I{folder / 'include'}", f"-I{SUPPORT}", f"-I{CSRC / 'include'}", "-DTORCH_EXTENSION_NAME=emulated"]
     arguments += ["-isystem", str(torch_folder / "include"), "-isystem", sysconfig.get_paths()["include"], "-w"]
     sources = [*sorted(folder.glob("cuda/*.cu")), folder / "bind" / "cuda.cpp"]

@@ -85,8 +85,9 @@ def whole_masters(engine: Any) -> dict[str, Tensor]:
             masters = [m for group in engine.optimizer.fp32_groups for m in group]
             params = [p for group in engine.optimizer.fp16_groups for p in group]
             of = {id(p): m for p, m in zip(params, masters, strict=True)}
-            return {n: of[id(p)].detach().reshape(-1).clone() for n, p in engine.module.named_parameters()
-                    if id(p) in of}  # fmt: skip
+            return {
+                n: of[id(p)].detach().reshape(-1).clone() for n, p in engine.module.named_parameters() if id(p) in of
+            }
         values = selected_values(engine.module)
         return whole_weights(engine) if values is None else {PARAMETER_NAME: values.values.detach().clone()}
     if getattr(engine.optimizer, "round_robin_gradients", False):

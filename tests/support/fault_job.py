@@ -41,8 +41,12 @@ def stopped_by(material: Material, name: str) -> dict[str, Any]:
     flags = flags_of(material, "compact-3", name)
     stopped = live(flags, Kill(rank, when=MOMENTS[moment][0]), signum=getattr(signal, name))
     resumed = live([*flags, *RESUME])
-    return {"codes": stopped.codes, "log": stopped.log, "resumed": _shown(resumed),
-            "different": differences(expected, contents(material.out(name)))}  # fmt: skip
+    return {
+        "codes": stopped.codes,
+        "log": stopped.log,
+        "resumed": _shown(resumed),
+        "different": differences(expected, contents(material.out(name))),
+    }
 
 
 def gone_on(material: Material, name: str) -> dict[str, Any]:

@@ -40,8 +40,9 @@ def read_rows(path: Path, model_folder: Path) -> list[Row]:
 
 def mean_loss(model: nn.Module, rows: Iterable[Row]) -> Tensor:
     """Nats per answer token over rows, one row at a time, without padding."""
-    losses = [cross_entropy(model(ids).logits[0, begin - 1 : -1], ids[0, begin:], reduction="none")
-              for ids, begin in rows]  # fmt: skip
+    losses = [
+        cross_entropy(model(ids).logits[0, begin - 1 : -1], ids[0, begin:], reduction="none") for ids, begin in rows
+    ]
     return torch.cat(losses).mean()
 
 

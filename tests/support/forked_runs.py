@@ -172,8 +172,13 @@ def _be_rank(
         log = os.open(place / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks),
-                       "MASTER_ADDR": first, "MASTER_PORT": str(port or 29999)}  # fmt: skip
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": first,
+            "MASTER_PORT": str(port or 29999),
+        }
         folder = Path(flags[flags.index("--output_dir") + 1]).resolve()
         count = _count_changes(folder, kill.change if kill and kill.rank == rank else None)
         code = _train(rank, num_ranks, flags, place if port is None else None)

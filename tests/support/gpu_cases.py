@@ -221,8 +221,10 @@ def assert_same(got: Tensor, want: Tensor, what: str) -> None:
         wrong = ((got.view(bits) != want.view(bits)) & ~both_nan).flatten().nonzero().flatten()
     if wrong.numel():
         first = int(wrong[0])
-        raise AssertionError(f"{what}: {wrong.numel()} of {want.numel()} differ, the first at {first}: "
-                             f"{got.flatten()[first]} instead of {want.flatten()[first]}")  # fmt: skip
+        raise AssertionError(
+            f"{what}: {wrong.numel()} of {want.numel()} differ, the first at {first}: "
+            f"{got.flatten()[first]} instead of {want.flatten()[first]}"
+        )
 
 
 def assert_candidates(got: list[Tensor], want: list[Tensor]) -> None:

@@ -58,8 +58,20 @@ def hosts(num: int) -> Iterator[list[Host]]:
         _ip("-n", switch, "link", "set", "bridge0", "up")
         for number, host in enumerate(made):
             _ip("netns", "add", host.namespace)
-            _ip("-n", switch, "link", "add", f"port{number}", "type", "veth", "peer", "name", INTERFACE,
-                "netns", host.namespace)  # fmt: skip
+            _ip(
+                "-n",
+                switch,
+                "link",
+                "add",
+                f"port{number}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                INTERFACE,
+                "netns",
+                host.namespace,
+            )
             _ip("-n", switch, "link", "set", f"port{number}", "master", "bridge0", "up")
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", INTERFACE)
             _ip("-n", host.namespace, "link", "set", INTERFACE, "up")

@@ -35,9 +35,17 @@ def flags_of(material: Material, kind: str, name: str) -> list[str]:
     changes = dict(KINDS[kind])
     zero = changes.pop("zero", 3)
     changes |= {"deepspeed": Path(__file__).parents[2] / "ds_configs" / f"zero{zero}.json"}
-    changes |= {"max_steps": 4, "save_steps": 1, "statistics_save_steps": 2, "importance_batch_size": 1,
-                "train_sampling_strategy": None, "lr_scheduler_type": "linear",
-                "max_eval_samples": 2, "max_new_tokens": 2, "max_new_tokens_text": 2}  # fmt: skip
+    changes |= {
+        "max_steps": 4,
+        "save_steps": 1,
+        "statistics_save_steps": 2,
+        "importance_batch_size": 1,
+        "train_sampling_strategy": None,
+        "lr_scheduler_type": "linear",
+        "max_eval_samples": 2,
+        "max_new_tokens": 2,
+        "max_new_tokens_text": 2,
+    }
     return material.stream_flags(name, **changes)
 
 
@@ -45,13 +53,20 @@ def contents(folder: Path) -> dict[str, Any]:
     """All that a run leaves behind and that must not depend on interruptions."""
     results = json.loads((folder / "results.json").read_text())
     kept = {key: results[key] for key in ("matrix", "masks", "overlaps", "measures", "notes", "finished")}
-    texts = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.jsonl")
-             if path.parent.parent.name == "predictions"}  # fmt: skip
+    texts = {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*.jsonl")
+        if path.parent.parent.name == "predictions"
+    }
     tensors = {str(path.relative_to(folder)): load_file(path) for path in folder.rglob("*.safetensors")}
-    rows = {str(path.relative_to(folder)): [json.loads(line) for line in path.read_text().splitlines()]
-            for path in folder.glob("*/metrics.jsonl")}  # fmt: skip
-    logged = {name: [(row["step"], row["loss"], row["grad_norm"]) for row in of_task if "loss" in row]
-              for name, of_task in rows.items()}  # fmt: skip
+    rows = {
+        str(path.relative_to(folder)): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in folder.glob("*/metrics.jsonl")
+    }
+    logged = {
+        name: [(row["step"], row["loss"], row["grad_norm"]) for row in of_task if "loss" in row]
+        for name, of_task in rows.items()
+    }
     return {"results": kept, "logged": logged, "texts": texts, "tensors": tensors, "tree": tree(folder)}
 
 

@@ -28,10 +28,19 @@ def make_model_folder(
 ) -> Path:
     """A Llama of bytes with its tokenizer. Large initial weights, so that gradients differ."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=hidden_size, intermediate_size=48,
-                         num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=256, initializer_range=0.1,
-                         bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     make_tokenizer(256).save_pretrained(folder)
     return folder
@@ -67,8 +76,13 @@ def launch(launcher: str, num_ranks: int, script: str, *flags: object) -> subpro
     """Run launch/SCRIPT under 'deepspeed', 'torchrun' or plain 'python' and wait for it."""
     return subprocess.run(
         command_line(launcher, num_ranks, script, *flags),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
 
 
 def command_line(launcher: str, num_ranks: int, script: str, *flags: object) -> list[str]:

@@ -37,9 +37,14 @@ def make_model(family: str, dropout: float = 0.0) -> nn.Module:
         return Qwen3ForCausalLM(config).train()
     if family == "gemma2":
         config = Gemma2Config(
-            hidden_size=35, intermediate_size=41, tie_word_embeddings=True, query_pre_attn_scalar=4, sliding_window=8,
-            **heads, **shared,
-        )  # fmt: skip
+            hidden_size=35,
+            intermediate_size=41,
+            tie_word_embeddings=True,
+            query_pre_attn_scalar=4,
+            sliding_window=8,
+            **heads,
+            **shared,
+        )
         return Gemma2ForCausalLM(config).train()
     if family == "neox":
         config = GPTNeoXConfig(
@@ -54,10 +59,17 @@ def make_model(family: str, dropout: float = 0.0) -> nn.Module:
     if family == "gpt2":  # its linear layers keep their weights transposed
         return GPT2LMHeadModel(
             GPT2Config(
-                n_embd=35, n_head=5, n_layer=2, n_positions=64, vocab_size=VOCAB, initializer_range=0.2,
-                attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout,
+                n_embd=35,
+                n_head=5,
+                n_layer=2,
+                n_positions=64,
+                vocab_size=VOCAB,
+                initializer_range=0.2,
+                attn_pdrop=dropout,
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
             )
-        ).train()  # fmt: skip
+        ).train()
     if family == "branches":
         return Branches()
     if family in vision.FAMILIES:
@@ -98,8 +110,9 @@ def make_micro_batches(family: str = "llama", num: int = NUM_MICRO_BATCHES) -> l
         return vision.vision_micro_batches(family, num)
     generator = torch.Generator().manual_seed(5)
     if family == "branches":
-        return [{"x": torch.randn(3, 5, generator=generator), "use_optional": torch.tensor(b % 3 == 1)}
-                for b in range(num)]  # fmt: skip
+        return [
+            {"x": torch.randn(3, 5, generator=generator), "use_optional": torch.tensor(b % 3 == 1)} for b in range(num)
+        ]
     batches = []
     for b in range(num):
         length, padding = 5 + 3 * (b % 4), 1 + b % 3

@@ -43,5 +43,12 @@ CASES |= {
     for stage in (1, 2, 3)
 }
 
-FAST = ("masked-stage0", "masked-bf16-stage2", "masked-stage3", "masked-fp16-stage3-overflow", "compact-bf16-stage1",
-        "compact-bf16-stage3", "plain-stage0")  # fmt: skip
+FAST = (
+    "masked-stage0",
+    "masked-bf16-stage2",
+    "masked-stage3",
+    "masked-fp16-stage3-overflow",
+    "compact-bf16-stage1",
+    "compact-bf16-stage3",
+    "plain-stage0",
+)

@@ -11,7 +11,7 @@ from torch import Tensor
 from piece_ds.update.attach import attach, prepare_compact
 from piece_ds.zero.statistics import collect_statistics
 from piece_ds.zero.step_watch import StepWatch
-from piece_ds.zero.supported import open_door
+from piece_ds.zero.supported import adapter_for
 from support.engines import adamw, make_engine, whole_weights
 from support.jobs import Results, collect_case, finish, start
 from support.models import make_micro_batches, make_model
@@ -38,7 +38,7 @@ def run(case: Poisoned) -> dict[str, Any]:
         prepare_compact(model, num_selected=NUM_SELECTED)
     engine = make_engine(model, case.setup, adamw(model), ACCUMULATION, CLIP)
     update = attach(engine, mask_of(engine), selected_gradient="dense") if case.mode != "plain" else None
-    watch = update.watch if update is not None else StepWatch(open_door(engine))
+    watch = update.watch if update is not None else StepWatch(adapter_for(engine))
     remove = [] if update is not None else watch.install()
     states, faults = [state_of(engine)], []
     for step in range(3):

@@ -48,8 +48,9 @@ def top_k(scores: Arrays, k: int) -> set[tuple[str, int]]:
 class SelectedAdamW:
     """AdamW on nothing but the selected entries of a model, which are copied out, stepped by torch, and copied back."""
 
-    def __init__(self, model: nn.Module, index: dict[str, Tensor], lr: float, weight_decay: Callable[[str], float],
-                 clip: float) -> None:  # fmt: skip
+    def __init__(
+        self, model: nn.Module, index: dict[str, Tensor], lr: float, weight_decay: Callable[[str], float], clip: float
+    ) -> None:
         self.model, self.index, self.clip = model, index, clip
         params = dict(model.named_parameters())
         self.values = {n: nn.Parameter(params[n].detach().float().view(-1)[i]) for n, i in index.items()}

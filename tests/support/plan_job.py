@@ -28,19 +28,26 @@ HIDDEN = 128
 SETTINGS = {
     f"zero{zero}-{dtype}{'-offload' if offload else ''}{'-all' if offload_param else ''}": Setting(
         update_mode="masked",
-        world=NUM_RANKS, zero=zero, dtype=dtype, ratio=RATIO, accumulation=ACCUMULATION, offload_optimizer=offload,
-        offload_param=offload_param)
+        world=NUM_RANKS,
+        zero=zero,
+        dtype=dtype,
+        ratio=RATIO,
+        accumulation=ACCUMULATION,
+        offload_optimizer=offload,
+        offload_param=offload_param,
+    )
     for zero in (0, 1, 2, 3)
     for dtype in ("fp32", "bf16")
     for offload, offload_param in ((False, False), (True, False), (True, True))
     if zero >= (3 if offload_param else 2 if offload else 0) and not (offload and dtype == "fp32")
-}  # fmt: skip
+}
 
 SETTINGS |= {
-    f"compact{zero}-{dtype}": Setting(world=NUM_RANKS, zero=zero, dtype=dtype, ratio=RATIO, accumulation=ACCUMULATION,
-                                      update_mode="compact")
+    f"compact{zero}-{dtype}": Setting(
+        world=NUM_RANKS, zero=zero, dtype=dtype, ratio=RATIO, accumulation=ACCUMULATION, update_mode="compact"
+    )
     for zero, dtype in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (3, "fp32"))
-}  # fmt: skip
+}
 
 _COLLECTIVES = {
     "all_reduce": "all-reduce",
@@ -54,8 +61,14 @@ _sent: Counter[str] = Counter()
 def make_plan_model() -> nn.Module:
     """Large beside what does not scale with it (norms, buckets), small beside a second of CPU."""
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, vocab_size=512)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
     model = LlamaForCausalLM(config)
     freeze_ineligible(model)
     return model
@@ -123,11 +136,19 @@ def config_of(setting: Setting) -> dict[str, Any]:
     suffix = "_offload_all" if setting.offload_param else "_offload" if setting.offload_optimizer else ""
     config = json.loads((CONFIGS / f"zero{setting.zero}{suffix}.json").read_text())
     del config["train_batch_size"], config["fp16"]
-    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": ACCUMULATION,
-               "gradient_clipping": 1.0, "bf16": {"enabled": setting.dtype == "bf16"},
-               "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}  # fmt: skip
-    values = {"reduce_bucket_size": HIDDEN**2, "stage3_prefetch_bucket_size": int(0.9 * HIDDEN**2),
-              "stage3_param_persistence_threshold": 10 * HIDDEN}  # fmt: skip
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": setting.dtype == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    values = {
+        "reduce_bucket_size": HIDDEN**2,
+        "stage3_prefetch_bucket_size": int(0.9 * HIDDEN**2),
+        "stage3_param_persistence_threshold": 10 * HIDDEN,
+    }
     zero = config["zero_optimization"]
     config["zero_optimization"] = {k: values[k] if v == "auto" else v for k, v in zero.items()}
     return config

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from piece_ds.checkpoint.delta_file import load_previous, save_delta
-from piece_ds.checkpoint.manifest import seal, verify_seal
+from piece_ds.checkpoint.manifest import verify_manifest, write_manifest
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.checkpoint.selected_file import load_selected_state, save_selected_state
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
@@ -103,33 +103,45 @@ def _known(folder: Path) -> object:
 
 def _seal(folder: Path) -> None:
     (folder / "one.bin").write_bytes(bytes(range(200)))
-    seal(folder)
+    write_manifest(folder)
 
 
 READERS: dict[str, Reader] = {
-    "mask": Reader("mask.safetensors", lambda f: save_mask(f / "mask.safetensors", MASK),
-                   lambda f: load_mask(f / "mask.safetensors", LAYOUT)),
+    "mask": Reader(
+        "mask.safetensors",
+        lambda f: save_mask(f / "mask.safetensors", MASK),
+        lambda f: load_mask(f / "mask.safetensors", LAYOUT),
+    ),
     "delta": Reader("delta.safetensors", _delta, lambda f: open_delta(f / "delta.safetensors")),
     "previous": Reader("delta.safetensors", _delta, lambda f: load_previous(f / "delta.safetensors", MASK)),
-    "statistics": Reader("statistics-00000-of-00001.safetensors", _statistics,
-                         lambda f: load_statistics(f, LAYOUT, needs_sum=True)),
+    "statistics": Reader(
+        "statistics-00000-of-00001.safetensors", _statistics, lambda f: load_statistics(f, LAYOUT, needs_sum=True)
+    ),
     "statistics-index": Reader("statistics.json", _statistics, lambda f: load_statistics(f, LAYOUT, needs_sum=True)),
-    "selected": Reader("selected.safetensors", _selected,
-                       lambda f: load_selected_state(f / "selected.safetensors", MASK)),
-    "sealed-file": Reader("one.bin", _seal, verify_seal, sealed=True),
-    "seal": Reader("SHA256SUMS", _seal, verify_seal),
+    "selected": Reader(
+        "selected.safetensors", _selected, lambda f: load_selected_state(f / "selected.safetensors", MASK)
+    ),
+    "sealed-file": Reader("one.bin", _seal, verify_manifest, sealed=True),
+    "seal": Reader("SHA256SUMS", _seal, verify_manifest),
     "model": Reader("part.safetensors", _model_index, _known),
     "model-index": Reader("model.safetensors.index.json", _model_index, _known),
     "results": Reader("results.json", _results, lambda f: read_results(f / "results.json")),
-    "predictions": Reader("p.jsonl", lambda f: write_predictions(f / "p.jsonl", ["a"], ["b"], ["c"]),
-                          lambda f: read_predictions(f / "p.jsonl")),
-    "json": Reader("rows.json", lambda f: (f / "rows.json").write_text(json.dumps(ROWS)),
-                   lambda f: load_rows(str(f / "rows.json"))),
-    "jsonl": Reader("rows.jsonl", lambda f: (f / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS))),
-                    lambda f: load_rows(str(f / "rows.jsonl"))),
+    "predictions": Reader(
+        "p.jsonl",
+        lambda f: write_predictions(f / "p.jsonl", ["a"], ["b"], ["c"]),
+        lambda f: read_predictions(f / "p.jsonl"),
+    ),
+    "json": Reader(
+        "rows.json", lambda f: (f / "rows.json").write_text(json.dumps(ROWS)), lambda f: load_rows(str(f / "rows.json"))
+    ),
+    "jsonl": Reader(
+        "rows.jsonl",
+        lambda f: (f / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS))),
+        lambda f: load_rows(str(f / "rows.jsonl")),
+    ),
     "csv": Reader("rows.csv", _csv, lambda f: load_rows(str(f / "rows.csv"))),
     "parquet": Reader("rows.parquet", _parquet, lambda f: load_rows(str(f / "rows.parquet"))),
-}  # fmt: skip
+}
 
 
 def made(reader: Reader, folder: Path) -> Path:

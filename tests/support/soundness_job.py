@@ -77,8 +77,11 @@ def _poison_losses() -> None:
     compute = TaskTrainer._noted
 
     def poisoned(self: TaskTrainer, loss: torch.Tensor, training: bool) -> torch.Tensor:
-        is_it = (self.state.global_step == NAN_STEP - 1 and int(os.environ["RANK"]) == NAN_RANK
-                 and len(self.losses) == NAN_MICRO_BATCH - 1)  # fmt: skip
+        is_it = (
+            self.state.global_step == NAN_STEP - 1
+            and int(os.environ["RANK"]) == NAN_RANK
+            and len(self.losses) == NAN_MICRO_BATCH - 1
+        )
         return compute(self, loss * torch.nan if training and is_it else loss, training)
 
     TaskTrainer._noted = poisoned  # type: ignore[method-assign]

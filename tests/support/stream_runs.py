@@ -97,25 +97,46 @@ def slow_variant_flags(material: Material) -> dict[str, list[str]]:
     runs = {path.stem: short(path.stem, deepspeed=path, max_steps=2) for path in sorted(CONFIGS.glob("*.json"))}
     runs |= {method: short(method, method=method) for method in ("piece-s", "piece-f", "random", "magnitude")}
     runs |= {budget: short(budget, budget=budget) for budget in ("layer", "tensor")}
-    runs |= {f"save-{mode}": material.stream_flags(f"save-{mode}", **few, save_model=mode)
-             for mode in ("last", "each", "never")}  # fmt: skip
+    runs |= {
+        f"save-{mode}": material.stream_flags(f"save-{mode}", **few, save_model=mode)
+        for mode in ("last", "each", "never")
+    }
     return runs | {
-        "ahead": material.stream_flags("ahead", **few, save_model="never", forward_transfer=True, sample=True,
-                                       scoring="authors", scorers="letter=loss"),
+        "ahead": material.stream_flags(
+            "ahead",
+            **few,
+            save_model="never",
+            forward_transfer=True,
+            sample=True,
+            scoring="authors",
+            scorers="letter=loss",
+        ),
         "statistics-first": short("statistics-first", **statistics),
         "statistics-ratio": short("statistics-ratio", **statistics, method="piece-f", mask_ratio=0.01),
-        "evaluated": short("evaluated", max_steps=2, eval_strategy="steps", eval_steps=1,
-                           eval_file=material.tasks / "letter" / "eval.json"),
-        "smaller-step": short("smaller-step", gradient_accumulation_steps=3, max_steps=3,
-                              incomplete_accumulation="smaller_step"),
+        "evaluated": short(
+            "evaluated",
+            max_steps=2,
+            eval_strategy="steps",
+            eval_steps=1,
+            eval_file=material.tasks / "letter" / "eval.json",
+        ),
+        "smaller-step": short(
+            "smaller-step", gradient_accumulation_steps=3, max_steps=3, incomplete_accumulation="smaller_step"
+        ),
         "long": long_flags(material, "long"),
-    }  # fmt: skip
+    }
 
 
 def long_flags(material: Material, name: str, **changes: object) -> list[str]:
     """A stream of shuffled data and a falling rate, long enough to be interrupted."""
-    long = {"max_steps": 12, "importance_batch_size": 1, "train_sampling_strategy": None, "lr_scheduler_type": "linear",
-            "max_eval_samples": 2, "save_model": "last"}  # fmt: skip
+    long = {
+        "max_steps": 12,
+        "importance_batch_size": 1,
+        "train_sampling_strategy": None,
+        "lr_scheduler_type": "linear",
+        "max_eval_samples": 2,
+        "save_model": "last",
+    }
     return material.stream_flags(name, **{**long, **changes})
 
 
@@ -125,8 +146,15 @@ def _write_given_mask(path: Path) -> None:
     embedding[::3], projection[5] = 0b00010001, 0b10000000
     selected = 2 * len(embedding[::3]) + 1
     shapes = {"model.embed_tokens.weight": [259, 32], "model.layers.1.self_attn.q_proj.weight": [32, 32]}
-    metadata = {"format": "piece-mask", "version": "1", "method": "hand", "ratio": "0.1", "selected": str(selected),
-                "total": "0", "shapes": json.dumps(shapes)}  # fmt: skip
+    metadata = {
+        "format": "piece-mask",
+        "version": "1",
+        "method": "hand",
+        "ratio": "0.1",
+        "selected": str(selected),
+        "total": "0",
+        "shapes": json.dumps(shapes),
+    }
     save_file(dict(zip(shapes, (embedding, projection), strict=True)), path, metadata)
 
 

@@ -43,12 +43,19 @@ def train_and_resume(output: Path, stage: int, options: dict[str, Any]) -> dict[
     checkpoint = output / f"checkpoint-{SAVED_STEP}"
     _, resumed, resumed_index, resumed_log = train(output, stage, options, resume_from=checkpoint)
     return {
-        "initial": initial, "final": final, "index": index, "log": log,
-        "resumed": resumed, "resumed_index": resumed_index, "resumed_log": resumed_log,
-        "mask_file": str(output / "mask.safetensors"), "model_file": str(output / "model" / "model.safetensors"),
-        "checkpoint_bytes": {str(path.relative_to(checkpoint)): path.stat().st_size
-                             for path in checkpoint.rglob("*") if path.is_file()},
-    }  # fmt: skip
+        "initial": initial,
+        "final": final,
+        "index": index,
+        "log": log,
+        "resumed": resumed,
+        "resumed_index": resumed_index,
+        "resumed_log": resumed_log,
+        "mask_file": str(output / "mask.safetensors"),
+        "model_file": str(output / "model" / "model.safetensors"),
+        "checkpoint_bytes": {
+            str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()
+        },
+    }
 
 
 def train(output: Path, stage: int, options: dict[str, Any], resume_from: Path | None) -> tuple:

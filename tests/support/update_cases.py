@@ -50,8 +50,11 @@ FP32 |= {
 FP32 |= {f"stage{s}-two-groups": Case(Setup(s), two_groups=True) for s in range(4)}
 FP32 |= {"stage3-offload-two-groups": Case(Setup(3, offload="optimizer"), two_groups=True)}
 
-BF16 = {f"bf16-{name}": Case(Setup(c.setup.stage, "bf16", c.setup.offload)) for name, c in FP32.items()
-        if name in ("stage0", "stage1", "stage2", "stage3", *OFFLOADS)}  # fmt: skip
+BF16 = {
+    f"bf16-{name}": Case(Setup(c.setup.stage, "bf16", c.setup.offload))
+    for name, c in FP32.items()
+    if name in ("stage0", "stage1", "stage2", "stage3", *OFFLOADS)
+}
 BF16_EXACT = {
     "bf16-stage1-bf16-optimizer": Case(config(1, "bf16")),
     "bf16-stage1-bf16-optimizer-two-groups": Case(config(1, "bf16"), two_groups=True),

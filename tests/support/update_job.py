@@ -186,15 +186,20 @@ REFUSALS = {
     "fp16-stage0": (Setup(0, "fp16"), ADAMW, keep),
     "zenflow": (Setup(2), ADAMW, forged("zenflow", True)),
     "nvme": (Setup(3, offload="optimizer"), ADAMW, forged("_config.zero_config.offload_optimizer", NVME)),
-    "super-offload": (Setup(3), ADAMW,
-                      forged("_config.zero_config.offload_optimizer",
-                             SimpleNamespace(device="cpu", super_offload=True, ratio=1.0))),
-    "ratio": (Setup(3), ADAMW, forged("_config.zero_config.offload_optimizer",
-                                      SimpleNamespace(device="cpu", super_offload=False, ratio=0.5))),
+    "super-offload": (
+        Setup(3),
+        ADAMW,
+        forged("_config.zero_config.offload_optimizer", SimpleNamespace(device="cpu", super_offload=True, ratio=1.0)),
+    ),
+    "ratio": (
+        Setup(3),
+        ADAMW,
+        forged("_config.zero_config.offload_optimizer", SimpleNamespace(device="cpu", super_offload=False, ratio=0.5)),
+    ),
     "quantized-gradients": (Setup(3), ADAMW, forged("_config.zero_config.zero_quantized_gradients", True)),
     "moe": (Setup(2), ADAMW, forged("has_moe_layers", True)),
     "sequence-parallel": (Setup(2), ADAMW, forged("sequence_parallel_size", 2)),
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

@@ -32,29 +32,56 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 # (question, answer, width and height of the image or None); micro-batches are of two rows, the third and sixth without
 # any image, the second and fourth with one. Sizes differ, so that Qwen3-VL's grids do.
 QUESTIONS = [
-    ("how many?", "4", (24, 24)), ("what?", "a cat", (24, 32)),
-    ("who is it?", "me", None), ("where?", "here", (30, 16)),
-    ("a", "bc", None), ("say", "ah", None),
-    ("more of it?", "no", (16, 40)), ("which one", "b", None),
-    ("two?", "2", (24, 24)), ("red", "red", (24, 24)),
-    ("no image", "ok", None), ("none", "yes", None),
+    ("how many?", "4", (24, 24)),
+    ("what?", "a cat", (24, 32)),
+    ("who is it?", "me", None),
+    ("where?", "here", (30, 16)),
+    ("a", "bc", None),
+    ("say", "ah", None),
+    ("more of it?", "no", (16, 40)),
+    ("which one", "b", None),
+    ("two?", "2", (24, 24)),
+    ("red", "red", (24, 24)),
+    ("no image", "ok", None),
+    ("none", "yes", None),
     ("last one?", "yes", (40, 24)),
-]  # fmt: skip
+]
 
 
 def make_vision_model(family: str) -> nn.Module:
     """The same weights at every call."""
     torch.manual_seed(13)
     text = {
-        "vocab_size": VOCAB_SIZE + 4, "hidden_size": 35, "intermediate_size": 41, "num_hidden_layers": 2,
-        "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 24, "initializer_range": 0.2,
-        "tie_word_embeddings": family == "llava", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": VOCAB_SIZE + 4,
+        "hidden_size": 35,
+        "intermediate_size": 41,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": family == "llava",
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     if family == "llava":
-        vision = CLIPVisionConfig(hidden_size=21, intermediate_size=23, num_hidden_layers=2, num_attention_heads=3,
-                                  image_size=24, patch_size=4, initializer_factor=5.0)  # fmt: skip
-        config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**text), image_token_index=VOCAB_SIZE,
-                             image_seq_length=36, tie_word_embeddings=True)  # fmt: skip
+        vision = CLIPVisionConfig(
+            hidden_size=21,
+            intermediate_size=23,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            image_size=24,
+            patch_size=4,
+            initializer_factor=5.0,
+        )
+        config = LlavaConfig(
+            vision_config=vision,
+            text_config=LlamaConfig(**text),
+            image_token_index=VOCAB_SIZE,
+            image_seq_length=36,
+            tie_word_embeddings=True,
+        )
         model = LlavaForConditionalGeneration(config).train()
         for name, param in model.named_parameters():  # what a key's bias adds, softmax takes away: rounding alone
             param.requires_grad_(not name.endswith("k_proj.bias"))
@@ -89,8 +116,15 @@ def vision_micro_batches(family: str, num: int) -> list[dict[str, Tensor]]:
         if size is not None:
             path = str(folder / f"{index}.png")
             image_of(index).save(path)
-        rows.append({"input_ids": ids + reply, "labels": [-100] * len(ids) + reply, "text": text, "image": path,
-                     "where": f"row {index}"})  # fmt: skip
+        rows.append(
+            {
+                "input_ids": ids + reply,
+                "labels": [-100] * len(ids) + reply,
+                "text": text,
+                "image": path,
+                "where": f"row {index}",
+            }
+        )
     collate = make_collator(processor)
     return [collate(rows[2 * b : 2 * b + 2]) for b in range(num)]
 
@@ -119,8 +153,13 @@ def plain_micro_batches(family: str, num: int) -> list[dict[str, Tensor]]:
 
 def _right_padded(rows: list[tuple[list[int], list[int], list[int]]]) -> dict[str, Tensor]:
     longest = max(len(ids) for ids, _, _ in rows)
-    columns = zip(*[[column + [fill] * (longest - len(column)) for column, fill in zip(row, (0, -100, 0), strict=True)]
-                    for row in rows], strict=True)  # fmt: skip
+    columns = zip(
+        *[
+            [column + [fill] * (longest - len(column)) for column, fill in zip(row, (0, -100, 0), strict=True)]
+            for row in rows
+        ],
+        strict=True,
+    )
     batch = dict(zip(("input_ids", "labels", "mm_token_type_ids"), map(torch.tensor, columns), strict=True))
     lengths = torch.tensor([[len(ids)] for ids, _, _ in rows])
     return batch | {"attention_mask": (torch.arange(longest) < lengths).long()}

@@ -18,12 +18,25 @@ from support.stream_runs import as_flags
 
 def flags(folder: Path, name: str) -> list[str]:
     """Compact mode at ZeRO-3, a checkpoint a step."""
-    return as_flags({
-        "deepspeed": CONFIGS / "zero3.json", "model_name_or_path": folder / "model", "task_dir": folder / "drawings",
-        "tasks": ",".join(TASKS), "mask_ratio": 0.05, "max_steps": 3, "save_steps": 1, "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2, "importance_batch_size": 2, "max_eval_samples": 2, "max_new_tokens": 2,
-        "dataloader_num_workers": 1, "save_model": "last", "output_dir": folder / name,
-    })  # fmt: skip
+    return as_flags(
+        {
+            "deepspeed": CONFIGS / "zero3.json",
+            "model_name_or_path": folder / "model",
+            "task_dir": folder / "drawings",
+            "tasks": ",".join(TASKS),
+            "mask_ratio": 0.05,
+            "max_steps": 3,
+            "save_steps": 1,
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 2,
+            "importance_batch_size": 2,
+            "max_eval_samples": 2,
+            "max_new_tokens": 2,
+            "dataloader_num_workers": 1,
+            "save_model": "last",
+            "output_dir": folder / name,
+        }
+    )
 
 
 def main() -> None:
@@ -35,8 +48,10 @@ def main() -> None:
     whole = live(flags(folder, "whole"))
     killed = live(flags(folder, "killed"), Kill(0, when="01-number/checkpoint-2/SHA256SUMS"))
     resumed = live([*flags(folder, "killed"), *RESUME])
-    outcome = {"codes": {"whole": whole.codes, "killed": killed.codes, "resumed": resumed.codes},
-               "log": (whole.log + resumed.log)[-6000:]}  # fmt: skip
+    outcome = {
+        "codes": {"whole": whole.codes, "killed": killed.codes, "resumed": resumed.codes},
+        "log": (whole.log + resumed.log)[-6000:],
+    }
     if whole.finished and resumed.finished:
         outcome["different"] = differences(contents(folder / "whole"), contents(folder / "killed"))
     (folder / "outcome.json").write_text(json.dumps(outcome))

@@ -38,8 +38,10 @@ def test_flag_of_nothing_is_none() -> None:
 
 
 def test_values_of_yaml_reach_transformers_as_it_expects_them(tmp_path: Path) -> None:
-    text = ("bf16: false\nlearning_rate: 1e-4\nreport_to: [none]\nlr_scheduler_type: cosine_with_min_lr\n"
-            "lr_scheduler_kwargs: {min_lr: 0.1}\noptim_args:\n")  # fmt: skip
+    text = (
+        "bf16: false\nlearning_rate: 1e-4\nreport_to: [none]\nlr_scheduler_type: cosine_with_min_lr\n"
+        "lr_scheduler_kwargs: {min_lr: 0.1}\noptim_args:\n"
+    )
     config = write(tmp_path / "run.yaml", text)
     arguments = parse(["--config", config], {"use_cpu": True}).training_arguments(output_dir=tmp_path / "out")
     assert (arguments.bf16, arguments.learning_rate, arguments.report_to) == (False, 1e-4, [])

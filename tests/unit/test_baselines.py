@@ -26,8 +26,9 @@ from piece_ds.runtime.errors import UserError
 
 
 def make_task(name: str, num_rows: int, first: int) -> Task:
-    rows = datasets.Dataset.from_dict({"input_ids": [[1, first + i] for i in range(num_rows)],
-                                       "labels": [[-100, first + i] for i in range(num_rows)]})  # fmt: skip
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": [[1, first + i] for i in range(num_rows)], "labels": [[-100, first + i] for i in range(num_rows)]}
+    )
     return Task(name, rows, rows, rows, [], [])
 
 

@@ -28,8 +28,13 @@ from piece_ds.state.mask import Mask
 
 
 def training(**values: Any) -> Any:
-    defaults = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "max_steps": -1,
-                "optim": "adamw_torch", "resume_from_checkpoint": None}  # fmt: skip
+    defaults = {
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 1,
+        "max_steps": -1,
+        "optim": "adamw_torch",
+        "resume_from_checkpoint": None,
+    }
     return SimpleNamespace(**{**defaults, **values})
 
 

@@ -48,8 +48,10 @@ def test_checkpoint_has_the_values_and_only_if_whole_the_model(model: nn.Module,
     values = prepare_compact(model, RATIO)
     values.values.data.fill_(2.0)
     with values.in_checkpoint({"whole": torch.tensor(whole), "positions": torch.arange(3)}):
-        state = {key: value.clone() if isinstance(value, torch.Tensor) else value
-                 for key, value in model.state_dict().items()}  # fmt: skip
+        state = {
+            key: value.clone() if isinstance(value, torch.Tensor) else value
+            for key, value in model.state_dict().items()
+        }
     assert state.keys() == {PARAMETER_NAME, "piece_values._extra_state"} | (own if whole else set())
     values.values.data.zero_()
     model.load_state_dict(state)

@@ -30,8 +30,17 @@ def make_run(
         matrix = matrix.with_row({"a": score}, {"a": 1.0}, 1.25)
     if finished > 1:
         matrix = matrix.with_row({"a": score - 0.1, "b": score}, {"a": 1.5, "b": 1.0}, 1.5)
-    costs = {task: {"train_seconds": 2.0, "save_seconds": 1.0, "num_steps": 4, "peak_bytes": 2**20, "mask_bytes": 512,
-                    "delta_bytes": 512} for task in ("a", "b")[:finished]}  # fmt: skip
+    costs = {
+        task: {
+            "train_seconds": 2.0,
+            "save_seconds": 1.0,
+            "num_steps": 4,
+            "peak_bytes": 2**20,
+            "mask_bytes": 512,
+            "delta_bytes": 512,
+        }
+        for task in ("a", "b")[:finished]
+    }
     logs = {task: [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0 + score}] for task in costs}
     name = f"{method} {100 * ratio:g} %"
     return RunResults(name, method, ratio, matrix, logs=logs, cost=costs, settings=settings)
@@ -77,9 +86,11 @@ def test_a_diverged_seed_is_shown_and_not_hidden_in_a_mean() -> None:
 
 
 def test_what_differs_is_a_column_and_a_label_and_what_does_not_is_neither() -> None:
-    runs = [make_run(seed=0, learning_rate=1e-3, weight_decay=0.1, output_dir="x"),
-            make_run(seed=0, learning_rate=1e-4, weight_decay=0.1, output_dir="y"),
-            make_run(method="random", seed=0, learning_rate=1e-4, weight_decay=0.1)]  # fmt: skip
+    runs = [
+        make_run(seed=0, learning_rate=1e-3, weight_decay=0.1, output_dir="x"),
+        make_run(seed=0, learning_rate=1e-4, weight_decay=0.1, output_dir="y"),
+        make_run(method="random", seed=0, learning_rate=1e-4, weight_decay=0.1),
+    ]
     groups = group_runs(named(*runs))
     assert [group.label for group in groups] == [
         "piece-s 0.1 %, learning_rate 0.0001",
@@ -89,15 +100,19 @@ def test_what_differs_is_a_column_and_a_label_and_what_does_not_is_neither() -> 
     grid = comparison_grid(groups)
     assert grid.header[:3] == ("run", "learning_rate", "learned")
     assert [row[:2] for row in grid.rows] == [
-        ("piece-s 0.1 %", "0.0001"), ("piece-s 0.1 %", "0.001"), ("random 0.1 %", "0.0001")
-    ]  # fmt: skip
+        ("piece-s 0.1 %", "0.0001"),
+        ("piece-s 0.1 %", "0.001"),
+        ("random 0.1 %", "0.0001"),
+    ]
 
 
 def test_runs_of_another_ratio_or_as_far_as_another_task_stand_alone() -> None:
     groups = group_runs(named(make_run(seed=0), make_run(seed=1, finished=1), make_run(seed=2, ratio=0.01)))
     assert [group.label for group in groups] == [
-        "piece-s 0.1 %, 2 of 2 tasks", "piece-s 0.1 %, 1 of 2 tasks", "piece-s 1 %"
-    ]  # fmt: skip
+        "piece-s 0.1 %, 2 of 2 tasks",
+        "piece-s 0.1 %, 1 of 2 tasks",
+        "piece-s 1 %",
+    ]
     grid = comparison_grid(groups)
     assert [dict(zip(grid.header, row, strict=True))["tasks done"] for row in grid.rows] == [
         "2 of 2",
@@ -129,15 +144,19 @@ def test_members_of_a_family_share_a_colour_and_no_two_runs_look_alike() -> None
 @pytest.mark.parametrize(
     ("runs", "figures"),
     [
-        ([make_run(s, seed=s, learning_rate=r) for s in (0.3, 0.5) for r in (1e-3, 1e-2)],
-         {"stream.png", "training.png", "frontier.png", "matrices.png"}),
+        (
+            [make_run(s, seed=s, learning_rate=r) for s in (0.3, 0.5) for r in (1e-3, 1e-2)],
+            {"stream.png", "training.png", "frontier.png", "matrices.png"},
+        ),
         ([make_run(seed=0)], {"stream.png", "training.png", "matrices.png"}),
         ([make_run(seed=0, finished=0), make_run(seed=1, finished=0)], {"stream.png", "matrices.png"}),
-        ([make_run(seed=0, learning_rate=rate / 100) for rate in range(1, 12)],
-         {"stream.png", "training.png", "frontier.png", "matrices.png"}),
+        (
+            [make_run(seed=0, learning_rate=rate / 100) for rate in range(1, 12)],
+            {"stream.png", "training.png", "frontier.png", "matrices.png"},
+        ),
     ],
     ids=["sweep", "one", "begun", "many"],
-)  # fmt: skip
+)
 def test_figures_are_those_that_runs_have_data_for(
     runs: list[RunResults], figures: set[str], recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -177,8 +196,11 @@ def test_command_writes_a_page_that_needs_no_other_file_and_names_every_run(
     for name in ("s0-0.001", "s1-0.001", "piece-s 0.1 %, learning_rate 0.01"):
         assert name in text
     assert {path.name for path in (tmp_path / "page_figures").iterdir()} == {
-        "stream.png", "training.png", "frontier.png", "matrices.png"
-    }  # fmt: skip
+        "stream.png",
+        "training.png",
+        "frontier.png",
+        "matrices.png",
+    }
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line_and_nothing_written(

@@ -74,17 +74,30 @@ def test_levels_are_shares_of_the_way_from_the_start_to_the_best() -> None:
 
 def run_row(method: str, rate: float, seed: int, learned: float, lost: float) -> dict[str, str]:
     return {
-        "method": method, "ratio": "0.01", "rate": f"{rate:g}", "seed": str(seed), "recipe": "r", "selected": "7",
-        "loss_before": "8.0", "loss_learned": str(learned), "general_loss_change": str(lost), "device": "cpu",
-        "torch": "2", "date": "2026-01-01", "general_loss_before": "2.5", "accuracy_before": "0.0",
-    }  # fmt: skip
+        "method": method,
+        "ratio": "0.01",
+        "rate": f"{rate:g}",
+        "seed": str(seed),
+        "recipe": "r",
+        "selected": "7",
+        "loss_before": "8.0",
+        "loss_learned": str(learned),
+        "general_loss_change": str(lost),
+        "device": "cpu",
+        "torch": "2",
+        "date": "2026-01-01",
+        "general_loss_before": "2.5",
+        "accuracy_before": "0.0",
+    }
 
 
 def test_the_page_has_the_interpolated_values_and_says_what_was_not_reached() -> None:
     rows = [
-        run_row("piece-s", 1e-3, 1, 5.0, 0.1), run_row("piece-s", 1e-2, 1, 3.0, 0.5),
-        run_row("random", 1e-3, 1, 7.0, 0.0), run_row("random", 1e-2, 1, 5.5, 0.3),
-    ]  # fmt: skip
+        run_row("piece-s", 1e-3, 1, 5.0, 0.1),
+        run_row("piece-s", 1e-2, 1, 3.0, 0.5),
+        run_row("random", 1e-3, 1, 7.0, 0.0),
+        run_row("random", 1e-2, 1, 5.5, 0.3),
+    ]
     methods = methods_of(rows)
     assert start_and_best(methods) == (8.0, 3.0)
     # 70 % of the way from 8 to 3 is 4.5: a quarter from 5.0 to 3.0, hence 0.2.

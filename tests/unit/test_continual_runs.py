@@ -50,8 +50,10 @@ def test_every_method_has_at_least_four_rates_and_masks_have_equal_ratios() -> N
     first = settings_in_order((1,))
     for name in {(setting.method, setting.ratio) for setting in first}:
         assert len({setting.rate for setting in first if (setting.method, setting.ratio) == name}) >= 4
-    ratios = {method: {s.ratio for s in first if s.method == method}
-              for method in ("piece-s", "piece-f", "random", "magnitude")}  # fmt: skip
+    ratios = {
+        method: {s.ratio for s in first if s.method == method}
+        for method in ("piece-s", "piece-f", "random", "magnitude")
+    }
     assert len({frozenset(of_method) for of_method in ratios.values()}) == 1
 
 

@@ -147,8 +147,15 @@ def test_one_bit_of_a_selected_weight_differs(run: Run, capsys: Capture, tmp_pat
     folder = run.base if verb == "apply" else run.final
     path = run.deltas[0] if verb == "apply" else run.deltas[2]
     move_one(folder, "lm_head.weight", int(load_file(path)["lm_head.weight.indices"][3]))
-    refused(capsys, tmp_path, f"1 of its {open_selected(path)} selected values are not what it expects", verb, folder,
-            path, "--in_place")  # fmt: skip
+    refused(
+        capsys,
+        tmp_path,
+        f"1 of its {open_selected(path)} selected values are not what it expects",
+        verb,
+        folder,
+        path,
+        "--in_place",
+    )
 
 
 def open_selected(path: Path) -> str:

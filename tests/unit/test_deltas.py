@@ -131,8 +131,10 @@ def test_an_interrupted_change_in_place_is_finished_by_the_same_command(
     with pytest.raises(KeyboardInterrupt):
         delta("apply", small.base, *small.deltas[:2], "--in_place")
     monkeypatch.undo()
-    for other in (["apply", small.base, small.deltas[0], "--in_place"], ["merge", small.base, small.deltas[0],
-                  "--output", small.base.parent / "m"]):  # fmt: skip
+    for other in (
+        ["apply", small.base, small.deltas[0], "--in_place"],
+        ["merge", small.base, small.deltas[0], "--output", small.base.parent / "m"],
+    ):
         with pytest.raises(SystemExit):
             delta(*other)
         assert "interrupted: run the same command again" in capsys.readouterr().err

@@ -17,8 +17,14 @@ from piece_ds.doctor.machine import _folder
 
 @pytest.mark.slow
 def test_this_machine_passes() -> None:
-    run = subprocess.run([sys.executable, "-m", "piece_ds", "doctor", "--json"], cwd=ROOT,
-                         env=environment(), capture_output=True, text=True, timeout=600)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "piece_ds", "doctor", "--json"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     findings = {finding["what"]: finding for finding in json.loads(run.stdout)}
     assert {"versions", "collectives", "statistics, mask, step", "self-test"} <= findings.keys()

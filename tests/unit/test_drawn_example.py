@@ -52,8 +52,10 @@ def test_every_answer_is_one_token(family: str) -> None:
 
 def test_the_streams_answers_are_none_of_the_bases() -> None:
     drawings = [random_drawing(Random(seed)) for seed in range(100)]
-    said = {kind: {answer(d) for _, answer in questions.values() for d in drawings}
-            for kind, questions in (("base", BASE), ("stream", TASKS))}  # fmt: skip
+    said = {
+        kind: {answer(d) for _, answer in questions.values() for d in drawings}
+        for kind, questions in (("base", BASE), ("stream", TASKS))
+    }
     assert len(said["stream"]) == 8
     assert not said["base"] & said["stream"]
 

@@ -40,9 +40,12 @@ def test_patterns_add_to_what_is_eligible_and_never_the_embeddings(family: str) 
 
 @pytest.mark.parametrize(
     ("pattern", "reason"),
-    [("*vison*", "no parameter has such a name"), ("*embed_tokens*", "the input embeddings never are"),
-     ("*language_model.norm*", "is already")],
-)  # fmt: skip
+    [
+        ("*vison*", "no parameter has such a name"),
+        ("*embed_tokens*", "the input embeddings never are"),
+        ("*language_model.norm*", "is already"),
+    ],
+)
 def test_a_pattern_that_adds_nothing_is_refused_with_the_reason(pattern: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         make_eligible(make_vision_model("llava"), [pattern])

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from piece_ds.data.collate import Collator
 from piece_ds.evaluation import batches as dealing_module
-from piece_ds.evaluation.batches import deal_batches
+from piece_ds.evaluation.batches import shard_batches
 from piece_ds.evaluation.loss import count_labels, evaluate_loss
 
 
@@ -71,7 +71,7 @@ def test_rows_are_dealt_once_and_in_step(monkeypatch: pytest.MonkeyPatch, num_ra
     dealt = []
     for rank in range(num_ranks):
         monkeypatch.setattr(dealing_module, "rank", lambda rank=rank: rank)
-        dealt.append(deal_batches(lengths, batch_size=2))
+        dealt.append(shard_batches(lengths, batch_size=2))
     assert len({len(shares) for shares in dealt}) == 1
     counted = [index for shares in dealt for share in shares if share.counted for index in share.indices]
     assert sorted(counted) == list(range(num_rows))
@@ -80,7 +80,7 @@ def test_rows_are_dealt_once_and_in_step(monkeypatch: pytest.MonkeyPatch, num_ra
 
 def test_batch_size_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        deal_batches([1], batch_size=0)
+        shard_batches([1], batch_size=0)
 
 
 @pytest.fixture

@@ -45,9 +45,15 @@ def row(image: object, **more: object) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     ("given", "found"),
-    [("x/y/a.png", "x/y/a.png"), ("y/b.png", "y/b.png"), ("/data1/elsewhere/x/y/a.png", "x/y/a.png"),
-     ("a.png", "x/y/a.png"), ("C:\\pictures\\y\\b.png", "y/b.png"), ("none.png", None)],
-)  # fmt: skip
+    [
+        ("x/y/a.png", "x/y/a.png"),
+        ("y/b.png", "y/b.png"),
+        ("/data1/elsewhere/x/y/a.png", "x/y/a.png"),
+        ("a.png", "x/y/a.png"),
+        ("C:\\pictures\\y\\b.png", "y/b.png"),
+        ("none.png", None),
+    ],
+)
 def test_a_path_is_found_by_itself_by_its_tail_or_by_its_name_in_a_subfolder(
     tmp_path: Path, given: str, found: str | None
 ) -> None:

@@ -66,8 +66,11 @@ def test_every_method_states_what_it_needs(method: str, needs_squares: bool, nee
     assert (estimator(method).needs_squares, estimator(method).needs_sum) == (needs_squares, needs_sum)
     assert estimator(method).source
     nothing = {"square_sum": None, "grad_sum": None}
-    kept = {key: getattr(fragment(0, N), key) for key, needed in
-            (("square_sum", needs_squares), ("grad_sum", needs_sum)) if needed}  # fmt: skip
+    kept = {
+        key: getattr(fragment(0, N), key)
+        for key, needed in (("square_sum", needs_squares), ("grad_sum", needs_sum))
+        if needed
+    }
     estimator(method).score(fragment(0, N, **(nothing | kept)))
 
 

@@ -20,8 +20,14 @@ ROW = re.compile(r"^\| (\d[\d.]*B)(, parameters offloaded)? \| (\d+) \| (\d) \|(
 
 def figures() -> Iterator[tuple[str, Setting, list[float]]]:
     for model, offloaded, ranks, zero, values in ROW.findall(PAGE):
-        setting = Setting(update_mode="compact", world=int(ranks), zero=int(zero), dtype="bf16",
-                          offload_param=bool(offloaded), offload_optimizer=bool(offloaded))  # fmt: skip
+        setting = Setting(
+            update_mode="compact",
+            world=int(ranks),
+            zero=int(zero),
+            dtype="bf16",
+            offload_param=bool(offloaded),
+            offload_optimizer=bool(offloaded),
+        )
         yield model, setting, [float(value) for value in values.split("|")[:-1]]
 
 

@@ -36,8 +36,10 @@ class Run:
     def lines(self) -> list[dict[str, Any]]:
         text = self.path.read_text()
         assert text.endswith("\n") or not text
-        return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-                for line in text.splitlines()]  # fmt: skip
+        return [
+            json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+            for line in text.splitlines()
+        ]
 
 
 @pytest.fixture
@@ -74,7 +76,13 @@ def test_what_comes_after_the_checkpoint_is_told_once(run: Run) -> None:
     again.log.open(2)
     again.steps(3, 5)
     assert [(row["step"], row.get("event")) for row in again.lines()] == [
-        (0, "selection"), (1, None), (2, None), (3, None), (4, None), (5, None)]  # fmt: skip
+        (0, "selection"),
+        (1, None),
+        (2, None),
+        (3, None),
+        (4, None),
+        (5, None),
+    ]
 
 
 def test_events_before_an_interruption_count(run: Run) -> None:

@@ -159,12 +159,21 @@ def test_steps_not_taken_are_a_column_where_there_were_any() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "text"),
-    [("tokens_per_second", 4007.075, "4,007"), ("tokens_per_second", 12.5, "12.5"), ("num_steps", 12345, "12,345"),
-     ("x_seconds", 0.034, "0.03 s"), ("x_seconds", 119.0, "119.0 s"),
-     ("x_seconds", 300.0, "5.0 min"), ("x_seconds", 9000.0, "2.5 h"),
-     ("x_bytes", 512, "512 B"), ("x_bytes", 3 * 2**19, "1.5 MiB"), ("x_bytes", 5 * 2**30, "5.0 GiB"),
-     ("x", None, "-"), ("x", "text", "text")],
-)  # fmt: skip
+    [
+        ("tokens_per_second", 4007.075, "4,007"),
+        ("tokens_per_second", 12.5, "12.5"),
+        ("num_steps", 12345, "12,345"),
+        ("x_seconds", 0.034, "0.03 s"),
+        ("x_seconds", 119.0, "119.0 s"),
+        ("x_seconds", 300.0, "5.0 min"),
+        ("x_seconds", 9000.0, "2.5 h"),
+        ("x_bytes", 512, "512 B"),
+        ("x_bytes", 3 * 2**19, "1.5 MiB"),
+        ("x_bytes", 5 * 2**30, "5.0 GiB"),
+        ("x", None, "-"),
+        ("x", "text", "text"),
+    ],
+)
 def test_quantities_are_in_the_unit_of_their_name(name: str, value: object, text: str) -> None:
     assert quantity(name, value) == text
 

@@ -75,11 +75,19 @@ def test_two_tasks_are_one_run_whose_steps_never_fall_back() -> None:
     reporters.log_results(results_after(2))
     reporters.close()
     assert [(event, step, folder) for event, step, folder, _ in recorder.told] == [
-        ("init", 0, "mine"), ("begin", 0, "mine"),
-        ("log", 1, "mine"), ("log", 2, "mine"), ("log", 3, "mine"), ("save", 3, "00-law"), ("log", 3, "mine"),
-        ("log", 4, "mine"), ("log", 5, "mine"), ("save", 2, "01-摘要"), ("log", 5, "mine"),
+        ("init", 0, "mine"),
+        ("begin", 0, "mine"),
+        ("log", 1, "mine"),
+        ("log", 2, "mine"),
+        ("log", 3, "mine"),
+        ("save", 3, "00-law"),
+        ("log", 3, "mine"),
+        ("log", 4, "mine"),
+        ("log", 5, "mine"),
+        ("save", 2, "01-摘要"),
+        ("log", 5, "mine"),
         ("end", 5, "mine"),
-    ]  # fmt: skip
+    ]
     assert recorder.told[-2][3] == newest_values(results_after(2))
 
 
@@ -102,9 +110,11 @@ def test_nothing_is_reported_where_nothing_was_trained() -> None:
 def test_values_are_those_of_the_newest_row_and_only_what_was_measured() -> None:
     before, after = newest_values(results_after(0)), newest_values(results_after(2))
     assert before == {
-        "eval_tasks/00-law/score": 0.25, "eval_tasks/00-law/loss": 3.0, "eval_tasks/01-摘要/loss": 4.0,
+        "eval_tasks/00-law/score": 0.25,
+        "eval_tasks/00-law/loss": 3.0,
+        "eval_tasks/01-摘要/loss": 4.0,
         "eval_stream/general_loss": 1.5,
-    }  # fmt: skip
+    }
     assert (after["eval_tasks/00-law/score"], after["eval_stream/general_loss"]) == (0.5, 1.75)
     assert after["eval_stream/score_backward_transfer"] == -0.25
     assert after["eval_stream/general_loss_change"] == 0.25

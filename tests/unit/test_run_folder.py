@@ -9,8 +9,11 @@ import pytest
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.run_folder import RunFolder, written_bytes
 
-CONFIGURATION: dict[str, Any] = {"MethodArguments": {"mask_ratio": 0.1, "method": "piece-s"}, "world_size": 2,
-                                 "TrainingArguments": {"seed": 42}}  # fmt: skip
+CONFIGURATION: dict[str, Any] = {
+    "MethodArguments": {"mask_ratio": 0.1, "method": "piece-s"},
+    "world_size": 2,
+    "TrainingArguments": {"seed": 42},
+}
 
 
 def changed_in(part: str, **values: Any) -> dict[str, Any]:
@@ -97,9 +100,17 @@ def test_tasks_are_numbered_folders_with_a_model_inside(tmp_path: Path) -> None:
 
 
 def test_written_bytes_are_counted_by_kind_without_checkpoints_and_logs(tmp_path: Path) -> None:
-    files = {"mask.safetensors": 3, "delta.safetensors": 5, "model/a.safetensors": 7, "model/config.json": 11,
-             "adapter/b.bin": 13, "extra.bin": 1, "checkpoint-4/c.bin": 100, "previous.safetensors": 100,
-             "metrics.jsonl": 100}  # fmt: skip
+    files = {
+        "mask.safetensors": 3,
+        "delta.safetensors": 5,
+        "model/a.safetensors": 7,
+        "model/config.json": 11,
+        "adapter/b.bin": 13,
+        "extra.bin": 1,
+        "checkpoint-4/c.bin": 100,
+        "previous.safetensors": 100,
+        "metrics.jsonl": 100,
+    }
     for name, size in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))

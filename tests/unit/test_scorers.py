@@ -34,8 +34,26 @@ PAIRS = [
     (" . a. b . ", "a. b"),
     ("x " * 300 + "y", "y " + "x " * 250),
 ]
-HURTING = ["", " ", ".", "...", "\n.\n", "\x00\ufffd", "</think>", "<think>never ends", "<EOL>", "<STR_LIT:", PROMPT,
-           PROMPT + PROMPT, "A. dovish, B. hawkish", "1e999999999", "(" * 2000, "支", "🐈" * 50, "\ud800"]  # fmt: skip
+HURTING = [
+    "",
+    " ",
+    ".",
+    "...",
+    "\n.\n",
+    "\x00\ufffd",
+    "</think>",
+    "<think>never ends",
+    "<EOL>",
+    "<STR_LIT:",
+    PROMPT,
+    PROMPT + PROMPT,
+    "A. dovish, B. hawkish",
+    "1e999999999",
+    "(" * 2000,
+    "支",
+    "🐈" * 50,
+    "\ud800",
+]
 
 
 @pytest.mark.parametrize(
@@ -48,9 +66,19 @@ def test_authors_take_any_capital_as_a_choice(output: str, letter: str | None) -
 
 @pytest.mark.parametrize(
     ("output", "letter"),
-    [("B", "B"), ("选择 D", "D"), ("答案选择是A", None), ("支持", "A"), ("反对这个", "B"), ("中立", "C"),
-     ("不支持", None), ("支持B", "B"), ("支", None), ("", None)],
-)  # fmt: skip
+    [
+        ("B", "B"),
+        ("选择 D", "D"),
+        ("答案选择是A", None),
+        ("支持", "A"),
+        ("反对这个", "B"),
+        ("中立", "C"),
+        ("不支持", None),
+        ("支持B", "B"),
+        ("支", None),
+        ("", None),
+    ],
+)
 def test_authors_take_a_stance_from_the_start(output: str, letter: str | None) -> None:
     assert authors.stance(output) == letter
 
@@ -128,13 +156,17 @@ def test_clean_scores_by_hand() -> None:
 @pytest.mark.parametrize(
     ("source", "output", "gold", "expected"),
     [
-        ("About 95 species are currently accepted .", "About 95 you now get in .", "95 species are now accepted .",
-         None),
+        (
+            "About 95 species are currently accepted .",
+            "About 95 you now get in .",
+            "95 species are now accepted .",
+            None,
+        ),
         ("a b", "a b", "a b", 1.0),
         ("a b c d e", "a b c d e", "x y z", None),
         ("the cat sat", "the cat sat", "the cat sat", 1.0),
     ],
-)  # fmt: skip
+)
 def test_sari_equals_its_definition(source: str, output: str, gold: str, expected: float | None) -> None:
     """Against the published formula, written out with plain dictionaries."""
     found = texts.sari([source], [output], [gold])
@@ -211,9 +243,14 @@ def test_scorers_come_from_the_flag_then_trace_then_the_answers() -> None:
 
 @pytest.mark.parametrize(
     ("flag", "message"),
-    [("mine=txet", "did you mean 'text'"), ("mnie=text", "did you mean 'mine'"), ("mine", "expected TASK=NAME"),
-     ("mine=text,mine=word", "each task once"), ("=text", "expected TASK=NAME")],
-)  # fmt: skip
+    [
+        ("mine=txet", "did you mean 'text'"),
+        ("mnie=text", "did you mean 'mine'"),
+        ("mine", "expected TASK=NAME"),
+        ("mine=text,mine=word", "each task once"),
+        ("=text", "expected TASK=NAME"),
+    ],
+)
 def test_bad_scorers_are_refused(flag: str, message: str) -> None:
     with pytest.raises(UserError, match=f"(?i){message}"):
         choose_scorers([("mine", ["A"])], flag)
@@ -235,8 +272,9 @@ def test_predictions_are_read_back_and_scored_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not TRACE.is_dir(), reason="TRACE is not here")
-@pytest.mark.parametrize("task", ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds",
-                                  "20Minuten"])  # fmt: skip
+@pytest.mark.parametrize(
+    "task", ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten"]
+)
 def test_gold_answers_of_trace_are_right_and_prompts_are_not(task: str) -> None:
     rows = json.loads((TRACE / task / "test.json").read_text())[:100]
     golds, prompts = [row["answer"] for row in rows], [row["prompt"] for row in rows]

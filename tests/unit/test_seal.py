@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from piece_ds.checkpoint.manifest import SUMS_NAME, is_sealed, seal, verify_seal
+from piece_ds.checkpoint.manifest import SUMS_NAME, is_complete, verify_manifest, write_manifest
 from piece_ds.runtime.errors import UserError
 
 
@@ -14,7 +14,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "deep").mkdir()
     (tmp_path / "one.bin").write_bytes(bytes(range(256)) * 100)
     (tmp_path / "deep" / "two.json").write_text("{}")
-    seal(tmp_path)
+    write_manifest(tmp_path)
     return tmp_path
 
 
@@ -25,8 +25,8 @@ def test_sha256sum_agrees(folder: Path) -> None:
 
 
 def test_an_untouched_folder_is_accepted(folder: Path) -> None:
-    assert is_sealed(folder)
-    verify_seal(folder)
+    assert is_complete(folder)
+    verify_manifest(folder)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "lengthen", "remove", "empty"])
@@ -37,8 +37,8 @@ def test_damage_is_found_and_the_file_named(folder: Path, damage: str) -> None:
     new = {"flip": flipped, "truncate": content[:-1], "lengthen": content + b"\0", "empty": b""}.get(damage)
     path.unlink() if new is None else path.write_bytes(new)
     with pytest.raises(UserError, match=r"one\.bin"):
-        verify_seal(folder)
-    verify_seal(folder, inside="deep/")
+        verify_manifest(folder)
+    verify_manifest(folder, inside="deep/")
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_damage_is_found_and_the_file_named(folder: Path, damage: str) -> None:
 def test_sums_that_are_no_sums_or_lead_out_of_the_folder_are_refused(folder: Path, line: str) -> None:
     (folder / SUMS_NAME).write_text(f"{line}\n")
     with pytest.raises(UserError, match="line 1: expected a sha256 and a file in the folder"):
-        verify_seal(folder)
+        verify_manifest(folder)
 
 
 def test_a_folder_without_sums_was_not_finished(tmp_path: Path) -> None:
-    assert not is_sealed(tmp_path)
+    assert not is_complete(tmp_path)
     with pytest.raises(UserError, match="not written to its end"):
-        verify_seal(tmp_path)
+        verify_manifest(tmp_path)

@@ -39,10 +39,13 @@ def test_one_run_has_no_interval_and_absent_figures_are_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("other", "what"),
-    [(make_run(0.1, method="random"), "method"), (make_run(0.1, 0.2), "tasks"),
-     (replace(make_run(0.1), ratio=0.1), "ratio"),
-     (replace(make_run(0.1), matrix=ResultMatrix(("t0",), ("accuracy",))), "number of finished tasks")],
-)  # fmt: skip
+    [
+        (make_run(0.1, method="random"), "method"),
+        (make_run(0.1, 0.2), "tasks"),
+        (replace(make_run(0.1), ratio=0.1), "ratio"),
+        (replace(make_run(0.1), matrix=ResultMatrix(("t0",), ("accuracy",))), "number of finished tasks"),
+    ],
+)
 def test_runs_that_are_no_repetitions_are_refused(other: RunResults, what: str) -> None:
     with pytest.raises(UserError, match=f"the same {what}"):
         over_seeds([make_run(0.1), other])

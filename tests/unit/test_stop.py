@@ -12,11 +12,11 @@ from piece_ds.runtime import signals as stop
 
 @pytest.mark.parametrize("number", stop.SIGNALS, ids=lambda number: number.name)
 def test_a_signal_is_heeded_at_the_next_point(number: signal.Signals) -> None:
-    with stop.heeding_signals():
+    with stop.signal_handling():
         assert not stop.stop_asked()
         os.kill(os.getpid(), number)
-        with pytest.raises(stop.Stopped):
-            stop.leave_if_asked("here")
+        with pytest.raises(stop.Preempted):
+            stop.exit_if_signalled("here")
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS, ids=lambda number: number.name)
@@ -32,7 +32,7 @@ def test_a_signal_that_comes_while_ranks_agree_is_heeded_the_next_time(
         return noted
 
     monkeypatch.setattr(stop, "all_reduce_max_", reduce)
-    with stop.heeding_signals():
+    with stop.signal_handling():
         assert not stop.stop_asked()
         assert stop.stop_asked()
         assert stop.stop_asked()
@@ -48,18 +48,18 @@ def test_a_signal_that_comes_as_its_handler_does_is_heeded(monkeypatch: pytest.M
         return before
 
     monkeypatch.setattr(signal, "signal", install_and_send)
-    with stop.heeding_signals():
+    with stop.signal_handling():
         assert stop.stop_asked()
 
 
 def test_another_ranks_signal_stops_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop, "all_reduce_max_", lambda noted: torch.full_like(noted, int(signal.SIGTERM)))
-    with stop.heeding_signals(), pytest.raises(stop.Stopped, match="SIGTERM"):
-        stop.leave_if_asked("here")
+    with stop.signal_handling(), pytest.raises(stop.Preempted, match="SIGTERM"):
+        stop.exit_if_signalled("here")
 
 
 def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in stop.SIGNALS]
-    with stop.heeding_signals():
+    with stop.signal_handling():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in stop.SIGNALS] == before

@@ -12,18 +12,33 @@ from piece_ds.evaluation.scorers import choose_scorers, get_scorer
 
 @pytest.mark.parametrize(
     ("answer", "normal"),
-    [("Two dogs.", "2 dogs"), ("the red, blue", "red blue"), ("A man", "man"), ("none", "0"), ("1,000", "1000"),
-     ("dont", "don't"), ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"), ("red/blue", "red blue"),
-     ("well", "well"), ("3.5", "3.5"), ("yes\n", "yes"), ("T-shirt", "t shirt"), ("ten  of\tthe", "10 of"),
-     ("what?", "what"), ("", ""), ("an the a", ""), ("red-/blue", "red blue"), ("1,000/day", "1000day")],
-)  # fmt: skip
+    [
+        ("Two dogs.", "2 dogs"),
+        ("the red, blue", "red blue"),
+        ("A man", "man"),
+        ("none", "0"),
+        ("1,000", "1000"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("red/blue", "red blue"),
+        ("well", "well"),
+        ("3.5", "3.5"),
+        ("yes\n", "yes"),
+        ("T-shirt", "t shirt"),
+        ("ten  of\tthe", "10 of"),
+        ("what?", "what"),
+        ("", ""),
+        ("an the a", ""),
+        ("red-/blue", "red blue"),
+        ("1,000/day", "1000day"),
+    ],
+)
 def test_answers_are_normalized_as_the_benchmark_says(answer: str, normal: str) -> None:
     assert vqa.normalize(answer) == normal
 
 
-@pytest.mark.parametrize(
-    ("matches", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
-)  # fmt: skip
+@pytest.mark.parametrize(("matches", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_soft_accuracy_of_ten_people_by_hand(matches: int, score: float) -> None:
     """(m min(1, (m - 1) / 3) + (10 - m) min(1, m / 3)) / 10."""
     golds = ["Two"] * matches + [f"x{i}" for i in range(10 - matches)]
@@ -83,8 +98,10 @@ def test_captions_of_the_authors_take_the_best_reference_of_each_row() -> None:
     from nltk.translate.bleu_score import sentence_bleu
 
     found = captions.measures_of_authors(["there is a cat on a mat", "two dogs"], REFERENCES)
-    best = [max(sentence_bleu([gold.split()], out.split(), [1.0]) for gold in row)
-            for out, row in zip(["there is a cat on a mat", "two dogs"], REFERENCES, strict=True)]  # fmt: skip
+    best = [
+        max(sentence_bleu([gold.split()], out.split(), [1.0]) for gold in row)
+        for out, row in zip(["there is a cat on a mat", "two dogs"], REFERENCES, strict=True)
+    ]
     assert found["bleu_1"] == pytest.approx(sum(best) / 2)
 
 

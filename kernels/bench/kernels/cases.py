@@ -75,15 +75,31 @@ def _accumulate(n: int, device: str, compile_: Callable | None) -> Iterator[Case
         if compile_:
             rivals["compile"] = partial(compile_(baselines.authors_accumulate), grad, grad_sum, square_sum)
         size = grad.element_size()
-        yield Case("accumulate_", name, n, (size + 16) * n, partial(
-            ops.accumulate_, grad, grad_sum, square_sum, 1.0, count), rivals=rivals)  # fmt: skip
-        yield Case("accumulate_ (squares only)", name, n, (size + 8) * n, partial(
-            ops.accumulate_, grad, None, square_sum, 1.0, count))  # fmt: skip
+        yield Case(
+            "accumulate_",
+            name,
+            n,
+            (size + 16) * n,
+            partial(ops.accumulate_, grad, grad_sum, square_sum, 1.0, count),
+            rivals=rivals,
+        )
+        yield Case(
+            "accumulate_ (squares only)",
+            name,
+            n,
+            (size + 8) * n,
+            partial(ops.accumulate_, grad, None, square_sum, 1.0, count),
+        )
         bound = _kth_score(grad_sum, square_sum, int(1.5 * RATIO * n))
         room = ops.empty_candidates(4 * int(RATIO * n) + 65536, device)
-        yield Case("accumulate_filter_", name, n, (size + 16) * n, partial(
-            ops.accumulate_filter_, grad, grad_sum, square_sum, 1.0, count, 1.0, bound, 0, room),
-            prepare=room.num_found.zero_)  # fmt: skip
+        yield Case(
+            "accumulate_filter_",
+            name,
+            n,
+            (size + 16) * n,
+            partial(ops.accumulate_filter_, grad, grad_sum, square_sum, 1.0, count, 1.0, bound, 0, room),
+            prepare=room.num_found.zero_,
+        )
 
 
 def _kth_score(grad_sum: torch.Tensor, square_sum: torch.Tensor, k: int) -> float:
@@ -109,16 +125,29 @@ def _selection(n: int, device: str, compile_: Callable | None) -> Iterator[Case]
     yield Case("selection, sums to packed mask", "fp32", n, 8.125 * n, packed, rivals=rivals)
     bound, key = _kth_score(grad_sum, square_sum, int(1.5 * k)), int(score.topk(k).values[-1].view(torch.int32))
     room = ops.empty_candidates(4 * k + 65536, device)
-    yield Case("filter_", "fp32", n, 8 * n, partial(ops.filter_, grad_sum, square_sum, 1.0, bound, 0, room),
-               prepare=room.num_found.zero_,
-               rivals={"best_eager": partial(baselines.boolean_filter, grad_sum, square_sum, bound)})  # fmt: skip
+    yield Case(
+        "filter_",
+        "fp32",
+        n,
+        8 * n,
+        partial(ops.filter_, grad_sum, square_sum, 1.0, bound, 0, room),
+        prepare=room.num_found.zero_,
+        rivals={"best_eager": partial(baselines.boolean_filter, grad_sum, square_sum, bound)},
+    )
     counts = torch.zeros(2048, dtype=torch.int64, device=device)
-    yield Case("score_histogram_", "fp32", n, 8 * n, partial(
-        ops.score_histogram_, counts, grad_sum, square_sum, 1.0, 20, 11, 0),
-        rivals={"best_eager": partial(baselines.histogram, grad_sum, square_sum)})  # fmt: skip
+    yield Case(
+        "score_histogram_",
+        "fp32",
+        n,
+        8 * n,
+        partial(ops.score_histogram_, counts, grad_sum, square_sum, 1.0, 20, 11, 0),
+        rivals={"best_eager": partial(baselines.histogram, grad_sum, square_sum)},
+    )
     yield Case("select_above", "fp32", n, 8 * n, partial(ops.select_above, grad_sum, square_sum, 1.0, key, 1))
-    rivals = {"authors": partial(baselines.authors_score, grad_sum, square_sum),
-              "best_eager": partial(baselines.best_score, grad_sum, square_sum)}  # fmt: skip
+    rivals = {
+        "authors": partial(baselines.authors_score, grad_sum, square_sum),
+        "best_eager": partial(baselines.best_score, grad_sum, square_sum),
+    }
     if compile_:
         rivals["compile"] = partial(compile_(baselines.authors_score), grad_sum, square_sum)
     yield Case("score", "fp32", n, 12 * n, partial(ops.score, grad_sum, square_sum), rivals=rivals)
@@ -143,13 +172,25 @@ def _masks(n: int, device: str, compile_: Callable | None) -> Iterator[Case]:
         }
         if compile_:
             rivals["compile"] = partial(compile_(baselines.authors_apply_mask), grad, mask, scale)
-        yield Case("apply_mask_ (unscale, norm, finite)", name, n, grad.element_size() * n, partial(
-            ops.apply_mask_, grad, index, scale, norm, count), rivals=rivals)  # fmt: skip
+        yield Case(
+            "apply_mask_ (unscale, norm, finite)",
+            name,
+            n,
+            grad.element_size() * n,
+            partial(ops.apply_mask_, grad, index, scale, norm, count),
+            rivals=rivals,
+        )
         total = torch.zeros(k, device=device)
         gather = partial(baselines.gather_add, grad, index, scale, total)
         # The index, a read and write of the total, and a 64-byte line of the gradient for each entry.
-        yield Case("gather_add_", name, n, (8 + 8 + 64) * k, partial(ops.gather_add_, grad, index, scale, total),
-                   rivals={"best_eager": gather})  # fmt: skip
+        yield Case(
+            "gather_add_",
+            name,
+            n,
+            (8 + 8 + 64) * k,
+            partial(ops.gather_add_, grad, index, scale, total),
+            rivals={"best_eager": gather},
+        )
 
 
 def adamw_cases(n: int, device: str) -> Iterator[Case]:
@@ -164,8 +205,9 @@ def adamw_cases(n: int, device: str) -> Iterator[Case]:
     value, grad, exp_avg = weight[index].float(), *(torch.randn(k, device=device) for _ in range(2))
     exp_avg_sq, step = torch.rand(k, device=device), torch.tensor(3.0, device=device)
     state = grad, value, exp_avg, exp_avg_sq
-    run = partial(ops.sparse_adamw_, *state, weight, index,
-                  lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3)  # fmt: skip
+    run = partial(
+        ops.sparse_adamw_, *state, weight, index, lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3
+    )
     for _ in range(3):  # values away from where rounding to bf16 put them
         run()
     before, start = weight[index], value.clone()

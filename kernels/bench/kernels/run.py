@@ -102,8 +102,11 @@ def _row(case: Case, provider: str, clock: Clock, num_rounds: int) -> dict[str, 
 
 def _print(row: dict[str, Any]) -> None:
     ratios = "  ".join(f"{key} {row[key]}" for key in row if key.startswith("x_") and row[key] != "")
-    print(f"{row['op']:<44} {row['provider']:<10} {row['dtype']:<5} {row['n']:>11} {row['ms_p50']:>9} ms "
-          f"{row['pct_of_copy']!s:>6} % of copy  {ratios}", flush=True)  # fmt: skip
+    print(
+        f"{row['op']:<44} {row['provider']:<10} {row['dtype']:<5} {row['n']:>11} {row['ms_p50']:>9} ms "
+        f"{row['pct_of_copy']!s:>6} % of copy  {ratios}",
+        flush=True,
+    )
 
 
 def _device() -> str:

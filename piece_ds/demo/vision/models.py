@@ -55,9 +55,13 @@ def make_processor(family: str, words: Sequence[str] = ()) -> ProcessorMixin:
         side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
         images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
         return LlavaProcessor(
-            images, tokenizer, patch_size=PATCH_SIZE, vision_feature_select_strategy="default",
-            num_additional_image_tokens=1, chat_template=template,
-        )  # fmt: skip
+            images,
+            tokenizer,
+            patch_size=PATCH_SIZE,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=template,
+        )
     pixels = {"shortest_edge": (2 * PATCH_SIZE) ** 2, "longest_edge": (2 * IMAGE_SIZE) ** 2}
     images = Qwen2VLImageProcessorPil(patch_size=PATCH_SIZE, merge_size=2, temporal_patch_size=2, size=pixels)
     return images_only(Qwen3VLProcessor)(images, tokenizer, chat_template=template)
@@ -66,22 +70,40 @@ def make_processor(family: str, words: Sequence[str] = ()) -> ProcessorMixin:
 def make_model(family: str, num_words: int = 0) -> PreTrainedModel:
     """The model with weights of the global generator."""
     text = {
-        "vocab_size": VOCAB_SIZE + len(_IMAGE_TOKENS[family]) + num_words, "hidden_size": 96,
-        "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "head_dim": 24, "max_position_embeddings": MAX_LENGTH, "initializer_range": 0.1,
-        "tie_word_embeddings": True, "pad_token_id": SPECIAL_TOKENS.index(PAD),
-        "bos_token_id": SPECIAL_TOKENS.index(BOS), "eos_token_id": SPECIAL_TOKENS.index(EOS),
-    }  # fmt: skip
+        "vocab_size": VOCAB_SIZE + len(_IMAGE_TOKENS[family]) + num_words,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "max_position_embeddings": MAX_LENGTH,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+        "pad_token_id": SPECIAL_TOKENS.index(PAD),
+        "bos_token_id": SPECIAL_TOKENS.index(BOS),
+        "eos_token_id": SPECIAL_TOKENS.index(EOS),
+    }
     if family == "llava":
         vision = CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE, projection_dim=64,
-        )  # fmt: skip
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            projection_dim=64,
+        )
         return LlavaForConditionalGeneration(
-            LlavaConfig(vision_config=vision, text_config=LlamaConfig(**text), image_token_index=VOCAB_SIZE,
-                        vision_feature_layer=-1, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-                        tie_word_embeddings=True)
-        )  # fmt: skip
+            LlavaConfig(
+                vision_config=vision,
+                text_config=LlamaConfig(**text),
+                image_token_index=VOCAB_SIZE,
+                vision_feature_layer=-1,
+                image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+                tie_word_embeddings=True,
+            )
+        )
     return Qwen3VLForConditionalGeneration(qwen3_vl_config(text))
 
 
@@ -92,13 +114,21 @@ def qwen3_vl_config(text: dict) -> Qwen3VLConfig:
     return Qwen3VLConfig(
         text_config={**text, "rope_parameters": rope},
         vision_config={
-            "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": PATCH_SIZE,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": text["hidden_size"],
-            "num_position_embeddings": 36, "deepstack_visual_indexes": [0], "initializer_range": 0.1,
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": text["hidden_size"],
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0],
+            "initializer_range": 0.1,
         },
         tie_word_embeddings=True,
         **{f"{name}_token_id": value for name, value in tokens.items()},
-    )  # fmt: skip
+    )
 
 
 def _tokenizer(family: str, words: Sequence[str]) -> PreTrainedTokenizerFast:

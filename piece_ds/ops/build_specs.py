@@ -21,7 +21,7 @@ _NVCC_ARGS = ("-O3", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BuildSpec:
     """What a provider is compiled from and how.
 
     Attributes:
@@ -50,14 +50,14 @@ class Recipe:
         return f"{self.name}_{_digest(parts)}"
 
 
-RECIPES = {
-    "cpu": Recipe(
+BUILD_SPECS = {
+    "cpu": BuildSpec(
         "piece_ds_cpu",
         ("include", "bind", "cpu"),
         ("cpu/*.cpp", "bind/cpu.cpp"),
         (*_CXX_ARGS, _STABLE_ABI),
     ),
-    "cuda": Recipe(
+    "cuda": BuildSpec(
         "piece_ds_cuda",
         ("include", "bind", "cuda"),
         ("cuda/*.cu", "bind/cuda.cpp"),
