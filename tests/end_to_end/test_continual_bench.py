@@ -21,8 +21,8 @@ from bench.continual.grid import Setting
 from bench.continual.one_run import settings_of
 from bench.continual.recipe import StreamRecipe
 from bench.continual.tasks import write_stream
-from piece_ds.command import run_command
-from piece_ds.train_run import train
+from piece_ds.runtime.process import run_command
+from piece_ds.cli.run import train
 
 def main(argv):
     root, *methods = argv

@@ -11,7 +11,7 @@ from support.launches import ROOT, environment
 
 BEFORE = """
 import json, sys
-from piece_ds.command import _one_process_environment, start_distributed
+from piece_ds.runtime.process import _one_process_environment, start_distributed
 _one_process_environment()
 import deepspeed, torch
 from torch.utils.data import DataLoader
