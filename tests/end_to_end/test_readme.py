@@ -16,7 +16,7 @@ _one_process_environment()
 import deepspeed, torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-from piece_ds.state.values import PARAMETER_NAME
+from piece_ds.state.selected_values import PARAMETER_NAME
 
 start_distributed()
 collator = lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
