@@ -1,4 +1,5 @@
 # make train: the embedded default.   make vqa-demo: the one with images.   make test: the fast tests.   make test-all: every test.
+# make test-gpu, make bench-gpu: what needs a GPU, each in one command (GPU_ARGS=--second: the second script).
 # make test-faults: KILLS kills of running streams, FUZZ_SECONDS of damage for every reader of files.   make venv: set-up alone.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 RANKS ?= $(if $(HAS_GPU),1,2)
 LAUNCH := DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/deepspeed --num_accelerators $(RANKS)
 
-.PHONY: train vqa-demo test test-all test-faults check bench bench-cost bench-continual bench-kernels clean venv
+.PHONY: train vqa-demo test test-all test-faults check bench bench-cost bench-continual bench-kernels test-gpu bench-gpu clean venv
 
 train: $(VENV)/.ready
 	rm -rf runs/embedded
@@ -52,6 +53,15 @@ bench-continual: $(VENV)/.ready
 
 bench-kernels: $(VENV)/.ready
 	$(BIN)/python kernels/bench/run.py
+
+# On a machine with a GPU: its ops alone, then everything that bench/gpu.sh measures; results in OUT (runs/gpu).
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no GPU here that torch can use")'
+	$(BIN)/python -m pytest tests/ops/test_ops_cuda.py
+
+bench-gpu: $(VENV)/.ready
+	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no GPU here that torch can use")'
+	PYTHON=$(CURDIR)/$(BIN)/python OUT=$(or $(OUT),$(CURDIR)/runs/gpu) bench/gpu.sh $(GPU_ARGS)
 
 venv: $(VENV)/.ready
 

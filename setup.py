@@ -13,27 +13,32 @@ from typing import Any
 
 from setuptools import setup
 
+ARCHITECTURES = "8.0;9.0;10.0"  # A100, H100 and H200, B200
+
 
 def ahead_of_time() -> dict[str, Any]:
     """What setup() needs to compile the kernels."""
     sys.path.insert(0, str(Path(__file__).parent))
+    # DeepSpeed's own list begins with architectures that nvcc 13 does not know and that lack instructions used here.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension
+        from torch.utils import cpp_extension
 
-        from piece_ds.ops.builder import PieceCPUBuilder, PieceCUDABuilder
+        from piece_ds.ops.builder import PieceCPUBuilder, PieceCUDABuilder, use_toolkit_of_nvcc
     except ImportError as error:
         raise SystemExit(
             f"PIECE_DS_BUILD_OPS=1 needs torch and deepspeed in this environment ({error}): install them, "
             "then this with --no-build-isolation"
         ) from error
     builders = [PieceCPUBuilder()]
-    if torch.version.cuda and CUDA_HOME:
+    use_toolkit_of_nvcc()
+    if torch.version.cuda and cpp_extension.CUDA_HOME:
         builders.append(PieceCUDABuilder())
     extensions = [builder.builder() for builder in builders]
     for extension in extensions:  # setuptools takes no absolute path
         extension.sources = [os.path.relpath(source, Path(__file__).parent) for source in extension.sources]
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
 setup(version="0.1.0", **(ahead_of_time() if os.environ.get("PIECE_DS_BUILD_OPS") == "1" else {}))

@@ -24,7 +24,7 @@ void check(cudaError_t error) {
 // that no tensor of another device reaches a kernel.
 class Device {
  public:
-  explicit Device(const Tensor& first) : index_(first.get_device_index()), guard_(index_) {
+  explicit Device(const Tensor& first) : index_(index_of(first)), guard_(index_) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -69,6 +69,12 @@ class Device {
   }
 
  private:
+  // A CPU tensor before CUDA ones dispatches here as well, and has no device to guard.
+  static int32_t index_of(const Tensor& first) {
+    require(first.is_cuda(), "the op's first tensor must be on a CUDA device, as its others are: move it there");
+    return first.get_device_index();
+  }
+
   void require_here(const Tensor& tensor, const char* name) const {
     require(tensor.is_cuda() && tensor.get_device_index() == index_,
             name, " must be on cuda:", index_, ", where the op's first tensor is");

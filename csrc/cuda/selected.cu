@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t index_to_mask(const int64_t* index, int64_t k, uint32_t* words, int64_t n, cudaStream_t stream) {
   const int64_t num_words = n / 32 + (n % 32 != 0);
+  if (num_words == 0) return cudaSuccess;  // words may be null then
   if (const cudaError_t error = cudaMemsetAsync(words, 0, static_cast<size_t>(num_words) * 4, stream);
       error != cudaSuccess || k == 0) {
     return error;

@@ -4,6 +4,8 @@ Also what setup.py compiles ahead of time. Imported only to build: DeepSpeed is 
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.utils.cpp_extension
 from deepspeed.ops.op_builder.builder import (
     CUDAMismatchException,
     CUDAOpBuilder,
@@ -33,6 +36,7 @@ class _PieceBuilder:
     recipe: BuildSpec
     device_type: str
     name: str
+    instead: str  # what serves where nothing can be compiled
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name or self.recipe.library_name())  # type: ignore[call-arg]
@@ -74,7 +78,7 @@ class _PieceBuilder:
             log.write_text(str(error), encoding="utf-8")
             raise UserError(
                 f"the piece_ds {self.device_type} kernels could not be compiled: {_first_error(str(error))} (all of it "
-                f"in {log}); repair that, or set PIECE_DS_BACKEND=reference for the slow pure torch kernels"
+                f"in {log}); repair that, or set {self.instead}"
             ) from error
 
     def check_toolkit(self) -> None:
@@ -86,6 +90,7 @@ class PieceCPUBuilder(_PieceBuilder, CPUOpBuilder):
 
     recipe = BUILD_SPECS["cpu"]
     device_type = "cpu"
+    instead = "PIECE_DS_BACKEND=reference for the slow pure torch kernels"
 
 
 class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
@@ -93,12 +98,38 @@ class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
 
     recipe = BUILD_SPECS["cuda"]
     device_type = "cuda"
+    instead = "PIECE_DS_BACKEND=triton for kernels that need no compiler"
 
     def nvcc_args(self) -> list[str]:
         return [*self.recipe.nvcc_args, *self.compute_capability_args()]
 
     def check_toolkit(self) -> None:
+        use_toolkit_of_nvcc()
         assert_no_cuda_mismatch(self.name)
+
+
+def toolkit_of_nvcc() -> str | None:
+    """Folder of the toolkit that nvcc belongs to, as it says itself; None where there is no nvcc on the path.
+
+    The nvcc on the path may be a wrapper that lies elsewhere, where no header stands beside it.
+    """
+    if shutil.which("nvcc") is None:
+        return None
+    described = subprocess.run(["nvcc", "-v", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    found = re.search(r"^#\$ TOP=(.+)$", described.stdout + described.stderr, re.MULTILINE)
+    return os.path.realpath(found.group(1).strip()) if found else None
+
+
+def use_toolkit_of_nvcc() -> None:
+    """Have torch and DeepSpeed compile with the toolkit that nvcc belongs to, unless CUDA_HOME names another.
+
+    torch looks at `which nvcc` once, when its module of builders is imported.
+    """
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    folder = toolkit_of_nvcc()
+    if folder is not None:
+        torch.utils.cpp_extension.CUDA_HOME = folder
 
 
 def _first_error(text: str) -> str:

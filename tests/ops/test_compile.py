@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import oldest_torch
 
 from piece_ds.ops.build_specs import BUILD_SPECS, CSRC
 
@@ -80,19 +81,47 @@ class TestCuda:
                 assert wide.search(ptx), name
 
 
-@needs_nvcc
-def test_bindings_compile_against_the_stable_abi() -> None:
-    """With the headers of any torch, also one without CUDA; not linked."""
-    described = subprocess.run([NVCC, "-E", "-v", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
-    toolkit = Path(re.findall("TOP=(.*)", described)[0].strip()) / "include"
-    includes = [CSRC / "include", Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"], toolkit]
-    arguments = [*BUILD_SPECS["cuda"].cxx_args, "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only"]
-    arguments += ["-DTORCH_EXTENSION_NAME=piece_ds_cuda", f"-I{includes[0]}"]
-    for folder in includes[1:]:
+def check_binding(binding: Path, torch_headers: Path) -> None:
+    """Raise AssertionError unless binding compiles, without a warning, with torch's headers; not linked."""
+    includes = [torch_headers, Path(sysconfig.get_paths()["include"])]
+    if binding.stem == "cuda":
+        if NVCC is None:
+            pytest.skip("nvcc is not installed")
+        described = subprocess.run([NVCC, "-E", "-v", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+        includes.append(Path(re.findall("TOP=(.*)", described)[0].strip()) / "include")
+    arguments = [*BUILD_SPECS[binding.stem].cxx_args, "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only"]
+    arguments += ["-DTORCH_EXTENSION_NAME=piece_ds", f"-I{CSRC / 'include'}"]
+    for folder in includes:
         arguments += ["-isystem", str(folder)]
-    done = subprocess.run(["c++", *arguments, str(CSRC / "bind" / "cuda.cpp")], capture_output=True, text=True)
+    done = subprocess.run(["c++", *arguments, str(binding)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_bindings_compile_against_the_stable_abi(name: str) -> None:
+    """With the headers of any torch, also one without CUDA."""
+    check_binding(CSRC / "bind" / f"{name}.cpp", Path(torch.__file__).parent / "include")
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_bindings_compile_against_the_oldest_torch(name: str) -> None:
+    headers = os.environ.get(oldest_torch.HEADERS_VARIABLE)
+    if not headers:
+        pytest.skip(f"set {oldest_torch.HEADERS_VARIABLE} to the headers of torch {oldest_torch.VERSION}")
+    assert oldest_torch.includes_of_a_torch(Path(headers)) == oldest_torch.VERSION
+    check_binding(CSRC / "bind" / f"{name}.cpp", Path(headers))
+
+
+def test_bindings_use_no_name_that_the_oldest_torch_lacks() -> None:
+    """Without its headers: names that came later are known."""
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"torch>={oldest_torch.VERSION}"' in pyproject, "the list of names is of another torch"
+    for path in sorted((CSRC / "bind").iterdir()):
+        assert not oldest_torch.names_too_new(path.read_text(encoding="utf-8")), path.name
+    assert oldest_torch.names_too_new("a(STABLE_TORCH_ERROR_CODE_CHECK); // torch_from_blob") == [
+        "STABLE_TORCH_ERROR_CODE_CHECK"
+    ]
 
 
 # ---- Triton ----

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from piece_ds.ops import extension
+from piece_ds.ops import backends, build_specs, extension
 
 SHOW = "from piece_ds import ops; print(ops.load('cpu'))"
 
@@ -126,14 +126,14 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert "set TORCH_EXTENSIONS_DIR" in fails(python(SHOW, TORCH_EXTENSIONS_DIR=str(tmp_path / "file")))
 
 
-@pytest.mark.parametrize("device_type", list(extension.RECIPES))
+@pytest.mark.parametrize("device_type", list(build_specs.BUILD_SPECS))
 def test_the_name_of_a_library_follows_its_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device_type: str
 ) -> None:
-    recipe = extension.RECIPES[device_type]
+    recipe = build_specs.BUILD_SPECS[device_type]
     before = recipe.library_name()
-    shutil.copytree(extension.CSRC, tmp_path / "csrc")
-    monkeypatch.setattr(extension, "CSRC", tmp_path / "csrc")
+    shutil.copytree(build_specs.CSRC, tmp_path / "csrc")
+    monkeypatch.setattr(build_specs, "CSRC", tmp_path / "csrc")
     assert recipe.library_name() == before
     header = tmp_path / "csrc/include/piece/scalar.h"
     header.write_text(header.read_text() + "\n// edited\n")
@@ -156,3 +156,37 @@ def test_a_machine_without_compiler_takes_what_another_one_built(built: Path) ->
 def test_importing_builds_nothing(tmp_path: Path) -> None:
     result(python("import piece_ds.ops, piece_ds.training.stream", TORCH_EXTENSIONS_DIR=str(tmp_path)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wrapper_of_nvcc_does_not_hide_its_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers are looked for where nvcc says it lives, not beside the first nvcc of the path; CUDA_HOME wins."""
+    import torch.utils.cpp_extension
+
+    from piece_ds.ops.builder import toolkit_of_nvcc, use_toolkit_of_nvcc
+
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f"#!/bin/sh\necho '#$ _SPACE_= ' >&2\necho '#$ TOP={tmp_path}/toolkit/bin/..' >&2\n")
+    wrapper.chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert toolkit_of_nvcc() == str(tmp_path / "toolkit")
+    monkeypatch.setenv("CUDA_HOME", "/elsewhere")
+    use_toolkit_of_nvcc()
+    assert str(tmp_path) == torch.utils.cpp_extension.CUDA_HOME
+    monkeypatch.delenv("CUDA_HOME")
+    use_toolkit_of_nvcc()
+    assert str(tmp_path / "toolkit") == torch.utils.cpp_extension.CUDA_HOME
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert toolkit_of_nvcc() is None
+
+
+def test_who_cannot_compile_is_told_what_serves_without() -> None:
+    from piece_ds.ops.builder import BUILDERS
+
+    for device_type, builder in BUILDERS.items():
+        name = builder.instead.partition(" ")[0].partition("=")[2]
+        assert name in backends.providers(device_type)[1:], device_type
+    assert "triton" in BUILDERS["cuda"].instead
