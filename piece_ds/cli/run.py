@@ -17,6 +17,7 @@ from piece_ds.preflight.checks import (
 from piece_ds.preflight.inputs import load_inputs
 from piece_ds.preflight.rank_consistency import require_rank_consistency
 from piece_ds.report.results import RunResults
+from piece_ds.runtime.deterministic import deterministic_run
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.reporters import open_reporters
@@ -92,7 +93,8 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         baseline,
         inputs.general_importance,
     )
-    return run_stream(stream, resume), folder
+    with deterministic_run(settings.output.deterministic):
+        return run_stream(stream, resume), folder
 
 
 def _plain(value: Any) -> Any:

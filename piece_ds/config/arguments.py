@@ -207,6 +207,13 @@ class OutputArguments:
         metadata={"help": "compact mode: --save_steps writes the whole model, not only what the task changes"},
     )
 
+    deterministic: bool = field(
+        default=False,
+        metadata={
+            "help": "on a GPU: train with torch's deterministic algorithms, so that the same command gives the same "
+            "weights on the same machine; an operation that has none ends the run (statistics always ask for them)"
+        },
+    )
     output_file: str | None = field(
         default=None, metadata={"help": "the one file that select_mask.py (a mask) and eval_tasks.py (scores) write"}
     )

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+from piece_ds.runtime.deterministic import set_cublas_workspace
 from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.runtime.rank_status import claim, is_gone, is_late, missing_ranks
 from piece_ds.runtime.signals import STOP_CODE, Preempted
@@ -30,6 +31,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
     _one_process_environment()
     _own_programs_first()
+    set_cublas_workspace()
     _quiet()
     _leave(exit_code(main, argv))
 

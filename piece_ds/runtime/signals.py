@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from piece_ds.runtime.distributed import all_reduce_max_, collective_device
+from piece_ds.runtime.distributed import all_reduce_max_, collective_device, world_size
 from piece_ds.runtime.rank_status import report_status
 
 # EX_TEMPFAIL of sysexits.h: not a failure, try again later. No shell, launcher or kernel uses it for anything else.
@@ -63,12 +63,18 @@ def stop_asked() -> bool:
     False, without communication, outside signal_handling().
     """
     if _Notice.heeding and not _Notice.agreed:
-        noted = torch.tensor([_Notice.signum], device=collective_device())
-        number = int(all_reduce_max_(noted))
+        number = _largest_of_ranks(_Notice.signum)
         # Without one, a signal that came while this rank waited for the others stays noted for the next time.
         if number:
             _Notice.signum, _Notice.agreed = number, True
     return _Notice.heeding and _Notice.agreed
+
+
+def _largest_of_ranks(number: int) -> int:
+    """The largest of all ranks' numbers. One rank asks nobody, and does not wait for its device."""
+    if world_size() == 1:
+        return number
+    return int(all_reduce_max_(torch.tensor([number], device=collective_device())))
 
 
 def exit_if_signalled(where: str) -> None:

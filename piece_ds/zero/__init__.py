@@ -4,8 +4,9 @@ DeepSpeed stays unpatched in memory and on disk; every hook is installed on one 
 What has not been proven is refused at the door, with the reason.
 """
 
+from piece_ds.zero.batch_feed import MicroBatchSource
 from piece_ds.zero.gradient_term import GradientTerm, Ranges
-from piece_ds.zero.statistics import MicroBatchSource, StatisticsCheckpoint, collect_statistics
+from piece_ds.zero.statistics import StatisticsCheckpoint, collect_statistics
 from piece_ds.zero.step_watch import SkippedStep, StepWatch
 from piece_ds.zero.supported import adapter_for, require_trainable
 from piece_ds.zero.weights import read_weight

@@ -209,6 +209,10 @@ class Adapter(ABC):
     def forget_backward(self) -> None:
         """Bring the engine back to the state before the backwards of local_backward()."""
 
+    def abandon_backward(self) -> None:
+        """forget_backward() after an error has ended a forward or a backward in its middle, on every rank."""
+        self.forget_backward()
+
 
 class BoundGradients:
     """Selected positions for gradients that are lists of tensors whose concatenation is a flat buffer."""

@@ -109,3 +109,12 @@ class Stage3(Adapter):
         if optimizer.offload_optimizer:
             optimizer.reset_cpu_buffers()
         optimizer.grad_partitions_flat_buffer.zero_()
+
+    def abandon_backward(self) -> None:
+        """Also give back what is gathered, and let DeepSpeed find the order of modules anew."""
+        self.engine.empty_partition_cache()
+        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        coordinator.reset_step()
+        self.forget_backward()

@@ -6,17 +6,13 @@ it was found: no step, no gradient, no random number drawn, no mode changed.
 """
 
 import logging
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from piece_ds import ops
 from piece_ds.models.layout import layout_of
+from piece_ds.runtime.deterministic import deterministic_algorithms, nondeterministic_operation
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.profiling import timed
@@ -25,9 +21,12 @@ from piece_ds.runtime.rank_status import report_status
 from piece_ds.state.partition import Layout
 from piece_ds.state.selected_values import selected_values
 from piece_ds.state.statistics import GradientStats, empty_stats
-from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
+from piece_ds.zero.adapter import Adapter
+from piece_ds.zero.batch_feed import BatchFeed, MicroBatchSource
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
+from piece_ds.zero.receiver import GradientReceiver, LastPass
 from piece_ds.zero.supported import adapter_for
+from piece_ds.zero.undisturbed import undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -36,30 +35,6 @@ BUCKET_ELEMENTS = 1 << 25
 
 # Unscaled, small fp16 gradients would lose bits below fp16's normal range. A power of two is divided out exactly.
 FP16_LOSS_SCALE = 1024.0
-
-
-class MicroBatchSource(Protocol):
-    """Anything with a length whose item b is micro-batch b: model inputs with labels. A list does."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, b: int, /) -> dict[str, Tensor]: ...
-
-
-class LastPass(Protocol):
-    """Adds the last round's gradients and finds candidates in the same pass (selection.LastPassFilter)."""
-
-    def begin(self, stats: GradientStats) -> None: ...
-
-    def accumulate_(
-        self,
-        grad: Tensor,
-        grad_sum: Tensor | None,
-        square_sum: Tensor,
-        scale: float,
-        num_nonfinite: Tensor,
-        offset: int,
-    ) -> None: ...
 
 
 class StatisticsCheckpoint(Protocol):
@@ -98,7 +73,9 @@ def collect_statistics(
         last_pass: finds candidates for selection while the last round is added; not used where there is one round.
         keeper: goes on from the sums of an unfinished pass, and keeps those of this one. The sums have the same bits.
     Returns:
-        GradientStats of this rank's elements, in fp32, without loss scaling, clipping or division.
+        GradientStats of this rank's elements, in fp32, without loss scaling, clipping or division. The same bits in
+        every run on the same machine: on CUDA torch's deterministic algorithms are on during the pass. An operation
+        that has none is named in a warning, and the pass begins again without.
     Raises:
         UserError: DeepSpeed features that have not been proven; a compact update is attached.
         ValueError: no micro-batch.
@@ -115,25 +92,82 @@ def collect_statistics(
         )
     adapter = adapter_for(engine)
     layout = layout or layout_of(engine.module)
-    stats = empty_stats(layout, needs_sum, device or engine.device)
+    one_pass = partial(
+        _pass,
+        engine,
+        adapter,
+        micro_batches,
+        layout,
+        needs_sum=needs_sum,
+        device=device or engine.device,
+        description=description,
+        last_pass=last_pass,
+        keeper=keeper,
+    )
+    if not _may_vary(engine.device):
+        return one_pass()
+    try:
+        with deterministic_algorithms():
+            return one_pass()
+    except RuntimeError as error:
+        operation = nondeterministic_operation(error)
+        if operation is None or torch.are_deterministic_algorithms_enabled():  # the caller asked for it himself
+            raise
+    # Every rank runs the same operations, so all of them come here from the same one.
+    adapter.abandon_backward()
+    if is_main():
+        logger.warning(
+            "%s has no deterministic form: the %s pass runs without, and another run may select slightly other weights",
+            operation,
+            description,
+        )
+    return one_pass()
+
+
+def _may_vary(device: torch.device) -> bool:
+    """Whether torch's operations may give other bits on device in every run unless asked not to."""
+    return torch.device(device).type == "cuda"
+
+
+def _pass(
+    engine: Any,
+    adapter: Adapter,
+    micro_batches: MicroBatchSource,
+    layout: Layout,
+    *,
+    needs_sum: bool,
+    device: torch.device | str,
+    description: str,
+    last_pass: LastPass | None,
+    keeper: StatisticsCheckpoint | None,
+) -> GradientStats:
+    """collect_statistics() with everything found and checked."""
+    # Sums: empty, or those of an unfinished pass.
+    stats = empty_stats(layout, needs_sum, device)
     if keeper is not None:
         keeper.begin(stats)
     nonfinite = NonfiniteCounts(layout, stats.square_sum.device)
     num_before = stats.num_nonfinite
+
+    # Who computes what, and where gradients go.
     loss_scale = FP16_LOSS_SCALE if engine.fp16_enabled() else 1.0
-    receiver = _Receiver(engine, stats, nonfinite, 1.0 / loss_scale)
+    receiver = GradientReceiver(engine, stats, nonfinite, 1.0 / loss_scale, BUCKET_ELEMENTS)
     rounds = range(stats.num_micro_batches, len(micro_batches), layout.num_ranks)
-    with _undisturbed(engine), receiver.hooks(), adapter.local_backward():
+    # ZeRO-3 gathers together: a rank without a micro-batch repeats one, and nobody adds its gradient.
+    numbers = [first + layout.rank if first + layout.rank < len(micro_batches) else first for first in rounds]
+    feed = BatchFeed(micro_batches, numbers, engine.device)
+
+    # One micro-batch a rank and round.
+    with undisturbed(engine), receiver.hooks(), adapter.local_backward():
         for first in progress_bar(rounds, description, unit="round"):
             report_status(f"{description}, from micro-batch {first}")
-            # ZeRO-3 gathers together: a rank without a micro-batch repeats one, and nobody adds its gradient.
-            b = first + layout.rank if first + layout.rank < len(micro_batches) else first
-            batch = {k: v.to(engine.device) for k, v in micro_batches[b].items()}
+            batch = feed.take()
             if last_pass is not None and 0 < first == rounds[-1]:
                 last_pass.begin(stats)
                 receiver.last_pass = last_pass
             receiver.begin_round(num_valid=min(layout.num_ranks, len(micro_batches) - first))
             loss = engine(**batch).loss
+            feed.read_ahead()
             # DeepSpeed multiplies by its own loss scale, where it has one; `* 1.0` also because DeepSpeed 0.19 divides
             # by the accumulation steps when it recognises the very tensor that forward returned.
             engine.backward(loss * (loss_scale / _engine_loss_scale(engine)), scale_wrt_gas=False)
@@ -144,6 +178,8 @@ def collect_statistics(
                 stats.num_nonfinite = num_before + nonfinite.total()
                 keeper.keep(stats)
     adapter.forget_backward()
+
+    # What did not count.
     stats.num_nonfinite = num_before + nonfinite.total()
     if stats.num_nonfinite:
         stats.first_nonfinite = nonfinite.first()
@@ -169,127 +205,3 @@ def _engine_loss_scale(engine: Any) -> float:
         return 1.0
     one = torch.ones((), requires_grad=True) * 1.0  # a number it takes for a loss
     return float(engine.optimizer.scale_if_loss(one).detach())
-
-
-class _Receiver:
-    """Takes finished gradients off the parameters, exchanges them in a fixed order and adds what this rank owns."""
-
-    def __init__(self, engine: Any, stats: GradientStats, nonfinite: NonfiniteCounts, scale: float) -> None:
-        self.model, self.device = engine.module, engine.device
-        self.stats, self.nonfinite, self.scale = stats, nonfinite, scale
-        self.layout = stats.layout
-        self.buckets = plan_buckets(self.layout, BUCKET_ELEMENTS)
-        self.offset_of = {info.name: (offset, part.start) for info, part, offset in self.layout.owned()}
-        self.dtype_of = {name: p.dtype for name, p in self.model.named_parameters()}
-        # Ranks may use different parts of a ZeRO-3 leaf module (experts). To exchange as soon as one rank has its
-        # gradients would wait for a rank that waits for the next gather, so these wait for the end of backward.
-        self.late = {name for name, p in self.model.named_parameters() if hasattr(p, "ds_z3_leaf_module")}
-        self.in_backward = False
-        self.grads: dict[str, Tensor] = {}
-        self.next_bucket = 0
-        self.num_valid = 0
-        self.last_pass: LastPass | None = None  # set for the last round
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """While open, every parameter's gradient comes here as soon as backward has finished it."""
-        eligible = {info.name for info in self.layout.eligible()}
-        # Under compact mode, the parameters are frozen for DeepSpeed.
-        frozen = [p for name, p in self.model.named_parameters() if name in eligible and not p.requires_grad]
-        for param in frozen:
-            param.requires_grad_(True)
-        handles = [
-            param.register_post_accumulate_grad_hook(self._hook(name, name in eligible))
-            for name, param in self.model.named_parameters()
-            if param.requires_grad
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for param in frozen:
-                param.requires_grad_(False)
-
-    def _hook(self, name: str, eligible: bool) -> Callable[[nn.Parameter], None]:
-        def take(param: nn.Parameter) -> None:
-            grad, param.grad = param.grad, None
-            if eligible and grad is not None:
-                self.grads[name] = grad.detach().reshape(-1)
-                self._flush_complete()
-
-        return take
-
-    def begin_round(self, num_valid: int) -> None:
-        """The next backward is of a new micro-batch on every rank; only the first num_valid ranks' count."""
-        self.grads.clear()
-        self.next_bucket = 0
-        self.num_valid = num_valid
-        self.in_backward = True
-
-    def end_round(self) -> None:
-        """Send what is left. A parameter that this micro-batch did not use has gradient zero."""
-        self.in_backward = False
-        for info in self.layout.eligible():
-            if info.name not in self.grads and self._is_pending(info.name):
-                self.grads[info.name] = torch.zeros(info.numel, dtype=self.dtype_of[info.name], device=self.device)
-        self._flush_complete()
-        assert self.next_bucket == len(self.buckets)
-
-    def _is_pending(self, name: str) -> bool:
-        return any(part.info.name == name for bucket in self.buckets[self.next_bucket :] for part in bucket)
-
-    def _flush_complete(self) -> None:
-        """Exchange buckets in their fixed order while the next one is complete: every rank makes the same calls."""
-        while self.next_bucket < len(self.buckets):
-            bucket = self.buckets[self.next_bucket]
-            names = {part.info.name for part in bucket}
-            if not names <= self.grads.keys() or (self.in_backward and names & self.late):
-                return
-            for source, part, grad in exchange(bucket, self.grads, self.layout):
-                if source < self.num_valid:
-                    self._add(part, grad, source, is_last=source == self.num_valid - 1)
-            for part in bucket:
-                if part.last:
-                    del self.grads[part.info.name]
-            self.next_bucket += 1
-
-    def _add(self, part: Slice, grad: Tensor, source: int, is_last: bool) -> None:
-        offset, first = self.offset_of[part.info.name]
-        start, stop = slice_range(part, self.layout.rank, self.layout.num_ranks)
-        place = offset + start - first
-        sums = self.stats.fragment(place, stop - start)
-        grad = grad.to(self.stats.square_sum.device)
-        count = self.nonfinite.slot(part.info.name, source)
-        if is_last and self.last_pass is not None:
-            self.last_pass.accumulate_(grad, *sums, self.scale, count, place)
-        else:
-            ops.accumulate_(grad, *sums, self.scale, count)
-
-
-@contextmanager
-def _undisturbed(engine: Any) -> Iterator[None]:
-    """Training mode without dropout, so that gradient checkpointing works and nothing is random; then as it was."""
-    module = engine.module
-    was_training = {m: m.training for m in module.modules()}
-    # Functional dropout reads its rate from attributes such as attention_dropout, layer dropout from layerdrop.
-    rates = {
-        (m, name): value
-        for m in module.modules()
-        for name, value in vars(m).items()
-        if isinstance(value, float) and ("drop" in name or (isinstance(m, nn.Dropout) and name == "p"))
-    }
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), torch.enable_grad():
-        try:
-            engine.train()
-            for m, name in rates:
-                setattr(m, name, 0.0)
-            yield
-        finally:
-            for (m, name), value in rates.items():
-                setattr(m, name, value)
-            for m, mode in was_training.items():
-                m.training = mode
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

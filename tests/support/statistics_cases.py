@@ -33,6 +33,7 @@ class Case:
         num_batches: micro-batches.
         eligible: what --eligible would say of a vision-language model.
         bucket_elements: gradients exchanged at a time; 0 means the package's own, which holds all of a tiny model.
+        nondeterministic: 'forward' or 'backward': torch refuses an operation in the middle of it, as it may on CUDA.
     """
 
     family: str
@@ -45,6 +46,7 @@ class Case:
     num_batches: int = 7
     eligible: str = ""
     bucket_elements: int = 0
+    nondeterministic: str = ""
 
     def batches(self) -> list[dict[str, Tensor]]:
         batches = make_micro_batches(self.family, self.num_batches)
@@ -96,6 +98,12 @@ SPECIAL |= {
     "small-buckets-branches-stage3": Case("branches", Setup(3), bucket_elements=5),
     "frozen-embedding-stage3": Case("neox", Setup(3), freeze=True),
 }
+NONDETERMINISTIC = {
+    f"nondeterministic-{where}-stage{s}": Case("llama", Setup(s), nondeterministic=where)
+    for s in (0, 2, 3)
+    for where in ("forward", "backward")
+}
+SPECIAL |= NONDETERMINISTIC
 
 BLOCKS = "*.0.*norm1*"  # of the first block of either tower, and nothing before it
 for _family in vision.FAMILIES:

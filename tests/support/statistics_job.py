@@ -27,6 +27,7 @@ from piece_ds.zero.statistics import collect_statistics
 from support.engines import adamw, make_engine
 from support.jobs import Results, collect_case, finish, start
 from support.models import Body, make_model
+from support.nondeterministic import install
 from support.selection_cases import CASES, blocks_layout, make_stats
 from support.statistics_cases import METHODS, PLAIN, RATIOS, SPECIAL, VISION, Case
 
@@ -54,10 +55,15 @@ def run_case(case: Case) -> dict[str, Any]:
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     if case.family == "branches":
         set_z3_leaf_modules(model, [Body])
+    if case.nondeterministic:
+        install(model.model.layers[1].mlp, case.nondeterministic)
     engine = make_engine(model, case.setup, adamw(model))
     engine.train(not case.in_eval_mode)
     before = surroundings(engine)
-    with mock.patch.object(statistics, "BUCKET_ELEMENTS", case.bucket_elements or statistics.BUCKET_ELEMENTS):
+    with (
+        mock.patch.object(statistics, "BUCKET_ELEMENTS", case.bucket_elements or statistics.BUCKET_ELEMENTS),
+        mock.patch.object(statistics, "_may_vary", return_value=bool(case.nondeterministic)),
+    ):
         last_pass = LastPassFilter(layout_of(model), "piece-s", RATIOS[0], lam=1.0)
         stats = collect_statistics(engine, case.batches(), last_pass=last_pass)
     after = surroundings(engine)
@@ -92,6 +98,7 @@ def surroundings(engine: Any) -> dict[str, Any]:
         "torch": torch.get_rng_state().tolist(),
         "numpy": str(np.random.get_state()),
         "python": random.getstate(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "micro_steps": (engine.micro_steps, engine.global_steps),
         "hooks": [len(p._post_accumulate_grad_hooks or ()) for p in engine.module.parameters()],
     }

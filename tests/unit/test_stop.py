@@ -31,6 +31,7 @@ def test_a_signal_that_comes_while_ranks_agree_is_heeded_the_next_time(
             os.kill(os.getpid(), signals.pop())
         return noted
 
+    monkeypatch.setattr(stop, "world_size", lambda: 2)
     monkeypatch.setattr(stop, "all_reduce_max_", reduce)
     with stop.signal_handling():
         assert not stop.stop_asked()
@@ -53,9 +54,21 @@ def test_a_signal_that_comes_as_its_handler_does_is_heeded(monkeypatch: pytest.M
 
 
 def test_another_ranks_signal_stops_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "world_size", lambda: 2)
     monkeypatch.setattr(stop, "all_reduce_max_", lambda noted: torch.full_like(noted, int(signal.SIGTERM)))
     with stop.signal_handling(), pytest.raises(stop.Preempted, match="SIGTERM"):
         stop.exit_if_signalled("here")
+
+
+def test_one_rank_makes_no_tensor_and_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_tensor(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a tensor for a number that is known")
+
+    monkeypatch.setattr(stop.torch, "tensor", no_tensor)
+    with stop.signal_handling():
+        assert not stop.stop_asked()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.stop_asked()
 
 
 def test_handlers_are_put_back() -> None:

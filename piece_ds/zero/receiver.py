@@ -1,0 +1,148 @@
+"""The receiving end of a statistics pass: gradients off the parameters, to their owners, into the sums."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from piece_ds import ops
+from piece_ds.state.statistics import GradientStats
+from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
+from piece_ds.zero.host_copies import HostCopies
+from piece_ds.zero.nonfinite_counts import NonfiniteCounts
+
+
+class LastPass(Protocol):
+    """Adds the last round's gradients and finds candidates in the same pass (selection.LastPassFilter)."""
+
+    def begin(self, stats: GradientStats) -> None: ...
+
+    def accumulate_(
+        self,
+        grad: Tensor,
+        grad_sum: Tensor | None,
+        square_sum: Tensor,
+        scale: float,
+        num_nonfinite: Tensor,
+        offset: int,
+    ) -> None: ...
+
+
+class GradientReceiver:
+    """Takes finished gradients off the parameters, exchanges them in a fixed order and adds what this rank owns."""
+
+    def __init__(
+        self,
+        engine: Any,
+        stats: GradientStats,
+        nonfinite: NonfiniteCounts,
+        scale: float,
+        bucket_elements: int,
+    ) -> None:
+        """
+        Args:
+            engine: whose backward finishes the gradients.
+            stats: what they are added to.
+            nonfinite: where their NaN and infinite entries are counted.
+            scale: what every gradient is multiplied by.
+            bucket_elements: of gradients alive for exchange at a time, over all ranks.
+        """
+        self.model, self.device = engine.module, engine.device
+        self.stats, self.nonfinite, self.scale = stats, nonfinite, scale
+        self.layout = stats.layout
+        self.buckets = plan_buckets(self.layout, bucket_elements)
+        self.copies = HostCopies(engine.device, stats.square_sum.device)
+        self.offset_of = {info.name: (offset, part.start) for info, part, offset in self.layout.owned()}
+        self.dtype_of = {name: p.dtype for name, p in self.model.named_parameters()}
+        # Ranks may use different parts of a ZeRO-3 leaf module (experts). To exchange as soon as one rank has its
+        # gradients would wait for a rank that waits for the next gather, so these wait for the end of backward.
+        self.late = {name for name, p in self.model.named_parameters() if hasattr(p, "ds_z3_leaf_module")}
+        self.in_backward = False
+        self.grads: dict[str, Tensor] = {}
+        self.next_bucket = 0
+        self.num_valid = 0
+        self.last_pass: LastPass | None = None  # set for the last round
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """While open, every parameter's gradient comes here as soon as backward has finished it."""
+        eligible = {info.name for info in self.layout.eligible()}
+        # Under compact mode, the parameters are frozen for DeepSpeed.
+        frozen = [p for name, p in self.model.named_parameters() if name in eligible and not p.requires_grad]
+        for param in frozen:
+            param.requires_grad_(True)
+        handles = [
+            param.register_post_accumulate_grad_hook(self._hook(name, name in eligible))
+            for name, param in self.model.named_parameters()
+            if param.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            self.copies.forget()  # there are some only where the pass has failed
+            for handle in handles:
+                handle.remove()
+            for param in frozen:
+                param.requires_grad_(False)
+
+    def _hook(self, name: str, eligible: bool) -> Callable[[nn.Parameter], None]:
+        def take(param: nn.Parameter) -> None:
+            grad, param.grad = param.grad, None
+            if eligible and grad is not None:
+                self.grads[name] = grad.detach().reshape(-1)
+                self._flush_complete()
+
+        return take
+
+    def begin_round(self, num_valid: int) -> None:
+        """The next backward is of a new micro-batch on every rank; only the first num_valid ranks' count."""
+        self.grads.clear()
+        self.next_bucket = 0
+        self.num_valid = num_valid
+        self.in_backward = True
+
+    def end_round(self) -> None:
+        """Send what is left. A parameter that this micro-batch did not use has gradient zero."""
+        self.in_backward = False
+        for info in self.layout.eligible():
+            if info.name not in self.grads and self._is_pending(info.name):
+                self.grads[info.name] = torch.zeros(info.numel, dtype=self.dtype_of[info.name], device=self.device)
+        self._flush_complete()
+        self.copies.drain()
+        assert self.next_bucket == len(self.buckets)
+
+    def _is_pending(self, name: str) -> bool:
+        return any(part.info.name == name for bucket in self.buckets[self.next_bucket :] for part in bucket)
+
+    def _flush_complete(self) -> None:
+        """Exchange buckets in their fixed order while the next one is complete: every rank makes the same calls."""
+        while self.next_bucket < len(self.buckets):
+            bucket = self.buckets[self.next_bucket]
+            names = {part.info.name for part in bucket}
+            if not names <= self.grads.keys() or (self.in_backward and names & self.late):
+                return
+            for source, part, grad in exchange(bucket, self.grads, self.layout):
+                if source < self.num_valid:
+                    self._add(part, grad, source, is_last=source == self.num_valid - 1)
+            for part in bucket:
+                if part.last:
+                    del self.grads[part.info.name]
+            self.next_bucket += 1
+
+    def _add(self, part: Slice, grad: Tensor, source: int, is_last: bool) -> None:
+        offset, first = self.offset_of[part.info.name]
+        start, stop = slice_range(part, self.layout.rank, self.layout.num_ranks)
+        place = offset + start - first
+        sums = self.stats.fragment(place, stop - start)
+        count = self.nonfinite.slot(part.info.name, source)
+        last_pass = self.last_pass if is_last else None
+
+        def add(own: Tensor) -> None:
+            if last_pass is not None:
+                last_pass.accumulate_(own, *sums, self.scale, count, place)
+            else:
+                ops.accumulate_(own, *sums, self.scale, count)
+
+        self.copies.put(grad, add)

@@ -1,0 +1,40 @@
+"""A pass over data that leaves a training run as if it had not happened."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(engine: Any) -> Iterator[None]:
+    """Training mode without dropout, so that gradient checkpointing works and nothing is random; then as it was."""
+    module = engine.module
+    was_training = {m: m.training for m in module.modules()}
+    # Functional dropout reads its rate from attributes such as attention_dropout, layer dropout from layerdrop.
+    rates = {
+        (m, name): value
+        for m in module.modules()
+        for name, value in vars(m).items()
+        if isinstance(value, float) and ("drop" in name or (isinstance(m, nn.Dropout) and name == "p"))
+    }
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    device = torch.device(engine.device)
+    accelerators = [device] if device.type == "cuda" else []  # not all that this process can see
+    with torch.random.fork_rng(accelerators), torch.enable_grad():
+        try:
+            engine.train()
+            for m, name in rates:
+                setattr(m, name, 0.0)
+            yield
+        finally:
+            for (m, name), value in rates.items():
+                setattr(m, name, value)
+            for m, mode in was_training.items():
+                m.training = mode
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
