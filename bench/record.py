@@ -19,7 +19,7 @@ def device_name() -> str:
 
 def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
     """One CSV line per row, with device, torch, further versions, commit and date at its end."""
-    commit = os.environ.get("PIECE_DS_COMMIT") or _commit()
+    commit = os.environ.get("PIECE_DS_COMMIT") or commit_of()
     facts = {
         "device": device_name(),
         "torch": torch.__version__,
@@ -34,7 +34,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
         writer.writerows({**row, **facts} for row in rows)
 
 
-def _commit() -> str:
+def commit_of() -> str:
     """Of the working tree; empty where there is no git, or no repository."""
     try:
         command = ["git", "describe", "--always", "--dirty"]

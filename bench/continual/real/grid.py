@@ -1,0 +1,90 @@
+"""The grid of the study, written down before its first run: every setting, and what the study asks.
+
+Questions, each answered by the table at matched learning (results/summary.md), whichever way it turns out:
+
+1. Without general text during training: does a mask of 1 % by task over general importance with scaled steps raise the
+   general loss at least 3 times less than full fine-tuning, and 5 times less than LoRA?
+2. Full fine-tuning with scaled steps: how much of that gain needs no mask at all?
+3. With replay of the same general text: is anything left for a mask to keep? Judged by KL to the base model beside the
+   loss, because full fine-tuning with replay lowers the loss by learning the replayed text.
+4. The paper's setting (PIECE-S, 0.1 %): where does it stand?
+5. Text that the model wrote itself against real text, for general importance and for replay.
+
+Rates span, for each method, from little learning to the point where it stops learning more. A run that is not made
+for want of time is missing in results/runs.csv, and summary.py counts it.
+"""
+
+from dataclasses import dataclass
+
+TASKS = ("NumGLUE-ds", "FOMC", "ScienceQA", "Py150", "20Minuten", "C-STANCE")
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A method over learning rates: one curve.
+
+    Attributes:
+        name: what tables call it.
+        method: a value of --method.
+        rates: AdamW's peak rates, smallest first.
+        ratio: of --mask_ratio; None for methods without a mask.
+        scaled: --step_scale general.
+        replay: of --general_replay.
+        general_text: 'self', 'real' (instructions that are not judged on), or '' if no general text is used.
+    """
+
+    name: str
+    method: str
+    rates: tuple[float, ...]
+    ratio: float | None = None
+    scaled: bool = False
+    replay: float = 0.0
+    general_text: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run: a sweep at one rate, on one task, with one seed."""
+
+    sweep: Sweep
+    task: str
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells it from other runs, as runs.csv has it."""
+        return self.sweep.name, self.task, f"{self.rate:g}", str(self.seed)
+
+
+FULL = (3e-5, 1e-4, 3e-4)
+SCALED_FULL = (1e-4, 3e-4, 1e-3)
+ADAPTER = (3e-4, 1e-3, 3e-3)
+
+# In the order in which they are made for a task: what decides first.
+SWEEPS = (
+    Sweep("full", "seqft", FULL),
+    Sweep("LoRA", "lora", ADAPTER),
+    Sweep("full, scaled steps", "seqft", SCALED_FULL, scaled=True, general_text="self"),
+    Sweep("ratio 1 %, scaled steps", "piece-ratio", (1e-3, 3e-3, 1e-2), 0.01, scaled=True, general_text="self"),
+    Sweep("PIECE-S 0.1 %", "piece-s", (1e-4, 3e-4, 1e-3), 0.001),
+    Sweep("full + replay", "seqft", FULL, replay=0.25, general_text="self"),
+    Sweep("LoRA + replay", "lora", ADAPTER, replay=0.25, general_text="self"),
+    Sweep("ratio 1 %, scaled steps + replay", "piece-ratio", (1e-3, 3e-3, 1e-2), 0.01, True, 0.25, "self"),
+    Sweep("ratio 10 %, scaled steps", "piece-ratio", (3e-4, 1e-3, 3e-3), 0.1, scaled=True, general_text="self"),
+    Sweep("ratio 1 %", "piece-ratio", (3e-4, 1e-3, 3e-3), 0.01, general_text="self"),
+    Sweep("random 1 %", "random", (1e-3, 3e-3, 1e-2), 0.01),
+    Sweep("ratio 1 %, scaled steps, real text", "piece-ratio", (1e-3, 3e-3, 1e-2), 0.01, True, 0.0, "real"),
+    Sweep("full + replay, real text", "seqft", FULL, replay=0.25, general_text="real"),
+)
+
+
+def settings_in_order(
+    tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = SEEDS, names: tuple[str, ...] | None = None
+) -> list[Setting]:
+    """Return all runs so that any stop leaves whole curves: by seed, then task, then sweep, then rate."""
+    sweeps = [sweep for sweep in SWEEPS if names is None or sweep.name in names]
+    return [
+        Setting(sweep, task, rate, seed) for seed in seeds for task in tasks for sweep in sweeps for rate in sweep.rates
+    ]

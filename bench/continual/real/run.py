@@ -1,0 +1,181 @@
+"""The study on a real model: TRACE's tasks one by one, through the product's own path; resumable.
+
+python bench/continual/real/run.py [--trace FOLDER] [--model smollm2-135m] [--tasks T,T] [--seeds 1,2] [--hours H]
+
+A finished run is a row of results/runs.csv and is not made again. grid.py holds every setting and was written first.
+"""
+
+import argparse
+import gc
+import json
+import shutil
+import sys
+import time
+import traceback
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.continual.real.grid import SEEDS, SWEEPS, TASKS, Setting, settings_in_order
+from bench.continual.real.recipe import Recipe
+from bench.continual.real.runs import COLUMNS, add_run, read_runs
+from bench.continual.real.texts import Judge, make_judge, write_real_text
+from bench.record import commit_of, device_name
+from piece_ds.cli.run import train
+from piece_ds.config.settings import load_settings
+from piece_ds.models.pretrained import resolve_model
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.process import run_command
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main(argv: list[str]) -> None:
+    """Make the runs that are not there yet, until the time is over."""
+    options = _options(argv)
+    recipe = Recipe(steps=2, train_rows=16, test_rows=4, judged_rows=2) if options.smoke else Recipe()
+    deadline = time.monotonic() + 3600 * options.hours
+    model = Path(resolve_model(options.model))
+    lima = options.trace.parent / "general" / "lima.json"
+    options.cache.mkdir(parents=True, exist_ok=True)
+    write_real_text(lima, options.cache / "real.jsonl", recipe)
+    judge = make_judge(AutoTokenizer.from_pretrained(model), lima, recipe)
+    before = judge.measure(_load(model))
+    done = {tuple(run[name] for name in COLUMNS[:4]) for run in read_runs(options.runs_file)}
+    wanted = [s for s in settings_in_order(options.tasks, options.seeds, options.names) if s.key not in done]
+    print(f"{len(wanted)} runs to make; base: {before}", flush=True)
+    for setting in wanted:
+        if time.monotonic() > deadline:
+            print("out of time", flush=True)
+            return
+        begin = time.monotonic()
+        try:
+            record = one_run(setting, recipe, options, model, judge, before)
+        except Exception:
+            traceback.print_exc()
+            print(f"failed: {setting.key}", flush=True)
+            continue
+        add_run(options.runs_file, record)
+        shown = {name: record[name] for name in ("learned", "rise", "kl")}
+        print(f"{setting.key}: {shown}, {time.monotonic() - begin:.0f} s", flush=True)
+        gc.collect()
+
+
+def one_run(
+    setting: Setting, recipe: Recipe, options: argparse.Namespace, model: Path, judge: Judge, before: dict
+) -> dict[str, str]:
+    """Train one setting and measure what it learned and what it lost."""
+    scratch = options.cache / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    task_dir = _write_task(setting.task, options, recipe)
+    begin = time.perf_counter()
+    results, folder = train(load_settings(flags_of(setting, recipe, options, model, task_dir, scratch)))
+    seconds = time.perf_counter() - begin
+    tuned = judge.measure(_load(folder.model(0, setting.task)))
+    delta = sum(path.stat().st_size for path in folder.root.glob("00-*/delta.safetensors"))
+    shutil.rmtree(scratch)
+
+    kinds = list(tuned)
+    rises = {kind: tuned[kind].loss - before[kind].loss for kind in kinds}
+    matrix = results.matrix
+    head = dict(zip(COLUMNS[:4], setting.key, strict=True))
+    figures = {
+        "learned_before": matrix.loss.before[0] if matrix.loss.before else None,
+        "learned": matrix.loss.after[0][0],
+        "rise": sum(rises.values()) / len(kinds),
+        "kl": sum(tuned[kind].kl for kind in kinds) / len(kinds),
+        **{f"rise {kind}": rises[kind] for kind in kinds},
+        **{f"kl {kind}": tuned[kind].kl for kind in kinds},
+        "seconds": seconds,
+        "delta_bytes": delta,
+    }
+    facts = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "commit": commit_of(),
+        "date": date.today().isoformat(),
+    }
+    return {**head, **{name: "" if v is None else f"{v:.6g}" for name, v in figures.items()}, **facts}
+
+
+def flags_of(
+    setting: Setting, recipe: Recipe, options: argparse.Namespace, model: Path, task_dir: Path, output_dir: Path
+) -> list[str]:
+    """The flags of a run, as launch/train.py reads them."""
+    sweep = setting.sweep
+    flags = {
+        "deepspeed": ROOT / "ds_configs" / "zero0.json",
+        "bf16": True,
+        "model_name_or_path": model,
+        "task_dir": task_dir,
+        "tasks": setting.task,
+        "max_prompt_len": recipe.max_prompt_len,
+        "max_ans_len": recipe.max_ans_len,
+        "method": sweep.method,
+        "importance_batch_size": recipe.importance_batch_size,
+        "importance_rows": recipe.importance_rows,
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.rows,
+        "per_device_eval_batch_size": recipe.rows,
+        "learning_rate": setting.rate,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "adam_beta2": recipe.adam_beta2,
+        "scorers": f"{setting.task}=loss",
+        "seed": setting.seed,
+        "logging_steps": recipe.steps,
+        "save_model": "last",
+        "output_dir": output_dir,
+    }
+    if sweep.ratio is not None:
+        flags["mask_ratio"] = sweep.ratio
+    if sweep.general_text:
+        flags["general_text"] = "self" if sweep.general_text == "self" else options.cache / "real.jsonl"
+        flags["general_statistics"] = options.cache / f"statistics-{sweep.general_text}"
+    if sweep.scaled:
+        flags["step_scale"] = "general"
+    if sweep.replay:
+        flags["general_replay"] = sweep.replay
+    return [item for name, value in flags.items() for item in (f"--{name}", str(value))]
+
+
+def _write_task(task: str, options: argparse.Namespace, recipe: Recipe) -> Path:
+    folder = options.cache / "tasks"
+    for split, num_rows in (("train", recipe.train_rows), ("test", recipe.test_rows)):
+        rows = json.loads((options.trace / task / f"{split}.json").read_text(encoding="utf-8"))[:num_rows]
+        path = folder / task / f"{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def _load(folder: Path) -> AutoModelForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, default=ROOT.parent / "shared" / "trace", help="folder of TRACE's tasks")
+    parser.add_argument("--model", default="smollm2-135m", help="a folder or a name that the product knows")
+    parser.add_argument("--tasks", type=lambda text: tuple(text.split(",")), default=TASKS)
+    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
+    parser.add_argument("--names", type=lambda text: tuple(text.split(";")), help="only these sweeps, split by ';'")
+    parser.add_argument("--hours", type=float, default=1e6, help="begin no run after so many hours")
+    parser.add_argument("--runs_file", type=Path, default=RESULTS / "runs.csv")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "study", help="statistics and scratch files")
+    parser.add_argument("--smoke", action="store_true", help="two steps a run: does it work? The figures say nothing")
+    options = parser.parse_args(argv)
+    if not options.trace.is_dir():
+        raise UserError(f"--trace {options.trace}: no such folder; expected TRACE's tasks, TASK/train.json each")
+    unknown = set(options.names or ()) - {sweep.name for sweep in SWEEPS}
+    if unknown:
+        raise UserError(f"--names {'; '.join(sorted(unknown))}: not in the grid")
+    return options
+
+
+if __name__ == "__main__":
+    run_command(main)

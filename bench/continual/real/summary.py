@@ -1,0 +1,160 @@
+"""The tables and the picture of the study, from results/runs.csv.
+
+python bench/continual/real/summary.py [--runs_file CSV] [--output FOLDER]
+
+Writes summary.md (rise of general loss and KL at matched learning, per task; every run) and frontier.png.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from matplotlib.figure import Figure
+
+from bench.continual.frontier import Point, levels, matched, why_not
+from bench.continual.real.grid import SWEEPS, settings_in_order
+from bench.continual.real.run import RESULTS
+from bench.continual.real.runs import Record, read_runs
+from piece_ds.runtime.files import write_text, write_whole
+
+SHARES = (0.90, 0.95, 0.98)
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs_file", type=Path, default=RESULTS / "runs.csv")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    runs = read_runs(options.runs_file)
+    if not runs:
+        sys.exit(f"{options.runs_file} has no runs: bench/continual/real/run.py makes them")
+    write_text(options.output / "summary.md", summary_page(runs))
+    picture = options.output / "frontier.png"
+    write_whole(picture, lambda path: frontier_figure(runs).savefig(path, format="png", dpi=130))
+    print(f"written to {options.output}: summary.md, frontier.png ({len(runs)} runs)")
+
+
+def summary_page(runs: list[Record]) -> str:
+    """Return the page: tables at matched learning for each task, then every run."""
+    planned = len(settings_in_order())
+    seeds = sorted({run["seed"] for run in runs})
+    text = [
+        "# Learned against lost, on SmolLM2-135M-Instruct",
+        f"{len(runs)} of the {planned} runs of the grid are made (seeds {', '.join(seeds)}); no other was started.",
+        "Learned: loss on held-out answers, nats per token. Lost: mean rise of the loss on three texts no method saw, "
+        "and KL(base || tuned) on them, nats per token. Levels are shares of the way from the untrained loss to the "
+        "best that any method learned. 'passed': the smallest rate had learned more already.",
+    ]
+    for task in tasks_of(runs):
+        of_task = [run for run in runs if run["task"] == task]
+        before = float(of_task[0]["learned_before"])
+        best = min(float(run["learned"]) for run in of_task)
+        wanted = levels(before, best, SHARES)
+        text.append(f"## {task}: {before:.3f} before, {best:.3f} at best")
+        heads = [
+            f"{kind} at {share:.0%} ({level:.3f})"
+            for kind in ("rise", "KL")
+            for share, level in zip(SHARES, wanted, strict=True)
+        ]
+        text.append(
+            "\n".join(
+                ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads), *_rows(of_task, wanted)]
+            )
+        )
+    text.append("## Every run")
+    text.append(_every_run(runs))
+    return "\n\n".join(text) + "\n"
+
+
+def tasks_of(runs: list[Record]) -> list[str]:
+    return list(dict.fromkeys(run["task"] for run in runs))
+
+
+def curves_of(runs: list[Record], name: str, lost: str) -> list[list[Point]]:
+    """Return one curve a seed of the sweep called name."""
+    seeds = dict.fromkeys(run["seed"] for run in runs if run["name"] == name)
+    return [
+        [
+            Point(float(run["rate"]), float(run["learned"]), float(run[lost]))
+            for run in runs
+            if run["name"] == name and run["seed"] == seed
+        ]
+        for seed in seeds
+    ]
+
+
+def _rows(runs: list[Record], wanted: list[float]) -> list[str]:
+    rows = []
+    for sweep in SWEEPS:
+        cells = []
+        for lost in ("rise", "kl"):
+            curves = curves_of(runs, sweep.name, lost)
+            if not curves:
+                continue
+            cells += [_cell(curves, level) for level in wanted]
+        if cells:
+            rows.append(f"| {sweep.name} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _cell(curves: list[list[Point]], level: float) -> str:
+    found, missing = matched(curves, level)
+    if found is None:
+        return why_not(curves, level)
+    spread = f" ± {found.half_width:.3f}" if len(curves) - missing > 1 else ""
+    return f"{found.mean:+.3f}{spread}"
+
+
+def _every_run(runs: list[Record]) -> str:
+    columns: dict[str, Callable[[Record], str]] = {
+        "method": lambda run: run["name"],
+        "task": lambda run: run["task"],
+        "rate": lambda run: run["rate"],
+        "seed": lambda run: run["seed"],
+        "learned": lambda run: f"{float(run['learned']):.3f}",
+        "rise": lambda run: f"{float(run['rise']):+.3f}",
+        "KL": lambda run: f"{float(run['kl']):.3f}",
+        "delta, MB": lambda run: f"{float(run['delta_bytes']) / 1e6:.1f}",
+        "seconds": lambda run: f"{float(run['seconds']):.0f}",
+    }
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(cell(run) for cell in columns.values()) + " |" for run in runs]
+    return "\n".join(lines)
+
+
+def frontier_figure(runs: list[Record]) -> Figure:
+    """Return one panel a task: learned loss (better to the left) against the rise of general loss."""
+    tasks = tasks_of(runs)
+    figure = Figure(figsize=(5.2 * len(tasks), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for task, panel in zip(tasks, panels, strict=True):
+        of_task = [run for run in runs if run["task"] == task]
+        for index, sweep in enumerate(SWEEPS):
+            for curve in curves_of(of_task, sweep.name, "rise"):
+                style = "--" if sweep.replay else "-"
+                panel.plot(
+                    [point.learned for point in curve],
+                    [point.lost for point in curve],
+                    style,
+                    marker="o",
+                    markersize=4,
+                    color=f"C{index % 10}",
+                    label=sweep.name,
+                )
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set_title(task)
+        panel.set_xlabel("loss on held-out answers after training (nats per token; better: left)")
+        panel.set_yscale("symlog", linthresh=0.05)
+    panels[0].set_ylabel("rise of the loss on texts no method saw (better: low)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
