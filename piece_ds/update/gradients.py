@@ -18,12 +18,15 @@ from piece_ds.runtime.distributed import is_main
 from piece_ds.zero.weights import SelectedWeights
 
 
-def collect_dense(selected: SelectedWeights, out_K: Tensor) -> Callable[[], None]:
+def collect_dense(
+    selected: SelectedWeights, out_K: Tensor, on_gradient: Callable[[], None] | None = None
+) -> Callable[[], None]:
     """Let autograd form the whole gradient, take the selected elements, and free it. Works for any module.
 
     Args:
         selected: the parameter and its positions; gets requires_grad.
         out_K: fp32, one entry per position; added to.
+        on_gradient: called whenever a gradient has been formed.
     Cost: one gradient of this parameter is alive at a time, from its last use in backward to this hook.
     """
 
@@ -33,6 +36,8 @@ def collect_dense(selected: SelectedWeights, out_K: Tensor) -> Callable[[], None
         grad, param.grad = param.grad, None
         if grad is not None:
             ops.gather_add_(grad.detach().reshape(-1), index, 1.0, out_K)
+            if on_gradient is not None:
+                on_gradient()
 
     selected.param.requires_grad_(True)
     handle = selected.param.register_post_accumulate_grad_hook(take)
@@ -57,6 +62,7 @@ def can_sample(module: nn.Module, name: str, selected: SelectedWeights, device_t
     device_type is where backward runs; a weight itself may lie elsewhere.
     """
     is_linear = type(module) in (nn.Linear, Conv1D) and name.rpartition(".")[2] == "weight"
+    is_linear = is_linear and "forward" not in vars(module)  # else nobody knows what a call computes
     num_elements = int(torch.Size(full_shape(selected.param)).numel())
     return is_linear and selected.index.numel() <= MAX_DENSITY[device_type] * num_elements
 
@@ -64,9 +70,14 @@ def can_sample(module: nn.Module, name: str, selected: SelectedWeights, device_t
 class SampledGradient:
     """Takes the selected entries of a linear layer's weight gradient when backward passes its output.
 
+    While the layer runs, autograd does not see its weight, so that no dense gradient is formed. Outside the layer it
+    does: a second use of the weight (a layer that shares it, a product in another module's forward, a penalty in the
+    loss) has a dense gradient of its own, whose selected entries are added.
+
     Attributes:
         name: of the weight in the whole model.
-        was_called: whether the layer has been called. A model that uses the weight past its layer has no gradient here.
+        was_called: whether the layer has been called with gradients.
+        used_elsewhere: whether a gradient has come from a use of the weight outside its layer.
     """
 
     def __init__(self, module: nn.Module, name: str, selected: SelectedWeights, out_K: Tensor) -> None:
@@ -74,23 +85,47 @@ class SampledGradient:
         Args:
             module: nn.Linear (weight [out, in]) or transformers' Conv1D (weight [in, out]).
             name: of its weight in the whole model.
-            selected: the weight and its positions; stays without requires_grad.
+            selected: the weight and its positions; gets requires_grad.
             out_K: fp32, one entry per position; added to.
-        Cost: of ops.sampled_gradient_; the input of the layer stays alive until backward has passed.
+        Cost: of ops.sampled_gradient_; the input of the layer stays alive until backward has passed. A weight that is
+            used elsewhere costs what collect_dense() costs as well.
         """
         self.name = name
-        self.was_called = False
+        self.was_called = self.used_elsewhere = False
         self._is_linear = isinstance(module, nn.Linear)
-        self._index, self._out = selected.index.to(out_K.device), out_K
+        self._weight, self._index, self._out = selected.param, selected.index.to(out_K.device), out_K
         # Where nothing before the layer requires a gradient, the output must all the same.
         self._anchor = torch.zeros((), device=out_K.device, requires_grad=True)
-        self.remove = module.register_forward_hook(self._watch).remove
+        # Hidden after all other hooks before forward, seen again before all other hooks after it, errors included:
+        # non-reentrant checkpointing ends a recomputation by an error as soon as it has what it needs.
+        handles = [
+            module.register_forward_pre_hook(self._hide),
+            module.register_forward_hook(self._watch, with_kwargs=True),
+            module.register_forward_hook(self._show, prepend=True, always_call=True),
+        ]
+        stop = collect_dense(selected, out_K, self._note_use)
+        self._remove = [stop, *(handle.remove for handle in handles)]
 
-    def _watch(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        self.was_called = True
+    def remove(self) -> None:
+        """Leave the layer and its weight as they were."""
+        for remove in self._remove:
+            remove()
+
+    def _hide(self, *_: Any) -> None:
+        self._weight.requires_grad_(False)
+
+    def _show(self, *_: Any) -> None:
+        self._weight.requires_grad_(True)
+
+    def _note_use(self) -> None:
+        self.used_elsewhere = True
+
+    def _watch(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
-        return _Identity.apply(output, self._anchor, args[0].detach(), self._add)
+        self.was_called = True
+        (input,) = (*args, *kwargs.values())
+        return _Identity.apply(output, self._anchor, input.detach(), self._add)
 
     def _add(self, grad_output: Tensor, input: Tensor) -> None:
         grad_output, input = (t.reshape(-1, t.shape[-1]).contiguous() for t in (grad_output, input))
@@ -156,14 +191,18 @@ class GradientCollection:
             )
 
     def check(self) -> None:
-        """Once backward has run: warn of weights that the model uses past the layer that holds them."""
-        unseen = [sampled.name for sampled in self._sampled if not sampled.was_called]
-        if unseen:
+        """Once backward has run: say which weights are used outside their layers, and which were not used at all."""
+        elsewhere = [sampled.name for sampled in self._sampled if sampled.used_elsewhere]
+        if elsewhere and is_main():
             logger.warning(
-                "no gradient for %s: the layer was not called. If the model uses its weight in another way, "
-                "train with --selected_gradient dense",
-                _shortened(unseen),
+                "%d weights are used outside the layers that hold them as well: %s. The gradients of these uses are "
+                "formed whole, one at a time, and count",
+                len(elsewhere),
+                _shortened(elsewhere),
             )
+        unused = [s.name for s in self._sampled if not (s.was_called or s.used_elsewhere)]
+        if unused:
+            logger.warning("no gradient for %s: the loss of the first step does not use it", _shortened(unused))
 
     def close(self) -> None:
         """End it."""

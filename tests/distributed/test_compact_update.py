@@ -148,7 +148,7 @@ def test_sampled_gradients_train_what_dense_gradients_train(job: Any, name: str,
     assert all(torch.equal(index, want["index"][parameter]) for parameter, index in got["index"].items())
     assert_only_selected_moved(got["initial"], got["final"], got["index"])
     assert name.startswith("one-weight") or any(
-        "proj" in parameter or "dense" in parameter or "c_fc" in parameter for parameter in got["frozen"]
+        "proj" in parameter or "dense" in parameter or "c_fc" in parameter for parameter in got["by_formula"]
     )
     in_bf16 = name.startswith("bf16")
     assert got["norms"] == pytest.approx(want["norms"], rel=0.01 if in_bf16 else 1e-5)

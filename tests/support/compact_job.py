@@ -102,8 +102,8 @@ def both_modes(case: Whole, selected_gradient: str = "dense") -> dict[str, Any]:
         initial = whole_weights(engine)
         mask = estimate_mask(engine, make_micro_batches(case.family), ratio=case.ratio)
         update = attach(engine, mask, selected_gradient=selected_gradient)
-        weights = {name: param for name, param in model.named_parameters() if name in mask.whole()}
-        frozen = [name for name, param in weights.items() if not param.requires_grad]
+        collection = getattr(update, "_collection", None)
+        by_formula = [] if collection is None else [gradient.name for gradient in collection._sampled]
         optimised = sum(p.numel() for group in engine.basic_optimizer.param_groups for p in group["params"])
         norms = []
         for step in range(3):
@@ -119,7 +119,7 @@ def both_modes(case: Whole, selected_gradient: str = "dense") -> dict[str, Any]:
             "index": mask.whole(),
             "norms": norms,
             "optimised": optimised,
-            "frozen": frozen,
+            "by_formula": by_formula,
             "leftover": leftover,
             "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()} == start,
         }
@@ -301,7 +301,7 @@ REFUSALS = {
     "mask": resume_with_another_mask,
     "optimizer": optimizer_of_everything,
     "number": another_number,
-    "frozen": frozen,
+    "by_formula": by_formula,
     "dtype": another_dtype,
     "twice": prepared_twice,
 }
