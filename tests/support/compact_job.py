@@ -301,7 +301,7 @@ REFUSALS = {
     "mask": resume_with_another_mask,
     "optimizer": optimizer_of_everything,
     "number": another_number,
-    "by_formula": by_formula,
+    "frozen": frozen,
     "dtype": another_dtype,
     "twice": prepared_twice,
 }

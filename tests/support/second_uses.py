@@ -1,4 +1,4 @@
-"""Models that use a weight more than once, or outside the layer that holds it, and the gradient that plain torch finds."""
+"""Models that use a weight more than once, or outside the layer that holds it, and gradients as plain torch finds them."""
 
 from collections.abc import Callable
 
