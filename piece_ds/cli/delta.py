@@ -22,6 +22,7 @@ from piece_ds.deltas.verify import Step
 from piece_ds.models.eligible import input_embedding
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import empty_model, load_config, names_in_files
+from piece_ds.models.pretrained import model_source
 from piece_ds.runtime.errors import UserError
 
 
@@ -111,6 +112,8 @@ def export_deltas(arguments: argparse.Namespace) -> None:
 def _patch(arguments: argparse.Namespace, steps: list[Step], what: str) -> None:
     if not arguments.in_place:
         require_free(Path(arguments.output))
+    if arguments.in_place and arguments.model != model_source(arguments.model):
+        raise UserError(f"{arguments.model} is shared by every run of this user: give --output instead of --in_place")
     folder = _open_model(arguments)
     if arguments.in_place:
         patch_in_place(folder, steps)
@@ -126,11 +129,11 @@ def _open(paths: list[str]) -> list[Delta]:
 def _open_model(arguments: argparse.Namespace) -> ModelFolder:
     """The model folder with what its configuration says of its parameters."""
     model = _empty_model(arguments)
-    return open_folder(arguments.model, layout_of(model), names_in_files(model))
+    return open_folder(model_source(arguments.model), layout_of(model), names_in_files(model))
 
 
 def _empty_model(arguments: argparse.Namespace) -> nn.Module:
-    if not Path(arguments.model).is_dir():
+    if not Path(model_source(arguments.model)).is_dir():
         what = "a file" if Path(arguments.model).exists() else "nothing there"
         raise UserError(f"{arguments.model}: expected a transformers model folder, found {what}")
     source = ModelArguments(model_name_or_path=arguments.model, trust_remote_code=arguments.trust_remote_code)

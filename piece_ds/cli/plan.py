@@ -11,6 +11,7 @@ from rich.table import Table
 
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.models.loading import empty_model, load_config
+from piece_ds.models.pretrained import PRETRAINED, model_source
 from piece_ds.plan.memory import MOMENTS, Term, memory_terms, peak, total
 from piece_ds.plan.setting import Setting
 from piece_ds.plan.shapes import KNOWN, ModelShape, known_config, shape_of
@@ -71,9 +72,10 @@ def _step_traffic(shape: ModelShape, setting: Setting) -> float:
 def _shape(name: str) -> ModelShape:
     if name in KNOWN:
         return shape_of(empty_model(known_config(name)))
-    if not Path(name).is_dir():
+    if not Path(model_source(name)).is_dir():
+        known = [*KNOWN, *PRETRAINED]
         raise UserError(
-            f"--model {name}: expected a local model folder or one of {', '.join(KNOWN)}.{nearest(name, list(KNOWN))}"
+            f"--model {name}: expected a local model folder or one of {', '.join(known)}.{nearest(name, known)}"
         )
     return shape_of(empty_model(load_config(ModelArguments(model_name_or_path=name))))
 

