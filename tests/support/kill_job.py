@@ -114,8 +114,9 @@ def prepare(folder: Path) -> Material:
     """A model and two tasks below folder, and every import that a run makes, paid for once, before any fork."""
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import deepspeed  # noqa: F401
-    import piece_ds.cli.train  # noqa: F401
     import transformers.trainer  # noqa: F401
+
+    import piece_ds.cli.train  # noqa: F401
 
     torch.set_num_threads(1)
     make_model_folder(folder / "base")
