@@ -1,4 +1,4 @@
-"""Models that use a weight more than once, or outside the layer that holds it, and gradients as plain torch finds them."""
+"""Models that use a weight more than once, or outside the layer that holds it, and the gradients plain torch finds."""
 
 from collections.abc import Callable
 

@@ -93,7 +93,8 @@ def test_close_leaves_the_model_as_it_was_found() -> None:
     optimizer = SparseAdamW(model, select(layout_of(model), "random", 0.01))
     assert model.lm_head._forward_hooks
     optimizer.close()
-    assert not (model.lm_head._forward_hooks or model.lm_head._forward_pre_hooks)
+    assert not model.lm_head._forward_hooks
+    assert not model.lm_head._forward_pre_hooks
     assert [p.requires_grad for p in model.parameters()] == before
     model(**make_micro_batches("llama", 1)[0]).loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
