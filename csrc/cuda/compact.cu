@@ -1,7 +1,9 @@
-// select_above and mask_to_index: positions in ascending order. Count per chunk, prefix over the chunks, write.
+// select_above and mask_to_index: positions in ascending order. Count per chunk, prefix over groups of chunks, write.
 //
-// The prefix is one small block's work (a chunk is 8192 scores or 4096 bytes of a mask), so no block ever waits for
-// another. A chunk where nothing was counted is not read again: select_above costs one or two reads of the sums.
+// A chunk is 8192 scores or 4096 bytes of a mask, one block's work. Counting also adds each chunk's counts to its group of
+// 256, one atomic a block, so that the prefix is over groups: 477 of them for a billion scores. A block that
+// writes adds up the chunks of its group before it. So no block waits for another, and a chunk where nothing was
+// counted is not read again: select_above costs one or two reads of the sums.
 
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
@@ -33,52 +35,103 @@ struct AddCounts {
 PIECE_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t num_chunks_of(int64_t n, int64_t per_chunk) { return n / per_chunk + (n % per_chunk != 0); }
 
-// Scratch: [0] the total, [1] unused, then num_chunks + 1 Counts: those of each chunk, replaced by their prefix.
-int64_t scratch_for(int64_t num_chunks) { return 2 + 2 * (num_chunks + 1); }
-Count* counts_in(int64_t* scratch) { return reinterpret_cast<Count*>(scratch + 2); }
-const Count* counts_in(const int64_t* scratch) { return reinterpret_cast<const Count*>(scratch + 2); }
+// A chunk's counts in 32 bits, at most 2^15 each; a group's in 64, at most 2^23.
+PIECE_HD uint32_t pack(uint32_t above, uint32_t ties) { return above | ties << 16; }
+PIECE_HD Count unpack(uint32_t counts) { return Count{counts & 0xffffu, counts >> 16}; }
+PIECE_HD uint64_t widen(uint32_t counts) { return (counts & 0xffffu) | static_cast<uint64_t>(counts >> 16) << 32; }
+PIECE_HD Count unpack_group(uint64_t counts) {
+  return Count{static_cast<int64_t>(counts & 0xffffffffu), static_cast<int64_t>(counts >> 32)};
+}
+
+// Scratch, in int64: [0] the total, [1] unused; per group what stands before it (a Count), then its own counts; per chunk
+// its counts in 32 bits.
+constexpr int kChunksPerGroup = kThreads;
+int64_t num_groups_of(int64_t num_chunks) { return num_chunks_of(num_chunks, kChunksPerGroup); }
+int64_t scratch_for(int64_t num_chunks) { return 2 + 3 * num_groups_of(num_chunks) + num_chunks / 2 + 1; }
+
+struct Counts {
+  int64_t* total;
+  Count* before;     // of each group
+  uint64_t* groups;  // zeros before chunks are counted
+  uint32_t* chunks;
+  int64_t num_chunks, num_groups;
+};
+
+Counts counts_in(int64_t* scratch, int64_t num_chunks) {
+  const int64_t num_groups = num_groups_of(num_chunks);
+  int64_t* groups = scratch + 2 + 2 * num_groups;
+  return {scratch,
+          reinterpret_cast<Count*>(scratch + 2),
+          reinterpret_cast<uint64_t*>(groups),
+          reinterpret_cast<uint32_t*>(groups + num_groups),
+          num_chunks,
+          num_groups};
+}
+
+// A chunk's counts, from the thread that has them.
+__device__ __forceinline__ void store_counts(const Counts& counts, uint32_t own) {
+  counts.chunks[blockIdx.x] = own;
+  if (own == 0) return;
+  add_to(reinterpret_cast<int64_t*>(counts.groups + blockIdx.x / kChunksPerGroup), static_cast<int64_t>(widen(own)));
+}
 
 // ---- prefix ----
 
 constexpr int kScanThreads = 512;
-constexpr int kScanItems = 8;
 
-// One block. counts[c] becomes the sum of the chunks before c, counts[num_chunks] that of all.
-__global__ void __launch_bounds__(kScanThreads) prefix_kernel(Count* counts, int64_t num_chunks, int64_t num_ties,
-                                                              int64_t* total) {
+// One block. before[g] becomes the sum of the groups before g.
+__global__ void __launch_bounds__(kScanThreads) prefix_kernel(Counts counts, int64_t num_ties) {
   using Scan = cub::BlockScan<Count, kScanThreads>;
   __shared__ typename Scan::TempStorage storage;
   Count before{0, 0};
-  for (int64_t first = 0; first < num_chunks; first += kScanThreads * kScanItems) {
-    Count item[kScanItems];
-    const int64_t begin = first + static_cast<int64_t>(threadIdx.x) * kScanItems;
-#pragma unroll
-    for (int j = 0; j < kScanItems; ++j) item[j] = begin + j < num_chunks ? counts[begin + j] : Count{0, 0};
+  for (int64_t first = 0; first < counts.num_groups; first += kScanThreads) {
+    const int64_t group = first + threadIdx.x;
+    Count item[1] = {group < counts.num_groups ? unpack_group(counts.groups[group]) : Count{0, 0}};
     Count sum;
     Scan(storage).ExclusiveScan(item, item, Count{0, 0}, AddCounts{}, sum);
-#pragma unroll
-    for (int j = 0; j < kScanItems; ++j) {
-      if (begin + j < num_chunks) counts[begin + j] = AddCounts{}(before, item[j]);
-    }
+    if (group < counts.num_groups) counts.before[group] = AddCounts{}(before, item[0]);
     before = AddCounts{}(before, sum);
     __syncthreads();  // storage is used again
   }
-  if (threadIdx.x == 0) {
-    counts[num_chunks] = before;
-    *total = before.above + smaller(before.ties, num_ties);
-  }
+  if (threadIdx.x == 0) *counts.total = before.above + smaller(before.ties, num_ties);
 }
 
-cudaError_t launch_prefix(int64_t* scratch, int64_t num_chunks, int64_t num_ties, cudaStream_t stream) {
-  prefix_kernel<<<1, kScanThreads, 0, stream>>>(counts_in(scratch), num_chunks, num_ties, scratch);
+// What stands before this block's chunk; every thread of the block calls it.
+__device__ __forceinline__ Count count_before(const Counts& counts) {
+  using Reduce = cub::BlockReduce<uint64_t, kThreads>;
+  __shared__ typename Reduce::TempStorage storage;
+  __shared__ Count result;
+  const int64_t chunk = blockIdx.x, group = chunk / kChunksPerGroup;
+  const int64_t other = group * kChunksPerGroup + threadIdx.x;
+  const uint64_t sum = Reduce(storage).Sum(other < chunk ? widen(counts.chunks[other]) : uint64_t{0});
+  if (threadIdx.x == 0) result = AddCounts{}(counts.before[group], unpack_group(sum));
+  __syncthreads();
+  return result;
+}
+
+cudaError_t clear_groups(const Counts& counts, cudaStream_t stream) {
+  if (counts.num_groups == 0) return cudaSuccess;
+  return cudaMemsetAsync(counts.groups, 0, static_cast<size_t>(counts.num_groups) * sizeof(uint64_t), stream);
+}
+
+cudaError_t launch_prefix(const Counts& counts, int64_t num_ties, cudaStream_t stream) {
+  prefix_kernel<<<1, kScanThreads, 0, stream>>>(counts, num_ties);
   return cudaGetLastError();
 }
 
 // ---- scores ----
 
+// The threshold: a key, and a test without square root and division that tells most scores to be below it.
+struct Threshold {
+  int32_t key;
+  Bound bound;
+};
+
+Threshold threshold_of(int32_t key) { return Threshold{key, make_bound(float_of(static_cast<uint32_t>(key)))}; }
+
 // Bit j (above) and bit 16 + j (tie) for the scores i .. i + 3; none beyond n.
 template <bool with_sum, bool packed>
-__device__ __forceinline__ uint32_t flags_of(const Scores& scores, int32_t key, int64_t i) {
+__device__ __forceinline__ uint32_t flags_of(const Scores& scores, const Threshold& threshold, int64_t i) {
   Pack<float, kScoresPerThread> sums{}, squares{};
   const bool whole = i + kScoresPerThread <= scores.n;
   if (packed && whole) {
@@ -95,45 +148,47 @@ __device__ __forceinline__ uint32_t flags_of(const Scores& scores, int32_t key, 
   uint32_t flags = 0;
 #pragma unroll
   for (int j = 0; j < kScoresPerThread; ++j) {
+    if (with_sum && !may_reach(threshold.bound, sums.v[j], squares.v[j], scores.lam)) continue;
     const int32_t own = key_of(piece::score<with_sum>(sums.v[j], squares.v[j], scores.lam));
     const uint32_t in_range = i + j < scores.n;
-    flags |= (in_range & (own > key)) << j | (in_range & (own == key)) << (16 + j);
+    flags |= (in_range & (own > threshold.key)) << j | (in_range & (own == threshold.key)) << (16 + j);
   }
   return flags;
 }
 
 // Numbers of both kinds in one word: above below, ties in the upper half; a chunk has at most 8192 of either.
 __device__ __forceinline__ uint32_t both_counts(uint32_t flags) {
-  return static_cast<uint32_t>(__popc(flags & 0xffffu)) | static_cast<uint32_t>(__popc(flags >> 16)) << 16;
+  return pack(static_cast<uint32_t>(__popc(flags & 0xffffu)), static_cast<uint32_t>(__popc(flags >> 16)));
 }
 
 template <bool with_sum, bool packed>
-__global__ void __launch_bounds__(kThreads) select_count_kernel(Scores scores, int32_t key, Count* counts) {
+__global__ void __launch_bounds__(kThreads) select_count_kernel(Scores scores, Threshold threshold, Counts counts) {
   using Reduce = cub::BlockReduce<uint32_t, kThreads>;
   __shared__ typename Reduce::TempStorage storage;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kScoresPerChunk + threadIdx.x * kScoresPerThread;
   uint32_t count = 0;
 #pragma unroll
   for (int tile = 0; tile < kTilesPerChunk; ++tile) {
-    count += both_counts(flags_of<with_sum, packed>(scores, key, first + tile * kScoresPerTile));
+    count += both_counts(flags_of<with_sum, packed>(scores, threshold, first + tile * kScoresPerTile));
   }
   const uint32_t sum = Reduce(storage).Sum(count);
-  if (threadIdx.x == 0) counts[blockIdx.x] = Count{sum & 0xffffu, sum >> 16};
+  if (threadIdx.x == 0) store_counts(counts, sum);
 }
 
 template <bool with_sum, bool packed>
 __global__ void __launch_bounds__(kThreads)
-    select_write_kernel(Scores scores, int32_t key, int64_t num_ties, const Count* counts, int64_t* __restrict__ out) {
+    select_write_kernel(Scores scores, Threshold threshold, int64_t num_ties, Counts counts, int64_t* __restrict__ out) {
   using Scan = cub::BlockScan<uint32_t, kThreads>;
   __shared__ typename Scan::TempStorage storage;
-  Count before = counts[blockIdx.x];
-  const Count after = counts[blockIdx.x + 1];
   // The whole block leaves here or none of it.
-  if (before.above + smaller(before.ties, num_ties) == after.above + smaller(after.ties, num_ties)) return;
+  const Count own = unpack(counts.chunks[blockIdx.x]);
+  if (own.above == 0 && own.ties == 0) return;
+  Count before = count_before(counts);
+  if (own.above == 0 && before.ties >= num_ties) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kScoresPerChunk + threadIdx.x * kScoresPerThread;
   for (int tile = 0; tile < kTilesPerChunk; ++tile) {
     const int64_t i = first + tile * kScoresPerTile;
-    const uint32_t flags = flags_of<with_sum, packed>(scores, key, i);
+    const uint32_t flags = flags_of<with_sum, packed>(scores, threshold, i);
     uint32_t rank, sum;
     Scan(storage).ExclusiveSum(both_counts(flags), rank, sum);
     __syncthreads();  // storage is used again
@@ -177,23 +232,22 @@ __device__ __forceinline__ Pack<uint64_t, 2> load_bits(const uint8_t* bits, int6
 
 template <bool packed>
 __global__ void __launch_bounds__(kThreads)
-    mask_count_kernel(const uint8_t* __restrict__ bits, int64_t num_bytes, Count* counts) {
+    mask_count_kernel(const uint8_t* __restrict__ bits, int64_t num_bytes, Counts counts) {
   using Reduce = cub::BlockReduce<int, kThreads>;
   __shared__ typename Reduce::TempStorage storage;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kBytesPerChunk + threadIdx.x * kBytesPerThread;
   const auto words = load_bits<packed>(bits, num_bytes, i);
   const int sum = Reduce(storage).Sum(__popcll(words.v[0]) + __popcll(words.v[1]));
-  if (threadIdx.x == 0) counts[blockIdx.x] = Count{sum, 0};
+  if (threadIdx.x == 0) store_counts(counts, pack(static_cast<uint32_t>(sum), 0));
 }
 
 template <bool packed>
 __global__ void __launch_bounds__(kThreads)
-    mask_write_kernel(const uint8_t* __restrict__ bits, int64_t num_bytes, const Count* counts,
-                      int64_t* __restrict__ out) {
+    mask_write_kernel(const uint8_t* __restrict__ bits, int64_t num_bytes, Counts counts, int64_t* __restrict__ out) {
   using Scan = cub::BlockScan<int, kThreads>;
   __shared__ typename Scan::TempStorage storage;
-  const int64_t before = counts[blockIdx.x].above;
-  if (before == counts[blockIdx.x + 1].above) return;  // the whole block
+  if (counts.chunks[blockIdx.x] == 0) return;  // the whole block
+  const int64_t before = count_before(counts).above;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kBytesPerChunk + threadIdx.x * kBytesPerThread;
   const auto words = load_bits<packed>(bits, num_bytes, i);
   int rank;
@@ -218,46 +272,47 @@ int64_t select_scratch(int64_t n) { return scratch_for(num_chunks_of(n, kScoresP
 int64_t mask_scratch(int64_t num_bytes) { return scratch_for(num_chunks_of(num_bytes, kBytesPerChunk)); }
 
 cudaError_t select_count(const Scores& scores, int32_t key, int64_t num_ties, int64_t* scratch, cudaStream_t stream) {
-  const int64_t num_chunks = num_chunks_of(scores.n, kScoresPerChunk);
-  if (const cudaError_t error = check(num_chunks); error != cudaSuccess) return error;
-  if (num_chunks > 0) {
+  const Counts counts = counts_in(scratch, num_chunks_of(scores.n, kScoresPerChunk));
+  if (const cudaError_t error = check(counts.num_chunks); error != cudaSuccess) return error;
+  if (counts.num_chunks > 0) {
+    if (const cudaError_t error = clear_groups(counts, stream); error != cudaSuccess) return error;
     with_layout(scores, [&](auto with_sum, auto packed) {
       select_count_kernel<decltype(with_sum)::value, decltype(packed)::value>
-          <<<blocks_for(num_chunks), kThreads, 0, stream>>>(scores, key, counts_in(scratch));
+          <<<blocks_for(counts.num_chunks), kThreads, 0, stream>>>(scores, threshold_of(key), counts);
     });
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  return launch_prefix(scratch, num_chunks, num_ties, stream);
+  return launch_prefix(counts, num_ties, stream);
 }
 
-cudaError_t select_write(const Scores& scores, int32_t key, int64_t num_ties, const int64_t* scratch, int64_t* out,
+cudaError_t select_write(const Scores& scores, int32_t key, int64_t num_ties, int64_t* scratch, int64_t* out,
                          cudaStream_t stream) {
-  const int64_t num_chunks = num_chunks_of(scores.n, kScoresPerChunk);
-  if (num_chunks == 0) return cudaSuccess;
+  const Counts counts = counts_in(scratch, num_chunks_of(scores.n, kScoresPerChunk));
+  if (counts.num_chunks == 0) return cudaSuccess;
   with_layout(scores, [&](auto with_sum, auto packed) {
     select_write_kernel<decltype(with_sum)::value, decltype(packed)::value>
-        <<<blocks_for(num_chunks), kThreads, 0, stream>>>(scores, key, num_ties, counts_in(scratch), out);
+        <<<blocks_for(counts.num_chunks), kThreads, 0, stream>>>(scores, threshold_of(key), num_ties, counts, out);
   });
   return cudaGetLastError();
 }
 
 cudaError_t mask_count(const uint8_t* bits, int64_t num_bytes, int64_t* scratch, cudaStream_t stream) {
-  const int64_t num_chunks = num_chunks_of(num_bytes, kBytesPerChunk);
-  if (const cudaError_t error = check(num_chunks); error != cudaSuccess) return error;
-  if (num_chunks > 0) {
+  const Counts counts = counts_in(scratch, num_chunks_of(num_bytes, kBytesPerChunk));
+  if (const cudaError_t error = check(counts.num_chunks); error != cudaSuccess) return error;
+  if (counts.num_chunks > 0) {
+    if (const cudaError_t error = clear_groups(counts, stream); error != cudaSuccess) return error;
     const auto kernel = is_aligned(bits) ? mask_count_kernel<true> : mask_count_kernel<false>;
-    kernel<<<blocks_for(num_chunks), kThreads, 0, stream>>>(bits, num_bytes, counts_in(scratch));
+    kernel<<<blocks_for(counts.num_chunks), kThreads, 0, stream>>>(bits, num_bytes, counts);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  return launch_prefix(scratch, num_chunks, 0, stream);
+  return launch_prefix(counts, 0, stream);
 }
 
-cudaError_t mask_write(const uint8_t* bits, int64_t num_bytes, const int64_t* scratch, int64_t* out,
-                       cudaStream_t stream) {
-  const int64_t num_chunks = num_chunks_of(num_bytes, kBytesPerChunk);
-  if (num_chunks == 0) return cudaSuccess;
+cudaError_t mask_write(const uint8_t* bits, int64_t num_bytes, int64_t* scratch, int64_t* out, cudaStream_t stream) {
+  const Counts counts = counts_in(scratch, num_chunks_of(num_bytes, kBytesPerChunk));
+  if (counts.num_chunks == 0) return cudaSuccess;
   const auto kernel = is_aligned(bits) ? mask_write_kernel<true> : mask_write_kernel<false>;
-  kernel<<<blocks_for(num_chunks), kThreads, 0, stream>>>(bits, num_bytes, counts_in(scratch), out);
+  kernel<<<blocks_for(counts.num_chunks), kThreads, 0, stream>>>(bits, num_bytes, counts, out);
   return cudaGetLastError();
 }
 

@@ -58,11 +58,10 @@ int64_t mask_scratch(int64_t num_bytes);
 inline const int64_t* total_of(const int64_t* scratch) { return scratch; }
 
 cudaError_t select_count(const Scores& scores, int32_t key, int64_t num_ties, int64_t* scratch, cudaStream_t stream);
-cudaError_t select_write(const Scores& scores, int32_t key, int64_t num_ties, const int64_t* scratch, int64_t* out,
+cudaError_t select_write(const Scores& scores, int32_t key, int64_t num_ties, int64_t* scratch, int64_t* out,
                          cudaStream_t stream);
 cudaError_t mask_count(const uint8_t* bits, int64_t num_bytes, int64_t* scratch, cudaStream_t stream);
-cudaError_t mask_write(const uint8_t* bits, int64_t num_bytes, const int64_t* scratch, int64_t* out,
-                       cudaStream_t stream);
+cudaError_t mask_write(const uint8_t* bits, int64_t num_bytes, int64_t* scratch, int64_t* out, cudaStream_t stream);
 
 // ---- selected.cu: a position outside [0, n) stops the kernel with a message (cudaErrorAssert) ----
 

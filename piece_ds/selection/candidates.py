@@ -9,17 +9,18 @@ Legend: G budget groups, D digits.
 
 import logging
 import math
+import struct
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from piece_ds import ops
-from piece_ds.runtime.distributed import all_reduce_sum_
+from piece_ds.runtime.distributed import all_reduce_sum_, world_size
 from piece_ds.selection.budget import num_selected
 from piece_ds.selection.estimators import estimator
 from piece_ds.selection.scores import Run, Runs, Scores, ScoreSource
-from piece_ds.selection.threshold import DIGITS, digit_counts, digit_of_kth
+from piece_ds.selection.threshold import DIGITS, digit_counts, digits_of_kth
 from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
@@ -55,8 +56,8 @@ class LastPassFilter:
             return  # the pass could not compute this score
         device = stats.square_sum.device
         group_of = {info.name: 0 for info in self.layout.eligible()}
-        runs = ScoreSource(self.layout, group_of, self.scorer, stats, None, device, self.lam, seed=0)
-        self.bound = sampled_bound(runs, self.k, self.layout.num_eligible, device)
+        source = ScoreSource(self.layout, group_of, self.scorer, stats, None, device, self.lam, seed=0)
+        self.bound = sampled_bound(source.spans, self.k, self.layout.num_eligible, device)
         if self.bound > 0.0:  # every score reaches 0: that would be a list of everything
             self.candidates = ops.empty_candidates(room_for(self.k, self.layout.num_owned), device)
 
@@ -78,10 +79,8 @@ class LastPassFilter:
             )
 
     def proven(self) -> ops.Candidates | None:
-        """The candidates, if they are known to contain the selection. A collective."""
-        if self.candidates is None or not are_proven(self.candidates, self.k):
-            return None
-        return self.candidates
+        """As proven(), of what the last pass found. A collective."""
+        return None if self.candidates is None else proven(self.candidates, self.k)
 
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def sampled_bound(runs: Runs, k: int, num_elements: int, device: torch.device) -
 
     Args:
         num_elements: of the group, over all ranks.
-    Cost: reads 1/64 of the scores; all-reduces 256 KiB.
+    Cost: reads 1/64 of the scores; all-reduces 256 KiB; the host waits once, for one number.
     """
     is_whole = num_elements < SAMPLE_FROM
     run, stride = (1, 1) if is_whole else (SAMPLE_RUN, SAMPLE_STRIDE)
@@ -111,38 +110,38 @@ def sampled_bound(runs: Runs, k: int, num_elements: int, device: torch.device) -
         begin = -part.offset % stride  # samples lie at multiples of stride in the flat buffer
         if begin < part.scores.numel:
             ops.score_histogram_(counts_D, *part.scores.part(begin), SAMPLE_SHIFT, SAMPLE_BITS, 0, run, stride)
-    counts_D = all_reduce_sum_(counts_D.to(collective_device())).cpu()
+    if world_size() > 1:
+        counts_D = all_reduce_sum_(counts_D.to(collective_device()))
     expected = k * run / stride
     # Half as many again, or six standard deviations of a count where those are more.
     wanted = k if is_whole else math.ceil(max(1.5 * expected, expected + 6 * math.sqrt(expected) + 8))
-    return _score_of(digit_of_kth(counts_D, wanted)[0] << SAMPLE_SHIFT)
+    ((digit, _),) = digits_of_kth(counts_D.unsqueeze(0), [wanted])
+    return _score_of(digit << SAMPLE_SHIFT)
 
 
 def certain_bounds(runs: Runs, num_to_take: list[int], device: torch.device) -> list[float]:
     """For each group, the smallest score with the k-th score's leading digit: at least k elements reach it."""
     shift, bits = DIGITS[0]
     counts_GD = digit_counts(runs(), shift, bits, [0] * len(num_to_take), device)
-    return [
-        _score_of(digit_of_kth(counts_D, k)[0] << shift) for counts_D, k in zip(counts_GD, num_to_take, strict=True)
-    ]
+    return [_score_of(digit << shift) for digit, _ in digits_of_kth(counts_GD, num_to_take)]
 
 
 def find_candidates(runs: Runs, num_to_take: list[int], layout: Layout, device: torch.device) -> ops.Candidates | None:
     """Elements of this rank among which the selection of every group must be, or None where there are too many.
 
     Args:
-        runs: as in find_thresholds().
+        runs: as in find_thresholds(); names are not looked at.
         num_to_take: k of each group.
     Cost: one pass over the scores; three where the sample misled, or where there are several groups.
     """
     if len(num_to_take) == 1:
         bound = sampled_bound(runs, num_to_take[0], layout.num_eligible, device)
-        candidates = _collect(runs, [bound], num_to_take, layout, device)
-        if are_proven(candidates, num_to_take[0]):
+        candidates = proven(_collect(runs, [bound], num_to_take, layout, device), num_to_take[0])
+        if candidates is not None:
             return candidates
         logger.info("the sampled bound %g did not prove enough candidates: all scores are counted", bound)
     candidates = _collect(runs, certain_bounds(runs, num_to_take, device), num_to_take, layout, device)
-    return candidates if are_proven(candidates, sum(num_to_take)) else None
+    return proven(candidates, sum(num_to_take))
 
 
 def _collect(
@@ -154,18 +153,27 @@ def _collect(
     return candidates
 
 
-def are_proven(candidates: ops.Candidates, k: int) -> bool:
-    """Whether at least k elements over all ranks reached the bound and every one of them had room. A collective."""
-    found = candidates.count()
-    table = torch.tensor([found, int(found > candidates.capacity)], device=collective_device())
-    total, num_overflowed = all_reduce_sum_(table).tolist()
-    return total >= k and num_overflowed == 0
+def proven(candidates: ops.Candidates, k: int) -> ops.Candidates | None:
+    """Candidates without their empty room, if they must contain the selection. A collective.
+
+    They must where at least k elements over all ranks reached the bound and every one of them had room.
+    Cost: the host waits once.
+    """
+    found, capacity = candidates.num_found, candidates.capacity
+    if world_size() == 1:
+        count = total = int(found)
+        num_overflowed = int(count > capacity)
+    else:
+        all_found = all_reduce_sum_(torch.cat([found, found > capacity]).to(collective_device()))
+        count, total, num_overflowed = torch.cat([found.to(all_found.device), all_found]).tolist()
+    if total < k or num_overflowed > 0:
+        return None
+    return ops.Candidates(candidates.score[:count], candidates.index[:count], found)
 
 
 def candidate_runs(candidates: ops.Candidates, layout: Layout, group_of: dict[str, int]) -> list[Run]:
     """Proven candidates as runs, one per parameter, in ascending order of position."""
-    count = candidates.count()
-    score, index = _ascending(candidates.score[:count], candidates.index[:count])
+    score, index = _ascending(candidates.score, candidates.index)
     owned = [(info, part, offset) for info, part, offset in layout.owned() if info.name in group_of]
     borders = torch.tensor([[offset, offset + part.numel] for _, part, offset in owned], device=index.device)
     cuts = torch.searchsorted(index, borders).tolist()
@@ -184,7 +192,8 @@ def _ascending(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _score_of(key: int) -> float:
-    return torch.tensor(key, dtype=torch.int32).view(torch.float32).item()
+    value: float = struct.unpack("<f", struct.pack("<I", key))[0]
+    return value
 
 
 def runs_of(runs: list[Run]) -> Runs:

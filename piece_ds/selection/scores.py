@@ -90,11 +90,36 @@ class ScoreSource:
                 runs = self._sums if self.scorer.from_sums else self._computed
                 yield from runs(info, part, offset, parameter_index[info.name])
 
+    def spans(self) -> Iterator[Run]:
+        """The same scores in as few runs as there can be, for whoever looks at no name: a launch costs, not a run.
+
+        Parameters of one group whose sums lie side by side are one run, called by the first one's name.
+        """
+        if not self.scorer.from_sums:
+            yield from self()
+            return
+        assert self.stats is not None
+        pieces: list[tuple[str, int, int, int]] = []  # name, group, first element, past the last
+        for info, part, offset in self.layout.owned():
+            group = self.group_of.get(info.name)
+            if group is None or part.numel == 0:
+                continue
+            if pieces and pieces[-1][1] == group and pieces[-1][3] == offset:
+                name, _, begin, _ = pieces.pop()
+                pieces.append((name, group, begin, offset + part.numel))
+            else:
+                pieces.append((info.name, group, offset, offset + part.numel))
+        for name, group, begin, end in pieces:
+            grad_sum, square_sum = self.stats.fragment(begin, end - begin)
+            yield Run(name, group, self._scores(grad_sum, square_sum), begin, begin)
+
+    def _scores(self, grad_sum: Tensor | None, square_sum: Tensor) -> Scores:
+        return Scores(grad_sum if self.scorer.needs_sum else None, square_sum, self.lam)
+
     def _sums(self, info: ParameterInfo, part: Partition, offset: int, _: int) -> Iterator[Run]:
         assert self.stats is not None
         grad_sum, square_sum = self.stats.fragment(offset, part.numel)
-        scores = Scores(grad_sum if self.scorer.needs_sum else None, square_sum, self.lam)
-        yield Run(info.name, self.group_of[info.name], scores, offset, part.start)
+        yield Run(info.name, self.group_of[info.name], self._scores(grad_sum, square_sum), offset, part.start)
 
     def _computed(self, info: ParameterInfo, part: Partition, offset: int, parameter_index: int) -> Iterator[Run]:
         for begin in range(0, part.numel, CHUNK):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from piece_ds import ops
-from piece_ds.runtime.distributed import all_reduce_sum_
+from piece_ds.runtime.distributed import all_reduce_sum_, world_size
 from piece_ds.selection.scores import Run, Runs
 from piece_ds.state.mask import collective_device
 
@@ -45,8 +45,7 @@ def find_thresholds(runs: Runs, num_to_take: list[int], device: torch.device) ->
     remaining = list(num_to_take)
     for shift, bits in DIGITS:
         counts_GD = digit_counts(runs(), shift, bits, prefix, device)
-        for group, (counts_D, left) in enumerate(zip(counts_GD, remaining, strict=True)):
-            digit, above = digit_of_kth(counts_D, left)
+        for group, (digit, above) in enumerate(digits_of_kth(counts_GD, remaining)):
             remaining[group] -= above
             prefix[group] = (prefix[group] << bits) | digit
     return [Threshold(key, take) for key, take in zip(prefix, remaining, strict=True)]
@@ -56,19 +55,33 @@ def digit_counts(runs: Iterable[Run], shift: int, bits: int, prefix_G: list[int]
     """How often each digit at `shift` occurs over all ranks among a group's keys that start with its prefix.
 
     Returns:
-        int64 [G, 2**bits] on the CPU.
+        int64 [G, 2**bits], on device, or with several ranks where their collectives are.
     """
     counts_GD = torch.zeros(len(prefix_G), 1 << bits, dtype=torch.int64, device=device)
     for run in runs:
         ops.score_histogram_(counts_GD[run.group], *run.scores, shift, bits, prefix_G[run.group])
-    return all_reduce_sum_(counts_GD.to(collective_device())).cpu()
+    return counts_GD if world_size() == 1 else all_reduce_sum_(counts_GD.to(collective_device()))
 
 
-def digit_of_kth(counts_D: Tensor, k: int) -> tuple[int, int]:
-    """(digit of the k-th largest element, number of elements with a greater digit); digit 0 where there are fewer."""
-    at_least_D = counts_D.flip(0).cumsum(0).flip(0)
-    digit = max(0, int((at_least_D >= k).sum()) - 1)
-    return digit, int(at_least_D[digit] - counts_D[digit])
+def digits_of_kth(counts_GD: Tensor, k: list[int]) -> list[tuple[int, int]]:
+    """(digit of the k-th largest element, number of elements with a greater digit) of each group.
+
+    Args:
+        counts_GD: elements with each digit.
+        k: of each group; the digit is 0 where there are fewer elements.
+    Cost: where counts are on a GPU, the host waits once.
+    """
+    at_least_GD = counts_GD.flip(1).cumsum(1).flip(1)
+    k_G = on_device(k, counts_GD.device)
+    digit_G = ((at_least_GD >= k_G.unsqueeze(1)).sum(1) - 1).clamp_(min=0)
+    above_G = (at_least_GD - counts_GD).gather(1, digit_G.unsqueeze(1)).squeeze(1)
+    return [(digit, above) for digit, above in torch.stack([digit_G, above_G], 1).tolist()]
+
+
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Numbers of the host on device (int64), without waiting for it: only pinned memory may be read after the call."""
+    tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 def tie_quotas(num_ties_P: Tensor, group_P: list[int], thresholds: list[Threshold], owner: int) -> list[int]:

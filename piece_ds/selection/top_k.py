@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from piece_ds import ops
+from piece_ds.selection.alone import decides_alone, first_in_order, fragments
 from piece_ds.selection.budget import budget_groups
 from piece_ds.selection.candidates import candidate_runs, find_candidates, runs_of
 from piece_ds.selection.estimators import estimator
@@ -48,7 +49,8 @@ def select(
     Raises:
         ValueError: method needs statistics that are not there, or nothing is eligible.
     Cost: one pass over the statistics, none with candidates; up to eight where more scores tie or share their leading
-        digit than there is room for candidates. Room: 12 bytes for 4 k candidates. Communicates counts only.
+        digit than there is room for candidates. Room: 12 bytes for 4 k candidates. Communicates counts only. One rank
+        on a GPU waits for it three times: for the bound, the number of candidates, and the positions.
     """
     scorer = estimator(method)
     if scorer.needs_squares and (stats is None or (scorer.needs_sum and stats.grad_sum is None)):
@@ -60,10 +62,14 @@ def select(
     num_to_take = [k for _, k in groups]
     group_of = {name: group for group, (names, _) in enumerate(groups) for name in names}
     device = stats.square_sum.device if stats is not None else torch.device(device or "cpu")
-    runs: Runs = ScoreSource(layout, group_of, scorer, stats, weight_of, device, lam, seed)
-    candidates = candidates or find_candidates(runs, num_to_take, layout, device)
-    if candidates is not None:
-        runs = runs_of(candidate_runs(candidates, layout, group_of))
+    source = ScoreSource(layout, group_of, scorer, stats, weight_of, device, lam, seed)
+    candidates = candidates or find_candidates(source.spans, num_to_take, layout, device)
+    if candidates is not None and decides_alone(layout, device):
+        index = fragments(first_in_order(candidates, layout, group_of, num_to_take), layout)
+        return Mask(layout, index, sum(num_to_take), method, ratio)
+
+    # Several ranks: only counts cross, digit by digit.
+    runs: Runs = source if candidates is None else runs_of(candidate_runs(candidates, layout, group_of))
     thresholds = find_thresholds(runs, num_to_take, device)
     names = [info.name for info in layout.eligible() if info.name in group_of]
     index = _take(runs, thresholds, names, group_of, layout.rank, device)

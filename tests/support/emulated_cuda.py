@@ -27,6 +27,7 @@ SANITIZE = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
 BINDING = {
     "STABLE_TORCH_LIBRARY_IMPL(piece_ds, CUDA, m)": f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)",
     "tensor.is_cuda()": "tensor.is_cpu()",
+    "first.is_cuda()": "first.is_cpu()",
     "torch::stable::accelerator::DeviceGuard guard_;": "int32_t guard_;",
     "aoti_torch_get_current_cuda_stream(index_, &stream)": "0",
 }

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.host_waits import HostWaits
 from support.selection_cases import (
     BUDGETS,
     CASES,
@@ -16,10 +17,11 @@ from support.selection_cases import (
 )
 from torch import nn
 
+from piece_ds import ops
 from piece_ds.models.layout import layout_of
 from piece_ds.ops.scores import Candidates, score
 from piece_ds.runtime.errors import UserError
-from piece_ds.selection import candidates
+from piece_ds.selection import candidates, top_k
 from piece_ds.selection import scores as runs
 from piece_ds.selection.budget import num_to_select
 from piece_ds.selection.estimators import estimator
@@ -36,6 +38,65 @@ def test_selection_equals_a_stable_sort(kind: str, method: str, budget: str, rat
     want = expected(kind, method, budget, ratio)
     assert as_set(mask.whole()) == want
     assert mask.num_selected == len(want)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank decides on its device, which here is the CPU."""
+    monkeypatch.setattr(top_k, "decides_alone", lambda layout, device: layout.num_ranks == 1)
+
+
+def test_a_device_that_decides_alone_selects_the_same(as_on_a_gpu: None) -> None:
+    for kind, method, budget, ratio in CASES:
+        mask = select(blocks_layout(), method, ratio, make_stats(kind), budget=budget)
+        assert as_set(mask.whole()) == expected(kind, method, budget, ratio), (kind, method, budget, ratio)
+        assert all(bool((index.diff() > 0).all()) for index in mask.index.values())
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_methods_without_sums_select_the_same_alone_on_a_device(
+    as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, method: str, budget: str
+) -> None:
+    got = select(blocks_layout(), method, 0.3, weight_of=few_values, budget=budget)
+    monkeypatch.undo()
+    want = select(blocks_layout(), method, 0.3, weight_of=few_values, budget=budget)
+    assert as_set(got.whole()) == as_set(want.whole())
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_host_waits_for_a_device_two_times_and_for_the_positions(as_on_a_gpu: None, budget: str) -> None:
+    """The bound, the number of candidates; with several groups their digits instead of a bound, read at once."""
+    stats, layout = make_stats("random"), blocks_layout()
+    with HostWaits() as waits:
+        select(layout, "piece-s", 0.3, stats, budget=budget)
+    assert len(waits.places) <= 3, waits.places
+    with HostWaits() as waits:
+        select(layout, "piece-s", 0.3, stats, candidates=everything_of(stats), budget="model")
+    assert len(waits.places) <= 1, waits.places
+
+
+def test_waits_are_counted() -> None:
+    x = torch.arange(4.0)
+    ways = {
+        "item": lambda: x[0].item(),
+        "number": lambda: int(x[1]),
+        "truth": lambda: bool((x > 0).all()),
+        "list": lambda: x.tolist(),
+        "copy": lambda: x.cpu(),
+        "blocking move": lambda: x.to("cpu"),
+        "made there": lambda: torch.tensor([1], device="cpu"),
+        "unknown length": lambda: x.nonzero(),
+        "boolean index": lambda: x[x > 1],
+        "op": lambda: ops.mask_to_index(torch.ones(1, dtype=torch.uint8)),
+    }
+    for name, way in ways.items():
+        with HostWaits() as waits:
+            way()
+        assert len(waits.places) == 1, (name, waits.places)
+    with HostWaits() as waits:
+        x.to("cpu", non_blocking=True).sort().values[:2].cumsum(0)
+    assert not waits.places
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude"])
@@ -73,14 +134,18 @@ def test_a_sample_changes_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) ->
     assert as_set(mask.whole()) == expected(kind, "piece-s", "model", 0.3)
 
 
+def everything_of(stats: GradientStats, order: torch.Tensor | None = None) -> Candidates:
+    """Every element as a candidate, in the order given."""
+    order = torch.arange(NUM_ELIGIBLE) if order is None else order
+    return Candidates(score(stats.grad_sum, stats.square_sum)[order], order, torch.tensor([NUM_ELIGIBLE]))
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_candidates_that_contain_the_selection_are_enough(kind: str, shuffled: bool) -> None:
     stats = make_stats(kind)
     order = torch.randperm(NUM_ELIGIBLE) if shuffled else torch.arange(NUM_ELIGIBLE)
-    scores = score(stats.grad_sum, stats.square_sum)
-    everything = Candidates(scores[order], order, torch.tensor([NUM_ELIGIBLE]))
-    mask = select(blocks_layout(), "piece-s", 0.3, stats, candidates=everything)
+    mask = select(blocks_layout(), "piece-s", 0.3, stats, candidates=everything_of(stats, order))
     assert as_set(mask.whole()) == expected(kind, "piece-s", "model", 0.3)
 
 

@@ -8,6 +8,10 @@ import baselines
 import torch
 
 from piece_ds import ops
+from piece_ds.selection.alone import first_in_order
+from piece_ds.selection.candidates import find_candidates
+from piece_ds.selection.estimators import estimator
+from piece_ds.selection.scores import ScoreSource
 from piece_ds.selection.top_k import select
 from piece_ds.state.partition import Layout, ParameterInfo
 from piece_ds.state.statistics import GradientStats
@@ -112,8 +116,16 @@ def _selection(n: int, device: str, compile_: Callable | None) -> Iterator[Case]
     layout = Layout((ParameterInfo("weight", (n,), n, True),), 0, 1)
     stats = GradientStats(layout, square_sum, grad_sum)
 
+    def selected() -> torch.Tensor:
+        return select(layout, "piece-s", RATIO, stats).index["weight"]
+
     def packed() -> torch.Tensor:
-        return ops.index_to_mask(select(layout, "piece-s", RATIO, stats).index["weight"].to(device), n)
+        if device == "cpu":
+            return ops.index_to_mask(selected(), n)
+        source = ScoreSource(layout, {"weight": 0}, estimator("piece-s"), stats, None, square_sum.device, 1.0, 0)
+        candidates = find_candidates(source.spans, [k], layout, square_sum.device)
+        assert candidates is not None
+        return ops.index_to_mask(first_in_order(candidates, layout, {"weight": 0}, [k]), n)
 
     score = ops.score(grad_sum, square_sum)
     rivals: dict[str, Callable[[], object]] = {
@@ -123,6 +135,7 @@ def _selection(n: int, device: str, compile_: Callable | None) -> Iterator[Case]
     if compile_:
         rivals["compile"] = partial(compile_(baselines.authors_select), grad_sum, square_sum, k)
     yield Case("selection, sums to packed mask", "fp32", n, 8.125 * n, packed, rivals=rivals)
+    yield Case("selection, sums to positions on the host", "fp32", n, 8 * n + 8 * k, selected, rivals=rivals)
     bound, key = _kth_score(grad_sum, square_sum, int(1.5 * k)), int(score.topk(k).values[-1].view(torch.int32))
     room = ops.empty_candidates(4 * k + 65536, device)
     yield Case(

@@ -1,0 +1,77 @@
+"""The selection among candidates where one rank has them all on a GPU: put in order there, without asking the host.
+
+Counting digits, as several ranks must, has the host read each digit before the next is counted. Candidates are few, so
+sorting them costs less than one such wait. From sums to positions the host reads two numbers: the sampled bound and how
+many candidates there are.
+
+Legend: C candidates, K selected elements, G budget groups.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from piece_ds import ops
+from piece_ds.selection.threshold import on_device
+from piece_ds.state.partition import Layout
+
+
+def decides_alone(layout: Layout, device: torch.device) -> bool:
+    """Whether this rank has every score, on a device that the host would have to wait for."""
+    return layout.num_ranks == 1 and device.type != "cpu"
+
+
+def first_in_order(
+    candidates: ops.Candidates, layout: Layout, group_of: dict[str, int], num_to_take: list[int]
+) -> Tensor:
+    """The k highest scores of each group, ties to the smaller position.
+
+    Args:
+        candidates: proven to contain the selection; all of their room is taken.
+        layout: of one rank.
+        group_of: parameter name -> its group; every candidate is of one of these parameters.
+        num_to_take: k of each group.
+    Returns:
+        ascending positions in the flat buffer (int64, sum(num_to_take) elements), on the candidates' device.
+    Cost: three sorts of C or K elements, one more with several groups; the host does not wait.
+    """
+    index_C, order_C = candidates.index.sort()
+    by_score_C = candidates.score[order_C].argsort(descending=True, stable=True)
+    if len(num_to_take) == 1:
+        return index_C[by_score_C[: num_to_take[0]]].sort().values
+
+    # Candidates of a group stay in order of score; a candidate is taken where its place within the group is below k.
+    group_C, by_group_C = _groups(index_C, layout, group_of)[by_score_C].sort(stable=True)
+    groups_G = torch.arange(len(num_to_take), device=index_C.device)
+    place_C = torch.arange(index_C.numel(), device=index_C.device) - torch.searchsorted(group_C, groups_G)[group_C]
+    is_taken_C = place_C < on_device(num_to_take, index_C.device)[group_C]
+    return _compacted(index_C[by_score_C[by_group_C]], is_taken_C, sum(num_to_take)).sort().values
+
+
+def fragments(position_K: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Parameter name -> ascending flat indices in the whole parameter (int64, CPU) of positions in the flat buffer.
+
+    Cost: one copy to the host, for which it waits.
+    """
+    host_K = position_K.cpu()
+    owned = list(layout.owned())
+    borders = np.array([[offset, offset + part.numel] for _, part, offset in owned])
+    cuts = np.searchsorted(host_K.numpy(), borders).tolist()
+    return {
+        info.name: host_K[low:high] + (part.start - offset)
+        for (info, part, offset), (low, high) in zip(owned, cuts, strict=True)
+        if high > low
+    }
+
+
+def _groups(index_C: Tensor, layout: Layout, group_of: dict[str, int]) -> Tensor:
+    """The group of each position in the flat buffer."""
+    owned = [(offset, group_of.get(info.name, -1)) for info, part, offset in layout.owned() if part.numel]
+    begins, groups = (on_device(list(column), index_C.device) for column in zip(*owned, strict=True))
+    return groups[torch.searchsorted(begins, index_C, right=True) - 1]
+
+
+def _compacted(value_C: Tensor, is_taken_C: Tensor, num_taken: int) -> Tensor:
+    """The taken ones, in order. Their number is known, so that nobody has to wait for it."""
+    place_C = torch.where(is_taken_C, is_taken_C.cumsum(0) - 1, num_taken)  # the others share a place past the end
+    return value_C.new_empty(num_taken + 1).scatter_(0, place_C, value_C)[:num_taken]
