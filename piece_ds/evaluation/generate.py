@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -50,11 +50,13 @@ class Generated:
         texts: in the order of the prompts, without special tokens.
         num_tokens: tokens generated, the ending one of each text included, padding not.
         seconds: wall time on this rank.
+        token_ids: of each text, the ending one included.
     """
 
     texts: list[str]
     num_tokens: int
     seconds: float
+    token_ids: list[list[int]] = field(default_factory=list, repr=False)
 
 
 def generate_texts(
@@ -95,7 +97,7 @@ def generate_texts(
     module = getattr(model, "module", model)
     synced = is_partitioned(module) if synced_gpus is None else synced_gpus
     config = generation_config(module, tokenizer, max_new_tokens, decoding)
-    found: list[tuple[int, str, int]] = []
+    found: list[tuple[int, str, list[int]]] = []
     with evaluating(model), no_generation_defaults(module):
         shares = shard_batches([len(prompt) for prompt in prompts], batch_size)
         for share in progress_bar(shares, description, unit="batch"):
@@ -111,11 +113,11 @@ def generate_texts(
                 )[: len(share.indices), inputs["input_ids"].shape[1] :]
             if share.counted:
                 answers = tokenizer.batch_decode(written, skip_special_tokens=True)
-                found += zip(share.indices, answers, _num_tokens(written, config), strict=True)
-    gathered = cast(list[list[tuple[int, str, int]]], all_gather_objects(found))
+                found += zip(share.indices, answers, _until_end(written, config), strict=True)
+    gathered = cast(list[list[tuple[int, str, list[int]]]], all_gather_objects(found))
     in_order = sorted(row for of_rank in gathered for row in of_rank)
-    texts = [text for _, text, _ in in_order]
-    return Generated(texts, sum(num for _, _, num in in_order), time.perf_counter() - begin)
+    texts, token_ids = [text for _, text, _ in in_order], [ids for _, _, ids in in_order]
+    return Generated(texts, sum(map(len, token_ids)), time.perf_counter() - begin, token_ids)
 
 
 def _inputs_of(
@@ -130,11 +132,12 @@ def _inputs_of(
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _num_tokens(written: Tensor, config: GenerationConfig) -> list[int]:
-    """Tokens of each row up to its first end, which counts."""
+def _until_end(written: Tensor, config: GenerationConfig) -> list[list[int]]:
+    """Tokens of each row up to its first end, which is among them."""
     ends = torch.isin(written, torch.tensor(config.eos_token_id or [-1], device=written.device))
     before_end = (ends.cumsum(dim=1) - ends.long()) == 0
-    return before_end.sum(dim=1).tolist()
+    lengths = before_end.sum(dim=1).tolist()
+    return [row[:length] for row, length in zip(written.tolist(), lengths, strict=True)]
 
 
 @contextmanager

@@ -11,18 +11,13 @@ from typing import Any
 
 import datasets
 import pyarrow
-import transformers
-from transformers.utils import cached_file
 
+from piece_ds.models.fingerprint import weights_digests
 from piece_ds.models.pretrained import model_source
 from piece_ds.preflight.inputs import Inputs
 from piece_ds.runtime.distributed import all_gather_objects, world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.versions import versions
-
-# Of a file of weights: its size, its beginning (names and shapes) and this many places in it are compared. Another
-# checkpoint differs nearly everywhere; to find one damaged byte, all of it would have to be read once more.
-NUM_SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 _OF_THE_MACHINE = {"device", "python"}  # they may differ where machines do
 _ROWS_AT_A_TIME = 10_000
@@ -73,7 +68,8 @@ def _fingerprints(inputs: Inputs) -> dict[str, str]:
         json.dumps(inputs.arguments.hf_deepspeed_config.config, sort_keys=True, default=str).encode()
     )
     found["the model's configuration"] = _digest(inputs.config.to_json_string().encode())
-    found |= _weights(model_source(str(settings.model.model_name_or_path)))
+    digests = weights_digests(model_source(str(settings.model.model_name_or_path)))
+    found |= {f"the weights in {name}": digest for name, digest in digests.items()}
     if settings.method.mask_file is not None:
         found["the mask"] = _digest_of_files([Path(settings.method.mask_file)])
     for task in inputs.tasks:
@@ -95,27 +91,6 @@ def _flags(inputs: Inputs) -> dict[str, Any]:
     known = inputs.arguments.to_dict()
     own = ("local_rank", "output_dir", "logging_dir", "deepspeed", "run_name", "hub_token", "use_cpu")
     return {name: str(value) for name, value in known.items() if name not in own and not name.startswith("_")}
-
-
-def _weights(source: str) -> dict[str, str]:
-    if not Path(source).is_dir():
-        try:
-            config = cached_file(source, transformers.utils.CONFIG_NAME)
-        except OSError:
-            return {}
-        source = str(Path(config).parent)
-    files = sorted(path for kind in ("*.safetensors", "*.bin") for path in Path(source).glob(kind))
-    return {f"the weights in {path.name}": _sampled(path) for path in files}
-
-
-def _sampled(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for number in range(NUM_SAMPLES):
-            file.seek(number * max(0, size - SAMPLE_BYTES) // max(1, NUM_SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _digest_of_files(paths: list[Path]) -> str:

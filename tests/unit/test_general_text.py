@@ -1,0 +1,106 @@
+"""General text that nobody has to bring: encoded like a task's rows, repeatable, kept once per base model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.launches import make_model_folder
+from transformers import AutoModelForCausalLM
+
+from piece_ds.data import general_text
+from piece_ds.data.files import load_rows
+from piece_ds.data.general_text import builtin_rows, rows_of_tokens
+from piece_ds.data.rows import IGNORED_LABEL
+from piece_ds.data.tokenize import Encoder
+from piece_ds.demo.model import make_tokenizer
+from piece_ds.evaluation.self_written import MIN_TOKENS, SelfWriting, self_written_file, write_rows
+from piece_ds.models.fingerprint import model_digest, weights_digests
+from piece_ds.runtime.errors import MachineError
+
+TOKENIZER = make_tokenizer(256)
+WRITING = SelfWriting(num_rows=6, num_tokens=20, batch_size=3)
+
+
+def test_the_loss_of_a_row_is_that_of_every_token_but_the_first() -> None:
+    rows = rows_of_tokens([[1, 5, 6], [1, 7]])
+    assert rows["input_ids"][:] == [[1, 5, 6], [1, 7]]
+    assert rows["labels"][:] == [[IGNORED_LABEL, 5, 6], [IGNORED_LABEL, 7]]
+
+
+def test_builtin_text_is_english_prose_drawn_by_seed() -> None:
+    encoder = Encoder(TOKENIZER, cutoff=512)
+    rows = builtin_rows(encoder, num_rows=24, num_tokens=180, seed=0)
+    assert rows["input_ids"][:] == builtin_rows(encoder, 24, 180, seed=0)["input_ids"][:]
+    assert rows["input_ids"][:] != builtin_rows(encoder, 24, 180, seed=1)["input_ids"][:]
+    assert {len(ids) for ids in rows["input_ids"]} == {180}
+    assert {ids[0] for ids in rows["input_ids"]} == {TOKENIZER.bos_token_id}
+    texts = [TOKENIZER.decode(ids[1:]) for ids in rows["input_ids"]]
+    assert len(set(texts)) == len(texts)
+    assert sum(" the " in text for text in texts) > len(texts) / 2
+
+
+def test_an_installation_without_prose_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(general_text, "_source_files", list)
+    monkeypatch.setattr(general_text, "_topics", lambda: ["x " * 400])
+    with pytest.raises(MachineError, match="carries 1 texts of at least 100 tokens, 2 are wanted"):
+        builtin_rows(Encoder(TOKENIZER, cutoff=512), 2, 100, seed=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("base"))
+
+
+def open_model(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_what_a_model_writes_follows_its_own_distribution(folder: Path) -> None:
+    """A model that knows one token writes it; the true one's rows begin with BOS and are of many kinds."""
+    rows = write_rows(open_model(folder), TOKENIZER, WRITING, "cpu")
+    assert rows["input_ids"][:] == write_rows(open_model(folder), TOKENIZER, WRITING, "cpu")["input_ids"][:]
+    assert all(MIN_TOKENS <= len(ids) <= WRITING.num_tokens for ids in rows["input_ids"])
+    assert {ids[0] for ids in rows["input_ids"]} == {TOKENIZER.bos_token_id}
+    assert len({tuple(ids) for ids in rows["input_ids"]}) == len(rows)
+    certain = open_model(folder)
+    certain.lm_head = torch.nn.Linear(32, certain.config.vocab_size)
+    with torch.no_grad():
+        certain.lm_head.weight.zero_()
+        certain.lm_head.bias.zero_()
+        certain.lm_head.bias[77] = 100.0
+    assert {token for ids in write_rows(certain, TOKENIZER, WRITING, "cpu")["input_ids"] for token in ids[1:]} == {77}
+
+
+def test_the_text_is_written_once_for_each_base_model_and_reads_like_any_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIECE_DS_CACHE", str(tmp_path / "cache"))
+    digest = model_digest(str(folder))
+    assert digest is not None
+    path = self_written_file(digest, lambda: open_model(folder), TOKENIZER, WRITING, "cpu")
+    expected = write_rows(open_model(folder), TOKENIZER, WRITING, "cpu")
+    assert load_rows(str(path), allow_text=True)["input_ids"][:] == expected["input_ids"][:]
+    assert load_rows(str(path), allow_text=True)["labels"][:] == expected["labels"][:]
+    assert self_written_file(digest, lambda: pytest.fail("written again"), TOKENIZER, WRITING, "cpu") == path
+    others = (SelfWriting(num_rows=6, num_tokens=21, batch_size=3), SelfWriting(6, 20, seed=1, batch_size=3))
+    for writing in others:
+        assert self_written_file(digest, lambda: open_model(folder), TOKENIZER, writing, "cpu") != path
+    assert self_written_file("another model", lambda: open_model(folder), TOKENIZER, WRITING, "cpu") != path
+
+
+def test_a_model_is_told_by_its_files(folder: Path, tmp_path: Path) -> None:
+    assert model_digest(str(tmp_path)) is None
+    assert model_digest("no/such-model-anywhere") is None
+    other = open_model(folder)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    other.save_pretrained(tmp_path / "other")
+    assert model_digest(str(tmp_path / "other")) != model_digest(str(folder))
+    assert set(weights_digests(str(folder))) == {"model.safetensors"}
+    config = json.loads((folder / "config.json").read_text())
+    other.load_state_dict(open_model(folder).state_dict())
+    other.save_pretrained(tmp_path / "same")
+    (tmp_path / "same" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    assert weights_digests(str(tmp_path / "same")) == weights_digests(str(folder))
+    assert model_digest(str(tmp_path / "same")) != model_digest(str(folder))
