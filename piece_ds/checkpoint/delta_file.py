@@ -8,19 +8,15 @@ as in a mask file, and the fingerprints of all weights before (base_fingerprint)
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from piece_ds.checkpoint.metadata import checksum_of, describe
+from piece_ds.checkpoint.artifact import DELTA, check_index, index_tensor, open_artifact, write_artifact
+from piece_ds.checkpoint.metadata import describe
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.files import write_whole
 from piece_ds.state.mask import Mask, gather_fragments
 from piece_ds.state.weights_hash import bits_of, hash_elements, hexadecimal
 from piece_ds.zero.weights import read_selected, weights_fingerprint
-
-INT32_MAX = 2**31 - 1
 
 
 def save_delta(
@@ -44,15 +40,15 @@ def save_delta(
         tensors: dict[str, Tensor] = {}
         numel = {info.name: info.numel for info in mask.layout.parameters}
         for name, index in whole.items():
-            tensors[f"{name}.indices"] = index if numel[name] > INT32_MAX else index.to(torch.int32)
+            tensors[f"{name}.indices"] = index_tensor(index, numel[name])
             tensors[f"{name}.values"] = all_values[name]
             if with_previous:
                 tensors[f"{name}.previous"] = all_previous[name]
-        metadata = describe("piece-delta", mask, set(whole), tensors)
+        metadata = describe(mask, whole)
         for key, values in (("base_fingerprint", all_previous), ("result_fingerprint", all_values)):
             selected = sum(hash_elements(name, index, bits_of(values[name])) for name, index in whole.items())
             metadata[key] = hexadecimal(surroundings + selected)
-        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_artifact(path, DELTA, tensors, metadata)
     barrier()
 
 
@@ -65,16 +61,12 @@ def load_previous(path: Path | str, mask: Mask) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: the task cannot be resumed without the values it began with")
     values = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("checksum") != checksum_of(file.keys(), file.get_tensor):
-                raise UserError(f"{path} is damaged: its checksum does not match its content")
-            for name, index in mask.index.items():
-                whole = file.get_tensor(f"{name}.indices").long()
-                begin = int(torch.searchsorted(whole, index[0]))
-                if not torch.equal(whole[begin : begin + index.numel()], index):
-                    raise UserError(f"{path} does not belong to this task's mask: {name!r} has other indices")
-                values[name] = file.get_tensor(f"{name}.previous")[begin : begin + index.numel()]
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it is damaged, or of another mask") from error
+    with open_artifact(path, DELTA) as file:
+        for name, index in mask.index.items():
+            whole, previous = file.tensor(f"{name}.indices"), file.tensor(f"{name}.previous")
+            check_index(file, name, whole, None)
+            begin = int(torch.searchsorted(whole.long(), index[0]))
+            if previous.shape != whole.shape or not torch.equal(whole[begin : begin + index.numel()].long(), index):
+                raise UserError(f"{path} does not belong to this task's mask: {name!r} has other indices")
+            values[name] = previous[begin : begin + index.numel()]
     return values

@@ -3,17 +3,15 @@
 `piece_ds masks MASK [MASK ...]` prints both for mask files.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from piece_ds import ops
-from piece_ds.checkpoint.mask_file import check_mask_file
+from piece_ds.checkpoint.artifact import MASK, open_artifact
+from piece_ds.checkpoint.mask_file import check_mask_file, parameters_in, whole_index
 
 OUTSIDE = "other"
 
@@ -61,7 +59,8 @@ def overlap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 def read_index(path: Path | str) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
     """(selected positions, elements of the parameters named in the file, metadata) of a mask file."""
     metadata = check_mask_file(path)
-    with safe_open(path, framework="pt") as file:
-        index = {name: ops.mask_to_index(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - not a dict
-    shapes = json.loads(metadata.get("shapes", "{}"))
-    return index, {name: int(torch.Size(shapes[name]).numel()) for name in index if name in shapes}, metadata
+    with open_artifact(path, MASK, verify=False) as file:
+        names = parameters_in(file)
+        index = {name: whole_index(file, name) for name in names}
+        sizes = {name: file.metadata.numel(name) for name in names}
+    return index, {name: size for name, size in sizes.items() if size is not None}, metadata

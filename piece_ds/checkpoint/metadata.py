@@ -1,14 +1,49 @@
-"""The metadata that mask and delta files share."""
+"""What this package's safetensors files say of themselves: one schema, and how it is filled in."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from math import prod
 
-import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Json
 
+from piece_ds.runtime.schema import Count
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
+
+
+class Metadata(BaseModel):
+    """The metadata of a mask, delta, statistics or selected-state file. Absent entries are None; others are kept.
+
+    Attributes:
+        format, version, checksum: see artifact.py.
+        method, ratio, selected, total: how a selection was made, and its size in elements.
+        shapes: parameter name -> shape, of the parameters in the file.
+        model_fingerprint: see model_fingerprint().
+        base_fingerprint, result_fingerprint: of all weights before and after a delta.
+        step, counters: of the optimizer and the engine, in selected-state files.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    format: str
+    version: str
+    checksum: str | None = None
+    method: str = "unknown"
+    ratio: float = float("nan")
+    selected: Count | None = None
+    total: Count | None = None
+    shapes: Json[dict[str, list[Count]]] | None = None
+    model_fingerprint: str | None = None
+    base_fingerprint: str | None = None
+    result_fingerprint: str | None = None
+    step: Count | None = None
+    counters: Json[dict[str, float]] | None = None
+
+    def numel(self, name: str) -> int | None:
+        """Return the elements of a parameter, or None when the file does not say its shape."""
+        shape = (self.shapes or {}).get(name)
+        return None if shape is None else prod(shape)
 
 
 def model_fingerprint(layout: Layout) -> str:
@@ -17,39 +52,19 @@ def model_fingerprint(layout: Layout) -> str:
     return hashlib.sha256(json.dumps(structure).encode()).hexdigest()
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names and bytes of CPU tensors, in name order."""
-    return checksum_of(tensors, tensors.__getitem__)
-
-
-def checksum_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
-    """The same of tensors that read() gives one by one. Memory: one tensor."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(name.encode())
-        digest.update(read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-VERSION = "1"
-
-
-def describe(kind: str, mask: Mask, names: set[str], tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Metadata (strings, as safetensors wants them) of a file of `kind` made for mask.
+def describe(mask: Mask, names: Iterable[str]) -> dict[str, str]:
+    """Return the metadata (strings, as safetensors wants them) of a file made for mask.
 
     Args:
         names: parameters that have something in the file.
-        tensors: the file's content, for its checksum.
     """
-    shapes = {name: list(shape) for name, shape in mask.layout.shapes().items() if name in names}
+    present = set(names)
+    shapes = {name: list(shape) for name, shape in mask.layout.shapes().items() if name in present}
     return {
-        "format": kind,
-        "version": VERSION,
         "method": mask.method,
         "ratio": repr(mask.ratio),
         "selected": str(mask.num_selected),
         "total": str(mask.layout.total),
         "shapes": json.dumps(shapes),
         "model_fingerprint": model_fingerprint(mask.layout),
-        "checksum": checksum(tensors),
     }

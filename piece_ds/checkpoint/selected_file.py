@@ -8,18 +8,15 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from piece_ds.checkpoint.metadata import VERSION, checksum, describe
+from piece_ds.checkpoint.artifact import SELECTED, open_artifact, write_artifact
+from piece_ds.checkpoint.metadata import describe
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.files import write_whole
 from piece_ds.state.mask import Mask
 from piece_ds.zero.selected_state import MOMENTS, SelectedState
 
-FORMAT = "piece-selected"
 PARTS = ("values", *MOMENTS)
 
 
@@ -32,9 +29,8 @@ def save_selected_state(path: Path | str, mask: Mask, state: SelectedState) -> N
         for part in PARTS:
             pieces = zip(index, state.tensors[part].split(sizes), strict=True)
             tensors |= {f"{name}.{part}": piece.clone() for name, piece in pieces}
-        metadata = describe(FORMAT, mask, set(index), tensors)
-        metadata |= {"step": str(state.step), "counters": json.dumps(state.counters)}
-        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+        metadata = {**describe(mask, index), "step": str(state.step), "counters": json.dumps(state.counters)}
+        write_artifact(path, SELECTED, tensors, metadata)
     barrier()
 
 
@@ -46,34 +42,19 @@ def load_selected_state(path: Path | str, mask: Mask) -> SelectedState:
     Memory: the file's size, on every rank.
     """
     index = mask.whole()
-    tensors, metadata = _read(Path(path))
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        raise UserError(
-            f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, expected "
-            f"{FORMAT!r} version {VERSION!r}"
-        )
-    if metadata.get("checksum") != checksum(tensors):
-        raise UserError(f"{path} is damaged: its checksum does not match its content")
+    with open_artifact(path, SELECTED) as file:
+        tensors = {name: file.tensor(name) for name in file.names}
+        step, counters = file.metadata.step, file.metadata.counters
+        if step is None or counters is None:
+            raise file.refuse("metadata 'step' or 'counters' is missing")
+    # A file of another mask has other tensors, or others of their sizes.
     if set(tensors) != {f"{name}.{part}" for name in index for part in ("indices", *PARTS)} or any(
         not torch.equal(tensors[f"{name}.indices"], positions) for name, positions in index.items()
     ):
         raise UserError(f"{path} is of another mask: its positions differ from the task's")
+    expected = {f"{name}.{part}": (torch.float32, index[name].shape) for name in index for part in PARTS}
+    wrong = next((name for name, like in expected.items() if (tensors[name].dtype, tensors[name].shape) != like), None)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong!r} is not as many fp32 values as its parameter has selected elements")
     parts = {part: torch.cat([tensors[f"{name}.{part}"] for name in index]) for part in PARTS}
-    return SelectedState(parts, *_counters(Path(path), metadata))
-
-
-def _counters(path: Path, metadata: dict[str, str]) -> tuple[int, dict[str, float]]:
-    """The optimizer's step, and the counters of the engine and its loss scaler."""
-    try:
-        step, counters = int(metadata["step"]), json.loads(metadata["counters"])
-        return step, {str(name): float(value) for name, value in counters.items()}
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: metadata 'step' or 'counters' cannot be read ({error!r}): it is damaged") from None
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it is missing or damaged") from error
+    return SelectedState(parts, step, counters)

@@ -3,19 +3,19 @@
 With them another ratio, budget or method (of the same needs) is a selection, not a second pass over the data.
 """
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import BaseModel, Field
 
-from piece_ds.checkpoint.metadata import checksum, checksum_of, model_fingerprint
+from piece_ds.checkpoint.artifact import STATISTICS, open_artifact, write_artifact
+from piece_ds.checkpoint.metadata import model_fingerprint
 from piece_ds.runtime.distributed import barrier, broadcast_object, is_main
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.files import write_json, write_whole
+from piece_ds.runtime.files import write_json
+from piece_ds.runtime.schema import Count, read_json, require_file
 from piece_ds.runtime.signals import exit_if_signalled, stop_asked
 from piece_ds.state.partition import Layout, partition_of
 from piece_ds.state.statistics import GradientStats, empty_stats
@@ -27,7 +27,7 @@ class PartialStatistics:
     def __init__(self, folder: Path, rounds: int, source: dict[str, object]) -> None:
         """
         Args:
-            folder: the task's own; removed by forget().
+            folder: the task's own; the run removes it when the sums have been used.
             rounds: of micro-batches (one a rank) between keepings; 0 keeps only when a signal asks the run to end.
             source: what the sums are of; sums of something else are refused.
         """
@@ -56,27 +56,25 @@ class PartialStatistics:
         barrier()
         exit_if_signalled(f"after {stats.num_micro_batches} micro-batches of statistics")
 
-    def forget(self) -> None:
-        """The sums have been used."""
-        if is_main():
-            shutil.rmtree(self.folder, ignore_errors=True)
-
     def _newest(self) -> Path | None:
         complete = [path for path in self.folder.glob("*") if has_statistics(path)]
         return max(complete, default=None)
 
 
-INDEX, FORMAT, VERSION = "statistics.json", "piece-statistics", 1
+INDEX, FORMAT, VERSION = "statistics.json", STATISTICS.format, 1
 
-# What the index must say, and of what type.
-_FIELDS = {
-    "num_ranks": int,
-    "has_grad_sum": bool,
-    "num_micro_batches": int,
-    "num_nonfinite": int,
-    "model_fingerprint": str,
-    "source": dict,
-}
+
+class _Index(BaseModel):
+    """What statistics.json says."""
+
+    format: Literal["piece-statistics"]
+    version: Literal[1]
+    num_ranks: Annotated[int, Field(ge=1, lt=2**31)]
+    has_grad_sum: bool
+    num_micro_batches: Count
+    num_nonfinite: Count
+    model_fingerprint: str
+    source: dict[str, Any]
 
 
 def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, object] | None = None) -> None:
@@ -92,9 +90,7 @@ def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, 
         tensors[f"{info.name}.square_sum"] = square_sum.cpu().clone()
         if grad_sum is not None:
             tensors[f"{info.name}.grad_sum"] = grad_sum.cpu().clone()
-    metadata = {"format": FORMAT, "version": str(VERSION), "checksum": checksum(tensors)}
-    shard = folder / _shard(layout.rank, layout.num_ranks)
-    write_whole(shard, lambda temporary: save_file(tensors, temporary, metadata))
+    write_artifact(folder / _shard(layout.rank, layout.num_ranks), STATISTICS, tensors, {})
     barrier()
     if is_main():
         write_json(
@@ -144,37 +140,26 @@ def load_statistics_into(stats: GradientStats, folder: Path | str, source: dict[
     """
     folder, layout = Path(folder), stats.layout
     index = _read_index(folder)
-    if index["model_fingerprint"] != model_fingerprint(layout):
+    if index.model_fingerprint != model_fingerprint(layout):
         raise UserError(f"statistics in {folder} are of another model: parameter names or shapes differ")
-    if stats.grad_sum is not None and not index["has_grad_sum"]:
+    if stats.grad_sum is not None and not index.has_grad_sum:
         raise UserError(f"statistics in {folder} hold only sums of squares: piece-s needs the sum of gradients too")
-    if source is not None and index["source"] != source:
-        raise UserError(f"statistics in {folder} were taken of {index['source']}, not of {source}: use another folder")
-    for owner in range(index["num_ranks"]):
-        _fill_from_shard(stats, folder / _shard(owner, index["num_ranks"]), owner, index["num_ranks"])
-    stats.num_micro_batches, stats.num_nonfinite = index["num_micro_batches"], index["num_nonfinite"]
+    if source is not None and index.source != source:
+        raise UserError(f"statistics in {folder} were taken of {index.source}, not of {source}: use another folder")
+    for owner in range(index.num_ranks):
+        _fill_from_shard(stats, folder / _shard(owner, index.num_ranks), owner, index.num_ranks)
+    stats.num_micro_batches, stats.num_nonfinite = index.num_micro_batches, index.num_nonfinite
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> _Index:
     if not has_statistics(folder):
         raise UserError(f"no statistics in {folder}: expected the file {INDEX}")
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / INDEX} cannot be read ({error}): take the statistics again") from None
-    if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{folder / INDEX}: expected format {FORMAT!r} version {VERSION}: take the statistics again")
-    for field, kind in _FIELDS.items():
-        if type(index.get(field)) is not kind or (kind is int and index[field] < (field == "num_ranks")):
-            raise UserError(
-                f"{folder / INDEX}: {field!r} is {str(index.get(field))[:40]!r}, expected "
-                f"{kind.__name__}: take the statistics again"
-            )
-    return index
+    return read_json(folder / INDEX, _Index, STATISTICS.what, STATISTICS.remedy)
 
 
 def _fill_from_shard(stats: GradientStats, path: Path, owner: int, num_ranks: int) -> None:
     """The part of stats that rank `owner` of num_ranks has written to path."""
+    require_file(path, STATISTICS.what, STATISTICS.remedy)  # all are there, so a wrong num_ranks ends at once
     overlaps = []
     for info, part, offset in stats.layout.owned():
         stored = partition_of(info.numel, owner, num_ranks)
@@ -188,15 +173,12 @@ def _fill_from_shard(stats: GradientStats, path: Path, owner: int, num_ranks: in
             ]
     if not overlaps:
         return
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("checksum", "") != checksum_of(file.keys(), file.get_tensor):
-                raise UserError(f"statistics {path} are damaged: their checksum does not match; take them again")
-            for name, target, low, high in overlaps:
-                target.copy_(file.get_slice(name)[low:high])
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"statistics {path} cannot be read ({error}): take them again") from error
+    with open_artifact(path, STATISTICS) as file:
+        for name, target, low, high in overlaps:
+            values = file.part(name, low, high)
+            if values.dtype != torch.float32:
+                raise file.refuse(f"{name!r} holds {values.dtype}, expected float32")
+            target.copy_(values)
 
 
 def _shard(owner: int, num_ranks: int) -> str:

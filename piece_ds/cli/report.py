@@ -1,7 +1,6 @@
 """What `piece_ds report` does: results of several runs read, grouped, printed as a table and written as a page."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from piece_ds.report.groups import group_runs
 from piece_ds.report.results import RunResults, read_results
 from piece_ds.report.table import print_grids
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.schema import read_json
 
 RESULTS_NAME, RUN_NAME = "results.json", "run.json"
 # Parts of run.json that are no settings, or hold far more of them than decide a result.
@@ -54,13 +54,10 @@ def read_runs(folders: Sequence[Path]) -> list[tuple[str, RunResults]]:
 def _settings(folder: Path, from_results: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a run, flat: those of run.json, else what results.json shows of them."""
     path = folder / RUN_NAME
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return dict(from_results)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        parts = {name: value for name, value in content.items() if name not in _LEFT_OUT}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not what a run writes ({error}); the file is damaged") from None
+    content = read_json(path, dict[str, Any], "run's configuration", "copy the run's folder again")
+    parts = {name: value for name, value in content.items() if name not in _LEFT_OUT}
     nested = [part for part in parts.values() if isinstance(part, dict)]
     flat = {name: value for part in nested for name, value in part.items()}
     flat |= {name: value for name, value in parts.items() if not isinstance(value, dict)}

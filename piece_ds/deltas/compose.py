@@ -3,18 +3,15 @@
 import json
 from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from piece_ds.checkpoint.metadata import checksum
+from piece_ds.checkpoint.artifact import DELTA, index_tensor, write_artifact
 from piece_ds.deltas.delta import Change, Delta
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.files import write_whole
-
-INT32_MAX = 2**31 - 1
 
 
 def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = True) -> None:
@@ -39,8 +36,7 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
     for name in names:
         changes = [delta.change(name) for delta in deltas if name in delta.shapes]
         index, values, previous = _overlay(name, changes)
-        largest = int(torch.Size(shapes[name]).numel())
-        tensors[f"{name}.indices"] = index if largest > INT32_MAX else index.to(torch.int32)
+        tensors[f"{name}.indices"] = index_tensor(index, prod(shapes[name]))
         tensors[f"{name}.values"] = values
         if keep_previous and previous is not None:
             tensors[f"{name}.previous"] = previous
@@ -50,11 +46,10 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
         "ratio": repr(selected / int(first.metadata["total"])) if "total" in first.metadata else "nan",
         "selected": str(selected),
         "shapes": json.dumps(shapes),
-        "checksum": checksum(tensors),
     }
     if last.result_fingerprint is not None:
         metadata["result_fingerprint"] = last.result_fingerprint
-    write_whole(output, lambda temporary: save_file(tensors, temporary, metadata))
+    write_artifact(output, DELTA, tensors, metadata)
 
 
 def _check_consecutive(before: Delta, after: Delta) -> None:

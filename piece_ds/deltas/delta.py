@@ -1,20 +1,19 @@
 """A delta file, checked once when it is opened and then read one parameter at a time."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from piece_ds.checkpoint.metadata import VERSION, checksum
+from piece_ds.checkpoint.artifact import DELTA, Artifact, check_index, open_artifact
 from piece_ds.runtime.errors import UserError
 
 DELTA_NAME = "delta.safetensors"
 PARTS = ("indices", "values", "previous")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class Delta:
 
     def change(self, name: str) -> Change:
         """The change of one parameter. Memory: its part of the file."""
-        with safe_open(self.path, framework="pt") as file:
-            previous = file.get_tensor(f"{name}.previous") if self.reversible else None
-            return Change(file.get_tensor(f"{name}.indices").long(), file.get_tensor(f"{name}.values"), previous)
+        with open_artifact(self.path, DELTA, verify=False) as file:
+            previous = file.tensor(f"{name}.previous") if self.reversible else None
+            return Change(file.tensor(f"{name}.indices").long(), file.tensor(f"{name}.values"), previous)
 
 
 def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
@@ -100,50 +99,33 @@ def open_delta(path: Path | str) -> Delta:
 
     Raises:
         UserError: not a delta, damaged, or its parts do not fit together.
-    Memory: the file's size while it is checked.
+    Memory: the largest tensor.
     """
     path = Path(path)
-    tensors, metadata = _read(path)
-    if metadata.get("format") != "piece-delta" or metadata.get("version") != VERSION:
-        raise UserError(
-            f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, expected "
-            f"'piece-delta' version {VERSION!r}: give a task's {DELTA_NAME}"
-        )
-    if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
-        raise UserError(f"delta {path} is damaged: its checksum does not match its content; copy it again")
-    try:
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        selected = int(metadata["selected"])
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"delta {path}: metadata 'shapes' or 'selected' cannot be read ({error})") from error
-    reversible = any(key.endswith(".previous") for key in tensors)
-    parts = PARTS if reversible else PARTS[:2]
-    if set(tensors) != {f"{name}.{part}" for name in shapes for part in parts}:
-        raise UserError(f"delta {path}: expected {', '.join(parts)} of {len(shapes)} parameters, found other tensors")
-    for name, shape in shapes.items():
-        _check_change(path, name, prod(shape), *(tensors[f"{name}.{part}"] for part in parts))
-    count = sum(tensors[f"{name}.indices"].numel() for name in shapes)
-    if count != selected:
-        raise UserError(f"delta {path} changes {count} elements, its metadata says {selected}")
-    return Delta(path, metadata, shapes, {name: tensors[f"{name}.values"].dtype for name in shapes}, reversible)
+    with open_artifact(path, DELTA) as file:
+        if file.metadata.shapes is None or file.metadata.selected is None:
+            raise file.refuse("metadata 'shapes' or 'selected' is missing")
+        shapes = {name: tuple(shape) for name, shape in file.metadata.shapes.items()}
+        reversible = any(key.endswith(".previous") for key in file.names)
+        parts = PARTS if reversible else PARTS[:2]
+        if set(file.names) != {f"{name}.{part}" for name in shapes for part in parts}:
+            raise file.refuse(f"expected {', '.join(parts)} of {len(shapes)} parameters, found other tensors")
+        dtypes, count = {}, 0
+        for name, shape in shapes.items():
+            index, values, *previous = (file.tensor(f"{name}.{part}") for part in parts)
+            _check_change(file, name, prod(shape), index, values, *previous)
+            dtypes[name], count = values.dtype, count + index.numel()
+        if count != file.metadata.selected or count == 0:
+            raise file.refuse(f"it changes {count} elements, its metadata says {file.metadata.selected}")
+        return Delta(path, dict(file.strings), shapes, dtypes, reversible)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"delta {path} cannot be read as a safetensors file ({error}): give a task's {DELTA_NAME}"
-        ) from error
-
-
-def _check_change(path: Path, name: str, numel: int, index: Tensor, values: Tensor, *previous: Tensor) -> None:
+def _check_change(file: Artifact, name: str, numel: int, index: Tensor, values: Tensor, *previous: Tensor) -> None:
     """Raise UserError unless index is ascending and inside the parameter, and the rest has its length and one dtype."""
-    if index.dtype not in (torch.int32, torch.int64) or any(part.shape != index.shape for part in (values, *previous)):
-        raise UserError(f"delta {path}: indices of {name!r} are not integers, or its parts differ in length")
+    check_index(file, name, index, numel)
+    if any(part.shape != index.shape for part in (values, *previous)):
+        raise file.refuse(f"parts of {name!r} differ in length")
+    if values.dtype not in FLOATS:
+        raise file.refuse(f"values of {name!r} are {values.dtype}, expected a dtype that models are trained in")
     if any(part.dtype != values.dtype for part in previous):
-        raise UserError(f"delta {path}: values of {name!r} are {values.dtype}, previous {previous[0].dtype}")
-    index = index.long()
-    if index.numel() == 0 or int(index[0]) < 0 or int(index[-1]) >= numel or bool((index[1:] <= index[:-1]).any()):
-        raise UserError(f"delta {path}: indices of {name!r} are not ascending positions below {numel}")
+        raise file.refuse(f"values of {name!r} are {values.dtype}, previous {previous[0].dtype}")

@@ -14,14 +14,12 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from piece_ds.checkpoint.artifact import INT32_MAX, write_tensors
 from piece_ds.deltas.delta import Change, Delta
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.files import write_json, write_whole
-
-INT32_MAX = 2**31 - 1
+from piece_ds.runtime.files import write_json
 
 
 def export_vllm(
@@ -47,7 +45,7 @@ def export_vllm(
             tensors[f"{name}.indices"] = change.index.to(torch.int32)
             tensors[f"{name}.values"] = change.values.clone()  # a tensor may be stored under two names
     metadata = {"format": "vllm-sparse-weight-patch", "full_shapes": json.dumps(shapes)}
-    write_whole(output, lambda temporary: save_file(tensors, temporary, metadata))
+    write_tensors(output, tensors, metadata)
 
 
 def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: str) -> int:
@@ -89,7 +87,7 @@ def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: 
         tensors[f"{module}.shira_indices"], tensors[f"{module}.shira_weight"] = rows_columns, weight
         num_inexact += inexact
     output = Path(output)
-    write_whole(output / "adapter_model.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    write_tensors(output / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(output / "adapter_config.json", _adapter_config(rank, list(changes), base_model))
     return num_inexact
 

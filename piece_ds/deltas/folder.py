@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.schema import read_json, require_file
 from piece_ds.state.partition import Layout
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -35,6 +37,13 @@ class Stored:
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What model.safetensors.index.json says that matters here."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def open_folder(root: Path | str, layout: Layout, known: Mapping[str, str]) -> M
     """
     root = Path(root)
     shapes = layout.shapes()
-    stored = {name: place for file in _files(root) for name, place in _header(root / file, file).items()}
+    stored = _stored(root)
     parameter_of = {name: known[name] for name in stored if name in known}
     for name, parameter in parameter_of.items():
         if stored[name].shape != shapes[parameter]:
@@ -110,43 +119,67 @@ def open_folder(root: Path | str, layout: Layout, known: Mapping[str, str]) -> M
     return ModelFolder(root, layout, {name: stored[name] for name in parameter_of}, parameter_of)
 
 
-def _files(root: Path) -> list[str]:
-    """The files that hold the weights, as transformers finds them."""
-    if (root / INDEX_NAME).is_file():
-        try:
-            files = sorted(set(json.loads((root / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise UserError(f"{root / INDEX_NAME} is not an index of safetensors files ({error!r})") from error
-        outside = next((name for name in files if not isinstance(name, str) or Path(name).name != name), None)
-        if outside is not None:
-            raise UserError(f"{root / INDEX_NAME} names {outside!r}: expected the name of a file in the same folder")
-        return files
-    if (root / SINGLE_NAME).is_file():
-        return [SINGLE_NAME]
-    raise UserError(
-        f"{root}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; save the model with save_pretrained() first"
-    )
+def _files(root: Path) -> dict[str, dict[str, str]]:
+    """The files that hold the weights, as transformers finds them -> what the index says lies in each, by name."""
+    both = [name for name in (SINGLE_NAME, INDEX_NAME) if (root / name).exists()]
+    if len(both) == 2:
+        raise UserError(
+            f"{root} holds {SINGLE_NAME} and {INDEX_NAME}: transformers loads the first, other programs the second; "
+            "move away the one that is not the model"
+        )
+    if not both:
+        raise UserError(
+            f"{root}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; save the model with save_pretrained() "
+            "first"
+        )
+    if both == [SINGLE_NAME]:
+        return {SINGLE_NAME: {}}
+    index = read_json(root / INDEX_NAME, _Index, "index of safetensors files", "copy the model folder again")
+    found: dict[str, dict[str, str]] = {}
+    for name, file in index.weight_map.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(
+                f"{root / INDEX_NAME} names {file[:80]!r}: expected the name of a safetensors file in the same folder"
+            )
+        found.setdefault(file, {})[name] = file
+    return dict(sorted(found.items()))
+
+
+def _stored(root: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's files. Raises UserError unless each is in one file, the one that the index names."""
+    files = _files(root)
+    stored: dict[str, Stored] = {}
+    for file, indexed in files.items():
+        header = _header(root / file, file)
+        elsewhere = {name for other in files.values() for name in other} - indexed.keys()
+        twice = next((name for name in header if name in stored or name in elsewhere), None)
+        if twice is not None:
+            raise UserError(
+                f"{root}: {twice!r} is in {file} and, by {INDEX_NAME}, in another file: which one counts depends on "
+                "the program that loads it; copy the model folder again"
+            )
+        stored |= header
+    return stored
 
 
 def _header(path: Path, file: str) -> dict[str, Stored]:
+    """The tensors of one file. The library checks the header, which says where each lies."""
+    require_file(path, "model file", "copy the model folder again")
     try:
+        with safe_open(path, framework="np"):
+            pass
         with open(path, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
-        stored = {
+        return {
             name: Stored(
                 file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
             )
             for name, entry in header.items()
         }
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file ({error}): copy it again") from error
-    if end != path.stat().st_size:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} has {path.stat().st_size} bytes, its header says {end}: it is truncated; copy it again"
-        )
-    return stored
+            f"{path} cannot be read as a safetensors file ({reason}): it is truncated or damaged; copy it again"
+        ) from None

@@ -7,13 +7,13 @@ reverting gives back the very file, by sha256.
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from piece_ds.deltas.delta import Delta
 from piece_ds.deltas.folder import ModelFolder, map_bits
-from piece_ds.deltas.record import RECORD_NAME, Entry, Record, read_record, write_record
+from piece_ds.deltas.record import RECORD_NAME, Record, Unfinished, read_record, write_record
 from piece_ds.deltas.verify import Step, file_fingerprint, verify
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_whole
@@ -65,7 +65,7 @@ def patch_in_place(folder: ModelFolder, steps: Sequence[Step]) -> None:
     """
     note = _begin(folder, steps).unfinished
     assert note is not None
-    for file, (before, after) in note["files"].items():
+    for file, (before, after) in note.files.items():
         found = file_fingerprint(folder, file)
         if found == after:
             continue  # done before the interruption
@@ -74,7 +74,7 @@ def patch_in_place(folder: ModelFolder, steps: Sequence[Step]) -> None:
                 f"{folder.root / file} is neither as before nor as after the interrupted change: copy the folder again"
             )
         write_whole(folder.root / file, partial(_write_patched, folder, steps, file))
-    write_record(folder.root, Record(tuple(Entry(**entry) for entry in note["applied"])))
+    write_record(folder.root, Record(note.applied))
 
 
 def _write_patched(folder: ModelFolder, steps: Sequence[Step], file: str, path: Path) -> None:
@@ -86,15 +86,15 @@ def _begin(folder: ModelFolder, steps: Sequence[Step]) -> Record:
     """The note of what is going to happen, made now or by the interrupted call that this one continues."""
     record = read_record(folder.root)
     applied = record.after(*_split(steps), folder.root).applied
-    what = [["revert" if step.undo else "apply", step.delta.metadata.get("checksum")] for step in steps]
+    what = tuple((step.verb, step.delta.metadata.get("checksum")) for step in steps)
     if record.unfinished is not None:
-        if record.unfinished["steps"] != what:
+        if record.unfinished.steps != what:
             raise _interrupted(folder.root)
         return record
     files = verify(folder, steps).files
-    note = {"steps": what, "applied": [asdict(entry) for entry in applied], "files": files}
-    write_record(folder.root, replace(record, unfinished=note))
-    return read_record(folder.root)
+    begun = replace(record, unfinished=Unfinished(what, applied, files))
+    write_record(folder.root, begun)
+    return begun
 
 
 def _next_record(folder: ModelFolder, steps: Sequence[Step]) -> Record:

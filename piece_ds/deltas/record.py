@@ -1,14 +1,14 @@
 """piece_ds.json in a model folder: which deltas are on it, and what an interrupted change had begun."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from piece_ds.deltas.delta import Delta
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
+from piece_ds.runtime.schema import Count, read_json
 
 RECORD_NAME = "piece_ds.json"
 
@@ -20,7 +20,7 @@ class Entry:
     delta: str
     checksum: str | None
     method: str | None
-    selected: int
+    selected: Count
     base_fingerprint: str | None
     result_fingerprint: str | None
 
@@ -39,17 +39,31 @@ def entry_of(delta: Delta) -> Entry:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """What patch_in_place() was about when it was interrupted.
+
+    Attributes:
+        steps: (verb, checksum of the delta), in order.
+        applied: what is on the folder afterwards.
+        files: file -> (fingerprint before, after), for files that change.
+    """
+
+    steps: tuple[tuple[Literal["apply", "revert"], str | None], ...]
+    applied: tuple[Entry, ...]
+    files: dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Record:
     """What is on a folder.
 
     Attributes:
         applied: deltas, in order.
-        unfinished: None, or what patch_in_place() was about: {"steps": [[verb, checksum]], "applied": [...] afterwards,
-            "files": {file: [fingerprint before, after]}}.
+        unfinished: what an interrupted change was about, or None.
     """
 
     applied: tuple[Entry, ...] = ()
-    unfinished: dict[str, Any] | None = None
+    unfinished: Unfinished | None = None
 
     def after(self, added: Sequence[Delta], removed: Sequence[Delta], root: Path) -> "Record":
         """The record after `removed` (last first) are taken off and `added` are put on.
@@ -79,16 +93,23 @@ def _same(first: Entry, second: Entry) -> bool:
     return first == second
 
 
+@dataclass(frozen=True)
+class _File:
+    """The content of piece_ds.json."""
+
+    format: Literal["piece-stack"]
+    version: Literal[1]
+    applied: tuple[Entry, ...]
+    unfinished: Unfinished | None = None
+
+
 def read_record(root: Path) -> Record:
     """The folder's record; an empty one where there is no file."""
     path = root / RECORD_NAME
-    if not path.is_file():
+    if not path.is_symlink() and not path.exists():
         return Record()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Record(tuple(Entry(**entry) for entry in content["applied"]), content.get("unfinished"))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a record of applied deltas ({error!r}): move it away if it is not") from error
+    content = read_json(path, _File, "record of applied deltas", "move it away if it is none of piece_ds's")
+    return Record(content.applied, content.unfinished)
 
 
 def write_record(root: Path, record: Record) -> None:
@@ -97,8 +118,7 @@ def write_record(root: Path, record: Record) -> None:
     if not record.applied and record.unfinished is None:
         path.unlink(missing_ok=True)
         return
-    content: dict[str, Any] = {"format": "piece-stack", "version": 1}
-    content["applied"] = [asdict(entry) for entry in record.applied]
-    if record.unfinished is not None:
-        content["unfinished"] = record.unfinished
+    content = asdict(_File("piece-stack", 1, record.applied, record.unfinished))
+    if record.unfinished is None:
+        del content["unfinished"]
     write_json(path, content)

@@ -6,6 +6,7 @@ the delta was trained on, which also names deltas that are missing, out of order
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -22,6 +23,10 @@ class Step:
 
     delta: Delta
     undo: bool = False
+
+    @property
+    def verb(self) -> Literal["apply", "revert"]:
+        return "revert" if self.undo else "apply"
 
     def bits(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(positions, bits expected there or None where the file does not say, bits to write)."""

@@ -227,7 +227,7 @@ class ResultMatrix:
         return cls(
             tasks=tuple(values["tasks"]),
             metrics=tuple(values["metrics"]),
-            score=Measure.from_json(values.get("score", values["accuracy"]), higher_is_better=True),
+            score=Measure.from_json(values.get("score") or values["accuracy"], higher_is_better=True),
             loss=Measure.from_json(values["loss"], higher_is_better=False),
             general_loss=row_from_json(general["after"]),
             general_loss_before=row_from_json([general["before"]])[0],

@@ -1,13 +1,14 @@
 """What one run found: the content of its results.json, which is all that a report is made from."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from piece_ds.evaluation.matrix import ResultMatrix
+from piece_ds.report.results_schema import Results
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.schema import checked, read_json
 
 FORMAT = "piece-results"
 VERSION = 1
@@ -100,20 +101,13 @@ class RunResults:
             values: as to_json gives them; name, measures, ability, settings and notes may be absent.
             name: what to call the run; None means its own name, or else its method.
         Raises:
-            UserError: values are not of this format and version, or a part is missing.
+            UserError: values are not of this format and version, or a part is missing or of the wrong form.
         """
-        if not isinstance(values, Mapping) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-            raise UserError(
-                f"results: expected format {FORMAT!r} version {VERSION}, got {str(values)[:60]!r}; run again"
-            )
-        try:
-            matrix = ResultMatrix.from_json(values["matrix"])
-            parts = {part: values[part] for part in ("method", "ratio", "masks", "overlaps", "logs", "cost")}
-        except (KeyError, TypeError) as error:
-            raise UserError(f"results: a part is missing or of the wrong form ({error!r}); run again") from None
-        name = name or values.get("name") or str(values["method"])
-        optional = {part: values[part] for part in ("measures", "ability", "settings", "notes") if part in values}
-        return cls(name=name, matrix=matrix, **parts, **optional)
+        content = checked(values, Results, "results", "run again", strict=True).model_dump(exclude_unset=True)
+        parts = {part: content[part] for part in ("method", "ratio", "masks", "overlaps", "logs", "cost")}
+        optional = {part: content[part] for part in ("measures", "ability", "settings", "notes") if part in content}
+        name = name or content.get("name") or str(content["method"])
+        return cls(name=name, matrix=ResultMatrix.from_json(content["matrix"]), **parts, **optional)
 
 
 def read_results(path: Path | str, name: str | None = None) -> RunResults:
@@ -122,11 +116,8 @@ def read_results(path: Path | str, name: str | None = None) -> RunResults:
     Raises:
         UserError: the file is missing, no JSON, or of another format; it is named.
     """
+    content = read_json(path, dict[str, Any], "results", "a run writes it before its first task; run again")
     try:
-        return RunResults.from_json(json.loads(Path(path).read_text(encoding="utf-8")), name)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a run writes it before its first task") from None
+        return RunResults.from_json(content, name)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); the file is damaged, run again") from None

@@ -13,6 +13,7 @@ from piece_ds.checkpoint.manifest import SUMS_NAME, is_complete
 from piece_ds.runtime.distributed import barrier, broadcast_object, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import remove_temporaries, write_json
+from piece_ds.runtime.schema import read_json
 from piece_ds.runtime.versions import versions
 
 PREVIOUS_NAME = "previous.safetensors"
@@ -129,9 +130,9 @@ class RunFolder:
                 return f"--output_dir {self.root} holds {foreign or 'results.json'} but no run.json: use another folder"
             return None
         try:
-            earlier = json.loads(self.run_file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, OSError) as error:
-            return f"{self.run_file} cannot be read ({error}): use another --output_dir"
+            earlier = read_json(self.run_file, dict[str, Any], "run's configuration", "use another --output_dir")
+        except UserError as error:
+            return str(error)
         difference = _first_difference(earlier, json.loads(json.dumps(configuration)))
         if difference:
             return (
@@ -165,5 +166,5 @@ def _first_difference(earlier: dict[str, Any], now: dict[str, Any], path: str = 
             if found:
                 return found
         elif earlier.get(key) != now[key]:
-            return f"{path}{key} was {earlier.get(key)!r}, is {now[key]!r}"
+            return f"{path}{key} was {earlier.get(key)!r:.80}, is {now[key]!r:.80}"
     return None

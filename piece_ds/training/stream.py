@@ -16,6 +16,7 @@ from torch import nn
 from transformers import set_seed
 
 from piece_ds.checkpoint.manifest import verify_manifest
+from piece_ds.checkpoint.mask_file import mask_names
 from piece_ds.config.parsing import Settings
 from piece_ds.data.image_collate import make_collator
 from piece_ds.data.tasks import Task
@@ -123,12 +124,7 @@ def _load(stream: Stream, first: int) -> nn.Module:
 
 
 def _masked_names(mask_file: str | None) -> set[str] | None:
-    if mask_file is None:
-        return None
-    from safetensors import safe_open
-
-    with safe_open(mask_file, framework="pt") as file:
-        return set(file.keys())
+    return None if mask_file is None else mask_names(mask_file)
 
 
 def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults, resume: bool) -> RunResults:

@@ -23,6 +23,7 @@ from piece_ds.runtime.distributed import barrier, broadcast_object, is_main, wor
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import not_written, write_json
 from piece_ds.runtime.profiling import timed
+from piece_ds.runtime.schema import read_json
 from piece_ds.runtime.signals import stop_asked
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.update.compact import CompactUpdate
@@ -228,10 +229,7 @@ def needs_resharding(checkpoint: Path, arguments: TrainingArguments, masked: boo
         verify_manifest(checkpoint)
     except UserError as error:
         raise UserError(f"{error}; remove {checkpoint} to go on from what was there before it") from None
-    try:
-        found = json.loads((checkpoint / CUT_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint / CUT_NAME} cannot be read ({error})") from None
+    found = read_json(checkpoint / CUT_NAME, dict[str, Any], "checkpoint", "resume from an earlier one")
     now = json.loads(json.dumps(cut_of(arguments)))
     if found == now:
         return False

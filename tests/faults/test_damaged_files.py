@@ -93,6 +93,6 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> Non
     path = made(READERS["model-index"], tmp_path / "f")
     for name in ("../part.safetensors", str(tmp_path / "f" / "part.safetensors"), "deep/part.safetensors"):
         path.write_text(path.read_text().replace("part.safetensors", name))
-        with pytest.raises(UserError, match="expected the name of a file in the same folder"):
+        with pytest.raises(UserError, match="expected the name of a safetensors file in the same folder"):
             READERS["model-index"].read(tmp_path / "f")
         made(READERS["model-index"], tmp_path / "f")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from piece_ds.checkpoint.mask_file import check_mask_file, load_mask, save_mask
+from piece_ds.checkpoint.artifact import MASK, open_artifact, write_artifact
+from piece_ds.checkpoint.mask_file import _positions, _smaller, check_mask_file, load_mask, mask_names, save_mask
+from piece_ds.checkpoint.mask_statistics import read_index
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.state.mask import Mask
@@ -95,7 +98,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(path: Path, monkeyp
         temporary.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("piece_ds.checkpoint.mask_file.save_file", fail)
+    monkeypatch.setattr("piece_ds.checkpoint.artifact.save_file", fail)
     with pytest.raises(MachineError, match="disk full"):
         save_mask(path, load_mask(path, Model.layout()))
     assert path.read_bytes() == before
@@ -142,13 +145,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated or damaged"),
     "garbage": (lambda path: path.write_bytes(b"\xff" * 64), "truncated or damaged"),
     "bit-flip": (flip_a_bit_of_data, "checksum does not match"),
-    "other-format": (set_metadata(format="something"), "expected 'piece-mask' version '1'"),
-    "other-version": (set_metadata(version="2"), "version '2'"),
+    "other-format": (set_metadata(format="something"), "expected 'piece-mask' version '1' or '2'"),
+    "other-version": (set_metadata(version="3"), "version '3'"),
     "no-metadata": (lambda path: save_file(load_file(path), path), "format None"),
     "count": (set_metadata(selected="8"), "selects 7 elements, its metadata says 8"),
     "nothing-selected": (rewrite(lambda tensors, m: (tensors.clear(), m.update(selected="0"))), "selects 0 elements"),
-    "shapes-no-json": (set_metadata(shapes="{"), "'shapes' is not JSON"),
-    "shapes-no-object": (set_metadata(shapes="[1]"), "must map names to shapes"),
+    "shapes-no-json": (set_metadata(shapes="{"), "shapes: Invalid JSON"),
+    "shapes-no-object": (set_metadata(shapes="[1]"), "shapes: Input should be a valid dictionary"),
     "dtype": (set_tensor("second.weight", [1], np.int32), "expected 1-D uint8"),
     "dimensions": (set_tensor("second.weight", [[1]]), "expected 1-D uint8"),
     "length": (set_tensor("second.weight", [0b10001000, 0]), "needs 1"),
@@ -180,3 +183,58 @@ def test_a_mask_of_another_shape_is_refused(path: Path, wide: int) -> None:
 
 def test_a_whole_mask_passes_without_a_model(path: Path) -> None:
     assert check_mask_file(path)["method"] == "piece-s"
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_both_versions_hold_the_same_mask(tmp_path: Path, version: str) -> None:
+    index = {name: torch.tensor(positions) for name, positions in INDEX.items()}
+    save_mask(tmp_path / "m", Mask(Model.layout(), index, 7, "piece-s", 0.13), version)
+    tensors = load_file(tmp_path / "m")
+    assert header(tmp_path / "m")["__metadata__"]["version"] == version
+    if version == "2":
+        assert {name: values.tolist() for name, values in tensors.items()} == {
+            f"{name}.indices": positions for name, positions in INDEX.items()
+        }
+        assert all(values.dtype == np.int32 for values in tensors.values())
+    assert {name: index.tolist() for name, index in load_mask(tmp_path / "m", Model.layout()).index.items()} == INDEX
+    for rank in range(3):  # every rank takes its own range
+        layout = replace(Model.layout(), rank=rank, num_ranks=3)
+        with open_artifact(tmp_path / "m", MASK) as file:
+            for info in layout.parameters:
+                part = layout.partition(info)
+                wanted = [i for i in INDEX.get(info.name, []) if part.start <= i < part.stop]
+                if info.name in INDEX:
+                    assert _positions(file, info.name, part.start, part.stop).tolist() == wanted
+    assert mask_names(tmp_path / "m") == set(INDEX)
+    assert read_index(tmp_path / "m")[0].keys() == INDEX.keys()
+
+
+def test_the_smaller_version_is_written_where_it_saves_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = {"w": torch.arange(1000)}
+    for numel, expected in ((8 << 20, "1"), ((8 << 20) + 9, "2")):  # a MiB of bits, and more
+        assert _smaller(index, {"w": numel}) == expected
+    monkeypatch.setattr("piece_ds.checkpoint.mask_file.BITS_ALWAYS_BELOW", 0)
+    for num, expected in ((999, "2"), (1000, "1"), (1001, "1")):  # one element in 32
+        assert _smaller({"w": torch.arange(num)}, {"w": 32_000}) == expected
+    assert _smaller({"w": torch.arange(1000)}, {"w": 2**31 + 1}) == "2"
+
+
+INDEX_DAMAGE: dict[str, tuple[torch.Tensor, str]] = {
+    "unsorted": (torch.tensor([7, 3]), "not ascending"),
+    "twice": (torch.tensor([3, 3]), "not ascending"),
+    "negative": (torch.tensor([-1, 3]), "not ascending"),
+    "past-the-end": (torch.tensor([3, 8]), "below 8"),
+    "empty": (torch.tensor([], dtype=torch.int32), "not ascending"),
+    "floats": (torch.tensor([3.0, 7.0]), "expected 1-D int32 or int64"),
+    "bytes": (torch.tensor([3, 7], dtype=torch.uint8), "expected 1-D int32 or int64"),
+    "0-dimensional": (torch.tensor(3), "with 0 dimensions"),
+    "2-dimensional": (torch.tensor([[3, 7]]), "with 2 dimensions"),
+}
+
+
+@pytest.mark.parametrize("damage", list(INDEX_DAMAGE))
+def test_indices_that_cannot_be_are_refused(tmp_path: Path, damage: str) -> None:
+    index, message = INDEX_DAMAGE[damage]
+    write_artifact(tmp_path / "m", MASK, {"second.weight.indices": index}, {}, "2")
+    with pytest.raises(UserError, match=message):
+        load_mask(tmp_path / "m", Model.layout())

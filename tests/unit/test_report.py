@@ -69,9 +69,9 @@ def test_results_without_the_optional_parts_take_the_method_as_name() -> None:
     [
         (None, "no such file"),
         ("{", "not JSON"),
-        ("[]", "expected format 'piece-results' version 1"),
-        ('{"format": "piece-results", "version": 2}', "expected format 'piece-results' version 1"),
-        ('{"format": "piece-results", "version": 1}', r"a part is missing .*matrix"),
+        ("[]", "Input should be an object"),
+        ('{"format": "piece-results", "version": 2}', "version: Input should be 1, got 2"),
+        ('{"format": "piece-results", "version": 1}', "method: Field required"),
     ],
 )
 def test_unusable_results_are_refused_in_one_line(tmp_path: Path, content: str | None, message: str) -> None:

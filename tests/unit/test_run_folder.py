@@ -90,7 +90,7 @@ def test_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
 
 def test_damaged_run_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not JSON"):
         RunFolder(tmp_path).claim(CONFIGURATION, resume=True)
 
 

@@ -1,0 +1,195 @@
+"""The one reader and writer of this package's safetensors files: masks, deltas, statistics, selected state.
+
+A file says in its metadata what it is (format, version) and the sha256 of its tensors (checksum). It is written whole.
+When it is opened, the library checks the header, this module what the file says it is; nothing else opens one.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from piece_ds.checkpoint.metadata import Metadata
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_whole
+from piece_ds.runtime.schema import checked, require_file
+
+INT32_MAX = 2**31 - 1
+
+# What the library and torch raise for a header or a tensor that is no good.
+_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of file.
+
+    Attributes:
+        format: what its metadata says.
+        versions: those that can be read, the newest last.
+        what: names it in messages.
+        remedy: what to do when a file cannot be used.
+        needs_checksum: whether a file without one is refused. Masks and deltas of other programs may have none.
+    """
+
+    format: str
+    versions: tuple[str, ...]
+    what: str
+    remedy: str
+    needs_checksum: bool = False
+
+
+MASK = Kind("piece-mask", ("1", "2"), "mask", "write it again with piece_ds select")
+DELTA = Kind("piece-delta", ("1",), "delta", "copy it again, or give a task's delta.safetensors")
+STATISTICS = Kind("piece-statistics", ("1",), "statistics", "take the statistics again", needs_checksum=True)
+SELECTED = Kind("piece-selected", ("1",), "checkpoint", "resume from an earlier checkpoint", needs_checksum=True)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An open file of one kind.
+
+    Attributes:
+        path: of the file.
+        kind: what it was opened as.
+        strings: its metadata as they stand in the file.
+        metadata: the same, checked and as numbers where they are numbers.
+        names: of its tensors.
+    """
+
+    path: Path
+    kind: Kind
+    strings: Mapping[str, str]
+    metadata: Metadata
+    names: tuple[str, ...]
+    _file: Any
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU. Raises UserError when it cannot be read."""
+        try:
+            return self._file.get_tensor(name)
+        except _UNREADABLE as error:
+            raise _unreadable(self.path, self.kind, error) from None
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of a 1-D tensor. Raises UserError unless it is 1-D and has them."""
+        try:
+            piece = self._file.get_slice(name)
+            if len(piece.get_shape()) != 1 or piece.get_shape()[0] < stop:
+                raise ValueError(f"{name!r} has shape {piece.get_shape()}, expected one dimension of {stop} or more")
+            return piece[start:stop]
+        except _UNREADABLE as error:
+            raise _unreadable(self.path, self.kind, error) from None
+
+    def refuse(self, problem: str) -> UserError:
+        """Return the error that says problem of this file."""
+        return UserError(f"{self.kind.what} {self.path}: {problem}; {self.kind.remedy}")
+
+
+@contextmanager
+def open_artifact(path: Path | str, kind: Kind, verify: bool = True) -> Iterator[Artifact]:
+    """Open a file of a kind, for as long as the block lasts.
+
+    Args:
+        verify: compare the checksum. Leave it out only where the same file has just been verified.
+    Raises:
+        UserError: missing, truncated, damaged, of another format or version, or its metadata cannot be what it says.
+    Cost: verify reads every tensor once. Memory: the largest tensor.
+    """
+    path = Path(path)
+    require_file(path, kind.what, kind.remedy)
+    try:
+        file = safe_open(path, framework="pt")
+        strings = dict(file.metadata() or {})
+        names = tuple(file.keys())
+    except _UNREADABLE as error:
+        raise _unreadable(path, kind, error) from None
+    with file:
+        _check_kind(path, kind, strings)
+        metadata = checked(strings, Metadata, f"{kind.what} {path}: metadata", kind.remedy)
+        artifact = Artifact(path, kind, strings, metadata, names, file)
+        must_match = verify and (metadata.checksum is not None or kind.needs_checksum)
+        if must_match and metadata.checksum != _checksum(artifact.names, artifact.tensor):
+            raise UserError(f"{kind.what} {path} is damaged: its checksum does not match its content; {kind.remedy}")
+        yield artifact
+
+
+def write_artifact(
+    path: Path | str, kind: Kind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], version: str | None = None
+) -> None:
+    """Write a file of a kind, whole; format, version and checksum are added to metadata.
+
+    Args:
+        tensors: on the CPU.
+        version: None means the first, which every reader of the kind takes.
+    Raises:
+        MachineError: it cannot be written; what stood there is unchanged.
+    """
+    strings = {
+        **metadata,
+        "format": kind.format,
+        "version": version or kind.versions[0],
+        "checksum": checksum(tensors),
+    }
+    write_tensors(path, tensors, strings)
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole. For the layouts of other tools; files of a Kind go through write_artifact()."""
+    write_whole(path, lambda temporary: save_file(dict(tensors), temporary, dict(metadata)))
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 over names and bytes of CPU tensors, in name order."""
+    return _checksum(tensors, tensors.__getitem__)
+
+
+def index_tensor(index: Tensor, numel: int) -> Tensor:
+    """Return flat positions as files keep them: int32, or int64 for a parameter that int32 cannot count."""
+    return index.to(torch.int64 if numel > INT32_MAX else torch.int32)
+
+
+def check_index(artifact: Artifact, name: str, index: Tensor, numel: int | None) -> None:
+    """Raise UserError unless index holds one or more ascending positions.
+
+    Args:
+        name: the parameter's.
+        numel: what the positions lie below; None where the file does not say.
+    """
+    if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
+        raise artifact.refuse(
+            f"indices of {name!r} are {index.dtype} with {index.dim()} dimensions, expected 1-D int32 or int64"
+        )
+    bound = 2**63 - 1 if numel is None else numel
+    if index.numel() == 0 or int(index[0]) < 0 or int(index[-1]) >= bound or bool((index[1:] <= index[:-1]).any()):
+        raise artifact.refuse(f"indices of {name!r} are not ascending positions below {bound}")
+
+
+def _check_kind(path: Path, kind: Kind, strings: Mapping[str, str]) -> None:
+    if strings.get("format") != kind.format or strings.get("version") not in kind.versions:
+        expected = " or ".join(repr(version) for version in kind.versions)
+        found = f"format {strings.get('format')!r:.60} version {strings.get('version')!r:.60}"
+        raise UserError(f"{kind.what} {path} has {found}, expected {kind.format!r} version {expected}; {kind.remedy}")
+
+
+def _checksum(names: Any, read: Any) -> str:
+    """sha256 of tensors that read() gives one by one. Memory: one tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode())
+        digest.update(read(name).contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _unreadable(path: Path, kind: Kind, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"{kind.what} {path} cannot be read as a safetensors file ({reason}): it is truncated or damaged; {kind.remedy}"
+    )

@@ -1,0 +1,87 @@
+"""The schema of results.json: what a report and a resumed run may rely on."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from piece_ds.runtime.schema import Count
+
+# Of 64 bits, since a larger whole number has no float.
+Number = Annotated[int, Field(gt=-(2**63), lt=2**63)] | float
+Figure = Number | Literal["inf", "-inf", "nan"] | None
+Row = list[Figure]
+
+
+class Measure(BaseModel):
+    """One measure of all tasks, see evaluation/matrix.py."""
+
+    before: Row | None
+    after: list[Row]
+
+
+class General(BaseModel):
+    """The loss on general text, before any task and after each."""
+
+    before: Figure
+    after: Row
+
+
+class Matrix(BaseModel):
+    """The result matrix. Rows are as long as there are tasks, and measures have as many as there are trained tasks."""
+
+    tasks: list[str]
+    metrics: list[str]
+    score: Measure | None = None
+    accuracy: Measure
+    loss: Measure
+    general_loss: General
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        num_tasks, num_trained = len(self.tasks), len(self.loss.after)
+        if len(set(self.tasks)) != num_tasks:
+            raise ValueError("a task is named twice")
+        if len(self.metrics) != num_tasks:
+            raise ValueError(f"{len(self.metrics)} metrics for {num_tasks} tasks")
+        if num_trained > num_tasks or len(self.general_loss.after) != num_trained:
+            raise ValueError(f"{num_trained} rows of losses for {num_tasks} tasks")
+        for measure in (self.score, self.accuracy, self.loss):
+            if measure is None:
+                continue
+            rows = [*measure.after, *([] if measure.before is None else [measure.before])]
+            if len(measure.after) != num_trained or any(len(row) != num_tasks for row in rows):
+                raise ValueError("rows of a measure are not as many or as long as the tasks")
+        return self
+
+
+class Cell(BaseModel):
+    """Selected elements and all elements of one module type in one layer."""
+
+    selected: Count
+    total: Count
+
+
+class LogEntry(BaseModel, extra="allow"):
+    """A row of the trainer's log."""
+
+    step: Count | None = None
+    loss: Number | None = None
+
+
+class Results(BaseModel):
+    """The content of results.json; see RunResults."""
+
+    format: Literal["piece-results"]
+    version: Literal[1]
+    method: str
+    ratio: Number
+    matrix: Matrix
+    masks: dict[str, dict[str, dict[str, Cell]]]
+    overlaps: list[list[Number]]
+    logs: dict[str, list[LogEntry]]
+    cost: dict[str, dict[str, Number | None]]
+    name: str | None = None
+    measures: dict[str, dict[str, dict[str, Number]]] = {}
+    ability: dict[str, dict[str, Number]] = {}
+    settings: dict[str, Any] = {}
+    notes: list[str] = []
