@@ -80,11 +80,10 @@ def checked(content: Any, kind: type[T], what: str, remedy: str, *, strict: bool
 def _first(error: ValidationError) -> str:
     """Say the first thing that does not fit, in a few words."""
     found = error.errors(include_url=False)[0]
-    if found["type"] == "json_invalid":
-        return f"not JSON ({found['ctx']['error']})"
     place = ".".join(str(part)[:_SHOWN] for part in found["loc"])
     shown = "" if found["type"] == "missing" else f", got {_shorten(found['input'])}"
-    return " ".join(f"{place + ': ' if place else ''}{found['msg'][:200]}{shown}".split())
+    problem = f"not JSON ({found['ctx']['error']})" if found["type"] == "json_invalid" else found["msg"][:200] + shown
+    return " ".join(f"{place + ': ' if place else ''}{problem}".split())
 
 
 def _shorten(value: Any) -> str:

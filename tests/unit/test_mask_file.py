@@ -150,7 +150,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no-metadata": (lambda path: save_file(load_file(path), path), "format None"),
     "count": (set_metadata(selected="8"), "selects 7 elements, its metadata says 8"),
     "nothing-selected": (rewrite(lambda tensors, m: (tensors.clear(), m.update(selected="0"))), "selects 0 elements"),
-    "shapes-no-json": (set_metadata(shapes="{"), "shapes: Invalid JSON"),
+    "shapes-no-json": (set_metadata(shapes="{"), "shapes: not JSON"),
     "shapes-no-object": (set_metadata(shapes="[1]"), "shapes: Input should be a valid dictionary"),
     "dtype": (set_tensor("second.weight", [1], np.int32), "expected 1-D uint8"),
     "dimensions": (set_tensor("second.weight", [[1]]), "expected 1-D uint8"),
