@@ -1,5 +1,7 @@
 """SparseAdamW trains what dense AdamW with a masked gradient trains, whichever way gradients are taken."""
 
+import copy
+
 import pytest
 import torch
 from support.models import make_micro_batches, make_model
@@ -123,6 +125,30 @@ def test_state_dict_resumes_bit_for_bit(dtype: torch.dtype) -> None:
     resumed.load_state_dict(optimizer.state_dict())
     run(second, resumed, slice(2, 4))
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+def test_a_rollback_into_the_same_optimizer_puts_every_selected_weight_back() -> None:
+    """Steps between the state and its return wrote weights that the next step alone would not change back."""
+    batches = make_micro_batches("llama", 5)
+    model = make_model("llama").bfloat16()
+    mask = select(layout_of(model), "random", 0.05)
+    optimizer = SparseAdamW(model, mask, lr=1e-3)
+
+    def step(batch: dict[str, Tensor], rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = rate
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(batches[0], 1e-3)
+    kept = copy.deepcopy(optimizer.state_dict())
+    for batch in batches[1:4]:
+        step(batch, 1e-1)
+    optimizer.load_state_dict(kept)
+    step(batches[4], 0.0)  # values stay as they were kept; all weights must follow
+    params = dict(model.named_parameters())
+    held = torch.cat([params[name].detach().view(-1)[index] for name, index in mask.index.items()])
+    assert torch.equal(held, optimizer.values.detach().bfloat16())
 
 
 @pytest.mark.parametrize("how", ["in place", "another tensor", "loaded"])

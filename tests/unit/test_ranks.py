@@ -1,0 +1,69 @@
+"""Selection, statistics files and their resharding over two and three owners, as forks of this process."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.ranks import on_ranks
+from support.selection_cases import BUDGETS, KINDS, METHODS, as_set, blocks_layout, expected, make_stats
+
+from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+from piece_ds.selection import candidates
+from piece_ds.selection.candidates import LastPassFilter
+from piece_ds.selection.top_k import select
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_selection_over_ranks_equals_a_stable_sort(num_ranks: int) -> None:
+    asked = list(product(KINDS, METHODS, BUDGETS, (1e-9, 0.01, 0.3)))
+
+    def work() -> list[set[tuple[str, int]]]:
+        masks = [select(blocks_layout(), m, ratio, make_stats(kind), budget=budget) for kind, m, budget, ratio in asked]
+        return [as_set(mask.whole()) for mask in masks]
+
+    for found in on_ranks(num_ranks, work):
+        for case, mask in zip(asked, found, strict=True):
+            assert mask == expected(*case), case
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_candidates_of_a_last_pass_are_taken_only_if_they_are_proven(num_ranks: int) -> None:
+    """A bound that the last gradients made too high finds too few: the selection must not be made of them."""
+
+    def work() -> list[tuple[bool, set[tuple[str, int]]]]:
+        found = []
+        for bound in (1e-6, 0.2, 2.0, 1e30):
+            stats = make_stats("random")
+            last = LastPassFilter(stats.layout, "piece-s", 0.3, lam=1.0)
+            last.bound = bound
+            last.candidates = candidates.ops.empty_candidates(stats.layout.num_owned, "cpu")
+            nothing, bad = torch.zeros(1), torch.zeros((), dtype=torch.int64)
+            for place in range(stats.layout.num_owned):  # the last gradient is zero: the sums stay as they are
+                sums = stats.fragment(place, 1)
+                last.accumulate_(nothing, *sums, 1.0, bad, place)
+            proven = last.proven()
+            mask = select(stats.layout, "piece-s", 0.3, stats, candidates=proven)
+            found.append((proven is not None, as_set(mask.whole())))
+        return found
+
+    for found in on_ranks(num_ranks, work):
+        assert [proven for proven, _ in found] == [True, True, False, False]
+        for _, mask in found:
+            assert mask == expected("random", "piece-s", "model", 0.3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+def test_statistics_of_other_ranks_come_back_bit_for_bit(tmp_path: Path, before: int, after: int) -> None:
+    on_ranks(before, lambda: save_statistics(tmp_path, make_stats("random"), {"of": "a test"}))
+
+    def work() -> bool:
+        want = make_stats("random")
+        got = load_statistics(tmp_path, want.layout, needs_sum=True, source={"of": "a test"})
+        assert got.grad_sum is not None
+        assert want.grad_sum is not None
+        same = [(got.square_sum, want.square_sum), (got.grad_sum, want.grad_sum)]
+        return all(np.array_equal(a.numpy().view(np.int32), b.numpy().view(np.int32)) for a, b in same)
+
+    assert all(on_ranks(after, work))
