@@ -19,6 +19,7 @@ _HOME = {
     "attach": "piece_ds.update",
     "collect_statistics": "piece_ds.zero",
     "estimate_mask": "piece_ds.methods.estimate",
+    "general_step_scale": "piece_ds.update",
     "layout_of": "piece_ds.models.layout",
     "load_mask": "piece_ds.checkpoint",
     "load_statistics": "piece_ds.checkpoint",
@@ -28,8 +29,10 @@ _HOME = {
     "prepare_compact": "piece_ds.update",
     "save_mask": "piece_ds.checkpoint",
     "save_statistics": "piece_ds.checkpoint",
+    "scale_steps": "piece_ds.update",
     "select": "piece_ds.selection",
     "SparseAdamW": "piece_ds.update.sparse_adamw",
+    "StepScale": "piece_ds.update",
 }
 
 __all__ = [
@@ -37,16 +40,19 @@ __all__ = [
     "MicroBatches",
     "PieceCallback",
     "SparseAdamW",
+    "StepScale",
     "__version__",
     "attach",
     "collect_statistics",
     "estimate_mask",
+    "general_step_scale",
     "layout_of",
     "load_mask",
     "load_statistics",
     "prepare_compact",
     "save_mask",
     "save_statistics",
+    "scale_steps",
     "select",
 ]
 
@@ -61,6 +67,7 @@ if TYPE_CHECKING:
     from piece_ds.training.callback import PieceCallback
     from piece_ds.update.attach import attach, prepare_compact
     from piece_ds.update.sparse_adamw import SparseAdamW
+    from piece_ds.update.step_scale import StepScale, general_step_scale, scale_steps
     from piece_ds.zero.statistics import collect_statistics
 
 

@@ -13,12 +13,9 @@ from piece_ds.methods.request import SelectionRequest
 from piece_ds.runtime.distributed import all_reduce_sum_
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected
-from piece_ds.selection.estimators import estimator
-from piece_ds.selection.scores import ScoreSource
-from piece_ds.selection.threshold import find_thresholds
+from piece_ds.selection.median import median_above_zero
 from piece_ds.selection.top_k import select
 from piece_ds.state.mask import Mask, collective_device
-from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
 from piece_ds.zero.statistics import collect_statistics
 
@@ -46,23 +43,6 @@ def select_ratio(request: SelectionRequest) -> Mask:
 def ratio_score(f: Tensor, g: Tensor, damping: float) -> Tensor:
     """f / (g + damping), fp32, never NaN."""
     return (f / (g + damping)).nan_to_num_(nan=0.0, posinf=float("inf"))
-
-
-def median_above_zero(value_N: Tensor, layout: Layout) -> float:
-    """The (lower) median of the positive numbers among all ranks' values >= 0. A collective.
-
-    Raises:
-        UserError: there is none.
-    """
-    positive = torch.tensor([int((value_N > 0).sum())])
-    count = int(all_reduce_sum_(positive.to(collective_device())))
-    if count == 0:
-        raise UserError("the general text of --general_importance_file gives no gradient: is every answer empty?")
-    group_of = {info.name: 0 for info in layout.eligible()}
-    stats = GradientStats(layout, value_N, None)
-    runs = ScoreSource(layout, group_of, estimator("piece-f"), stats, None, value_N.device, 1.0, 0)
-    (threshold,) = find_thresholds(runs, [count // 2 + 1], value_N.device)
-    return float(torch.tensor(threshold.key, dtype=torch.int32).view(torch.float32))
 
 
 def select_disjoint(request: SelectionRequest) -> Mask:

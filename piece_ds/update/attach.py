@@ -14,10 +14,15 @@ from piece_ds.state.mask import Mask
 from piece_ds.state.selected_values import SelectedValues, selected_values
 from piece_ds.update.compact import CompactUpdate
 from piece_ds.update.masked import MaskedUpdate
+from piece_ds.update.step_scale import StepScale
 
 
 def attach(
-    engine: Any, mask: Mask, save_full: bool = False, selected_gradient: str = "auto"
+    engine: Any,
+    mask: Mask,
+    save_full: bool = False,
+    selected_gradient: str = "auto",
+    step_scale: StepScale | None = None,
 ) -> MaskedUpdate | CompactUpdate:
     """From now on engine.step() trains only the selected weights; every other weight keeps its bits.
 
@@ -32,6 +37,8 @@ def attach(
         mask: from select() or load_mask(), of this model and this number of ranks.
         save_full: in compact mode, engine.save_checkpoint() writes the whole model, not only what training changes.
         selected_gradient: in compact mode, 'auto' or 'dense'; see GradientCollection.
+        step_scale: a factor on the optimizer's update of each selected weight (general_step_scale()); it is not part
+            of a checkpoint: give the same one to a resumed run.
     Raises:
         UserError: the engine uses a feature or an optimizer with which this has not been proven to be exact; in compact
             mode also a mask of another size, and an optimizer that holds other parameters.
@@ -40,8 +47,8 @@ def attach(
         selected element on every rank, whatever the model's size.
     """
     if selected_values(engine.module) is not None:
-        return CompactUpdate(engine, mask, save_full, selected_gradient)
-    return MaskedUpdate(engine, mask)
+        return CompactUpdate(engine, mask, save_full, selected_gradient, step_scale)
+    return MaskedUpdate(engine, mask, step_scale)
 
 
 def prepare_compact(

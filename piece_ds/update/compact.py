@@ -20,7 +20,9 @@ from piece_ds.state.mask import Mask, gather_fragments
 from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.update.gradients import GradientCollection
+from piece_ds.update.step_scale import StepScale
 from piece_ds.zero.checkpoints import install_checkpoints
+from piece_ds.zero.scaled_update import ScaledUpdate, scale_selected
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.step_watch import Place, StepWatch
 from piece_ds.zero.supported import adapter_for, require_trainable
@@ -34,7 +36,14 @@ class CompactUpdate:
         watch: of the engine's steps; one with a NaN or infinite gradient is not taken.
     """
 
-    def __init__(self, engine: Any, mask: Mask, save_full: bool, selected_gradient: str) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        mask: Mask,
+        save_full: bool,
+        selected_gradient: str,
+        step_scale: StepScale | None = None,
+    ) -> None:
         values = selected_values(engine.module)
         assert values is not None
         require_trainable(engine)
@@ -61,6 +70,8 @@ class CompactUpdate:
             *decay.install(engine.basic_optimizer),
             *install_checkpoints(engine, self._saving, self._loading, self._after_load, save_full, PARAMETER_NAME),
         ]
+        if step_scale is not None:
+            self._remove += self._scale(step_scale).install(engine.basic_optimizer)
         values.attached = True
         grads = self._parts(self._grad)
         self._collection = GradientCollection(engine.module, self._weights, grads, selected_gradient)
@@ -125,6 +136,12 @@ class CompactUpdate:
         for name, part in self._parts(everywhere):
             part.fill_(decays is None or name in decays)
         return everywhere.nonzero().view(-1)
+
+    def _scale(self, step_scale: StepScale) -> ScaledUpdate:
+        factors = step_scale.selected(self.mask)
+        flat_K = torch.cat([factors[name] for name in self._index])
+        everywhere = {PARAMETER_NAME: torch.arange(self.mask.num_selected)}
+        return scale_selected(self._adapter, everywhere, {PARAMETER_NAME: flat_K})
 
     def _locate(self, place: Place) -> Place:
         """Place among the values -> place in the model."""

@@ -15,14 +15,18 @@ from piece_ds.zero.adapter import Adapter, positions_in
 class SelectedDecay:
     """Decoupled weight decay of chosen elements of an engine's masters, with each optimizer group's own rate."""
 
-    def __init__(self, adapter: Adapter, index: dict[str, Tensor]) -> None:
+    def __init__(self, adapter: Adapter, index: dict[str, Tensor] | None) -> None:
         """
         Args:
             adapter: of the engine.
-            index: name of a parameter that DeepSpeed optimises -> ascending flat positions that decay.
+            index: name of a parameter that DeepSpeed optimises -> ascending flat positions that decay; None means
+                that everything decays.
         """
         self._masters = adapter.masters()  # keeps the ids in use
-        self._positions = {id(master): positions_in(pieces, index) for master, pieces in self._masters}
+        self._positions: dict[int, Tensor] = {}
+        if index is not None:
+            self._positions = {id(master): positions_in(pieces, index) for master, pieces in self._masters}
+        self._all = index is None
         self._rates: list[float] = []
 
     def install(self, optimizer: torch.optim.Optimizer) -> list[Callable[[], None]]:
@@ -49,6 +53,9 @@ class SelectedDecay:
             group["weight_decay"] = weight_decay
 
     def _decay_(self, master: Tensor, factor: float) -> None:
+        if self._all:
+            master.data.mul_(factor)
+            return
         positions = self._positions[id(master)]
         if positions.device != master.device:
             positions = self._positions[id(master)] = positions.to(master.device)

@@ -4,6 +4,8 @@ from typing import Any
 
 from piece_ds.state.mask import Mask
 from piece_ds.update.decay import SelectedDecay
+from piece_ds.update.step_scale import StepScale
+from piece_ds.zero.scaled_update import scale_selected
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.step_watch import StepWatch
 from piece_ds.zero.supported import adapter_for, require_trainable
@@ -17,7 +19,7 @@ class MaskedUpdate:
         watch: of the engine's steps; one with a NaN or infinite gradient is not taken.
     """
 
-    def __init__(self, engine: Any, mask: Mask) -> None:
+    def __init__(self, engine: Any, mask: Mask, step_scale: StepScale | None = None) -> None:
         require_trainable(engine)
         self._engine, self._adapter = engine, adapter_for(engine)
         adapter = self._adapter
@@ -29,6 +31,9 @@ class MaskedUpdate:
         decay = SelectedDecay(adapter, whole)
         self.watch = StepWatch(adapter)
         self._remove = [*self.watch.install(), adapter.install_mask(), *decay.install(engine.basic_optimizer)]
+        if step_scale is not None:
+            scale = scale_selected(adapter, whole, step_scale.selected(mask))
+            self._remove += scale.install(engine.basic_optimizer)
 
     def detach(self) -> None:
         """Leave the engine as it was before."""

@@ -11,6 +11,8 @@ from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
 from piece_ds.update.gradients import GradientCollection
+from piece_ds.update.step_scale import StepScale
+from piece_ds.zero.scaled_update import scaled
 from piece_ds.zero.weights import SelectedWeights
 
 
@@ -39,6 +41,7 @@ class SparseAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         gradient: str = "auto",
+        step_scale: StepScale | None = None,
     ) -> None:
         """
         Args:
@@ -46,6 +49,7 @@ class SparseAdamW(torch.optim.Optimizer):
             mask: of this model.
             lr, betas, eps, weight_decay: as in torch.optim.AdamW; decay acts on selected weights alone.
             gradient: as in GradientCollection.
+            step_scale: a factor on the update of each weight (general_step_scale()); it is not part of a state dict.
         Raises:
             UserError: several ranks, or a partitioned model: attach() serves these.
         Cost: 16 bytes per selected weight for values, gradient and moments, 8 for its position.
@@ -65,6 +69,10 @@ class SparseAdamW(torch.optim.Optimizer):
         self._collection = GradientCollection(model, self._weights, grads, gradient)
         self._index = [weight.index.to(self.values.device) for weight in self._weights.values()]
         self._written: dict[str, tuple[int, int]] = {}
+        self._factor: Tensor | None = None
+        if step_scale is not None:
+            factors = step_scale.selected(mask)
+            self._factor = torch.cat([factors[name] for name in self._weights]).to(self.values.device)
 
     def close(self) -> None:
         """Leave the model as it was found, with its trained weights."""
@@ -95,6 +103,10 @@ class SparseAdamW(torch.optim.Optimizer):
             state.update(step=0, value=self.values.data, exp_avg=zeros, exp_avg_sq=zeros.clone())
             self._collection.check()
         state["step"] += 1
+        before, weight_decay = None, group["weight_decay"]
+        if self._factor is not None:  # decay is not scaled: it comes first, by hand
+            before = self.values.data.mul_(1.0 - float(group["lr"]) * weight_decay).clone()
+            weight_decay = 0.0
         flat: tuple[Tensor, ...] = (self.values.grad, self.values.data, state["exp_avg"], state["exp_avg_sq"])
         parts = zip(*(tensor.split(self._sizes) for tensor in flat), strict=True)
         for (name, weight), index, (grad, value, exp_avg, exp_avg_sq) in zip(
@@ -111,12 +123,22 @@ class SparseAdamW(torch.optim.Optimizer):
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 eps=group["eps"],
-                weight_decay=group["weight_decay"],
+                weight_decay=weight_decay,
                 step=state["step"],
                 weight_holds_value=self._written.get(name) == _stamp(weight.param),
             )
             self._written[name] = _stamp(weight.param)
+        if before is not None:
+            self._rescale_(before)
         return loss
+
+    def _rescale_(self, before: Tensor) -> None:
+        """Take back what the factors leave out of the step, and write the values into the model."""
+        assert self._factor is not None
+        self.values.data.copy_(scaled(before, self.values.data, self._factor))
+        self._written.clear()  # the step has written unscaled values
+        for weight, part in zip(self._weights.values(), self.values.data.split(self._sizes), strict=True):
+            weight.write_(part.to(weight.param.dtype))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load moments and fp32 values; the next step writes the values into the model, all of them."""

@@ -88,7 +88,7 @@ class GradientTerm:
             if type(self._adapter).__name__ == "Stage3" or layout.num_ranks == 1:
                 start, whole = part.start, own
             else:
-                start, whole = 0, _gather(info, own, layout)
+                start, whole = 0, gather_parameter(info, own, layout)
             if place is not None:
                 found[info.name] = (place.start, _cut(whole, start, place))
         return found
@@ -107,7 +107,7 @@ def _ranges(flats: list[tuple[Tensor, list[Piece]]]) -> Ranges:
     return found
 
 
-def _gather(info: ParameterInfo, own: Tensor, layout: Layout) -> Tensor:
+def gather_parameter(info: ParameterInfo, own: Tensor, layout: Layout) -> Tensor:
     """All elements of one parameter, fp32, from every rank's chunk. A collective."""
     chunk = partition_of(info.numel, 0, layout.num_ranks).numel
     padded = torch.zeros(chunk, dtype=torch.float32, device=collective_device())

@@ -9,11 +9,14 @@ from support.undisturbed_cases import UNDISTURBED
 from support.update_cases import (
     BF16_EXACT,
     CASES,
+    DENSE,
     FP16,
     FP32,
     NUM_STEPS,
     OVERFLOW,
     WEIGHT_DECAY,
+    factors,
+    plain_dense_run,
     plain_run,
     selection,
 )
@@ -35,6 +38,11 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor], selected: bool) -
         differs = old.view(BITS[old.dtype]) != after[name].view(BITS[old.dtype])
         count += int((differs & (inside if selected else ~inside)).sum())
     return count
+
+
+def plain(name: str) -> tuple[dict[str, Tensor], list[float]]:
+    case = CASES[name]
+    return plain_run(case.setup.dtype, case.two_groups, case.scaled)
 
 
 NUM_SELECTED = sum(index.numel() for index in selection().values())
@@ -71,7 +79,7 @@ def test_selected_weights_and_masters_train(job: Any, name: str) -> None:
 
 def largest_error(name: str, got: dict[str, Tensor], start: dict[str, Tensor]) -> float:
     """Largest |weight - plain PyTorch's| over the selected, relative to the largest update of plain PyTorch."""
-    want, _ = plain_run(CASES[name].setup.dtype, CASES[name].two_groups)
+    want, _ = plain(name)
     update = max(float((want[n].float() - start[n].float()).abs().max()) for n in selection())
     error = max(float((want[n].float() - got[n].float()).abs().max()) for n in selection())
     return error / update
@@ -94,7 +102,7 @@ def test_low_precision_weights_follow_plain_adamw(job: Any, name: str) -> None:
 def test_bf16_weights_equal_plain_adamw_where_deepspeed_accumulates_in_fp32(job: Any, name: str) -> None:
     """Equal, but for a sum whose rounding another order of ranks might tip."""
     got = result(job, name)
-    want, _ = plain_run("bf16", CASES[name].two_groups)
+    want, _ = plain(name)
     differing = sum(int((want[n] != got["final"][n]).sum()) for n in selection())
     assert differing <= 0.01 * NUM_SELECTED
 
@@ -104,13 +112,13 @@ def test_bf16_weights_equal_plain_adamw_where_deepspeed_accumulates_in_fp32(job:
 )
 def test_reported_norm_is_that_of_the_masked_gradient(job: Any, name: str) -> None:
     """Before clipping; DeepSpeed itself reports none at stage 0 in fp32."""
-    _, norms = plain_run(CASES[name].setup.dtype, CASES[name].two_groups)
+    _, norms = plain(name)
     assert result(job, name)["norms"] == pytest.approx(norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("bf16") and n not in BF16_EXACT] + list(FP16))
 def test_reported_norm_is_masked_up_to_low_precision_reduction(job: Any, name: str) -> None:
-    _, norms = plain_run(CASES[name].setup.dtype, CASES[name].two_groups)
+    _, norms = plain(name)
     assert result(job, name)["norms"] == pytest.approx(norms, rel=0.02)
 
 
@@ -125,6 +133,31 @@ def test_an_overflow_skips_the_step_and_moves_nothing(job: Any, name: str) -> No
     got = result(job, name)
     assert 1 <= got["skipped_steps"] < NUM_STEPS
     assert all(torch.equal(got["initial"][n], got["after_first"][n]) for n in got["initial"])
+
+
+@pytest.mark.parametrize("name", list(DENSE))
+def test_scaled_steps_of_every_weight_equal_plain_ones(job: Any, name: str) -> None:
+    """Without a mask, the decay of each group put back; in bf16 a sum's rounding may tip a weight."""
+    got = result(job, f"dense-{name}")
+    want, norms = plain_dense_run(DENSE[name].setup.dtype)
+    assert got["decays"] == [WEIGHT_DECAY]
+    if name != "stage0":
+        assert got["norms"] == pytest.approx(norms, rel=1e-5)
+    if name.startswith("bf16"):
+        differing = sum(int((want[n] != got["final"][n]).sum()) for n in want)
+        assert differing <= 0.01 * sum(values.numel() for values in want.values())
+    else:
+        update = max(float((want[n] - got["initial"][n]).abs().max()) for n in want)
+        assert max(float((want[n] - got["final"][n]).abs().max()) for n in want) < 1e-4 * update
+
+
+def test_scaled_steps_are_other_steps() -> None:
+    """The cases above would prove nothing if the factors were near 1."""
+    scaled, plain_ones = plain_run("fp32", False, True)[0], plain_run("fp32", False)[0]
+    assert all(bool((scaled[n][index] != plain_ones[n][index]).any()) for n, index in selection().items())
+    every = torch.cat([values for n, values in factors().items() if n in selection()])
+    assert float(every.min()) < 0.1
+    assert float(every.median()) == pytest.approx(0.74, abs=0.05)
 
 
 def test_every_wrapper_of_deepspeed_was_met(job: Any) -> None:

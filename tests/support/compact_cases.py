@@ -71,6 +71,7 @@ RESUMED |= {
     "fp16-stage2": Setup(2, "fp16"),
     "fp16-stage3": Setup(3, "fp16"),
 }
+SCALED = ("bf16-stage3-fp32-accumulation", "stage2-offload")  # resumed with steps by general importance, too
 FULL = ("stage0", "stage1", "stage2", "stage3", "bf16-stage3-fp32-accumulation", "stage3-offload-all", "stage3-hpz")
 
 # What the fast tests run, of all of the above and of update_cases: every stage, wrapper, offload and precision once.
@@ -91,6 +92,9 @@ FAST = {
     "fp16-stage2-offload",
     "fp16-stage2-overflow",
     "fp16-stage3-overflow",
+    "stage2-scaled",
+    "bf16-stage3-fp32-accumulation-scaled",
+    "fp16-stage2-overflow-scaled",
 }
 FAST_WHOLE = {
     "llama-stage0",
@@ -109,5 +113,6 @@ FAST_SAMPLED = {
     "non-reentrant-checkpointing-qwen3-stage2",
     "qwen3-stage3-offload-all",
 }
-FAST_RESUMED = {"stage0", "stage2-offload", "bf16-stage3-fp32-accumulation"}
+FAST_RESUMED = {"stage0", "stage2-offload-scaled", "bf16-stage3-fp32-accumulation"}
+RESUMED |= {f"{name}-scaled": RESUMED[name] for name in SCALED}
 FAST_FULL = {"stage3-hpz"}

@@ -43,7 +43,7 @@ from support.update_cases import (
     WEIGHT_DECAY,
     batches_of,
 )
-from support.update_job import mask_of, run_step, train
+from support.update_job import mask_of, run_step, step_scale_of, train
 
 
 def main() -> None:
@@ -153,10 +153,14 @@ def outcome(engine: Any, last: bool = True) -> dict[str, Any]:
     return result
 
 
-def saved(folder: Path, setup: Setup, save_full: bool = False) -> Any:
+def attach_to(engine: Any, save_full: bool = False, scaled: bool = False) -> None:
+    attach(engine, mask_of(engine), save_full, step_scale=step_scale_of(engine) if scaled else None)
+
+
+def saved(folder: Path, setup: Setup, save_full: bool = False, scaled: bool = False) -> Any:
     """An engine after two steps and a checkpoint."""
     engine = compact_engine(setup)
-    attach(engine, mask_of(engine), save_full)
+    attach_to(engine, save_full, scaled)
     for step in (0, 1):
         run_step(engine, batches_of(step))
     engine.save_checkpoint(str(folder))
@@ -165,17 +169,18 @@ def saved(folder: Path, setup: Setup, save_full: bool = False) -> Any:
 
 def resume(folder: Path, setup: Setup) -> dict[str, Any]:
     """Uninterrupted; the checkpoint loaded again into that engine; attached before it is loaded; attached after."""
-    engine = saved(folder, setup)
+    scaled = folder.name.endswith("-scaled")
+    engine = saved(folder, setup, scaled=scaled)
     result = {"uninterrupted": outcome(engine, last=False)}
     engine.load_checkpoint(str(folder))
     result["loaded again"] = outcome(engine)
     engine = compact_engine(setup)
-    attach(engine, mask_of(engine))
+    attach_to(engine, scaled=scaled)
     engine.load_checkpoint(str(folder))
     result["attached, then loaded"] = outcome(engine)
     engine = compact_engine(setup)
     engine.load_checkpoint(str(folder))
-    attach(engine, mask_of(engine))
+    attach_to(engine, scaled=scaled)
     result["loaded, then attached"] = outcome(engine)
     largest = max(
         (

@@ -14,11 +14,13 @@ class Poisoned:
         setup: of DeepSpeed.
         mode: masked, compact, or plain (no mask).
         overflows: the loss scale is too large for the first steps, and nothing is NaN.
+        scaled: steps by general importance.
     """
 
     setup: Setup
     mode: str
     overflows: bool = False
+    scaled: bool = False
 
 
 SETUPS = {f"stage{stage}": Setup(stage) for stage in range(4)}
@@ -42,13 +44,19 @@ CASES |= {
     for mode in ("masked", "compact")
     for stage in (1, 2, 3)
 }
+CASES |= {
+    f"{mode}-{name}-scaled": Poisoned(SETUPS[name], mode, scaled=True)
+    for mode in ("masked", "compact")
+    for name in ("stage0", "bf16-stage2", "stage3-offload")
+}
 
 FAST = (
     "masked-stage0",
-    "masked-bf16-stage2",
+    "masked-bf16-stage2-scaled",
     "masked-stage3",
     "masked-fp16-stage3-overflow",
     "compact-bf16-stage1",
     "compact-bf16-stage3",
+    "compact-stage3-offload-scaled",
     "plain-stage0",
 )

@@ -17,7 +17,7 @@ from support.jobs import Results, collect_case, finish, start
 from support.models import make_micro_batches, make_model
 from support.nonfinite_cases import CASES, FAST, Poisoned
 from support.update_cases import ACCUMULATION, CLIP, FAMILY, NUM_RANKS, NUM_SELECTED, batches_of
-from support.update_job import mask_of
+from support.update_job import mask_of, step_scale_of
 
 
 def main() -> None:
@@ -37,7 +37,10 @@ def run(case: Poisoned) -> dict[str, Any]:
     if case.mode == "compact":
         prepare_compact(model, num_selected=NUM_SELECTED)
     engine = make_engine(model, case.setup, adamw(model), ACCUMULATION, CLIP)
-    update = attach(engine, mask_of(engine), selected_gradient="dense") if case.mode != "plain" else None
+    update = None
+    if case.mode != "plain":
+        step_scale = step_scale_of(engine) if case.scaled else None
+        update = attach(engine, mask_of(engine), selected_gradient="dense", step_scale=step_scale)
     watch = update.watch if update is not None else StepWatch(adapter_for(engine))
     remove = [] if update is not None else watch.install()
     states, faults = [state_of(engine)], []

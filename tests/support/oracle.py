@@ -49,9 +49,16 @@ class SelectedAdamW:
     """AdamW on nothing but the selected entries of a model, which are copied out, stepped by torch, and copied back."""
 
     def __init__(
-        self, model: nn.Module, index: dict[str, Tensor], lr: float, weight_decay: Callable[[str], float], clip: float
+        self,
+        model: nn.Module,
+        index: dict[str, Tensor],
+        lr: float,
+        weight_decay: Callable[[str], float],
+        clip: float,
+        scale: dict[str, Tensor] | None = None,
     ) -> None:
-        self.model, self.index, self.clip = model, index, clip
+        """scale: parameter -> a factor on the update of each of its elements (flat), decay left out of it."""
+        self.model, self.index, self.clip, self.scale = model, index, clip, scale
         params = dict(model.named_parameters())
         self.values = {n: nn.Parameter(params[n].detach().float().view(-1)[i]) for n, i in index.items()}
         groups = [{"params": [value], "weight_decay": weight_decay(name)} for name, value in self.values.items()]
@@ -72,8 +79,26 @@ class SelectedAdamW:
         params = dict(self.model.named_parameters())
         for name, value in self.values.items():
             value.grad = (sums[name] * factor).float()
+        before = {name: value.detach().clone() for name, value in self.values.items()}
         self.optimizer.step()
+        if self.scale is not None:
+            self._scale(before, self.scale)
         for name, value in self.values.items():
             param = params[name]
             param.data.view(-1)[self.index[name]] = value.detach().to(param.dtype)
         return norm
+
+    def _scale(self, before: dict[str, Tensor], scale: dict[str, Tensor]) -> None:
+        for group in self.optimizer.param_groups:
+            for value in group["params"]:
+                (name,) = (name for name, other in self.values.items() if other is value)
+                start = before[name].double() * (1.0 - group["lr"] * group["weight_decay"])
+                factor = scale[name][self.index[name]].double()
+                value.data.copy_(start + factor * (value.detach().double() - start))
+
+
+def step_factors(squares: Arrays) -> dict[str, Tensor]:
+    """sqrt(d / (F + d)) per parameter, flat; d is the lower median of the entries above 0."""
+    positive = np.sort(np.concatenate([array[array > 0] for array in squares.values()]))
+    d = positive[len(positive) - 1 - len(positive) // 2]
+    return {name: torch.from_numpy(np.sqrt(d / (array + d))) for name, array in squares.items()}

@@ -12,7 +12,9 @@ from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible
 from piece_ds.state.mask import Mask
 from piece_ds.state.selected_values import selected_values
+from piece_ds.state.statistics import empty_stats
 from piece_ds.update.attach import attach, prepare_compact
+from piece_ds.update.step_scale import StepScale, general_step_scale, scale_steps
 from piece_ds.zero.statistics import collect_statistics
 from support.engines import Setup, adamw, make_engine, whole_masters, whole_weights
 from support.jobs import Results, collect_case, finish, start
@@ -22,8 +24,10 @@ from support.update_cases import (
     ACCUMULATION,
     CASES,
     CLIP,
+    DENSE,
     FAMILY,
     LEARNING_RATE,
+    NUM_GENERAL,
     NUM_RANKS,
     NUM_SELECTED,
     NUM_STEPS,
@@ -31,6 +35,7 @@ from support.update_cases import (
     Case,
     batches_of,
     decay_of,
+    general_squares,
     selection,
 )
 
@@ -42,6 +47,8 @@ def main() -> None:
         collect_case(results, name, lambda case=case: train(case))  # type: ignore[misc]
     for name, setup in UNDISTURBED.items():
         collect_case(results, f"undisturbed-{name}", lambda setup=setup: train_with_and_without_pass(setup))  # type: ignore[misc]
+    for name, case in DENSE.items():
+        collect_case(results, f"dense-{name}", lambda case=case: train_dense(case))  # type: ignore[misc]
     collect_case(results, "detach", train_after_detach)
     for name, refusal in REFUSALS.items():
         collect_case(results, f"refusal-{name}", lambda refusal=refusal: refuse(*refusal))  # type: ignore[misc]
@@ -59,7 +66,7 @@ def train(case: Case, compact: bool = False) -> dict[str, Any]:
     engine = make_engine(model, case.setup, optimizer_of(model, case), ACCUMULATION, CLIP)
     initial = whole_weights(engine)
     mask = mask_of(engine)
-    attach(engine, mask, selected_gradient="dense")
+    attach(engine, mask, selected_gradient="dense", step_scale=step_scale_of(engine) if case.scaled else None)
     masters = whole_masters(engine)
     result: dict[str, Any] = {"initial": initial, "initial_masters": masters, "norms": [], "after_first": None}
     for step in range(NUM_STEPS):
@@ -76,6 +83,35 @@ def train(case: Case, compact: bool = False) -> dict[str, Any]:
     }
     engine.destroy()
     return result
+
+
+def train_dense(case: Case) -> dict[str, Any]:
+    """Four steps of every weight, scaled by general importance."""
+    model = make_model(FAMILY)
+    engine = make_engine(model, case.setup, optimizer_of(model, case), ACCUMULATION, CLIP)
+    initial = whole_weights(engine)
+    steps = scale_steps(engine, step_scale_of(engine))
+    norms = []
+    for step in range(NUM_STEPS):
+        run_step(engine, batches_of(step))
+        norms.append(float(engine.get_global_grad_norm() or 0.0))
+    steps.detach()
+    decays = [group["weight_decay"] for group in engine.basic_optimizer.param_groups]
+    result = {"initial": initial, "final": whole_weights(engine), "norms": norms, "decays": decays}
+    engine.destroy()
+    return result
+
+
+def step_scale_of(engine: Any) -> StepScale:
+    """From this rank's share of the made-up general statistics."""
+    layout = layout_of(engine.module)
+    stats = empty_stats(layout, False, "cpu")
+    stats.num_micro_batches = NUM_GENERAL
+    for info, part, offset in layout.owned():
+        if info.name in general_squares():
+            own = torch.from_numpy(general_squares()[info.name])[part.start : part.stop]
+            stats.square_sum[offset : offset + part.numel] = own
+    return general_step_scale(stats)
 
 
 def optimizer_of(model: torch.nn.Module, case: Case) -> torch.optim.Optimizer:

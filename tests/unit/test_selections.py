@@ -15,13 +15,14 @@ from piece_ds.methods.hft import half_names
 from piece_ds.methods.lift import low_rank
 from piece_ds.methods.linear import linear_weights
 from piece_ds.methods.migu import output_magnitudes
-from piece_ds.methods.piece_variants import exclude_earlier, median_above_zero, ratio_score
+from piece_ds.methods.piece_variants import exclude_earlier, ratio_score
 from piece_ds.methods.registry import SELECTIONS
 from piece_ds.methods.request import SelectionOptions, SelectionRequest
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_to_select, share_out
+from piece_ds.selection.median import median_above_zero
 from piece_ds.state.statistics import GradientStats
 
 ALONE = ("lift", "hft", "layernorm", "migu", "shira")  # no DeepSpeed needed
