@@ -13,6 +13,7 @@ SELECTED_GRADIENTS = ["auto", "dense"]
 BUDGETS = ["model", "layer", "tensor"]
 SCORINGS = ["clean", "authors"]
 SAVE_MODEL = ["last", "each", "never"]
+CHAT_TEMPLATE = ["auto", "true", "false"]
 NONFINITE = ["stop", "skip"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
@@ -67,7 +68,21 @@ class DataArguments:
     )
     max_prompt_len: int = field(default=1024, metadata={"help": "tokens; prompt and answer are each cut to the sum"})
     max_ans_len: int = field(default=512, metadata={"help": "tokens; see max_prompt_len"})
-    chat_template: bool = field(default=False, metadata={"help": "wrap the prompt in the tokenizer's chat template"})
+    columns: str | None = field(
+        default=None, metadata={"help": "what the columns of --train_file are called: prompt=question,answer=target"}
+    )
+    validation_share: float | None = field(
+        default=None, metadata={"help": "share of the training rows, in (0, 1), that is held out and judged on instead"}
+    )
+    chat_template: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: conversations (messages, ShareGPT, Alpaca) go through the tokenizer's chat template; true: "
+            "prompts of all rows do; false: none",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
     image_dir: str | None = field(default=None, metadata={"help": "folder of the rows' images, with its subfolders"})
     skip_bad_images: bool = field(
         default=False, metadata={"help": "leave out rows whose image is missing or broken, and say how many"}
@@ -82,6 +97,13 @@ class DataArguments:
             require_positive(name, getattr(self, name))
         if self.max_eval_samples is not None:
             require_positive("max_eval_samples", self.max_eval_samples)
+        template = str(self.chat_template).lower()
+        self.chat_template = {"yes": "true", "1": "true", "no": "false", "0": "false"}.get(template, template)
+        require_choice("chat_template", self.chat_template, CHAT_TEMPLATE)
+        if self.validation_share is not None and not 0.0 < self.validation_share < 1.0:
+            raise UserError(f"--validation_share must be in (0, 1), got {self.validation_share}")
+        if self.validation_share is not None and self.eval_file:
+            raise UserError("--validation_share and --eval_file both say what is held out; give one of them")
         if self.train_file and self.task_dir:
             raise UserError("give either --train_file (one task) or --task_dir with --tasks (a stream), not both")
         if bool(self.task_dir) != bool(self.tasks):

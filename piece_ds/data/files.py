@@ -2,45 +2,67 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
 
+from piece_ds.data.formats import RowFormat, checked_rows, format_of, renamed_row
 from piece_ds.data.readers import READERS, ROWS_PER_BATCH, read_rows
-from piece_ds.data.rows import checked_rows, features_of, row_kind
+from piece_ds.data.rows import CHAT, features_of
 from piece_ds.runtime.errors import UserError, nearest
 
 # Up to this size each rank holds the rows in memory and touches no cache. Larger files go through the datasets
 # library's cache on disk, which its file locks keep safe between ranks, and are memory-mapped by all of them.
 IN_MEMORY_BYTES = 2**30
-READER_VERSION = 1  # part of the cache key: raise it when the readers or the checks change
+READER_VERSION = 2  # part of the cache key: raise it when the readers or the checks change
+Columns = dict[str, str] | None
+
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w\[\]%:+]+))?")
 
 
-def load_rows(path_or_name: str, allow_text: bool = False, images: bool = False) -> datasets.Dataset:
-    """The rows of a JSON, JSONL, CSV or Parquet file, or of a Hub data set, every one of them checked.
+@dataclass(frozen=True)
+class DataFile:
+    """A data file that has been read.
+
+    Attributes:
+        rows: checked, in the file's order, with the columns of their kind.
+        format: how its rows were written.
+    """
+
+    rows: datasets.Dataset
+    format: RowFormat
+
+
+def load_rows(path_or_name: str, images: bool = False, columns: Columns = None) -> datasets.Dataset:
+    """Return the rows of read_data_file()."""
+    return read_data_file(path_or_name, images, columns).rows
+
+
+def read_data_file(path_or_name: str, images: bool = False, columns: Columns = None) -> DataFile:
+    """Read a JSON, JSONL, CSV or Parquet file, or a Hub data set, and check every row of it.
 
     Args:
         path_or_name: a file, or NAME or NAME:SPLIT of the Hub (split train unless given; offline from its cache).
-        allow_text: accept rows of plain text besides prompt and answer.
         images: keep what only a model that reads images needs of a pair.
+        columns: name in the file -> known name; see formats.parse_columns().
     Returns:
-        Dataset with columns prompt and answer (text; with images also answers, a list, and image, a path or None), or
-        input_ids and labels (int64 lists, used as they are), or text. Rows keep the file's order; other columns are
-        dropped.
+        Its rows, with the columns of their kind (rows.FEATURES; pairs with images also answers, a list, and image, a
+        path or None), and their format. Other columns are dropped.
     Raises:
         UserError: what cannot be read or used, naming the file and the line or row.
     """
     path = Path(path_or_name)
     if _is_hub_name(path_or_name, path):
-        return _from_hub(path_or_name, allow_text, images)
+        return _from_hub(path_or_name, images, columns)
     _check_file(path)
-    kind = _first_kind(path, allow_text)
+    form = first_format(path, columns)
+    features = features_of(form.kind, images)
     if path.stat().st_size <= IN_MEMORY_BYTES:
-        return _in_memory(checked_rows(read_rows(path), str(path), allow_text, images), features_of(kind, images))
-    return _through_cache(path, features_of(kind, images), allow_text, images)
+        return DataFile(_in_memory(checked_rows(read_rows(path), str(path), images, columns), features), form)
+    return DataFile(_through_cache(path, features, images, columns), form)
 
 
 def first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -68,9 +90,10 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path} is empty; expected rows of prompt and answer")
 
 
-def _first_kind(path: Path, allow_text: bool) -> str:
+def first_format(path: Path, columns: Columns) -> RowFormat:
+    """Return the format of a file's first row. Raise UserError where there is none."""
     for row in read_rows(path):
-        return row_kind(row, f"{path} row 1", allow_text)
+        return format_of(renamed_row(row, columns or {}, f"{path} row 1"), f"{path} row 1")
     raise UserError(f"{path} has no rows; expected rows of prompt and answer")
 
 
@@ -87,13 +110,13 @@ def _in_memory(rows: Iterator[dict[str, Any]], features: datasets.Features) -> d
     return datasets.Dataset(pyarrow.Table.from_batches(batches, schema=schema))
 
 
-def _through_cache(path: Path, features: datasets.Features, allow_text: bool, images: bool) -> datasets.Dataset:
+def _through_cache(path: Path, features: datasets.Features, images: bool, columns: Columns) -> datasets.Dataset:
     """rows through the datasets library's disk cache, keyed by the file's place, size and time of change."""
     status = path.stat()
     key = {
         "path": str(path.resolve()),
-        "allow_text": allow_text,
         "images": images,
+        "columns": columns,
         "version": (READER_VERSION, status.st_size, status.st_mtime_ns),
     }
     try:
@@ -104,11 +127,11 @@ def _through_cache(path: Path, features: datasets.Features, allow_text: bool, im
         raise
 
 
-def _cached_rows(path: str, allow_text: bool, images: bool, version: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    yield from checked_rows(read_rows(Path(path)), path, allow_text, images)
+def _cached_rows(path: str, images: bool, columns: Columns, version: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    yield from checked_rows(read_rows(Path(path)), path, images, columns)
 
 
-def _from_hub(name: str, allow_text: bool, images: bool) -> datasets.Dataset:
+def _from_hub(name: str, images: bool, columns: Columns) -> DataFile:
     match = HUB_NAME.fullmatch(name)
     assert match is not None
     try:
@@ -118,10 +141,11 @@ def _from_hub(name: str, allow_text: bool, images: bool) -> datasets.Dataset:
         raise UserError(f"{name}: neither a file here nor a data set the Hub (or its cache) gives: {reason}") from None
     if len(rows) == 0:
         raise UserError(f"{name} has no rows; expected rows of prompt and answer")
-    kind = row_kind(rows[0], f"{name} row 1", allow_text)
-    features = features_of(kind, images)
-    if rows.dataset_size is None or rows.dataset_size <= IN_MEMORY_BYTES or not set(features) <= set(rows.column_names):
-        return _in_memory(checked_rows(rows, name, allow_text, images), features)
-    for _ in checked_rows(rows, name, allow_text, images):
+    form = format_of(renamed_row(rows[0], columns or {}, f"{name} row 1"), f"{name} row 1")
+    features = features_of(form.kind, images)
+    is_small = rows.dataset_size is None or rows.dataset_size <= IN_MEMORY_BYTES
+    if is_small or columns or form.kind == CHAT or not set(features) <= set(rows.column_names):
+        return DataFile(_in_memory(checked_rows(rows, name, images, columns), features), form)
+    for _ in checked_rows(rows, name, images):
         pass
-    return rows.select_columns(list(features)).cast(features)
+    return DataFile(rows.select_columns(list(features)).cast(features), form)

@@ -20,7 +20,7 @@ WHITESPACE = " \t\r\n"
 
 def list_items(text: str, path: Path) -> Iterator[Any]:
     """Items of the JSON list in text, decoded one at a time so that only the text itself is held whole."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_once_each)
     index = _skip_space(text, 0)
     if index == len(text):
         return
@@ -32,8 +32,8 @@ def list_items(text: str, path: Path) -> Iterator[Any]:
             item, index = decoder.raw_decode(text, index)
         except json.JSONDecodeError as error:
             raise _malformed(path, text, error.pos, error.msg) from None
-        except RecursionError:
-            raise _malformed(path, text, index, "nested too deeply") from None
+        except (ValueError, RecursionError) as error:
+            raise _malformed(path, text, index, _reason(error)) from None
         yield item
         index = _skip_space(text, index)
         if text[index : index + 1] == ",":
@@ -94,8 +94,8 @@ def read_jsonl(path: Path) -> Iterator[Any]:
         for number, line in enumerate(file, start=1):
             if line.strip(WHITESPACE):
                 try:
-                    yield json.loads(line.strip(WHITESPACE))
-                except (json.JSONDecodeError, RecursionError) as error:
+                    yield json.loads(line.strip(WHITESPACE), object_pairs_hook=_once_each)
+                except (ValueError, RecursionError) as error:
                     reason = _reason(error)
                     raise UserError(
                         f"{path} line {number}: malformed JSON ({reason}); fix or remove the line"
@@ -103,17 +103,14 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 
 
 def read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows under a header that has prompt and answer; every cell is text, exactly as written."""
+    """Rows under a header; every cell is text, exactly as written."""
     with _open_text(path) as file:
         reader = csv.DictReader(file, strict=True)
         try:
             header = [name.strip() for name in reader.fieldnames or []]
-            missing = [key for key in ("prompt", "answer") if key not in header]
-            if header and missing:
-                raise UserError(
-                    f"{path}: CSV header has no column {' or '.join(map(repr, missing))}, it has {str(header)[:200]}; "
-                    "name the columns prompt and answer"
-                )
+            repeated = _first_repeated(header)
+            if repeated is not None:
+                raise UserError(f"{path}: the CSV header names {repeated!r} twice; name each column once")
             reader.fieldnames = header
             for row in reader:
                 if None in row:
@@ -128,8 +125,11 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file, a batch in memory at a time."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _require_distinct(file.schema_arrow, path)
             for batch in file.iter_batches(batch_size=ROWS_PER_BATCH):
                 yield from batch.to_pylist()
+    except UserError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable Parquet file ({reason[:200]})") from None
@@ -161,5 +161,40 @@ def _first_undecodable_line(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong inside a line, with the column where the decoder knows it."""
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    """What is wrong inside a row, with the column where the decoder knows it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    # Python refuses to read whole numbers of more than a few thousand digits.
+    return str(error) if isinstance(error, _RepeatedKeyError) else "a number with too many digits"
+
+
+class _RepeatedKeyError(ValueError):
+    """An object has a key twice."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. Python's own would keep the last of two equal keys and drop the other silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError(f"the key {_first_repeated([key for key, _ in pairs])!r} stands twice in an object")
+    return found
+
+
+def _first_repeated(names: list[str]) -> str | None:
+    return next((name for index, name in enumerate(names) if name in names[:index]), None)
+
+
+def _require_distinct(schema: Any, path: Path) -> None:
+    """Raise UserError where a Parquet schema, or a struct in it, names a column twice."""
+    names = [field.name for field in schema]
+    repeated = _first_repeated(names)
+    if repeated is not None:
+        raise UserError(f"{path}: the column {repeated!r} stands twice; name each column once")
+    for field in schema:
+        kind = field.type
+        while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            kind = kind.value_type
+        if pyarrow.types.is_struct(kind):
+            _require_distinct([kind.field(index) for index in range(kind.num_fields)], path)

@@ -1,19 +1,27 @@
 """The task stream: which rows are learned in which order, and which rows each task is judged on."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import pyarrow.compute
 from transformers import ProcessorMixin
 
 from piece_ds.config.arguments import DataArguments
-from piece_ds.data.files import first_rows, load_rows
+from piece_ds.data.files import DataFile, first_format, first_rows, read_data_file
+from piece_ds.data.formats import parse_columns
+from piece_ds.data.held_out import hold_out
 from piece_ds.data.image_rows import ImagePrompt, encode_image_rows, find_images, has_images
 from piece_ds.data.readers import READERS
+from piece_ds.data.rows import CHAT, COMPLETION, PAIR, TEXT, TOKENS
 from piece_ds.data.tokenize import Encoder, split_prompt, tokenize_rows
 from piece_ds.models.processor import Processing, tokenizer_of
+from piece_ds.models.token_ids import TokenIds
 from piece_ds.runtime.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 
 def load_general(
@@ -40,7 +48,7 @@ def load_general(
     if path_or_name.lower().endswith(".txt") and Path(path_or_name).is_file():
         rows = _text_file_rows(Path(path_or_name))
     else:
-        rows = load_rows(path_or_name, allow_text=True, images=isinstance(processing, ProcessorMixin))
+        rows = read_data_file(path_or_name, images=isinstance(processing, ProcessorMixin)).rows
     if max_rows is not None:
         rows = first_rows(rows, max_rows)  # a row makes at least one encoded row, so nothing needed is cut
     if isinstance(processing, ProcessorMixin) and has_images(rows):
@@ -75,7 +83,8 @@ class Task:
             where both are, the first training rows.
         answers: the gold answers of test, as text, in its order; where a row gives several, the one that is trained.
         prompt_texts: the prompts of test, as text, in its order.
-        held_out: whether test holds rows other than the training file's.
+        held_out: whether test holds rows that are not trained.
+        generates: whether answers can be generated and read: not for plain text, nor without a tokenizer.
         references: all gold answers of each row of test, where rows may give several; else empty.
     """
 
@@ -86,6 +95,7 @@ class Task:
     answers: list[str] = field(repr=False)
     prompt_texts: list[str] = field(repr=False)
     held_out: bool = True
+    generates: bool = True
     references: list[list[str]] = field(default_factory=list, repr=False)
 
     @property
@@ -105,30 +115,70 @@ class _Reader:
     arguments: DataArguments
     encoder: Encoder
     prompt: ImagePrompt | None
+    seed: int
 
-    def load(self, path: str, limit: int | None) -> datasets.Dataset:
-        rows = first_rows(load_rows(path, images=self.prompt is not None), limit)
-        return find_images(rows, path, self.arguments) if has_images(rows) else rows
+    def load(self, path: str, limit: int | None) -> DataFile:
+        file = read_data_file(path, self.prompt is not None, parse_columns(self.arguments.columns))
+        rows = first_rows(file.rows, limit)
+        return DataFile(find_images(rows, path, self.arguments) if has_images(rows) else rows, file.format)
 
     def encode(self, rows: datasets.Dataset, path: str) -> datasets.Dataset:
         if self.prompt is not None and has_images(rows):
             return encode_image_rows(rows, self.encoder, self.prompt)
-        return tokenize_rows(rows, self.encoder, path)
+        return tokenize_rows(rows, self.encoder, path, documents=True)
+
+    def show(self, file: DataFile, encoded: datasets.Dataset, path: str) -> None:
+        """Say in one line what a file was taken for."""
+        what, encoder = file.format, self.encoder
+        has_template = bool(encoder.tokenizer.chat_template)
+        if what.kind == CHAT and encoder.templates_conversations:
+            template = "chat template used, loss on the assistant's turns"
+        elif what.kind == CHAT:
+            template = "no chat template: question and answer stand plain"
+        elif what.kind in (PAIR, COMPLETION) and encoder.chat_template:
+            template = "chat template used, loss on the answer"
+        elif what.kind in (PAIR, COMPLETION):
+            template = "chat template not used" + (
+                " (--chat_template true uses it)" if has_template else ": there is none"
+            )
+        else:
+            template = "used as they are" if what.kind == TOKENS else "loss on all of it"
+        cut = ""
+        if what.kind in (CHAT, COMPLETION) and len(encoded):
+            lengths = pyarrow.compute.list_value_length(encoded.data.column("input_ids"))
+            num_cut = pyarrow.compute.sum(pyarrow.compute.equal(lengths, encoder.cutoff)).as_py()
+            cut = (
+                f"; {num_cut} rows end at {encoder.cutoff} tokens (--max_prompt_len + --max_ans_len)" if num_cut else ""
+            )
+        logger.warning("%s: %d rows, %s; %s%s", path, len(file.rows), what.name, template, cut)
 
 
-def load_task_stream(arguments: DataArguments, processing: Processing) -> list[Task]:
+def load_task_stream(arguments: DataArguments, processing: Processing, seed: int = 42) -> list[Task]:
     """The tasks that --train_file, or --task_dir and --tasks, name, in order.
 
     Args:
         arguments: checked settings; one of train_file and task_dir is set.
         processing: the model's tokenizer or processor.
+        seed: of --validation_share.
     Raises:
         UserError: no data named, an unknown or repeated task, or a file that cannot be used.
     """
-    encoder = Encoder(tokenizer_of(processing), arguments.cutoff, arguments.chat_template)
+    mode = arguments.chat_template
+    encoder = Encoder(tokenizer_of(processing), arguments.cutoff, mode == "true", mode != "false")
     prompt = ImagePrompt(processing) if isinstance(processing, ProcessorMixin) else None
-    reader = _Reader(arguments, encoder, prompt)
+    reader = _Reader(arguments, encoder, prompt, seed)
     return [_load_task(name, files, reader) for name, files in _task_files(arguments).items()]
+
+
+def holds_token_ids(arguments: DataArguments) -> bool:
+    """Return whether all rows are token ids already, by the first row of every file; no tokenizer is needed then."""
+    named = [path for files in _task_files(arguments).values() for path in files.values()]
+    named += [path for path in (arguments.general_file, arguments.general_importance_file) if path]
+    columns = parse_columns(arguments.columns)
+    paths = [Path(path) for path in named]
+    return all(path.suffix.lower() in READERS and path.is_file() for path in paths) and all(
+        first_format(path, columns).kind == TOKENS for path in paths
+    )
 
 
 def _task_files(arguments: DataArguments) -> dict[str, dict[str, str]]:
@@ -174,16 +224,29 @@ def _files_in(folder: Path) -> dict[str, str]:
 
 
 def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
-    max_eval_samples = reader.arguments.max_eval_samples
+    max_eval_samples, share = reader.arguments.max_eval_samples, reader.arguments.validation_share
     limits = {"train": None, "eval": max_eval_samples, "test": max_eval_samples}
-    rows = {split: reader.load(path, limits[split]) for split, path in files.items()}
+    loaded = {split: reader.load(path, limits[split]) for split, path in files.items()}
+    rows = {split: file.rows for split, file in loaded.items()}
+    if share is not None:
+        if "eval" in files:
+            raise UserError(
+                f"task {name} has {files['eval']}, so --validation_share holds nothing out; drop one of them"
+            )
+        rows["train"], held_out_rows = hold_out(rows["train"], share, reader.seed, files["train"])
+        rows["eval"] = first_rows(held_out_rows, max_eval_samples)
+        files = {**files, "eval": files["train"]}
+        logger.warning("%s: %d rows are held out (--validation_share)", files["train"], len(held_out_rows))
     splits = {split: reader.encode(rows[split], path) for split, path in files.items()}
-    held_out = len(files) > 1
+    for split, file in loaded.items():
+        reader.show(file, splits[split], files[split])
+    held_out = len(splits) > 1
     judged = splits["train"] if held_out else first_rows(splits["train"], max_eval_samples or NUM_TRAINING_ROWS_JUDGED)
-    test_split = "test" if "test" in files else "eval" if "eval" in files else "train"
+    test_split = "test" if "test" in splits else "eval" if "eval" in splits else "train"
     test = splits[test_split] if held_out else judged
-    texts = first_rows(rows[test_split], len(test))
-    prompt_texts, answers = _texts(texts, reader.encoder)
+    kind = loaded.get(test_split, loaded["train"]).format.kind
+    prompt_texts, answers = _texts(first_rows(rows[test_split], len(test)), test, reader.encoder)
+    references = rows[test_split]["answers"] if "answers" in rows[test_split].column_names else []
     return Task(
         name=name,
         train=splits["train"],
@@ -192,17 +255,25 @@ def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
         answers=answers,
         prompt_texts=prompt_texts,
         held_out=held_out,
-        references=list(texts["answers"]) if "answers" in texts.column_names else [],
+        generates=kind != TEXT and not isinstance(reader.encoder.tokenizer, TokenIds),
+        references=list(references)[: len(test)],
     )
 
 
-def _texts(rows: datasets.Dataset, encoder: Encoder) -> tuple[list[str], list[str]]:
-    """Prompts and gold answers as text; for rows of token ids, what these decode to."""
-    if "answer" in rows.column_names:
-        return list(rows["prompt"]), list(rows["answer"])
-    prompts, answers = zip(*(split_prompt(row["input_ids"], row["labels"]) for row in rows), strict=True)
+def _texts(rows: datasets.Dataset, encoded: datasets.Dataset, encoder: Encoder) -> tuple[list[str], list[str]]:
+    """Prompts and gold answers as text; where rows do not have them as such, what their token ids decode to."""
+    for answer in ("answer", "completion"):
+        if answer in rows.column_names:
+            return list(rows["prompt"]), list(rows[answer])
+    pairs = (split_prompt(row["input_ids"], row["labels"]) for row in encoded)
+    prompts, answers = zip(*pairs, strict=True)
 
     def decode(many: Iterable[list[int]]) -> list[str]:
         return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in many]
 
+    if "messages" in rows.column_names:
+        last = [[turn["content"] for turn in row if turn["role"] == "assistant"][-1] for row in rows["messages"]]
+        is_cut = [len(row["input_ids"]) >= encoder.cutoff for row in encoded]  # then another turn may be the last
+        texts = zip(last, decode(answers), is_cut, strict=True)
+        return decode(prompts), [kept if cut else whole for whole, kept, cut in texts]
     return decode(prompts), decode(answers)

@@ -12,7 +12,9 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from piece_ds.data.rows import FEATURES, IGNORED_LABEL, TOKENS
+from piece_ds.data.chat import ChatTemplate
+from piece_ds.data.conversations import Messages
+from piece_ds.data.rows import FEATURES, IGNORED_LABEL, TOKENS, has_counted_label
 from piece_ds.runtime.errors import UserError
 
 
@@ -23,13 +25,15 @@ class Encoder:
     Attributes:
         tokenizer: of transformers; without a BOS token its EOS token stands in, as in the authors' code.
         cutoff: most tokens a prompt, and separately an answer, keeps, from its end; >= 1.
-        chat_template: wrap the prompt as a user's turn in the tokenizer's chat template. The template then brings its
-            own first token, so no BOS is added; the answer still ends with EOS.
+        chat_template: wrap the prompt of a pair as a user's turn in the tokenizer's chat template. The template then
+            brings its own first token, so no BOS is added; the answer still ends with EOS.
+        conversations: conversations go through the tokenizer's chat template where it has one.
     """
 
     tokenizer: PreTrainedTokenizerBase
     cutoff: int
     chat_template: bool = False
+    conversations: bool = True
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -41,7 +45,7 @@ class Encoder:
         """Token ids the answer follows, in training and in generation alike; at least one."""
         if self.chat_template:
             turn = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            prompt = ChatTemplate(self.tokenizer).text(turn, f"prompt {prompt[:40]!r}", generation_prompt=True)
             return self._ids(prompt)[-self.cutoff :]
         ids = self._ids(prompt)[-self.cutoff :]
         return [self._bos_id(), *ids] if len(ids) < self.cutoff else ids
@@ -65,6 +69,59 @@ class Encoder:
             "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids,
         }
 
+    @property
+    def templates_conversations(self) -> bool:
+        """Whether conversations go through a chat template."""
+        return self.conversations and bool(self.tokenizer.chat_template)
+
+    def conversation(self, messages: Messages, num_context: int, where: str) -> dict[str, list[int]]:
+        """Return input_ids and labels of one conversation; labels count on the assistant's turns.
+
+        Without a chat template one question with its answer is a pair. What is past the cutoff is dropped.
+
+        Raises:
+            UserError: see ChatTemplate.encode(); no counted label before the cutoff; no template and more turns.
+        """
+        if self.templates_conversations:
+            row = ChatTemplate(self.tokenizer).encode(messages, where, num_context)
+            return self._kept(row, where)
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            reason = "--chat_template false" if self.conversations is False else "the tokenizer has no chat template"
+            raise UserError(
+                f"{where}: {len(messages)} turns need a chat template, and {reason}; only one question with one answer "
+                "does without"
+            )
+        return self.pair(messages[0]["content"], messages[1]["content"], where)
+
+    def completion(self, prompt: str, completion: str, where: str) -> dict[str, list[int]]:
+        """Return input_ids and labels of a text and how it goes on, with EOS behind; labels count on the latter.
+
+        The ids are those of both texts as one, with what the tokenizer itself puts around a text, as TRL has it.
+        """
+        if self.chat_template:
+            return self.pair(prompt, completion, where)
+        eos = self.tokenizer.eos_token
+        ids = self._ids(prompt + completion.removesuffix(eos) + eos, special=True)
+        before = self._ids(prompt, special=True)
+        start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+        return self._kept({"input_ids": ids, "labels": [IGNORED_LABEL] * start + ids[start:]}, where)
+
+    def documents(self, text: str) -> list[dict[str, list[int]]]:
+        """Return plain text with EOS behind, as the tokenizer itself encodes it, cut into pieces of at most cutoff."""
+        eos = self.tokenizer.eos_token
+        ids = self._ids(text.removesuffix(eos) + eos, special=True)
+        pieces = [ids[start : start + self.cutoff] for start in range(0, len(ids), self.cutoff)]
+        return [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) > 1]
+
+    def _kept(self, row: dict[str, list[int]], where: str) -> dict[str, list[int]]:
+        cut = {name: ids[: self.cutoff] for name, ids in row.items()}
+        if not has_counted_label(cut["labels"]):
+            raise UserError(
+                f"{where}: no token to learn among the first {self.cutoff} of {len(row['input_ids'])}; raise "
+                "--max_prompt_len or remove the row"
+            )
+        return cut
+
     def windows(self, text: str) -> list[dict[str, list[int]]]:
         """Plain text cut into pieces of at most cutoff tokens after a BOS; the loss sees every token of the text."""
         ids = self._ids(text)
@@ -74,8 +131,8 @@ class Encoder:
             for piece in pieces
         ]
 
-    def _ids(self, text: str) -> list[int]:
-        encoding: dict[str, Any] = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        encoding: dict[str, Any] = self.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
         return encoding["input_ids"]
 
     def _bos_id(self) -> int:
@@ -84,25 +141,27 @@ class Encoder:
 
 
 def split_prompt(input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of an encoded row: the answer starts at the first counted label.
+    """(prompt ids, answer ids) of an encoded row: the answer is the last run of counted labels.
 
-    Rows that came as token ids are split by the same rule, so they too can be generated from; the first position
-    is always prompt, since a model needs something to continue.
+    In a conversation that is the assistant's last turn. Rows that came as token ids are split by the same rule, so they
+    too can be generated from; the first position is always prompt, since a model needs something to continue.
     """
-    start = next(index for index, label in enumerate(labels) if label != IGNORED_LABEL and index > 0)
-    return input_ids[:start], [label for label in labels[start:] if label != IGNORED_LABEL]
+    stop = next(index for index in range(len(labels), 1, -1) if labels[index - 1] != IGNORED_LABEL)
+    start = next((index for index in range(stop, 1, -1) if labels[index - 1] == IGNORED_LABEL), 1)
+    return input_ids[:start], labels[start:stop]
 
 
 ENCODED = FEATURES[TOKENS]
 
 
-def tokenize_rows(rows: datasets.Dataset, encoder: Encoder, source: str) -> datasets.Dataset:
+def tokenize_rows(rows: datasets.Dataset, encoder: Encoder, source: str, documents: bool = False) -> datasets.Dataset:
     """rows of any kind as input_ids and labels, in the same order; rows of token ids come back as they are.
 
     Args:
         rows: what load_rows returned. Plain text becomes one row a window, other rows stay one row each.
         encoder: how texts become token ids.
         source: the file or data set, for messages.
+        documents: plain text is to be learned, as Encoder.documents() has it, rather than judged on.
     Returns:
         Dataset of columns input_ids and labels (int64 lists), in memory when rows are, else in datasets' disk cache.
     Raises:
@@ -112,16 +171,23 @@ def tokenize_rows(rows: datasets.Dataset, encoder: Encoder, source: str) -> data
     if columns >= set(ENCODED):
         return rows
 
-    def encode_pairs(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[list[int]]]:
-        pairs = zip(batch["prompt"], batch["answer"], indices, strict=True)
-        return _columns([encoder.pair(prompt, answer, f"{source} row {i + 1}") for prompt, answer, i in pairs])
+    def encode(row: dict[str, Any], where: str) -> list[dict[str, list[int]]]:
+        if "messages" in columns:
+            return [encoder.conversation(row["messages"], row["num_context"], where)]
+        if "completion" in columns:
+            return [encoder.completion(row["prompt"], row["completion"], where)]
+        if "prompt" in columns:
+            return [encoder.pair(row["prompt"], row["answer"], where)]
+        return encoder.documents(row["text"]) if documents else encoder.windows(row["text"])
 
-    def encode_texts(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[list[int]]]:
-        return _columns([window for text in batch["text"] for window in encoder.windows(text)])
+    def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+        given = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        pairs = zip(given, indices, strict=True)
+        return _columns([encoded for row, i in pairs for encoded in encode(row, f"{source} row {i + 1}")])
 
     with no_progress_bars():
         return rows.map(
-            encode_pairs if "prompt" in columns else encode_texts,
+            encode_batch,
             with_indices=True,
             batched=True,
             features=ENCODED,

@@ -22,6 +22,7 @@ from piece_ds.models.layout import full_shape, layout_of
 from piece_ds.models.position_ids import count_positions_from_mask_
 from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, load_processor
+from piece_ds.models.token_ids import has_tokenizer_files
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import Layout
@@ -56,6 +57,11 @@ def reads_images(config: Any) -> bool:
 def load_tokenizer(arguments: ModelArguments, config: Any = None) -> Processing:
     """The model's tokenizer or, where it reads images, its processor. Raises UserError where there is none."""
     source = model_source(str(arguments.model_name_or_path))
+    if Path(str(source)).is_dir() and not has_tokenizer_files(Path(str(source))):
+        raise UserError(
+            f"--model_name_or_path {source}: the folder holds no tokenizer (tokenizer.json); only rows of input_ids "
+            "and labels can do without"
+        )
     try:
         if reads_images(config):
             return load_processor(str(source), config, arguments.trust_remote_code)

@@ -1,5 +1,6 @@
 """What every launch script reads before a weight is read: configuration, tokenizer, tasks; every refusal on the way."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,18 @@ from transformers import TrainingArguments
 from piece_ds.config.defaults import timeout_seconds, with_precision
 from piece_ds.config.parsing import Settings
 from piece_ds.data.image_collate import check_processor
-from piece_ds.data.tasks import Task, load_general, load_task_stream
+from piece_ds.data.tasks import Task, holds_token_ids, load_general, load_task_stream
 from piece_ds.evaluation.benchmarks import check_ability
 from piece_ds.evaluation.scorers import choose_scorers, parse_scorers
-from piece_ds.models.loading import check_eligible, dtype_of, load_config, load_tokenizer, require_weights
-from piece_ds.models.processor import Processing
+from piece_ds.models.loading import check_eligible, dtype_of, load_config, load_tokenizer, reads_images, require_weights
+from piece_ds.models.processor import Processing, tokenizer_of
+from piece_ds.models.token_ids import token_ids_tokenizer
 from piece_ds.preflight.checks import check_deepspeed_file, check_mask, check_method_reads_images
+from piece_ds.preflight.rows_fit import check_prompts_fit, check_rows_fit
+from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import start_distributed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,22 +64,46 @@ def load_inputs(settings: Settings) -> Inputs:
     check_mask(settings, config)
     check_method_reads_images(settings.method.method, config)
     check_eligible(settings.model, config)
-    tokenizer = load_tokenizer(settings.model, config)
-    check_processor(tokenizer)
     data = settings.data
+    tokenizer = _tokenizer(settings, config)
+    check_processor(tokenizer)
     parse_scorers(settings.evaluation.scorers)
     check_ability(settings.evaluation)
-    tasks = load_task_stream(data, tokenizer)
+    tasks = load_task_stream(data, tokenizer, _seed(settings))
     about_images = [task.name for task in tasks if task.has_images]
     scorers = choose_scorers([(task.name, task.answers) for task in tasks], settings.evaluation.scorers, about_images)
+    plain = {task.name: "loss" for task in tasks if not task.generates}
+    scorers |= {
+        name: scorer for name, scorer in plain.items() if name not in parse_scorers(settings.evaluation.scorers)
+    }
     general = None
     if data.general_file:
         general = load_general(data.general_file, tokenizer, data.cutoff, False, data.max_eval_samples, data)
     general_importance = None
     if data.general_importance_file:
         general_importance = load_general(data.general_importance_file, tokenizer, data.cutoff, images=data)
+    others = {"--general_file": general, "--general_importance_file": general_importance}
+    check_rows_fit(config, tasks, others, tokenizer_of(tokenizer).pad_token_id)
+    check_prompts_fit(config, tasks, scorers, (data.max_new_tokens, settings.evaluation.max_new_tokens_text))
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     return Inputs(
         settings, config, tokenizer, dtype, tasks, scorers, general, general_importance, settings.training_arguments()
     )
+
+
+def _tokenizer(settings: Settings, config: Any) -> Processing:
+    """The model's tokenizer or processor; for rows of token ids alone, a model does without."""
+    try:
+        return load_tokenizer(settings.model, config)
+    except UserError:
+        if reads_images(config) or not holds_token_ids(settings.data):
+            raise
+    logger.warning("%s has no tokenizer: token ids are shown as numbers", settings.model.model_name_or_path)
+    return token_ids_tokenizer(config)
+
+
+def _seed(settings: Settings) -> int:
+    """--seed, before TrainingArguments is built, which refuses what is no number."""
+    given = settings.flag("seed") or ""
+    return int(given) if given.removeprefix("-").isdigit() else TrainingArguments.seed

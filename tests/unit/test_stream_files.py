@@ -122,7 +122,11 @@ def test_large_files_go_through_the_disk_cache(tmp_path: Path, monkeypatch: pyte
         ("a.json", "[1]", r"row 1: expected an object with prompt and answer, got int"),
         ("a.jsonl", lines(PAIR, {"prompt": "p"}), r"a\.jsonl row 2: no 'answer', it has \['prompt'\]"),
         ("a.jsonl", lines({"question": "p", "x": 1}), r"row 1: no 'prompt' or 'answer', it has \['question', 'x'\]"),
-        ("a.csv", "question,answer\np,a\n", r"CSV header has no column 'prompt', it has \['question', 'answer'\]"),
+        (
+            "a.csv",
+            "question,answer\np,a\n",
+            r"no 'prompt', it has \['answer', 'question'\].*--columns prompt=question\)",
+        ),
         ("a.csv", "prompt,answer\np\n", r"row 1: answer must be text, got nothing"),
         ("a.csv", "prompt,answer\np,a,b\n", r"line 2: more cells than the header's 2"),
         ("a.csv", 'prompt,answer\n"p"q,a\n', r"line 2: malformed CSV"),

@@ -1,0 +1,180 @@
+"""Conversations as token ids with loss on the assistant's turns only.
+
+The ids are those of transformers' apply_chat_template(). Which of them give loss is said by the template, where it
+marks what the assistant generates ({% generation %}); else the conversation is rendered turn by turn: a turn begins
+where the template, asked to, lets the assistant begin, and ends where the conversation cut after it ends.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from piece_ds.data.conversations import Messages
+from piece_ds.data.rows import IGNORED_LABEL, has_counted_label
+from piece_ds.runtime.errors import UserError
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Attributes:
+        tokenizer: a fast one (offsets of tokens are needed).
+        source: the template's text; None means the tokenizer's own.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise UserError("chat templates need a fast tokenizer (tokenizer.json); convert the model's tokenizer")
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template itself says which tokens the assistant generates."""
+        own = self.tokenizer.chat_template
+        template = self.source or (own.get("default", "") if isinstance(own, dict) else own or "")
+        return _GENERATION.search(template) is not None
+
+    def text(self, messages: Messages, where: str, generation_prompt: bool = False) -> str:
+        """Return the conversation as text.
+
+        Args:
+            messages: turns of role and content.
+            where: file and row, for the message.
+            generation_prompt: end with what the assistant's turn begins with.
+        Raises:
+            UserError: the template is broken, needs a variable, or refuses the conversation.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.source, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except Exception as error:  # a template is a program of the model's makers: anything may come out of it
+            raise _refused(where, error) from None
+
+    def prompt_ids(self, messages: Messages, where: str) -> list[int]:
+        """Return the token ids that the assistant's next turn follows."""
+        return self._encoded(self.text(messages, where, generation_prompt=True))["input_ids"]
+
+    def encode(self, messages: Messages, where: str, num_context: int = 0) -> dict[str, list[int]]:
+        """Return input_ids and labels of a conversation; labels are IGNORED_LABEL outside the assistant's turns.
+
+        Args:
+            messages: turns of role and content.
+            where: file and row, for messages.
+            num_context: turns at the beginning that give no loss.
+        Raises:
+            UserError: the template fails, or no token of an assistant's turn is left to learn.
+        """
+        text = self.text(messages, where)
+        for index, message in enumerate(messages, start=1):
+            if message["role"] == "assistant" and _answer(message) not in text:
+                raise UserError(
+                    f"{where}: the chat template leaves out what turn {index} says (one for images may expect parts "
+                    "in place of text); use a template for text"
+                )
+        encoding = self._encoded(text)
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        spans = self._marked(messages, where) if self.marks_generation else self._turns(messages, text, where)
+        counted = _covered(offsets, spans)
+        if num_context:
+            begin = _common_length(self.text(messages[:num_context], where, generation_prompt=True), text)
+            counted = [is_counted and stop > begin for is_counted, (_, stop) in zip(counted, offsets, strict=True)]
+        labels = [token if is_counted else IGNORED_LABEL for token, is_counted in zip(ids, counted, strict=True)]
+        if not has_counted_label(labels):
+            raise UserError(f"{where}: the chat template leaves no token of the assistant's turns to learn")
+        return {"input_ids": ids, "labels": labels}
+
+    def _encoded(self, text: str) -> dict[str, Any]:
+        # The template brings the special tokens, as in apply_chat_template(tokenize=True).
+        encoding: dict[str, Any] = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return encoding
+
+    def _marked(self, messages: Messages, where: str) -> list[Span]:
+        """Return the characters that the template marks. (transformers' own mask of tokens misses the last ones of a
+        turn that ends inside a character of several tokens.)"""
+        try:
+            _, marked = render_jinja_template(
+                [messages],
+                chat_template=self.tokenizer.get_chat_template(self.source),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:
+            raise _refused(where, error) from None
+        spans: list[Span] = marked[0]
+        return spans
+
+    def _turns(self, messages: Messages, text: str, where: str) -> list[Span]:
+        """Return the characters of text that are the assistant's turns, with what ends each of them."""
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            begin = len(self._prefix(messages[:index], text, where, index))
+            until = self.text(messages[: index + 1], where)
+            ends = (until, until.removesuffix(self.tokenizer.eos_token or ""))  # some end a whole conversation with EOS
+            until = next((end for end in ends if text.startswith(end)), ends[1])
+            if text.startswith(until):
+                spans.append((begin, len(until)))
+                continue
+            # The template writes a last turn otherwise than an earlier one (empty thoughts before it, say): find the
+            # content itself, and behind it what the shorter conversation ends with.
+            content = _answer(message)
+            tail = until.rpartition(content)[2]
+            stop = text.find(content, begin) + len(content) + len(tail)
+            if not text[begin:].lstrip().startswith(content) or text[stop - len(tail) : stop] != tail:
+                raise _not_by_turns(where, index)
+            spans.append((begin, stop))
+        return spans
+
+    def _prefix(self, before: Messages, text: str, where: str, index: int) -> str:
+        """Return what stands before an assistant's turn: what the model is given when it is to write it."""
+        if not before:
+            return ""  # its turn begins the conversation
+        without, prompt = (self.text(before, where, asked) for asked in (False, True))
+        if text.startswith(prompt):
+            return prompt
+        if text.startswith(without):  # the prompt opens thoughts, say, which the row closes at once: to where they part
+            return text[: _common_length(prompt, text)]
+        raise _not_by_turns(where, index)
+
+
+def _answer(message: dict[str, str]) -> str:
+    """Return what an assistant says, without thoughts before it: templates leave those of earlier turns out."""
+    return message["content"].rpartition("</think>")[2].strip()
+
+
+def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Return for each token whether a span holds any character of it."""
+    return [any(start < stop_of and stop > start_of for start_of, stop_of in spans) for start, stop in offsets]
+
+
+def _common_length(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _refused(where: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(
+        f"{where}: the tokenizer's chat template cannot render the row ({reason}); mend the template or the row, or "
+        "use --chat_template false where rows are one question and one answer"
+    )
+
+
+def _not_by_turns(where: str, index: int) -> UserError:
+    return UserError(
+        f"{where}: the chat template rewrites what stands before or in turn {index + 1} once later turns follow, so "
+        "its tokens cannot be told; give each answer a row of its own, or mark {% generation %} in the template"
+    )

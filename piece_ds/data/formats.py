@@ -1,0 +1,200 @@
+"""The data formats that people have: which keys tell them, and what their rows become.
+
+| name | keys | becomes |
+|---|---|---|
+| token ids | input_ids, labels | TOKENS, as they are |
+| prompt/answer | prompt, answer | PAIR |
+| chat messages | messages: role and content (OpenAI) | CHAT |
+| ShareGPT | conversations: from and value; system | CHAT |
+| prompt/completion | prompt, completion: texts (TRL) | COMPLETION |
+| prompt/completion of messages | prompt, completion: messages (TRL) | CHAT, loss on the completion's turns |
+| Alpaca | instruction, output; input, system, history | CHAT of one question and answer, after the history |
+| text | text | TEXT, loss on all of it |
+
+A file's first row decides; a row that could be two of them is the one further up.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from difflib import SequenceMatcher, get_close_matches
+from typing import Any
+
+from piece_ds.data.conversations import checked_messages, from_alpaca, from_messages, from_sharegpt
+from piece_ds.data.rows import (
+    CHAT,
+    COMPLETION,
+    KEYS,
+    PAIR,
+    TEXT,
+    TOKENS,
+    checked_pair_with_image,
+    checked_texts,
+    checked_tokens,
+    type_name,
+)
+from piece_ds.runtime.errors import UserError, nearest
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One way to write a row.
+
+    Attributes:
+        name: as it is shown.
+        keys: what every row of it has.
+        kind: what its rows become.
+        convert: (row, file and row for messages) -> checked row with the columns of its kind.
+        optional: keys that mean something when they are there.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    kind: str
+    convert: Callable[[Row, str], Row]
+    optional: tuple[str, ...] = ()
+
+
+def _pair(row: Row, where: str) -> Row:
+    return checked_texts(row, KEYS[PAIR], where)
+
+
+def _completion(row: Row, where: str) -> Row:
+    return checked_texts(row, ("prompt", "completion"), where)
+
+
+def _completion_messages(row: Row, where: str) -> Row:
+    prompt = checked_messages(row["prompt"], "prompt", where)
+    completion = checked_messages(row["completion"], "completion", where)
+    return from_messages([*prompt, *completion], where, num_context=len(prompt))
+
+
+def _messages(row: Row, where: str) -> Row:
+    if row.get("tools"):
+        raise UserError(f"{where}: tools and calls of them are not supported; remove the key 'tools' or the row")
+    return from_messages(checked_messages(row["messages"], "messages", where), where)
+
+
+def _text(row: Row, where: str) -> Row:
+    return checked_texts(row, KEYS[TEXT], where)
+
+
+FORMATS = (
+    RowFormat("token ids", KEYS[TOKENS], TOKENS, checked_tokens),
+    RowFormat("prompt/answer", KEYS[PAIR], PAIR, _pair, ("image", "pic_path")),
+    RowFormat("chat messages", ("messages",), CHAT, _messages),
+    RowFormat("ShareGPT", ("conversations",), CHAT, from_sharegpt, ("system",)),
+    RowFormat("prompt/completion of messages", ("prompt", "completion"), CHAT, _completion_messages),
+    RowFormat("prompt/completion", ("prompt", "completion"), COMPLETION, _completion),
+    RowFormat("Alpaca", ("instruction", "output"), CHAT, from_alpaca, ("input", "system", "history")),
+    RowFormat("text", KEYS[TEXT], TEXT, _text),
+)
+KNOWN_COLUMNS = tuple(dict.fromkeys(key for form in FORMATS for key in (*form.keys, *form.optional)))
+
+
+def format_of(row: Any, where: str) -> RowFormat:
+    """Return the format of a row, by its keys.
+
+    Raises:
+        UserError: the row is no object, or of no known format; the nearest one is named.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with prompt and answer, got {type_name(row)}")
+    for form in FORMATS:
+        is_of_messages = form.convert is not _completion_messages or isinstance(row.get("completion"), list)
+        if all(key in row for key in form.keys) and is_of_messages:
+            return form
+    names = sorted(map(str, row))
+    form = max(FORMATS[1:], key=lambda form: _likeness(form, names))
+    if _likeness(form, names) < _LEAST_LIKENESS:
+        form = FORMATS[1]
+    missing = [key for key in form.keys if key not in row]
+    free = [str(name) for name in row if name not in form.keys]
+    mapping = ",".join(f"{key}={name}" for key, name in _paired(missing, free))
+    raise UserError(
+        f"{where}: no {' or '.join(map(repr, missing))}, it has {str(names)[:200]}; the nearest known format is "
+        f"{form.name} ({', '.join(form.keys)}): rename the columns, or say which is which (--columns {mapping})"
+    )
+
+
+def _paired(missing: list[str], free: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield each missing key with the most similar of the free names, else with the first, else with NAME."""
+    for key in missing:
+        name = (get_close_matches(key, free, n=1) or free or ["NAME"])[0]
+        free = [other for other in free if other != name]
+        yield key, name
+
+
+_LEAST_LIKENESS = 0.4
+
+
+def _likeness(form: RowFormat, names: list[str]) -> float:
+    """Return how well the nearest of names fits each key of form, 0 to 1, on average."""
+    best = [max((SequenceMatcher(None, key, name).ratio() for name in names), default=0.0) for key in form.keys]
+    return sum(score if score > 0.6 else 0.0 for score in best) / len(best)
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """Return name in the file -> name that this project knows, of --columns prompt=question,answer=target.
+
+    Raises:
+        UserError: a part that is no KNOWN=NAME, a known name that is none, or a name given twice.
+    """
+    renamed: dict[str, str] = {}
+    for part in (text or "").split(",") if text else ():
+        known, equals, name = (piece.strip() for piece in part.partition("="))
+        if not (known and equals and name):
+            raise UserError(
+                f"--columns expects KNOWN=NAME,KNOWN=NAME, got {part!r}; as in prompt=question,answer=target"
+            )
+        if known not in KNOWN_COLUMNS:
+            raise UserError(
+                f"--columns {part.strip()}: {known!r} is no column of a known format; known: "
+                f"{', '.join(KNOWN_COLUMNS)}.{nearest(known, list(KNOWN_COLUMNS))}"
+            )
+        if name in renamed or known in renamed.values():
+            raise UserError(f"--columns names {name if name in renamed else known!r} twice; name each once")
+        renamed[name] = known
+    return renamed
+
+
+def renamed_row(row: Any, columns: dict[str, str], where: str) -> Any:
+    """Return row under the names of --columns. Raise UserError where a column is missing, or would hide another."""
+    if not columns or not isinstance(row, dict):
+        return row
+    missing = [name for name in columns if name not in row]
+    if missing:
+        names = sorted(map(str, row))
+        raise UserError(
+            f"{where}: --columns names {missing[0]!r}, it has {str(names)[:200]}.{nearest(missing[0], names)}"
+        )
+    kept = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
+    return {**kept, **{known: row[name] for name, known in columns.items()}}
+
+
+def checked_rows(
+    rows: Iterable[Any], source: str, images: bool = False, columns: dict[str, str] | None = None
+) -> Iterator[Row]:
+    """Yield rows with exactly the columns of their kind, each checked; other columns are dropped.
+
+    Args:
+        rows: rows as read; row numbers in messages count from 1.
+        source: the file or data set, for messages.
+        images: a pair may name an image, as image or pic_path, and its answer may be a list of gold answers.
+        columns: of parse_columns().
+    Raises:
+        UserError: a row that cannot be used, or one of another format than the first.
+    """
+    first = None
+    for number, raw in enumerate(rows, start=1):
+        where = f"{source} row {number}"
+        row = renamed_row(raw, columns or {}, where)
+        form = format_of(row, where)
+        first = first or form
+        if form is not first:
+            raise UserError(
+                f"{where}: has {form.keys} ({form.name}), the rows before have {first.keys} ({first.name}); use one "
+                "form in a file"
+            )
+        yield checked_pair_with_image(row, where) if images and form.kind == PAIR else form.convert(row, where)

@@ -1,0 +1,139 @@
+"""Conversations as token ids: transformers' own ids, and loss on the assistant's turns whichever way they are found."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from piece_ds.data.chat import ChatTemplate
+from piece_ds.data.tokenize import Encoder
+from piece_ds.demo.model import make_tokenizer
+from piece_ds.runtime.errors import UserError
+
+ONE = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yo you"}]
+TWO = [*ONE, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "more, é"}]
+
+# TRL's templates that mark the assistant's turns just as a template without marks divides them. The others mark what
+# the prompt already holds (a first line end, empty thoughts, the assistant's name), or are for images.
+ALLOW_BOTH = [
+    "cohere",
+    "cohere2",
+    "gemma",
+    "gemma3",
+    "glm4moe",
+    "lfm2",
+    "lfm2_v2",
+    "llama3",
+    "phi3",
+    "phi3_5",
+    "qwen2_5_vl",
+    "qwen3",
+    "qwen3_instruct_2507",
+    "qwen3_vl",
+]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(4096)
+
+
+def trl_templates() -> Path:
+    spec = find_spec("trl")
+    if spec is None or spec.origin is None:
+        pytest.skip("trl is not installed: its chat templates are what is compared")
+    return Path(spec.origin).parent / "chat_templates"
+
+
+def unmarked(template: str) -> str:
+    """The same template without its marks of what the assistant generates."""
+    begun = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
+    return re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", begun)
+
+
+def test_turn_by_turn_equals_the_templates_own_marks(tokenizer: PreTrainedTokenizerFast) -> None:
+    for name in ALLOW_BOTH:
+        template = (trl_templates() / f"{name}_training.jinja").read_text()
+        marked, plain = ChatTemplate(tokenizer, template), ChatTemplate(tokenizer, unmarked(template))
+        assert (marked.marks_generation, plain.marks_generation) == (True, False)
+        for messages in (ONE, TWO):
+            row = marked.encode(messages, "row")
+            assert row == plain.encode(messages, "row"), name
+            assert (
+                row["input_ids"]
+                == tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
+            )
+            learned = tokenizer.decode([label for label in row["labels"] if label != -100])
+            assert all(message["content"] in learned for message in messages[1::2])
+            assert not any(message["content"] in learned for message in messages[0::2])
+
+
+def test_templates_that_write_earlier_turns_otherwise_are_divided_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Qwen3 puts empty thoughts before the last turn alone; Nemotron's prompt opens thoughts that the row closes."""
+    for name, learned in {
+        "qwen3": "yo you<|im_end|>\n<think>\n\n</think>\n\nmore, é<|im_end|>\n",
+        "nemotron_3_nano": "</think>yo you<|im_end|>\n</think>more, é<|im_end|>\n",
+    }.items():
+        row = ChatTemplate(tokenizer, (trl_templates() / f"{name}.jinja").read_text()).encode(TWO, "row")
+        assert tokenizer.decode([label for label in row["labels"] if label != -100]) == learned
+
+
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def test_turns_of_the_context_give_no_loss(tokenizer: PreTrainedTokenizerFast) -> None:
+    for template in (PLAIN, PLAIN.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")):
+        row = ChatTemplate(tokenizer, template).encode(TWO, "row", num_context=3)
+        learned = tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert "more, é" in learned
+        assert "yo" not in learned
+
+
+def test_templates_that_fail_are_one_line(tokenizer: PreTrainedTokenizerFast) -> None:
+    for template, reason in {
+        "{{ raise_exception('Conversation roles must alternate') }}": "roles must alternate",
+        "{% for m in messages %}": "chat template cannot render the row",
+        "{{ date.now() }}": "'date' is undefined",
+        "{{ messages[9].content }}": "chat template cannot render the row",
+        "{{ 1 / 0 }}": "division by zero",
+        "nothing": "leaves out what turn 2 says",
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}": "rewrites what stands",
+        "{% for m in messages %}{% generation %}{% endgeneration %}{{ m.content }}{% endfor %}": "no token of the",
+    }.items():
+        with pytest.raises(UserError, match=reason) as refusal:
+            ChatTemplate(tokenizer, template).encode(TWO, "a.jsonl row 3")
+        assert str(refusal.value).startswith("a.jsonl row 3: ")
+        assert "\n" not in str(refusal.value)
+
+
+def test_named_templates_without_a_default_are_one_line(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = {"rag": PLAIN, "tool_use": PLAIN}
+    with pytest.raises(UserError, match=r"row 1: the tokenizer's chat template cannot render") as refusal:
+        Encoder(tokenizer, cutoff=64).conversation(ONE, 0, "row 1")
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match="cannot render"):
+        Encoder(tokenizer, cutoff=64, chat_template=True).prompt_ids("p")
+    tokenizer.chat_template = {"default": PLAIN, "rag": "x"}
+    assert "yo you" in tokenizer.decode(Encoder(tokenizer, cutoff=64).conversation(ONE, 0, "row 1")["input_ids"])
+
+
+def test_a_conversation_is_cut_at_its_end_and_must_keep_something_to_learn(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = PLAIN
+    whole = Encoder(tokenizer, cutoff=999).conversation(TWO, 0, "row")
+    cut = Encoder(tokenizer, cutoff=25).conversation(TWO, 0, "row")
+    assert cut == {name: ids[:25] for name, ids in whole.items()}
+    with pytest.raises(UserError, match=r"row 7: no token to learn among the first 8 of"):
+        Encoder(tokenizer, cutoff=8).conversation(TWO, 0, "row 7")
+
+
+def test_completions_and_texts_are_what_trl_makes_of_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Both texts as one with EOS behind, and loss from where the ids of the prompt alone part from them."""
+    encoder = Encoder(tokenizer, cutoff=99)
+    row = encoder.completion("ab ", "cd", "row")
+    assert row["input_ids"] == tokenizer("ab cd</s>")["input_ids"]
+    assert row["labels"] == [-100, -100, -100, *row["input_ids"][3:]]
+    assert encoder.completion("ab ", "cd</s>", "row") == row
+    assert encoder.documents("ab")[0]["input_ids"] == tokenizer("ab</s>")["input_ids"]
+    assert encoder.completion("", "cd", "row")["labels"] == tokenizer("cd</s>")["input_ids"]
