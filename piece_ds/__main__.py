@@ -6,6 +6,7 @@ from importlib import import_module
 
 from piece_ds.cli.main import _parser
 from piece_ds.runtime.errors import MachineError, UserError
+from piece_ds.runtime.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,10 +16,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         module, function = arguments.run.split(":")
         getattr(import_module(module), function)(arguments)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(2)
     except MachineError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,16 +1,13 @@
 """What `piece_ds delta ...` does: opens files and folders, hands them to piece_ds.deltas, says what was done."""
 
 import argparse
-import sys
 from math import prod
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from piece_ds.checkpoint.mask_statistics import mask_statistics, place_of
-from piece_ds.cli.masks import statistics_table
+from piece_ds.cli.masks import layers_grid
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.deltas import compose, verify
 from piece_ds.deltas.delta import Delta, find_deltas, open_delta
@@ -23,41 +20,45 @@ from piece_ds.models.eligible import input_embedding
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import empty_model, load_config, names_in_files
 from piece_ds.models.pretrained import model_source
+from piece_ds.report.grids import Grid
+from piece_ds.report.table import print_grids
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.text import printable
 
 
 def list_deltas(arguments: argparse.Namespace) -> None:
     """One line per delta."""
-    table = Table("delta", "method", "ratio", "selected", "MB", "bytes/value", "base", "result")
+    rows = []
     for delta in _open(arguments.deltas):
         size = delta.path.stat().st_size
         metadata = delta.metadata
-        table.add_row(
-            str(delta.path),
-            metadata.get("method"),
-            metadata.get("ratio"),
-            str(delta.num_selected),
-            f"{size / 1e6:.3f}",
-            f"{size / delta.num_selected:.2f}",
-            delta.base_fingerprint,
-            delta.result_fingerprint,
+        rows.append(
+            (
+                str(delta.path),
+                metadata.get("method") or "",
+                metadata.get("ratio") or "",
+                delta.base_fingerprint or "",
+                delta.result_fingerprint or "",
+                str(delta.num_selected),
+                f"{size / 1e6:.3f}",
+                f"{size / delta.num_selected:.2f}",
+            )
         )
-    _console().print(table)
+    header = ("delta", "method", "ratio", "base", "result", "selected", "MB", "bytes/value")
+    print_grids([Grid("deltas", header, tuple(rows), num_text_columns=5)])
 
 
 def inspect_deltas(arguments: argparse.Namespace) -> None:
     """Where each delta lies and how far it moves values."""
     for delta in _open(arguments.deltas):
-        summary = Table(title=str(delta.path), show_header=False, title_justify="left")
-        for row in _summary(delta).items():
-            summary.add_row(*row)
-        _console().print(summary)
         numel = {name: prod(shape) for name, shape in delta.shapes.items()}
         index = {name: delta.change(name).index for name in delta.shapes}
         heading = "selected elements, and their share of the parameters that have any"
-        _console().print(statistics_table(heading, mask_statistics(index, numel)))
-        if delta.reversible:
-            _console().print(_movement_table(delta))
+        grids = [
+            Grid(str(delta.path), ("", ""), tuple(_summary(delta).items()), num_text_columns=2),
+            layers_grid(heading, mask_statistics(index, numel)),
+        ]
+        print_grids([*grids, *([_movement_grid(delta)] if delta.reversible else [])])
 
 
 def apply_deltas(arguments: argparse.Namespace) -> None:
@@ -75,7 +76,7 @@ def merge_deltas(arguments: argparse.Namespace) -> None:
     require_free(Path(arguments.output))
     steps = [Step(delta) for delta in _open(arguments.deltas)]
     patch_to(_open_model(arguments), steps, arguments.output, with_record=False)
-    print(f"merged {len(steps)} deltas into {arguments.output}")
+    print(printable(f"merged {len(steps)} deltas into {arguments.output}"))
 
 
 def compose_deltas(arguments: argparse.Namespace) -> None:
@@ -97,15 +98,17 @@ def export_deltas(arguments: argparse.Namespace) -> None:
         verify(folder, [Step(deltas[0])])
     if arguments.format == "vllm":
         export_vllm(deltas[0], output, *([folder.stored_as] if folder else []))
-        print(f"wrote {output}: {output.stat().st_size} bytes")
+        print(printable(f"wrote {output}: {output.stat().st_size} bytes"))
         return
     if folder is None:
         raise UserError("--format peft needs --model: only the model says which weights are those of Linear modules")
     num_inexact = export_peft(deltas[0], output, _linear_weights(arguments), str(folder.root.absolute()))
     size = sum(file.stat().st_size for file in output.iterdir())
     print(
-        f"wrote {output}: {size} bytes; {num_inexact} of {deltas[0].num_selected} values differ in the last bits "
-        "from the delta's when added to the base in fp32"
+        printable(
+            f"wrote {output}: {size} bytes; {num_inexact} of {deltas[0].num_selected} values differ in the last bits "
+            "from the delta's when added to the base in fp32"
+        )
     )
 
 
@@ -119,7 +122,7 @@ def _patch(arguments: argparse.Namespace, steps: list[Step], what: str) -> None:
         patch_in_place(folder, steps)
     else:
         patch_to(folder, steps, arguments.output)
-    print(f"{what} {len(steps)} deltas: {folder.root if arguments.in_place else arguments.output}")
+    print(printable(f"{what} {len(steps)} deltas: {folder.root if arguments.in_place else arguments.output}"))
 
 
 def _open(paths: list[str]) -> list[Delta]:
@@ -163,21 +166,12 @@ def _summary(delta: Delta) -> dict[str, str]:
     }
 
 
-def _movement_table(delta: Delta) -> Table:
-    table = Table(
-        "module",
-        "values",
-        "changed",
-        "mean |change|",
-        "max |change|",
-        "mean |change| / mean |value|",
-        title="how far values moved",
-        title_justify="left",
-    )
+def _movement_grid(delta: Delta) -> Grid:
+    header = ("module", "values", "changed", "mean |change|", "max |change|", "mean |change| / mean |value|")
     whole = movements(("all", delta.change(name)) for name in delta.shapes)
     parts = movements((place_of(name).module, delta.change(name)) for name in delta.shapes)
-    for module, moved in (*sorted(parts.items()), *whole.items()):
-        table.add_row(
+    rows = [
+        (
             module,
             str(moved.num_values),
             f"{moved.num_changed / moved.num_values:.1%}",
@@ -185,15 +179,14 @@ def _movement_table(delta: Delta) -> Table:
             f"{moved.max_distance:.3g}",
             f"{moved.relative:.3g}",
         )
-    return table
+        for module, moved in (*sorted(parts.items()), *whole.items())
+    ]
+    return Grid("how far values moved", header, tuple(rows))
 
 
 def _say_size(path: Path) -> None:
     delta = open_delta(path)
     size = path.stat().st_size
-    print(f"wrote {path}: {delta.num_selected} values, {size} bytes, {size / delta.num_selected:.2f} a value")
-
-
-def _console() -> Console:
-    """Standard output; wide where it is no terminal, since wrapped rows are unreadable in a log."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    print(
+        printable(f"wrote {path}: {delta.num_selected} values, {size} bytes, {size / delta.num_selected:.2f} a value")
+    )

@@ -6,11 +6,12 @@ import sys
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from piece_ds.doctor.findings import BAD, GOOD, Finding
 from piece_ds.doctor.machine import examine
+from piece_ds.runtime.text import printable
 
 _COLOURS = {GOOD: "green", BAD: "bold red"}
 
@@ -31,5 +32,5 @@ def _table(findings: list[Finding]) -> Table:
     table = Table("", "what", "found", title="piece_ds doctor", title_justify="left")
     for finding in findings:
         colour = _COLOURS.get(finding.status, "yellow")
-        table.add_row(f"[{colour}]{finding.status}[/]", finding.what, escape(finding.found))
+        table.add_row(Text(finding.status, colour), Text(printable(finding.what)), Text(printable(finding.found)))
     return table

@@ -1,11 +1,11 @@
 """`piece_ds masks`: where masks lie, by layer and kind of module, and how much they overlap."""
 
 from argparse import Namespace
-
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Sequence
 
 from piece_ds.checkpoint.mask_statistics import mask_statistics, overlap, read_index
+from piece_ds.report.grids import Grid, kinds_grid, share
+from piece_ds.report.table import print_grids
 
 
 def masks(arguments: Namespace) -> None:
@@ -13,30 +13,28 @@ def masks(arguments: Namespace) -> None:
     print_masks(arguments.masks)
 
 
-def print_masks(paths: list[str]) -> None:
-    """Tables for mask files: one per file, and their overlap where there are several."""
-    console = Console()
+def print_masks(paths: Sequence[str]) -> None:
+    """Print tables of mask files: each by kind and by layer, and their overlap if there are several."""
     masks = [read_index(path) for path in paths]
+    grids = []
     for path, (index, numel, metadata) in zip(paths, masks, strict=True):
+        counts = mask_statistics(index, numel)
         heading = f"{path}: {metadata.get('selected')} of {metadata.get('total')} ({metadata.get('method')})"
-        console.print(statistics_table(heading, mask_statistics(index, numel)))
+        grids += [kinds_grid(heading, {"selected": counts}), layers_grid(f"{path}, by layer", counts)]
     if len(paths) > 1:
-        table = Table(title="overlap (Jaccard)")
-        for column in ("", *paths):
-            table.add_column(column)
-        for path, (first, _, _) in zip(paths, masks, strict=True):
-            table.add_row(path, *(f"{overlap(first, second):.4f}" for second, _, _ in masks))
-        console.print(table)
+        rows = [
+            (path, *(f"{overlap(a, b):.4f}" for b, *_ in masks)) for path, (a, *_) in zip(paths, masks, strict=True)
+        ]
+        grids.append(Grid("overlap (Jaccard)", ("", *paths), tuple(rows)))
+    print_grids(grids)
 
 
-def statistics_table(heading: str, counts: dict[str, dict[str, dict[str, int]]]) -> Table:
-    """What mask_statistics() returns as a table of layers and module types."""
-    modules = sorted({module for row in counts.values() for module in row})
-    table = Table(title=heading)
-    table.add_column("layer")
-    for module in modules:
-        table.add_column(module, justify="right")
-    for layer in sorted(counts, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0)):
-        cells = [counts[layer].get(module) for module in modules]
-        table.add_row(layer, *(f"{c['selected']} ({c['selected'] / c['total']:.2%})" if c else "" for c in cells))
-    return table
+def layers_grid(heading: str, counts: dict[str, dict[str, dict[str, int]]]) -> Grid:
+    """Return what mask_statistics() counted as a table of layers and kinds of module."""
+    kinds = sorted({kind for row in counts.values() for kind in row})
+    layers = sorted(counts, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))
+    rows = []
+    for layer in layers:
+        cells = [counts[layer].get(kind) for kind in kinds]
+        rows.append((layer, *(f"{c['selected']} ({share(c['selected'] / c['total'])})" if c else "" for c in cells)))
+    return Grid(heading, ("layer", *kinds), tuple(rows))

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from piece_ds.report.comparison_page import write_comparison
-from piece_ds.report.comparison_table import comparison_grid
+from piece_ds.report.comparison_table import comparison_grids
 from piece_ds.report.groups import group_runs
 from piece_ds.report.results import RunResults, read_results
 from piece_ds.report.table import print_grids
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.schema import read_json
+from piece_ds.runtime.text import printable
 
 RESULTS_NAME, RUN_NAME = "results.json", "run.json"
 # Parts of run.json that are no settings, or hold far more of them than decide a result.
@@ -25,8 +26,8 @@ def report(arguments: argparse.Namespace) -> None:
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {path}: expected the name of an .html file")
     groups = group_runs(read_runs([Path(run) for run in arguments.runs]))
-    print_grids([comparison_grid(groups)])
-    print(f"report: {write_comparison(path, groups)}")
+    print_grids(comparison_grids(groups))
+    print(f"report: {printable(write_comparison(path, groups))}")
 
 
 def read_runs(folders: Sequence[Path]) -> list[tuple[str, RunResults]]:

@@ -9,7 +9,7 @@ from piece_ds.report.frontier import FrontierPoint, frontier_figure
 from piece_ds.report.groups import Group, shown
 from piece_ds.report.heat_maps import result_heat_maps
 from piece_ds.report.html import ReportFigure
-from piece_ds.report.run_figures import line_figures, mask_figures
+from piece_ds.report.run_figures import line_figures, mask_figures, some_of
 
 
 def comparison_figures(groups: Sequence[Group]) -> list[ReportFigure]:
@@ -22,7 +22,12 @@ def comparison_figures(groups: Sequence[Group]) -> list[ReportFigure]:
 def _matrices(groups: Sequence[Group]) -> list[ReportFigure]:
     """Result matrices side by side, on one colour scale."""
     score = measured_by_score(groups)
-    measures = {group.label: [run.matrix.score if score else run.matrix.loss for run in group.runs] for group in groups}
+    shown = some_of([group.label for group in groups])
+    measures = {
+        group.label: [run.matrix.score if score else run.matrix.loss for run in group.runs]
+        for group in groups
+        if group.label in shown
+    }
     with_before = all(measure.before is not None for several in measures.values() for measure in several)
     panels = {}
     for label, several in measures.items():
@@ -40,6 +45,7 @@ def _matrices(groups: Sequence[Group]) -> list[ReportFigure]:
         f"Result matrices, {'scores in %' if score else 'losses in nats per answer token'}, on one colour scale: a row "
         "is a moment of the stream, a column a task."
     )
+    caption += f" {len(shown)} of {len(groups)} settings." if len(shown) < len(groups) else ""
     caption += " Means over seeds." if any(len(group.runs) > 1 for group in groups) else ""
     return [ReportFigure("matrices.png", caption, png)]
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from piece_ds.report.comparison_table import comparison_grid
-from piece_ds.report.grids import cost_grid, run_grids
+from piece_ds.report.comparison_table import comparison_grids
+from piece_ds.report.grids import cost_grid, page_grids
 from piece_ds.report.groups import Group
 from piece_ds.report.html import render_page
 from piece_ds.report.results import RunResults
@@ -31,11 +31,11 @@ def write_comparison(path: Path | str, groups: Sequence[Group], title: str = "Co
     page = render_page(
         title,
         lead=f"{len(runs)} run{'s' * (len(runs) > 1)}: {' → '.join(groups[0].first.tasks)}",
-        grids=[comparison_grid(groups)],
+        grids=comparison_grids(groups),
         figures=figures,
         settings={name: {"method": run.method, "mask_ratio": run.ratio, **run.settings} for name, run in runs.items()},
         notes=list(dict.fromkeys(note for run in runs.values() for note in run.notes)),
-        details={name: [*run_grids(run), *([cost_grid([run])] if run.cost else [])] for name, run in runs.items()},
+        details={name: [*page_grids(run), *([cost_grid([run])] if run.cost else [])] for name, run in runs.items()},
     )
     write_text(path, page)
     return path

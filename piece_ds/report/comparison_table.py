@@ -5,23 +5,51 @@ from math import isfinite
 from statistics import fmean
 
 from piece_ds.report.grids import ABSENT, Grid, has_scores, nats, percent, points, quantity
-from piece_ds.report.groups import Group, Interval, interval, shown
+from piece_ds.report.groups import MAX_SETTINGS, Group, shown
+from piece_ds.report.intervals import Interval, over_repetitions
 from piece_ds.report.results import RunResults
 
 Figure = Callable[[RunResults], float | None]
+Columns = Sequence[tuple[str, Sequence[str]]]
 WRITTEN = ("mask_bytes", "delta_bytes", "model_bytes", "other_bytes")
 PEAKS = {"peak_bytes": "peak memory", "host_peak_bytes": "peak host memory"}
 
 
-def comparison_grid(groups: Sequence[Group]) -> Grid:
+def comparison_grids(groups: Sequence[Group]) -> list[Grid]:
     """Groups in rows; in columns what differs in their settings, then what came of it. Columns of nothing are left out.
 
-    A value of several seeds is their mean ± half of the 95 % interval; peak memory is the highest of all.
+    If more than MAX_SETTINGS settings differ they have a table of their own, so that the results stay on the page; a
+    number leads from one table to the other. A value of several seeds is their mean ± half of the 95 % interval; peak
+    memory is the highest of all.
     """
-    columns = [*_setting_columns(groups), *_result_columns(groups), *_cost_columns(groups)]
+    settings, results = _setting_columns(groups), [*_result_columns(groups), *_cost_columns(groups)]
+    if len(groups[0].settings) <= MAX_SETTINGS:
+        return [_grid("Methods", [group.name for group in groups], [*settings, *results], len(settings))]
+    numbered = [group.label for group in groups]
+    return [
+        _grid("Methods", numbered, results, 0),
+        _settings_grid([label for label, _ in settings], [cells for _, cells in settings], numbered),
+    ]
+
+
+def _grid(title: str, names: Sequence[str], columns: Columns, num_settings: int) -> Grid:
     kept = [(label, cells) for label, cells in columns if any(cell != ABSENT for cell in cells)]
-    rows = [(group.name, *(cells[index] for _, cells in kept)) for index, group in enumerate(groups)]
-    return Grid("Methods", ("run", *(label for label, _ in kept)), tuple(rows))
+    rows = [(name, *(cells[index] for _, cells in kept)) for index, name in enumerate(names)]
+    num_text = 1 + sum(any(cell != ABSENT for cell in cells) for _, cells in columns[:num_settings])
+    return Grid(title, ("run", *(label for label, _ in kept)), tuple(rows), num_text)
+
+
+def _settings_grid(labels: Sequence[str], cells: Sequence[Sequence[str]], names: Sequence[str]) -> Grid:
+    """Every setting that differs, a row each if there are few runs, else a run a row with all of them in a sentence."""
+    title = "What the runs differ in"
+    if len(names) <= MAX_SETTINGS:
+        rows = [(label, *values) for label, values in zip(labels, cells, strict=True)]
+        return Grid(title, ("setting", *names), tuple(rows), 1 + len(names))
+    texts = [
+        "; ".join(f"{label} {values[index]}" for label, values in zip(labels, cells, strict=True))
+        for index in range(len(names))
+    ]
+    return Grid(title, ("run", "settings"), tuple(zip(names, texts, strict=True)), 2)
 
 
 def measured_by_score(groups: Sequence[Group]) -> bool:
@@ -78,7 +106,7 @@ def _with_interval(values: Sequence[float | None], form: Callable[[float | None]
     known = [value for value in values if value is not None]
     if not known:
         return ABSENT
-    found = interval(known) if all(map(isfinite, known)) else Interval(fmean(known), None, len(known))
+    found = over_repetitions(known) if all(map(isfinite, known)) else Interval(fmean(known), None)
     if not found.half_width:  # one run, or what is the same in all
         return form(found.mean)
     return f"{form(found.mean).removesuffix(' %')} ± {form(found.half_width).removeprefix('+')}"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from piece_ds.report.style import LineStyle, figure_style, log_if_wide, looks, new_axes, png
+from piece_ds.report.legend import legend_below, legend_height
+from piece_ds.report.style import LineStyle, figure_style, log_if_wide, looks, new_axes, not_less_than_noise, png
 
 MAX_LABELS = 24  # more labels than this cover the points
 # Points right, points up, alignment: labels of neighbouring lines stand on different sides of their points.
@@ -55,7 +56,7 @@ def frontier_figure(
     """
     methods = list(dict.fromkeys(point.method for point in points))
     with figure_style():
-        figure, all_axes = new_axes(4.8 * len(y_labels), 4.2, len(y_labels))
+        figure, all_axes = new_axes(4.8 * len(y_labels), 4.2 + legend_height(methods), len(y_labels))
         for panel, axes in enumerate(all_axes):
             is_loss = panel < len(y_are_losses) and y_are_losses[panel]
             for index, (method, look) in enumerate(zip(methods, looks(methods), strict=True)):
@@ -64,7 +65,7 @@ def frontier_figure(
                 if len(points) <= MAX_LABELS:
                     _label(axes, of_method, panel, look, LABEL_PLACES[index % len(LABEL_PLACES)])
             _name_axes(axes, x_label, y_labels[panel], x_is_loss, is_loss, [point.kept[panel] for point in points])
-        all_axes[0].legend(fontsize=8)
+        legend_below(figure, all_axes[0], methods)
         return png(figure)
 
 
@@ -103,7 +104,9 @@ def _name_axes(
     else:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if is_loss:
-        title += log_if_wide(axes, [value for value in values if value is not None])
+        known = [value for value in values if value is not None]
+        not_less_than_noise(axes, known)
+        title += log_if_wide(axes, known)
         axes.invert_yaxis()
     else:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -1,12 +1,15 @@
-"""Results as rows of short texts, once for the console, Markdown and HTML."""
+"""Results as rows of short texts, once for the console and HTML."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 from piece_ds.evaluation.matrix import Measure
-from piece_ds.report.results import RunResults
+from piece_ds.report.intervals import over_rows, over_rows_of_mean
+from piece_ds.report.results import Counts, RunResults
 
 ABSENT = "-"
+MAX_MASKS = 8  # columns of a table; more do not fit beside each other
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,13 @@ class Grid:
         title: what it shows.
         header: names of the columns; the first names the rows.
         rows: as long as the header.
+        num_text_columns: columns at the start that hold words, and stand on the left; the others hold numbers.
     """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    num_text_columns: int = 1
 
 
 def result_grids(run: RunResults) -> list[Grid]:
@@ -32,7 +37,8 @@ def result_grids(run: RunResults) -> list[Grid]:
     """
     grids = []
     if has_scores(run.matrix.score):
-        grids.append(_matrix_grid(f"{run.name}: {run.matrix.score_name}", run, run.matrix.score, percent))
+        scores = _matrix_grid(f"{run.name}: {run.matrix.score_name}", run, run.matrix.score, percent)
+        grids.append(replace(scores, rows=(*scores.rows, *_certainty(run))))
     grids.append(_matrix_grid(f"{run.name}: loss (nats per answer token)", run, run.matrix.loss, nats, general=True))
     return grids
 
@@ -59,9 +65,15 @@ def summary_grid(runs: Sequence[RunResults]) -> Grid:
 
 
 def run_grids(run: RunResults) -> list[Grid]:
-    """Every grid of one run but its costs."""
+    """What one run found: its matrices, and what was measured beside the scores."""
     beside = measures_grid(run)
     return [*result_grids(run), *([beside] if beside.rows else [])]
+
+
+def page_grids(run: RunResults) -> list[Grid]:
+    """Every grid of one run but its costs: what a page has room for."""
+    kinds = kinds_grid(f"{run.name}: selected, of all weights of a kind", run.masks)
+    return [*run_grids(run), *([kinds] if kinds.rows else [])]
 
 
 def measures_grid(run: RunResults) -> Grid:
@@ -75,7 +87,33 @@ def measures_grid(run: RunResults) -> Grid:
     moments += [(moment, "general ability", values) for moment, values in run.ability.items() if values]
     names = list(dict.fromkeys(name for _, _, values in moments for name in values))
     rows = [(moment, task, *(nats(values.get(name)) for name in names)) for moment, task, values in moments]
-    return Grid(f"{run.name}: beside the scores", ("", "task", *names), tuple(rows))
+    return Grid(f"{run.name}: beside the scores", ("", "task", *names), tuple(rows), num_text_columns=2)
+
+
+def kinds_grid(title: str, masks: Mapping[str, Counts]) -> Grid:
+    """What share of the weights of each kind of module a mask selects, most selected weights first.
+
+    Args:
+        masks: title, as a task -> layer -> kind -> {"selected", "total"}. Of more than MAX_MASKS the lowest, mean and
+            highest share stand in the place of each mask's own.
+    """
+    totals: dict[str, int] = {}
+    selected: dict[str, list[int]] = {}
+    for place, counts in enumerate(masks.values()):
+        of_mask: dict[str, int] = {}
+        for kinds in counts.values():
+            for kind, cell in kinds.items():
+                of_mask[kind] = of_mask.get(kind, 0) + cell["total"]
+                selected.setdefault(kind, [0] * len(masks))[place] += cell["selected"]
+        totals |= of_mask
+    header = ("kind", "weights", *(masks if len(masks) <= MAX_MASKS else ("lowest", "mean", "highest")))
+    rows = []
+    for kind in sorted(selected, key=lambda kind: -sum(selected[kind])):
+        shares = [count / max(totals[kind], 1) for count in selected[kind]]
+        if len(shares) > MAX_MASKS:
+            shares = [min(shares), fmean(shares), max(shares)]
+        rows.append((kind, f"{totals[kind]:,}", *map(share, shares)))
+    return Grid(title, header, tuple(rows))
 
 
 def has_scores(measure: Measure) -> bool:
@@ -87,13 +125,15 @@ def has_scores(measure: Measure) -> bool:
 COST_LABELS = {
     "peak_bytes": "peak memory",
     "host_peak_bytes": "peak host memory",
-    "generated_tokens_per_second": "tokens/s",
+    "trained_tokens_per_second": "training tokens/s",
+    "generated_tokens_per_second": "generated tokens/s",
     "other_bytes": "other files",
 }
 _COST_ORDER = (
     "select_seconds",
     "train_seconds",
     "num_steps",
+    "trained_tokens_per_second",
     "evaluate_seconds",
     "generated_tokens_per_second",
     "save_seconds",
@@ -123,7 +163,7 @@ def cost_grid(runs: Sequence[RunResults]) -> Grid:
             rows.append((*([run.name] if named else []), task, *([mask] if has_masks else []), *values))
     first = ("run", "task") if named else ("task",)
     header = (*first, *(["selected weights"] if has_masks else []), *map(_cost_label, keys))
-    return Grid("Cost of each task, on rank 0", header, tuple(rows))
+    return Grid("Cost of each task, on rank 0", header, tuple(rows), num_text_columns=len(first))
 
 
 def _cost_label(key: str) -> str:
@@ -134,6 +174,11 @@ def _cost_label(key: str) -> str:
 def percent(value: float | None) -> str:
     """A share as a percentage: 62.5 %."""
     return ABSENT if value is None else f"{100 * value:.1f} %"
+
+
+def share(value: float) -> str:
+    """A share that may be very small, as a percentage of three digits: 60 %, 0.1 %, 0.00123 %."""
+    return f"{100 * value:.3g} %"
 
 
 def points(value: float | None) -> str:
@@ -169,6 +214,25 @@ def _in_unit(value: float, units: Sequence[tuple[int, str]], from_count: int = 1
     size, unit = next((pair for pair in units if abs(value) >= from_count * pair[0]), units[-1])
     num_decimals = 0 if unit == "B" else 2 if unit == "s" and value < 1 else 1
     return f"{value / size:,.{num_decimals}f} {unit}"
+
+
+def _certainty(run: RunResults) -> list[tuple[str, ...]]:
+    """Under a matrix of scores: the interval of its last row over the choice of test rows, and how many those are."""
+    if not run.rows or not run.matrix.score.after:
+        return []
+    last = dict(zip(run.tasks, run.matrix.score.after[-1], strict=True))
+    known = {task: (value, run.rows[task]) for task, value in last.items() if value is not None and run.rows.get(task)}
+    ends = [_ends(*over_rows(*known[task])) if task in known else ABSENT for task in run.tasks]
+    seen = [known[task] for task in run.tasks[: len(run.matrix.score.after)] if task in known]
+    counts = [f"{run.rows[task]:,}" if task in run.rows else ABSENT for task in run.tasks]
+    return [
+        ("95 % interval", *ends, _ends(*over_rows_of_mean(seen)) if seen else ABSENT),
+        ("test rows", *counts, f"{sum(num_rows for _, num_rows in seen):,}"),
+    ]
+
+
+def _ends(low: float, high: float) -> str:
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
 def _matrix_grid(

@@ -4,16 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from math import nan
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from piece_ds.report.style import figure_style, label_ticks, new_axes, png, wrapped
+from piece_ds.report.style import MAX_WIDTH, figure_style, label_ticks, new_axes, png, wrapped
 
 # cividis is made to look the same with and without colour blindness, and its lightness grows evenly.
 COLORS = "cividis"
-ABSENT_COLOR = "#EFEFEF"
+ABSENT_COLOR, NONE_COLOR = "#E4E4E4", "#FFFFFF"
 MAX_CELLS_WITH_TEXT = 14  # columns; more and the numbers touch
-MAX_WIDTH = 10.0  # inches of a figure, so that its text can be read on a page
+MAX_PANELS = 12  # of one figure; of more, some are shown
+FEWEST_DECADES = 2.0  # of a logarithmic colour scale
 MAX_MODULES = 16  # module types beside each other; more and their names touch in half a page
 
 Rows = Sequence[Sequence[float | None]]
@@ -74,21 +78,25 @@ def result_heat_maps(
 
 
 def mask_heat_maps(masks: Mapping[str, Counts]) -> bytes:
-    """Where masks' weights lie: for each layer and module type its share of all that the mask selected.
+    """How densely masks lie: for each layer and module type the share of its own weights that the mask selected.
+
+    The colour scale is logarithmic, so that a norm of which half is selected and a matrix of which a thousandth is can
+    both be read.
 
     Args:
         masks: title, as a task -> layer -> module type -> {"selected", "total"}; layers that are numbers come first,
             in their order. Masks of one model: all panels have the same layers, modules and colour scale.
     Returns:
-        PNG bytes; a cell is grey where the layer has no such module. Of more than MAX_MODULES types those are left
-        out of which no mask selected anything (all of a frozen vision tower), and panels are as wide as the page.
+        PNG bytes; a cell is grey if the layer has no such module, white if nothing of it is selected. Of more than
+        MAX_MODULES types those are left out of which no mask selected anything (all of a frozen vision tower), and
+        panels are as wide as the page.
     """
     layers = sorted({layer for counts in masks.values() for layer in counts}, key=_layer_order)
     modules = list(dict.fromkeys(m for layer in layers for counts in masks.values() for m in counts.get(layer, {})))
     if len(modules) > MAX_MODULES:
         modules = [module for module in modules if _any_selected(masks, module)] or modules[:1]
     shares = {title: _shares(counts, layers, modules) for title, counts in masks.items()}
-    low, high = _range(np.concatenate([part.flatten() for part in shares.values()]), 0.0, None)
+    low, high = _decades(np.concatenate([part.flatten() for part in shares.values()]))
     num_columns = 1 if len(masks) == 1 or len(modules) > MAX_MODULES else 2
     num_rows = -(-len(masks) // num_columns)
     width = min(1.2 + 0.5 * max(len(modules), 5), MAX_WIDTH / num_columns if num_columns > 1 else MAX_WIDTH)
@@ -96,7 +104,7 @@ def mask_heat_maps(masks: Mapping[str, Counts]) -> bytes:
     with figure_style():
         figure, all_axes = new_axes(width * num_columns + 0.9, height * num_rows + 1.5, len(masks), num_columns)
         for place, (axes, (title, part)) in enumerate(zip(all_axes, shares.items(), strict=True)):
-            image = _image(axes, part, low, high)
+            image = _image(axes, np.where(part == -np.inf, low - 1, part), low, high)
             is_lowest = place + num_columns >= len(masks)
             label_ticks(axes, modules if is_lowest else [""] * len(modules))
             every = -(-len(layers) // 20)  # a tick for every layer as long as they do not touch
@@ -104,8 +112,23 @@ def mask_heat_maps(masks: Mapping[str, Counts]) -> bytes:
             axes.set_title(wrapped(title, width))
             if place % num_columns == 0:
                 axes.set_ylabel("layer")
-        figure.colorbar(image, ax=all_axes, label="% of the selected weights", pad=0.02, aspect=14 * num_rows)
+        _add_scale_of_shares(figure, all_axes, image, aspect=14 * num_rows)
         return png(figure)
+
+
+def _add_scale_of_shares(figure: Figure, all_axes: list[Axes], image: AxesImage, aspect: float) -> None:
+    """The colour scale of shares, named in percent at every decade; its lower end is "none"."""
+    label = "% of the cell's weights that are selected (log scale; white: none)"
+    bar = figure.colorbar(image, ax=all_axes, label=label, pad=0.02, aspect=aspect, extend="min")
+    bar.ax.yaxis.set_major_locator(MultipleLocator(1.0))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda power, _: f"{10**power:.3g}"))
+
+
+def _decades(powers: np.ndarray) -> tuple[float, float]:
+    """Ends of a logarithmic colour scale: the decades around the finite powers of ten, at least two of them."""
+    low, high = _range(powers, None, None)
+    high = float(np.ceil(high))
+    return min(float(np.floor(low)), high - FEWEST_DECADES), high
 
 
 def _any_selected(masks: Mapping[str, Counts], module: str) -> bool:
@@ -144,10 +167,11 @@ def _layer_order(name: str) -> tuple[bool, int]:
 
 
 def _shares(counts: Counts, layers: Sequence[str], modules: Sequence[str]) -> np.ndarray:
-    """Percent of a mask's selected weights by layer and module; nan where there is no such module."""
-    cells = [[counts.get(layer, {}).get(module, {}).get("selected") for module in modules] for layer in layers]
-    selected = _array(cells, len(modules))
-    return 100 * selected / max(np.nansum(selected), 1)
+    """log10 of the percentage of each cell's weights that are selected; -inf if none, nan if no such module."""
+    cells = [[counts.get(layer, {}).get(module) for module in modules] for layer in layers]
+    shares = [[100 * cell["selected"] / max(cell["total"], 1) if cell else None for cell in row] for row in cells]
+    with np.errstate(divide="ignore"):
+        return np.log10(_array(shares, len(modules)))
 
 
 def _array(rows: Rows, num_columns: int, num_rows: int = 0) -> np.ndarray:
@@ -168,12 +192,13 @@ def _range(values: np.ndarray, low: float | None, high: float | None) -> tuple[f
 def _image(axes: Axes, values: np.ndarray, low: float, high: float) -> AxesImage:
     """values as coloured cells with thin white lines between them."""
     axes.set_facecolor(ABSENT_COLOR)
-    shown = np.ma.masked_invalid(values)
-    image = axes.imshow(shown, cmap=COLORS, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    shown, colors = np.ma.masked_invalid(values), colormaps[COLORS].with_extremes(under=NONE_COLOR)
+    line_width = 1.2 if max(values.shape) <= 2 * MAX_CELLS_WITH_TEXT else 0.0
+    image = axes.imshow(shown, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.grid(False)
     axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.grid(which="minor", color="white", linewidth=line_width)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     return image

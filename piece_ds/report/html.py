@@ -1,16 +1,28 @@
-"""The HTML page of a report: one file with its style and images inside, readable in light and in dark."""
+"""The HTML page of a report: one file with its style and images inside, readable in light and in dark.
+
+templates/page.html escapes every value by itself. The page's Content-Security-Policy lets it load nothing and run
+nothing: only its own style, by hash, and images that it holds.
+"""
 
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from piece_ds.report.grids import Grid
+from piece_ds.runtime.text import printable
 
 DPI = 160  # of the figures' files
 MANY_COLUMNS = 8  # headers of more break into lines, so that the table needs no scrolling
 POINTS_PER_INCH = 105  # on the page: all figures have text of one size, a little smaller than the page's
+
+POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
 
 DEFINITIONS = {
     "R[i][j]": "result on task j after training on task i; the row “before” is the model before any task. "
@@ -19,6 +31,10 @@ DEFINITIONS = {
     "OP": "overall performance: mean of R[T][j] over the tasks j trained so far, T the last of them.",
     "learned": "mean of R[i][i], each task right after it was trained.",
     "±": "half of the 95 % confidence interval over seeds (Student's t); it says nothing of the choice of test rows.",
+    "95 % interval": "of the last row's scores over the choice of test rows: Wilson's for a share of n rows, an upper "
+    "bound for means of other scores in [0, 1]; of the mean of tasks, from theirs (MOVER). It says nothing of seeds.",
+    "tokens/s": "training: tokens of the task's micro-batches a second of optimizer steps, over all ranks; generated: "
+    "new tokens a second of evaluation.",
     "BWT": "backward transfer: mean over i < T of R[T][i] - R[i][i]. Negative (for a loss, positive) is forgetting.",
     "BWT (authors)": "as the method's authors compute it: the last task is left out, mean over i ≤ T-1 of "
     "R[T-1][i] - R[i][i], the zero term i = T-1 included.",
@@ -28,31 +44,7 @@ DEFINITIONS = {
     "overlap": "Jaccard index of two tasks' masks: weights in both / weights in either.",
 }
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1c2024; --soft: #60646c; --line: #dfe2e6; --back: #fff; --card: #f7f8fa;
-        --accent: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --soft: #a0a6ae; --line: #33383f; --back: #15181c;
-        --card: #1d2126; --accent: #56b4e9; } }
-body { font: 15px/1.55 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 1200px;
-       margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; }
-p.lead { color: var(--soft); margin: 0; }
-.scroll { overflow-x: auto; margin: 0 0 1.4rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-caption { text-align: left; font-weight: 600; padding: 0 0 .4rem; }
-th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-.wide thead th { white-space: normal; }
-figure { margin: 0 0 1.6rem; padding: .8rem; background: var(--card); border: 1px solid var(--line);
-         border-radius: 8px; }
-figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; border-radius: 4px; background: #fff; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .6rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; margin: 0; }
-dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-details { margin: 0 0 .6rem; } summary { cursor: pointer; color: var(--accent); }
-ul.notes { border-left: 3px solid var(--accent); padding: .4rem 0 .4rem 1.6rem; background: var(--card); }
-"""
+_FOLDER = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -68,6 +60,16 @@ class ReportFigure:
     file_name: str
     caption: str
     png: bytes
+
+    @property
+    def page_width(self) -> int:
+        """CSS pixels on the page."""
+        return int.from_bytes(self.png[16:20], "big") * POINTS_PER_INCH // DPI  # PNG's header has its width there
+
+    @property
+    def data_url(self) -> str:
+        """The image inside of the page."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
 
 
 def render_page(
@@ -90,48 +92,31 @@ def render_page(
         notes: sentences a reader must know, shown first.
         details: run -> tables that are folded away until they are asked for.
     """
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>']
-    if notes:
-        parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')
-    parts += ["<h2>Results</h2>", *map(_table, grids)]
-    if figures:
-        parts += ["<h2>Figures</h2>", *map(_figure, figures)]
-    if details:
-        parts.append("<h2>Each run</h2>")
-        parts += [_folded(run, "".join(map(_table, of_run))) for run, of_run in details.items()]
-    parts += ["<h2>What the figures mean</h2>", _definitions(DEFINITIONS)]
-    if any(settings.values()):
-        parts.append("<h2>Settings</h2>")
-        parts += [_folded(run, _definitions(of)) for run, of in settings.items()]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
-    body = "\n".join(parts)
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
-
-
-def _folded(summary: str, content: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
-
-
-def _table(grid: Grid) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in grid.header)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in grid.rows)
-    caption = f"<caption>{escape(grid.title)}</caption>"
-    wide = ' class="wide"' if len(grid.header) > MANY_COLUMNS else ""
-    return (
-        f'<div class="scroll"><table{wide}>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    style = Markup((_FOLDER / "style.css").read_text(encoding="utf-8"))
+    style_hash = base64.b64encode(sha256(style.encode()).digest()).decode("ascii")
+    return _template().render(
+        title=title,
+        lead=lead,
+        grids=grids,
+        figures=figures,
+        settings=settings,
+        notes=notes,
+        details=details or {},
+        meanings=DEFINITIONS,
+        many_columns=MANY_COLUMNS,
+        style=style,
+        policy=f"{POLICY}; style-src 'sha256-{style_hash}'",
     )
 
 
-def _figure(figure: ReportFigure) -> str:
-    image = base64.b64encode(figure.png).decode("ascii")
-    caption = escape(figure.caption)
-    width = int.from_bytes(figure.png[16:20], "big") * POINTS_PER_INCH // DPI  # PNG's header has its width there
-    return (
-        f'<figure><img alt="{caption}" width="{width}" src="data:image/png;base64,{image}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_fit
     )
+    return environment.get_template("page.html")
 
 
-def _definitions(values: Mapping[str, Any]) -> str:
-    return f"<dl>{''.join(f'<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>' for k, v in values.items())}</dl>"
+def _fit(value: Any) -> Any:
+    """A value of the template, with unprintable characters escaped if it is no markup of the template's own."""
+    return value if isinstance(value, Markup) else printable(value, keep="\n")

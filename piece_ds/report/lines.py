@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from math import isfinite
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from piece_ds.report.legend import legend_below, legend_height
 from piece_ds.report.style import (
     GREY,
     LineStyle,
@@ -20,6 +21,7 @@ from piece_ds.report.style import (
     log_if_wide,
     looks,
     new_axes,
+    not_less_than_noise,
     png,
     shortened,
 )
@@ -28,8 +30,7 @@ Values = Sequence[float | None]
 Points = Sequence[tuple[int, float]]
 MAX_PLAIN_POINTS = 60  # more points than this are smoothed to show the trend, with the raw curve faint behind
 SMOOTHING_PARTS = 30  # half a smoothing window is this part of a curve
-MAX_INSIDE_LEGEND = 4  # more names than this hide the lines, and stand below
-LEGEND_ROW_INCHES = 0.19
+MIN_NAME_INCHES = 1.0  # of a task above its part of the training curve
 
 
 def stream_figure(
@@ -53,9 +54,8 @@ def stream_figure(
     """
     names = list(next(iter(panels.values()), {}))
     with figure_style():
-        width, legend_height = 1.6 + 0.55 * max(len(moments), 5), _legend_height(names)
-        width = max(width * len(panels), 5.5)
-        figure, all_axes = new_axes(width, 3.3 + legend_height, num_panels=max(len(panels), 1))
+        width = max((1.6 + 0.55 * max(len(moments), 5)) * len(panels), 5.5)
+        figure, all_axes = new_axes(width, 3.3 + legend_height(names), num_panels=max(len(panels), 1))
         for axes, (title, runs) in zip(all_axes, panels.items(), strict=False):
             curves = [_mean_and_band([list(enumerate(values)) for values in several]) for several in runs.values()]
             first = min((points[0][0] for points, _ in curves if points), default=0)
@@ -67,10 +67,12 @@ def stream_figure(
             if title in shares:
                 axes.set_ylim(-0.02, 1.02)
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            elif title in may_be_log:
-                title += log_if_wide(axes, [y for points, _ in curves for _, y in points])
+            else:
+                values = [y for points, band in curves for _, *ys in (*points, *band) for y in ys]
+                not_less_than_noise(axes, values)
+                title += log_if_wide(axes, values) if title in may_be_log else ""
             axes.set_title(title)
-        _legend(figure, all_axes[0], names)
+        legend_below(figure, all_axes[0], names)
         return png(figure)
 
 
@@ -91,20 +93,19 @@ def training_figure(
     starts = [0, *accumulate(lengths)]
     names = list(losses)
     with figure_style():
-        figure, (axes,) = new_axes(max(7.5, 1.1 * len(tasks) + 2), 3.3 + _legend_height(names))
+        figure, (axes,) = new_axes(max(7.5, 1.1 * len(tasks) + 2), 3.3 + legend_height(names))
         for (run, several), look in zip(losses.items(), looks(families or names), strict=True):
             for start, task in zip(starts, tasks, strict=False):
                 shifted = [[(start + step, loss) for step, loss in log.get(task, ())] for log in several]
                 _curve(axes, shifted, look, label=run if task == tasks[0] else None)
-        for start, length, task in zip(starts, lengths, tasks, strict=False):
+        for start in starts[:-1]:
             axes.axvline(start, color=GREY, linewidth=0.6, linestyle=":")
-            if length:
-                _name_above(axes, start + length / 2, shortened(task, max(6, int(72 * length / starts[-1]))))
+        _name_tasks(axes, tasks, starts, lengths)
         axes.set(xlabel="optimizer step of the stream", ylabel="training loss (nats per token)")
-        axes.set_xlim(0, max(starts[-1], 1))
+        axes.set_xlim(0, 1.02 * max(starts[-1], 1))  # room for a point at the last step
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.grid(axis="x", visible=False)
-        _legend(figure, axes, names)
+        legend_below(figure, axes, names)
         return png(figure)
 
 
@@ -144,8 +145,11 @@ def _curve(axes: Axes, several: Sequence[Points], look: LineStyle, label: str | 
         values = smoothed(values)
         lows, highs = smoothed([low for _, low, _ in band]), smoothed([high for _, _, high in band])
         band = [(step, low, high) for (step, *_), low, high in zip(band, lows, highs, strict=True)]
-    marker = "." if len(points) == 1 else None
-    axes.plot(steps, values, label=label, marker=marker, **look.line)
+    # A single point is a sign that no axis cuts; a line through it would say more than is known.
+    alone: dict[str, Any] = (
+        {"marker": look.marker, "markersize": 6.5, "clip_on": False, "zorder": 3} if len(points) == 1 else {}
+    )
+    axes.plot(steps, values, label=label, **alone, **look.line)
     _fill(axes, band, look)
 
 
@@ -155,30 +159,18 @@ def _fill(axes: Axes, band: Band, look: LineStyle) -> None:
         axes.fill_between(places, lows, highs, color=look.color, alpha=0.15, linewidth=0)
 
 
-def _name_above(axes: Axes, place: float, name: str) -> None:
-    coordinates = ("data", "axes fraction")
-    axes.annotate(name, (place, 1.01), xycoords=coordinates, ha="center", va="bottom", color=GREY, fontsize=7.5)
+def _name_tasks(axes: Axes, tasks: Sequence[str], starts: Sequence[int], lengths: Sequence[int]) -> None:
+    """Each task's name above its part of the curve; of very many only those that have room."""
+    figure = axes.get_figure(root=True)
+    room, taken = 0.8 * (figure.get_figwidth() if figure else 0.0) / max(starts[-1], 1), 0.0
+    for start, length, task in zip(starts, lengths, tasks, strict=False):
+        middle, width = start + length / 2, max(room * length, MIN_NAME_INCHES)
+        if length and middle * room - width / 2 >= taken - 0.01:
+            taken = middle * room + width / 2
+            name, at = shortened(task, max(6, int(12 * width))), (middle, 1.01)
+            coordinates = ("data", "axes fraction")
+            axes.annotate(name, at, xycoords=coordinates, ha="center", va="bottom", color=GREY, fontsize=7.5)
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _legend_height(names: Sequence[str]) -> float:
-    """Inches below the panels."""
-    return (
-        0.0 if len(names) <= MAX_INSIDE_LEGEND else LEGEND_ROW_INCHES * (1 + -(-len(names) // _legend_columns(names)))
-    )
-
-
-def _legend_columns(names: Sequence[str]) -> int:
-    return max(1, min(4, 110 // (max(map(len, names)) + 8)))
-
-
-def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    """Names of the runs, below the panels where they are many; one run needs none."""
-    if 1 < len(names) <= MAX_INSIDE_LEGEND:
-        axes.legend(fontsize=8)
-    elif len(names) > 1:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", fontsize=8, ncols=_legend_columns(names))

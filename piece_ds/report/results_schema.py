@@ -85,3 +85,4 @@ class Results(BaseModel):
     ability: dict[str, dict[str, Number]] = {}
     settings: dict[str, Any] = {}
     notes: list[str] = []
+    rows: dict[str, Count] = {}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 
 from piece_ds.evaluation.matrix import Measure
-from piece_ds.report.heat_maps import mask_heat_maps, overlap_heat_map, result_heat_map
+from piece_ds.report.heat_maps import MAX_PANELS, mask_heat_maps, overlap_heat_map, result_heat_map
 from piece_ds.report.html import ReportFigure
 from piece_ds.report.lines import Values, stream_figure, training_figure
 from piece_ds.report.results import RunResults
@@ -111,13 +111,26 @@ def mask_figures(run: RunResults, stem: str) -> list[ReportFigure]:
     """Where the weights of all tasks' masks lie, and how much the masks share; nothing for a run without masks."""
     figures = []
     if run.masks:
-        caption = f"Where {run.name} selected weights, as shares of all it selected for a task; grey: no such module."
-        figures.append(ReportFigure(f"{stem}-masks.png", caption, mask_heat_maps(run.masks)))
+        caption = (
+            f"Where {run.name} selected weights: the share of a module's own weights in each layer, on a logarithmic "
+            "scale; white: none selected, grey: no such module."
+        )
+        shown = some_of(list(run.masks))
+        caption += f" {len(shown)} of {len(run.masks)} tasks." if len(shown) < len(run.masks) else ""
+        png = mask_heat_maps({task: run.masks[task] for task in shown})
+        figures.append(ReportFigure(f"{stem}-masks.png", caption, png))
     if len(run.overlaps) == len(run.masks) > 1:
         caption = f"How much the masks of two tasks share in {run.name}: shared / united selected weights."
         png = overlap_heat_map(run.overlaps, list(run.masks), f"{run.name}: overlap of masks")
         figures.append(ReportFigure(f"{stem}-overlap.png", caption, png))
     return figures
+
+
+def some_of(names: Sequence[str]) -> list[str]:
+    """As many names as a figure has panels for, evenly from the first to the last."""
+    if len(names) <= MAX_PANELS:
+        return list(names)
+    return [names[round(place * (len(names) - 1) / (MAX_PANELS - 1))] for place in range(MAX_PANELS)]
 
 
 def _has_values(values: Values) -> bool:

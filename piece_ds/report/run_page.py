@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from piece_ds.report.grids import cost_grid, run_grids, summary_grid
+from piece_ds.report.grids import cost_grid, page_grids, summary_grid
 from piece_ds.report.html import ReportFigure, render_page
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.errors import UserError
@@ -35,7 +35,7 @@ def write_report(output_dir: Path | str, runs: Sequence[RunResults], title: str 
     costs = cost_grid(runs)
     grids = [
         summary_grid(runs),
-        *(grid for run in runs for grid in run_grids(run)),
+        *(grid for run in runs for grid in page_grids(run)),
         *([costs] if costs.rows else []),
     ]
     page = render_page(

@@ -6,18 +6,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, isfinite
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.cells import cell_len
 
 from piece_ds.report.html import DPI
+from piece_ds.runtime.text import printable
 
 # Okabe and Ito 2008: told apart with every common form of colour blindness; black is left for text.
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -34,8 +35,13 @@ WIDE_FONTS = (
 )
 WIDE = 2.0  # times the lowest value
 CHARACTER_INCHES = 0.085  # of a tick label, on average
+LINE_INCHES = 0.17  # of a tick label, with some air
 TITLE_CHARACTER_INCHES = 0.1
+MAX_WIDTH = 10.0  # inches of a figure, so that its text can be read on a page
+MAX_HEIGHT = 40.0
+MIN_SPAN = 0.2  # nats that an axis of losses shows at least: less is noise of the text's choice, and should look so
 STYLE = {
+    "text.parse_math": False,  # a name with two dollar signs is a name
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -87,6 +93,34 @@ def _nth(choices: Sequence[str], index: int) -> str:
     return choices[index % len(choices)]
 
 
+class _Renderer(RendererAgg):
+    """Draws every text, whoever made it, with unprintable characters escaped: fonts have no lone surrogates."""
+
+    def draw_text(self, gc: Any, x: float, y: float, s: str, *args: Any, **kwargs: Any) -> None:
+        super().draw_text(gc, x, y, printable(s), *args, **kwargs)
+
+    def get_text_width_height_descent(self, s: str, *args: Any, **kwargs: Any) -> tuple[float, float, float]:
+        return super().get_text_width_height_descent(printable(s), *args, **kwargs)
+
+
+class _Canvas(FigureCanvasAgg):
+    """Gives figures the renderer above."""
+
+    def get_renderer(self) -> RendererAgg:
+        width, height = self.get_width_height(physical=True)
+        if getattr(self, "renderer", None) is None or (self.renderer.width, self.renderer.height) != (width, height):
+            self.renderer = _Renderer(width, height, self.figure.dpi)
+        return self.renderer
+
+
+def not_less_than_noise(axes: Axes, values: Sequence[float]) -> None:
+    """Show at least MIN_SPAN nats around the finite values, so that noise does not fill the panel."""
+    known = [value for value in values if isfinite(value)]
+    if known and max(known) - min(known) < MIN_SPAN:
+        middle = (max(known) + min(known)) / 2
+        axes.set_ylim(middle - 0.55 * MIN_SPAN, middle + 0.55 * MIN_SPAN)
+
+
 def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
     """Make the y axis logarithmic where one diverged run would flatten all others; what to say of it in the title."""
     known = [value for value in values if isfinite(value)]
@@ -100,13 +134,15 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
 
 
 def new_axes(width: float, height: float, num_panels: int = 1, num_columns: int = 0) -> tuple[Figure, list[Axes]]:
-    """A figure of width x height inches with panels row by row; draw inside `with figure_style():`.
+    """A figure of width x height inches, as far as a page has room, with panels row by row.
+
+    Draw inside `with figure_style():`.
 
     Args:
         num_columns: panels in a row; 0 means all of them. Places without a panel stay empty.
     """
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(min(width, MAX_WIDTH), min(height, MAX_HEIGHT)), layout="constrained")
+    _Canvas(figure)
     num_columns = num_columns or num_panels
     places = figure.subplots(-(-num_panels // num_columns), num_columns, squeeze=False).flatten()
     for place in places[num_panels:]:
@@ -132,21 +168,29 @@ def png(figure: Figure) -> bytes:
 
 
 def label_ticks(axes: Axes, columns: Sequence[str], rows: Sequence[str] | None = None) -> None:
-    """Names on the x axis, slanted when they would touch, and on the y axis of a matrix."""
+    """Names on the x axis, slanted when they would touch, and on the y axis of a matrix.
+
+    Where even slanted ones would touch, only every second, third ... cell is named.
+    """
     figure, place = axes.get_figure(root=True), axes.get_subplotspec()
-    width = figure.get_figwidth() / (place.get_gridspec().ncols if place else 1) if figure else 0.0
+    grid = place.get_gridspec() if place else None
+    width = figure.get_figwidth() / (grid.ncols if grid else 1) if figure else 0.0
+    height = figure.get_figheight() / (grid.nrows if grid else 1) if figure else 0.0
     row_inches = CHARACTER_INCHES * max((cell_len(shortened(name, 28)) for name in rows or ()), default=0)
     column_inches = 0.9 * (width - row_inches - 0.3) / max(len(columns), 1)
     names = [shortened(name) for name in columns]
     slanted = max(map(cell_len, names), default=0) * CHARACTER_INCHES > column_inches
     angle: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    axes.set_xticks(range(len(columns)), names, **angle)
+    every = max(1, ceil(LINE_INCHES / max(column_inches, 1e-3))) if slanted else 1
+    axes.set_xticks(range(0, len(columns), every), names[::every], **angle)
     if rows is not None:
-        axes.set_yticks(range(len(rows)), [shortened(name, 28) for name in rows])
+        every = max(1, ceil(len(rows) * LINE_INCHES / max(height - 1.2, 0.5)))
+        axes.set_yticks(range(0, len(rows), every), [shortened(name, 28) for name in rows[::every]])
 
 
 def shortened(name: str, length: int = 26) -> str:
-    """name, or its start with an ellipsis."""
+    """name on one line, or its start with an ellipsis."""
+    name = " ".join(name.split())
     return name if len(name) <= length else name[: length - 1] + "…"
 
 

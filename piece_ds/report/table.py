@@ -1,6 +1,7 @@
-"""Tables on the console and in Markdown."""
+"""Tables on the console."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -9,6 +10,9 @@ from rich.text import Text
 
 from piece_ds.report.grids import Grid, run_grids, summary_grid
 from piece_ds.report.results import RunResults
+from piece_ds.runtime.text import printable
+
+BORDER = 3  # columns of a terminal between two cells
 
 
 def print_results(runs: Sequence[RunResults], console: Console | None = None) -> None:
@@ -16,58 +20,86 @@ def print_results(runs: Sequence[RunResults], console: Console | None = None) ->
 
     Args:
         runs: one or several.
-        console: where to; None means standard output, as aligned plain text with long lines when
-            that is no terminal: wrapped rows would be unreadable in a log.
+        console: where to; None means standard output.
     """
     print_grids([*(grid for run in runs for grid in run_grids(run)), summary_grid(runs)], console)
 
 
 def print_grids(grids: Sequence[Grid], console: Console | None = None) -> None:
-    """Print tables one after another, as print_results() does."""
+    """Print tables one after another, every cell whole.
+
+    A table that is wider than the terminal is printed in parts, each with the first column. Where output is no
+    terminal it is aligned plain text with long lines: wrapped rows would be unreadable in a log.
+    """
     console = console or Console()
-    for grid in grids:
+    for grid in map(_printable, grids):
         if console.is_terminal:
-            console.print(_rich_table(grid))
+            for part in _parts(grid, console.width):
+                console.print(_rich_table(part))
         else:
             console.print(Text(plain_text(grid)), soft_wrap=True)
         console.print()
 
 
-def markdown(grid: Grid) -> str:
-    """grid as a Markdown table under a bold title, numbers on the right."""
-    rule = ["---", *["---:"] * (len(grid.header) - 1)]
-    lines = [f"| {' | '.join(map(_escape, row))} |" for row in (grid.header, *grid.rows)]
-    return "\n".join([f"**{_escape(grid.title)}**", "", lines[0], f"| {' | '.join(rule)} |", *lines[1:]]) + "\n"
-
-
-def markdown_results(runs: Sequence[RunResults]) -> str:
-    """What print_results prints, as Markdown."""
-    grids = [*(grid for run in runs for grid in run_grids(run)), summary_grid(runs)]
-    return "\n".join(map(markdown, grids))
-
-
 def plain_text(grid: Grid) -> str:
-    """grid as aligned text."""
-    table = (grid.header, *grid.rows)
-    widths = [max(cell_len(row[column]) for row in table) for column in range(len(grid.header))]
-    pads = [[" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)] for row in table]
-    lines = [
-        "  ".join([row[0] + pad[0], *map(str.__add__, pad[1:], row[1:])]).rstrip()
-        for row, pad in zip(table, pads, strict=True)
-    ]
+    """Return grid as aligned text."""
+    widths = _widths(grid)
+    lines = []
+    for row in (grid.header, *grid.rows):
+        pads = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [
+            cell + pad if column < grid.num_text_columns else pad + cell
+            for column, (cell, pad) in enumerate(zip(row, pads, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join([grid.title, lines[0], "-" * max(map(cell_len, lines)), *lines[1:]])
+
+
+def _printable(grid: Grid) -> Grid:
+    """grid with every unprintable character escaped."""
+    rows = tuple(tuple(map(printable, row)) for row in grid.rows)
+    return replace(grid, title=printable(grid.title), header=tuple(map(printable, grid.header)), rows=rows)
+
+
+def _widths(grid: Grid) -> list[int]:
+    table = (grid.header, *grid.rows)
+    return [max(cell_len(row[column]) for row in table) for column in range(len(grid.header))]
+
+
+def _parts(grid: Grid, width: int) -> list[Grid]:
+    """grid cut between columns into tables that fit into width, each with the columns that name the rows.
+
+    A single column that does not fit beside them stands in a table of its own, where its cells wrap.
+    """
+    widths, named = _widths(grid), grid.num_text_columns
+    taken_by_names = sum(size + BORDER for size in widths[:named]) + 1
+    parts: list[list[int]] = []
+    taken = width
+    for column in range(named, len(grid.header)):
+        if taken + widths[column] + BORDER > width:
+            parts.append([])
+            taken = taken_by_names
+        parts[-1].append(column)
+        taken += widths[column] + BORDER
+    if len(parts) < 2:
+        return [grid]
+    kept = [[*range(named), *columns] for columns in parts]
+    return [
+        replace(
+            grid,
+            title=f"{grid.title} ({place} of {len(kept)})",
+            header=tuple(grid.header[column] for column in columns),
+            rows=tuple(tuple(row[column] for column in columns) for row in grid.rows),
+        )
+        for place, columns in enumerate(kept, 1)
+    ]
 
 
 def _rich_table(grid: Grid) -> Table:
     table = Table(title=Text(grid.title), title_justify="left")
-    table.add_column(Text(grid.header[0]))
-    for name in grid.header[1:]:
-        table.add_column(Text(name), justify="right")
+    for column, name in enumerate(grid.header):
+        is_text = column < grid.num_text_columns
+        table.add_column(Text(name), justify="left" if is_text else "right", overflow="fold")
     for row in grid.rows:
         table.add_row(*map(Text, row))
     return table
-
-
-def _escape(text: str) -> str:
-    """text without what would end a Markdown cell."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")

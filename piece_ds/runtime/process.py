@@ -16,6 +16,7 @@ from piece_ds.runtime.deterministic import set_cublas_workspace
 from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.runtime.rank_status import claim, is_gone, is_late, missing_ranks
 from piece_ds.runtime.signals import STOP_CODE, Preempted
+from piece_ds.runtime.text import PrintableFormatter, printable
 
 # How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
 OTHER_RANKS_WAIT_SECONDS = 5.0
@@ -82,7 +83,7 @@ def _say_after_rank_0(message: str) -> None:
 
 
 def _say(message: str) -> None:
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
 
 
 def message_of(error: UserError) -> str:
@@ -146,7 +147,9 @@ def _quiet() -> None:
         transformers.utils.logging.disable_progress_bar()
     # Deprecations inside the libraries we call are not our users' business, four times a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if int(os.environ["RANK"]) != 0:
         logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

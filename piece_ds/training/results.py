@@ -45,6 +45,7 @@ def open_results(
         ),
         settings=settings.shown(),
         notes=notes,
+        rows={task.name: len(task.test) for task in tasks},
     )
 
 

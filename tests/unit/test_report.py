@@ -18,7 +18,7 @@ from piece_ds.report.lines import smoothed, stream_figure, training_figure
 from piece_ds.report.results import RunResults, read_results
 from piece_ds.report.run_figures import make_figures
 from piece_ds.report.run_page import write_report
-from piece_ds.report.table import markdown_results, print_results
+from piece_ds.report.table import print_results
 from piece_ds.runtime.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -191,12 +191,6 @@ def test_terminal_gets_a_table_and_brackets_survive() -> None:
     out = io.StringIO()
     print_results([make_run("[red] run")], Console(file=out, width=160, force_terminal=True))
     assert "[red] run: accuracy" in re.sub("\x1b[^m]*m", "", out.getvalue())
-
-
-def test_markdown_escapes_what_would_end_a_cell() -> None:
-    text = markdown_results([make_run()])
-    assert "| after qa\\|b | 80.0 % | - | 80.0 % |" in text.splitlines()
-    assert "| --- | ---: | ---: | ---: |" in text.splitlines()
 
 
 class Page(HTMLParser):
