@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
 
-from piece_ds.report.groups import Interval, interval
+from piece_ds.report.intervals import Interval, over_repetitions
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def matched(curves: Sequence[Curve], level: float, confidence: float = 0.95) -> 
     """lost_at of each seed's curve as one interval over the seeds that pass through level, and how many do not."""
     values = [lost_at(curve, level) for curve in curves]
     known = [value for value in values if value is not None]
-    return (interval(known, confidence) if known else None), len(values) - len(known)
+    return (over_repetitions(known, confidence) if known else None), len(values) - len(known)
 
 
 def levels(start: float, best: float, shares: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from bench.continual.curves import LOST, Method, number, start_and_best
 from bench.continual.frontier import levels, matched, why_not
 from bench.continual.grid import SEEDS, SWEEPS, settings_in_order
 from bench.continual.runs_file import Record, not_done
-from piece_ds.report.groups import Interval
+from piece_ds.report.intervals import Interval
 
 SHARES = (0.7, 0.8, 0.9)
 _KEEPS_DATA = ("replay", "replay-online", "gem")
