@@ -5,10 +5,13 @@ from typing import Any
 
 from piece_ds.config.defaults import default_flags, with_default_config
 from piece_ds.config.parsing import Settings, parse, print_help
+from piece_ds.data.collate import pad_id
 from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
 from piece_ds.evaluation.matrix import ACCURACY
+from piece_ds.evaluation.padding import answer_tokens, check_rows
 from piece_ds.evaluation.scorers import get_scorer
-from piece_ds.models.loading import load_model
+from piece_ds.models.loading import load_model, reads_images
+from piece_ds.models.processor import tokenizer_of
 from piece_ds.preflight.inputs import load_inputs
 from piece_ds.preflight.rank_consistency import require_rank_consistency
 from piece_ds.runtime.distributed import barrier, is_main
@@ -55,6 +58,9 @@ def evaluate(settings: Settings) -> tuple[EvalResult, dict[str, str]]:
     require_rank_consistency(inputs)
     settings, arguments = inputs.settings, inputs.arguments
     model: Any = inference_model(load_model(settings.model, inputs.dtype), arguments)
+    if not reads_images(inputs.config):
+        padding = pad_id(tokenizer_of(inputs.tokenizer))
+        check_rows(model, answer_tokens(inputs.tasks[0].test), padding, arguments.per_device_eval_batch_size == 1)
     scores = evaluate_tasks(
         model,
         inputs.tokenizer,

@@ -5,11 +5,13 @@ from pathlib import Path
 from piece_ds.checkpoint.mask_file import save_mask
 from piece_ds.config.defaults import default_flags, with_default_config
 from piece_ds.config.parsing import Settings, parse, print_help
-from piece_ds.data.collate import MicroBatches
+from piece_ds.data.collate import MicroBatches, pad_id
 from piece_ds.data.image_collate import make_collator
+from piece_ds.evaluation.padding import answer_tokens, check_rows
 from piece_ds.methods.registry import BASELINES, SELECTIONS
 from piece_ds.models.layout import layout_of
-from piece_ds.models.loading import freeze_ineligible, load_model, patterns_of
+from piece_ds.models.loading import freeze_ineligible, load_model, patterns_of, reads_images
+from piece_ds.models.processor import tokenizer_of
 from piece_ds.preflight.checks import check_kernels, check_method, check_sources
 from piece_ds.preflight.inputs import load_inputs
 from piece_ds.preflight.rank_consistency import require_rank_consistency
@@ -59,6 +61,10 @@ def select_mask(settings: Settings) -> Mask:
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
     engine = statistics_engine(model, arguments)
+    if not reads_images(inputs.config):
+        one_row_at_a_time = settings.method.importance_batch_size == 1
+        padding = pad_id(tokenizer_of(inputs.tokenizer))
+        check_rows(engine, answer_tokens(task.train), padding, one_row_at_a_time)
     batches = MicroBatches(task.train, make_collator(inputs.tokenizer), settings.method.importance_batch_size)
     general = Path(settings.method.general_statistics or f"{output_file}.general_statistics")
     source = MaskSource(

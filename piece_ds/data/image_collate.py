@@ -1,4 +1,4 @@
-"""Rows with images as one batch: what the processor makes of prompts and images, answers behind, padded on the left."""
+"""Rows with images as one batch: what the processor makes of prompts and images, answers behind, padded as others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,9 +50,9 @@ class ImageCollator:
         return self._batch(rows, self.pad)
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The same without answers and labels, padded to the longest: what answers are generated from."""
+        """The same without answers and labels, padded on the left to the longest: what answers are generated from."""
         prompts = [{**row, **_unlabelled(split_prompt(row["input_ids"], row["labels"])[0])} for row in rows]
-        batch = self._batch(prompts, Collator(self.pad.pad_id, multiple=1))
+        batch = self._batch(prompts, Collator(self.pad.pad_id, multiple=1, side="left"))
         del batch["labels"]
         return batch
 
@@ -63,7 +63,7 @@ class ImageCollator:
         sequences = [_with_answer(next(remaining), row["labels"]) if row.get("image") else row for row in whole]
         batch = pad(sequences)
         for name in unfolded[0].keys() - {"input_ids"}:
-            batch[name] = _padded([sequence.get(name) for sequence in sequences], batch["input_ids"].shape[1])
+            batch[name] = _padded([sequence.get(name) for sequence in sequences], pad, batch["input_ids"].shape[1])
         return batch | joined
 
     def _unfold(self, rows: list[Row]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
@@ -133,11 +133,11 @@ def _with_answer(prompt: dict[str, Tensor], labels: Sequence[int]) -> dict[str, 
     return {**longer, "input_ids": ids, "labels": torch.cat([ignored, answer])}
 
 
-def _padded(rows: list[Tensor | None], length: int) -> Tensor:
-    """Rows on the right of zeros; a row without the tensor is all zeros."""
+def _padded(rows: list[Tensor | None], pad: Collator, length: int) -> Tensor:
+    """Rows beside zeros, as pad lays tokens; a row without the tensor is all zeros."""
     like = next(row for row in rows if row is not None)
     padded = like.new_zeros(len(rows), length, *like.shape[1:])
     for index, row in enumerate(rows):
         if row is not None:
-            padded[index, length - len(row) :] = row
+            padded[index, pad.place(len(row), length)] = row
     return padded

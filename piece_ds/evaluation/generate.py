@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from piece_ds.evaluation.batches import evaluating, shard_batches
+from piece_ds.evaluation.padding import answers_alone
 from piece_ds.runtime.distributed import all_gather_objects, world_size
 from piece_ds.runtime.progress import progress_bar
 from piece_ds.runtime.signals import exit_if_signalled
@@ -79,7 +81,8 @@ def generate_texts(
         tokenizer: the model's; its pad (or EOS) token pads on the left, its EOS token ends an answer, besides those
             of the model's own generation settings, of which nothing else is used.
         max_new_tokens: most tokens of an answer, >= 1.
-        batch_size: prompts generated together; the longest come first, neighbours in length together.
+        batch_size: prompts generated together; the longest come first, neighbours in length together. Of a model whose
+            answers padding changes, prompts are generated from one at a time.
         device: where the batches go.
         decoding: greedy, or drawn.
         synced_gpus: whether every rank must keep making forward passes until the last has finished; None looks
@@ -98,13 +101,17 @@ def generate_texts(
     synced = is_partitioned(module) if synced_gpus is None else synced_gpus
     config = generation_config(module, tokenizer, max_new_tokens, decoding)
     found: list[tuple[int, str, list[int]]] = []
+    lengths = [len(prompt) for prompt in prompts]
+    inputs_of = batch_of or partial(_padded, prompts, cast(int, config.pad_token_id))
     with evaluating(model), no_generation_defaults(module):
-        shares = shard_batches([len(prompt) for prompt in prompts], batch_size)
+        if batch_size > 1 and answers_alone(module, lengths, inputs_of, config, device, synced and world_size() > 1):
+            batch_size = 1
+        shares = shard_batches(lengths, batch_size)
         for share in progress_bar(shares, description, unit="batch"):
             exit_if_signalled("during an evaluation")
             if not share.counted and not synced:
                 continue
-            inputs = _inputs_of(share.indices, prompts, cast(int, config.pad_token_id), batch_of)
+            inputs = inputs_of(share.indices)
             with _drawing_from(decoding.seed + share.indices[0], torch.device(device), decoding.sample):
                 written = module.generate(
                     **{name: tensor.to(device) for name, tensor in inputs.items()},
@@ -120,14 +127,7 @@ def generate_texts(
     return Generated(texts, sum(map(len, token_ids)), time.perf_counter() - begin, token_ids)
 
 
-def _inputs_of(
-    indices: list[int],
-    prompts: Sequence[list[int]],
-    pad_id: int,
-    batch_of: Callable[[list[int]], dict[str, Tensor]] | None,
-) -> dict[str, Tensor]:
-    if batch_of is not None:
-        return batch_of(indices)
+def _padded(prompts: Sequence[list[int]], pad_id: int, indices: list[int]) -> dict[str, Tensor]:
     ids, mask = pad_left([prompts[index] for index in indices], pad_id)
     return {"input_ids": ids, "attention_mask": mask}
 

@@ -19,7 +19,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.models.eligible import in_towers, ineligible, input_embedding, let_gradients_in, make_eligible, towers
 from piece_ds.models.layout import full_shape, layout_of
-from piece_ds.models.position_ids import count_positions_from_mask_
 from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, load_processor
 from piece_ds.models.token_ids import has_tokenizer_files
@@ -94,7 +93,6 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str
         model = _auto_class(config).from_pretrained(source, **options)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    count_positions_from_mask_(model)
     return model
 
 

@@ -16,9 +16,12 @@ from piece_ds.checkpoint.delta_file import load_previous, save_delta
 from piece_ds.checkpoint.manifest import write_manifest
 from piece_ds.checkpoint.statistics_file import PartialStatistics
 from piece_ds.config.parsing import Settings
+from piece_ds.data.collate import pad_id
 from piece_ds.data.tasks import Task
+from piece_ds.evaluation.padding import answer_tokens, check_rows
 from piece_ds.methods.baseline import Baseline, TaskContext
-from piece_ds.models.processor import Processing
+from piece_ds.models.loading import reads_images
+from piece_ds.models.processor import Processing, tokenizer_of
 from piece_ds.runtime.distributed import barrier, broadcast_object
 from piece_ds.runtime.profiling import host_peak_bytes, peak_bytes, reset_peaks, take_seconds
 from piece_ds.runtime.rank_status import report_status
@@ -165,6 +168,8 @@ def train_task(
     metrics = MetricsLog(folder / METRICS_NAME, trainer)
     metrics.open(step_of(checkpoint) if resume else None)
     trainer.add_callback(metrics)
+    if not reads_images(model.config):
+        trainer.add_callback(_OnBegin(lambda: _check_rows(trainer, task, tokenizer, settings)))
     if before_training is not None and checkpoint is None:
         trainer.add_callback(_OnBegin(lambda: _evaluate(before_training, trainer, metrics, "evaluation before")))
     guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)
@@ -217,6 +222,13 @@ def train_task(
     release(trainer)
     barrier()
     return TaskResult(cost, index, log)
+
+
+def _check_rows(trainer: TaskTrainer, task: Task, tokenizer: Processing, settings: Settings) -> None:
+    sizes = {trainer.args.per_device_train_batch_size, trainer.args.per_device_eval_batch_size}
+    one_row_at_a_time = sizes | {settings.method.importance_batch_size} == {1}
+    padding = pad_id(tokenizer_of(tokenizer))
+    check_rows(trainer.model_wrapped, answer_tokens(task.train), padding, one_row_at_a_time)
 
 
 def _mask_callback(

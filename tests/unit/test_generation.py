@@ -7,11 +7,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from piece_ds.data.collate import Collator
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.evaluation.generate import Decoding, generate_texts, generation_config
-from piece_ds.evaluation.loss import evaluate_loss
-from piece_ds.models.position_ids import count_positions_from_mask_, has_learned_positions
 
 TOKENIZER = make_tokenizer(64)
 PROMPTS = [[1, 60, 61], [1], [1, 99, 98, 97, 96]]
@@ -92,17 +89,3 @@ def test_generation_edges(llama: LlamaForCausalLM) -> None:
         generate_texts(llama, [[1], []], TOKENIZER, 5, 3, "cpu")
     llama.generation_config.eos_token_id = [7, 5]
     assert generation_config(llama, TOKENIZER, 3).eos_token_id == [2, 5, 7]
-
-
-def test_padding_does_not_move_learned_positions(gpt2: GPT2LMHeadModel, llama: LlamaForCausalLM) -> None:
-    """GPT-2 numbers the columns of a batch; with the hook a padded row has the loss that it has alone."""
-    rows = [{"input_ids": ids, "labels": ids} for ids in ([5, 9, 7], [1, 2, 3, 5, 6, 7, 8, 9, 10], [7, 60, 11])]
-    alone = sum(
-        gpt2(**{k: torch.tensor([v]) for k, v in row.items()}).loss.item() * (len(row["labels"]) - 1) for row in rows
-    )
-    collator = Collator(pad_id=0)
-    assert abs(evaluate_loss(gpt2, rows, collator, 3, "cpu").sum_loss - alone) > 0.1
-    count_positions_from_mask_(gpt2)
-    assert evaluate_loss(gpt2, rows, collator, 3, "cpu").sum_loss == pytest.approx(alone, rel=1e-5)
-    assert texts_of(gpt2, 8) == greedy_step_by_step(gpt2, 8)
-    assert not has_learned_positions(llama)

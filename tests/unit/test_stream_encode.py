@@ -102,16 +102,25 @@ def test_row_with_labels_from_its_first_position_keeps_one_token_to_continue() -
 
 
 @pytest.mark.parametrize(("longest", "padded"), [(1, 8), (7, 8), (8, 8), (9, 16)])
-def test_batches_are_padded_on_the_left_to_a_multiple_of_8(longest: int, padded: int) -> None:
+def test_batches_are_padded_on_the_right_to_a_multiple_of_8(longest: int, padded: int) -> None:
     rows = [{"input_ids": [9] * longest, "labels": [9] * longest}, {"input_ids": [7], "labels": [-100], "answer": "x"}]
     batch = Collator(pad_id=3)(rows)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == dict.fromkeys(
         ("input_ids", "attention_mask", "labels"), (torch.int64, (2, padded))
     )
-    assert batch["input_ids"][1].tolist() == [3] * (padded - 1) + [7]
-    assert batch["labels"][0].tolist() == [-100] * (padded - longest + 1) + [9] * (longest - 1)
+    assert batch["input_ids"][1].tolist() == [7] + [3] * (padded - 1)
+    assert batch["labels"][0].tolist() == [-100] + [9] * (longest - 1) + [-100] * (padded - longest)
     assert batch["labels"][1].tolist() == [-100] * padded
-    assert batch["attention_mask"].sum(dim=1).tolist() == [longest, 1]
+    assert batch["attention_mask"].tolist() == [[1] * n + [0] * (padded - n) for n in (longest, 1)]
+    left = Collator(pad_id=3, side="left")(rows)
+    assert left["input_ids"][1].tolist() == [3] * (padded - 1) + [7]
+    assert left["labels"][0].tolist() == [-100] * (padded - longest + 1) + [9] * (longest - 1)
+
+
+def test_a_single_row_is_not_padded() -> None:
+    """A model that sees padding is then trained right, one row at a time."""
+    batch = Collator(pad_id=3)([{"input_ids": [9, 8, 7], "labels": [9, 8, 7]}])
+    assert (batch["input_ids"].tolist(), batch["attention_mask"].tolist()) == ([[9, 8, 7]], [[1, 1, 1]])
 
 
 def test_padding_token_falls_back_to_eos(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,146 @@
+"""Whether padding changes what a model says: asked of the model itself, as no list knows every class and every version.
+
+Rows are padded on the right, which no causal model can see. Prompts to generate from are padded on the left, which
+models without relative positions, with recurrences or with convolutions may see.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from piece_ds.evaluation.batches import evaluating
+from piece_ds.evaluation.loss import IGNORED_LABEL, Rows
+from piece_ds.runtime.distributed import all_reduce_max_, collective_device, is_main
+from piece_ds.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Largest difference of logits, as a share of their spread, that rounding explains. Over the causal classes of
+# transformers 5.23, rounding makes up to 1e-6 in fp32 and 0.02 in bf16; a model that sees padding is off by 0.1 to 1.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCE_16_BIT = 0.05
+
+_ROW_TOKENS = 11
+_ANSWERS_ALONE = "_piece_ds_answers_alone"
+
+
+def check_rows(model: Any, token_ids: Sequence[int], pad_id: int, one_row_at_a_time: bool) -> None:
+    """Raise UserError unless model is causal and gives a row in a batch what it gives the row alone. A collective.
+
+    Args:
+        model: a causal model of transformers or the DeepSpeed engine around one.
+        token_ids: at least one id that stands for no image; repeated as needed.
+        pad_id: of padding.
+        one_row_at_a_time: every batch of the run is a single row: then padding is not asked about.
+    Cost: three forward passes of at most 48 tokens.
+    """
+    module = getattr(model, "module", model)
+    row = (list(token_ids) * _ROW_TOKENS)[:_ROW_TOKENS]
+    other = next((token for token in token_ids if token != row[-1]), pad_id if pad_id != row[-1] else row[-1] - 1)
+    with evaluating(model):
+        alone = _logits(model, [row], pad_id)[0]
+        changed = _logits(model, [[*row[:-1], abs(other)]], pad_id)[0]
+        together = _logits(model, [row, row + row[:5]], pad_id)[0, :_ROW_TOKENS]
+    name = type(module).__name__
+    if _differ(alone[:-1], changed[:-1]):
+        raise UserError(
+            f"{name} sees the answers that it shall learn: a change of a row's last token changes what it says of the "
+            "tokens before. It is an encoder, or its config.json makes it one (is_decoder false, causal false)"
+        )
+    if not one_row_at_a_time and _differ(alone, together):
+        raise UserError(
+            f"{name} says other things of a padded row than of the row alone: train one row at a time "
+            "(--per_device_train_batch_size 1 --per_device_eval_batch_size 1 --importance_batch_size 1, with "
+            "--gradient_accumulation_steps for larger steps)"
+        )
+
+
+def answer_tokens(rows: Rows) -> list[int]:
+    """Return the first counted labels of rows, which stand for no image, for check_rows()."""
+    found: list[int] = []
+    for index in range(len(rows)):
+        found += [label for label in rows[index]["labels"] if label != IGNORED_LABEL]
+        if len(found) >= _ROW_TOKENS:
+            break
+    return found[:_ROW_TOKENS]
+
+
+def _logits(model: Any, rows: Sequence[list[int]], pad_id: int) -> Tensor:
+    """fp32 logits of rows padded on the right, (rows, longest, vocabulary)."""
+    longest = max(map(len, rows))
+    device = next(iter(getattr(model, "module", model).parameters())).device
+    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def _differ(expected: Tensor, got: Tensor) -> bool:
+    """Whether logits differ by more than rounding, on any rank. A collective.
+
+    In 16 bits the typical token decides: a rounding may send one token to another expert.
+    """
+    expected, got, dtype = expected.float(), got.float(), expected.dtype
+    spread = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1).clamp(min=1e-12)
+    share = (expected - got).norm(dim=-1) / spread
+    largest = share.max() if dtype in _TOLERANCE else share.median()
+    differs = (~(largest <= _TOLERANCE.get(dtype, _TOLERANCE_16_BIT))).to(collective_device(), torch.int32)
+    return bool(all_reduce_max_(differs))
+
+
+def answers_alone(
+    module: nn.Module,
+    lengths: Sequence[int],
+    inputs_of: Callable[[list[int]], dict[str, Tensor]],
+    config: GenerationConfig,
+    device: torch.device | str,
+    synced: bool,
+) -> bool:
+    """Whether prompts are to be answered one at a time, since padding changes the answers of module. A collective.
+
+    Asked once per model: the shortest prompt alone, and again beside the longest one.
+
+    Args:
+        module: the model itself, in evaluation mode.
+        lengths: of the prompts.
+        inputs_of: indices of prompts to a batch padded on the left.
+        config: of the generation.
+        device: where the batches go.
+        synced: as synced_gpus of generate().
+    """
+    known = getattr(module, _ANSWERS_ALONE, None)
+    if known is not None or len(set(lengths)) < 2:
+        return bool(known)
+    shortest, longest = (lengths.index(choose(lengths)) for choose in (min, max))
+    first = GenerationConfig(
+        max_new_tokens=1,
+        pad_token_id=config.pad_token_id,
+        eos_token_id=config.eos_token_id,
+        num_beams=1,
+        use_cache=True,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+    def next_logits(indices: list[int]) -> Tensor:
+        inputs = {name: tensor.to(device) for name, tensor in inputs_of(indices).items()}
+        return module.generate(**inputs, generation_config=first, synced_gpus=synced).logits[0][:1]
+
+    try:
+        alone = _differ(next_logits([shortest]), next_logits([shortest, longest]))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if synced:  # the other ranks may be waiting in the pass that failed here
+            raise
+        logger.warning("%s cannot answer prompts of different lengths together (%s)", type(module).__name__, error)
+        alone = True
+    if alone and is_main():
+        logger.warning(
+            "%s answers a padded prompt otherwise than the prompt alone: prompts are answered one at a time",
+            type(module).__name__,
+        )
+    setattr(module, _ANSWERS_ALONE, alone)
+    return alone
