@@ -104,9 +104,8 @@ def test_padding_changes_no_loss_and_no_answer_of_any_causal_class() -> None:
 
 
 def test_an_encoder_loaded_as_a_causal_model_is_refused_at_any_precision() -> None:
-    config = BertConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    )
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = BertConfig(vocab_size=VOCAB, initializer_range=0.2, **shape)
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         model = BertLMHeadModel(config).to(dtype)
