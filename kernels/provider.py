@@ -8,16 +8,17 @@ import torch
 
 from piece_ds.kernels.accumulate import accumulate_
 from piece_ds.kernels.accumulate_filter import accumulate_filter_
-from piece_ds.kernels.apply_mask import apply_mask_
+from piece_ds.kernels.apply_mask import apply_mask_, apply_mask_list_
 from piece_ds.kernels.filter import filter_
 from piece_ds.kernels.gather_add import gather_add_
 from piece_ds.kernels.index_to_mask import index_to_mask
 from piece_ds.kernels.mask_to_index import mask_to_index
 from piece_ds.kernels.sampled_gradient import sampled_gradient_
+from piece_ds.kernels.scatter_list import scatter_list_
 from piece_ds.kernels.score import score
 from piece_ds.kernels.score_histogram import score_histogram_
 from piece_ds.kernels.select_above import select_above
-from piece_ds.kernels.sparse_adamw import sparse_adamw_
+from piece_ds.kernels.sparse_adamw import sparse_adamw_, sparse_adamw_list_
 from piece_ds.ops.schema import NAMESPACE, SCHEMAS
 
 OPS: dict[str, Callable[..., Any]] = {
@@ -30,9 +31,12 @@ OPS: dict[str, Callable[..., Any]] = {
     "index_to_mask": index_to_mask,
     "mask_to_index": mask_to_index,
     "apply_mask_": apply_mask_,
+    "apply_mask_list_": apply_mask_list_,
+    "scatter_list_": scatter_list_,
     "gather_add_": gather_add_,
     "sampled_gradient_": sampled_gradient_,
     "sparse_adamw_": sparse_adamw_,
+    "sparse_adamw_list_": sparse_adamw_list_,
 }
 
 

@@ -9,6 +9,9 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
+
+#include <piece/runs.h>
 
 namespace piece::bind {
 
@@ -82,6 +85,39 @@ inline int dtype_of(const Tensor& tensor, const char* name) {
       return 0;
   }
 }
+
+// A list of tensors of one dtype as runs of memory; a tensor that begins where the one before it ends continues its run.
+class RunList {
+ public:
+  RunList(const std::vector<Tensor>& tensors, const char* name) {
+    for (const Tensor& tensor : tensors) {
+      const int64_t n = tensor.numel();
+      require_layout(tensor, name, n);
+      const int dtype = dtype_of(tensor, name);
+      require(runs_.empty() || dtype == dtype_, "the tensors of ", name, " must have one dtype: call once for each");
+      if (n == 0) continue;
+      dtype_ = dtype;
+      char* const data = static_cast<char*>(tensor.data_ptr());
+      const int64_t size = dtype == 0 ? 4 : 2;
+      if (!runs_.empty() && static_cast<char*>(runs_.back().data) + runs_.back().n * size == data) {
+        runs_.back().n += n;
+      } else {
+        runs_.push_back(piece::Run{data, total_, n});
+      }
+      total_ += n;
+    }
+  }
+
+  int dtype() const { return dtype_; }
+  int64_t total() const { return total_; }
+  const std::vector<piece::Run>& runs() const { return runs_; }
+  piece::Runs all() const { return piece::Runs{runs_.data(), static_cast<int64_t>(runs_.size()), total_}; }
+
+ private:
+  std::vector<piece::Run> runs_;
+  int64_t total_ = 0;
+  int dtype_ = 0;
+};
 
 inline void require_in_range(bool in_range, int64_t n) {
   require(in_range, "index holds a position outside [0, ", n, ")");

@@ -1,6 +1,7 @@
 // The ops of schema.py on the CPU, through torch's stable ABI: one binary serves torch 2.10 and every later one.
 #include "checks.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "../cpu/ops.h"
@@ -124,13 +125,61 @@ Tensor mask_to_index(Tensor bits) {
   return new_index(bits, piece::cpu::mask_to_index(data<uint8_t>(bits, "bits", n), n));
 }
 
-void apply_mask_(Tensor grad, Tensor index, double scale, Tensor square_norm, Tensor num_nonfinite) {
+void apply_mask_(Tensor grad, Tensor index, double scale, OptionalTensor square_norm, OptionalTensor num_nonfinite) {
   const int64_t n = grad.numel();
   require_layout(grad, "grad", n);
   const Index positions = index_of(index, n);
+  double norm = 0.0;
+  int64_t num_bad = 0;
   piece::cpu::apply_mask(cpu_dtype(grad, "grad"), grad.data_ptr(), n, positions.data, positions.n, positions.ascending,
-                         scale, data<double>(square_norm, "square_norm", 1),
-                         data<int64_t>(num_nonfinite, "num_nonfinite", 1));
+                         scale, square_norm ? data<double>(*square_norm, "square_norm", 1) : &norm,
+                         num_nonfinite ? data<int64_t>(*num_nonfinite, "num_nonfinite", 1) : &num_bad);
+}
+
+// use(run, first, positions, k): the k entries from `first` on of ascending positions that lie in a run, counted from its begin.
+template <typename Use>
+void for_each_run(const RunList& list, const Index& index, Use use) {
+  require(index.ascending, "index must ascend: it counts through a list of tensors");
+  std::vector<int64_t> local;
+  const int64_t* first = index.data;
+  for (const piece::Run& run : list.runs()) {
+    const int64_t* const last = std::lower_bound(first, index.data + index.n, run.begin + run.n);
+    const int64_t k = last - first;
+    const int64_t* positions = first;
+    if (run.begin > 0) {
+      local.resize(static_cast<size_t>(k));
+      std::transform(first, last, local.begin(), [&](int64_t i) { return i - run.begin; });
+      positions = local.data();
+    }
+    use(run, first - index.data, positions, k);
+    first = last;
+  }
+}
+
+void apply_mask_list_(std::vector<Tensor> grads, Tensor index, double scale, OptionalTensor square_norm,
+                      OptionalTensor num_nonfinite) {
+  const RunList list(grads, "grads");
+  double norm = 0.0;
+  int64_t num_bad = 0;
+  double* const to_norm = square_norm ? data<double>(*square_norm, "square_norm", 1) : &norm;
+  int64_t* const to_count = num_nonfinite ? data<int64_t>(*num_nonfinite, "num_nonfinite", 1) : &num_bad;
+  for_each_run(list, index_of(index, list.total()),
+               [&](const piece::Run& run, int64_t, const int64_t* positions, int64_t k) {
+                 piece::cpu::apply_mask(static_cast<DType>(list.dtype()), run.data, run.n, positions, k, true, scale, to_norm,
+                                        to_count);
+               });
+}
+
+void scatter_list_(std::vector<Tensor> weights, Tensor index, Tensor values) {
+  const RunList list(weights, "weights");
+  const int64_t size = list.dtype() == 0 ? 4 : 2, k = index.numel();
+  require_layout(values, "values", k);
+  require(k == 0 || dtype_of(values, "values") == list.dtype(), "values must have the weights' dtype");
+  const char* const source = static_cast<const char*>(values.data_ptr());
+  for_each_run(list, index_of(index, list.total()),
+               [&](const piece::Run& run, int64_t first, const int64_t* positions, int64_t count) {
+                 piece::cpu::scatter(size, run.data, positions, count, source + first * size);
+               });
 }
 
 void gather_add_(Tensor grad, Tensor index, double scale, Tensor total) {
@@ -169,6 +218,25 @@ void sparse_adamw_(Tensor grad, Tensor value, Tensor exp_avg, Tensor exp_avg_sq,
   require_in_range(in_range, limit);
 }
 
+void sparse_adamw_list_(Tensor grad, Tensor value, Tensor exp_avg, Tensor exp_avg_sq, std::vector<Tensor> weights,
+                        Tensor index, double grad_scale, double lr, double beta1, double beta2, double eps,
+                        double weight_decay, int64_t step, bool weight_holds_value) {
+  require(step >= 1, "sparse_adamw_list_ expected step >= 1, got ", step);
+  const RunList list(weights, "weights");
+  const int64_t n = index.numel();
+  const piece::AdamW scalars = piece::make_adamw(grad_scale, lr, beta1, beta2, eps, weight_decay, step);
+  const float* const grads = data<float>(grad, "grad", n);
+  float* const values = data<float>(value, "value", n);
+  float* const first_moments = data<float>(exp_avg, "exp_avg", n);
+  float* const second_moments = data<float>(exp_avg_sq, "exp_avg_sq", n);
+  for_each_run(list, index_of(index, list.total()),
+               [&](const piece::Run& run, int64_t first, const int64_t* positions, int64_t k) {
+                 piece::cpu::sparse_adamw(static_cast<DType>(list.dtype()), scalars, grads + first, values + first,
+                                          first_moments + first, second_moments + first, run.data, run.n, positions, k,
+                                          weight_holds_value);
+               });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(piece_ds, CPU, m) {
@@ -181,9 +249,12 @@ STABLE_TORCH_LIBRARY_IMPL(piece_ds, CPU, m) {
   m.impl("index_to_mask", TORCH_BOX(&index_to_mask));
   m.impl("mask_to_index", TORCH_BOX(&mask_to_index));
   m.impl("apply_mask_", TORCH_BOX(&apply_mask_));
+  m.impl("apply_mask_list_", TORCH_BOX(&apply_mask_list_));
+  m.impl("scatter_list_", TORCH_BOX(&scatter_list_));
   m.impl("gather_add_", TORCH_BOX(&gather_add_));
   m.impl("sampled_gradient_", TORCH_BOX(&sampled_gradient_));
   m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_));
+  m.impl("sparse_adamw_list_", TORCH_BOX(&sparse_adamw_list_));
 }
 
 // For the loader and the tests: 'avx512', 'avx2', 'scalar', or '' for the best; null where it cannot run here.

@@ -32,6 +32,11 @@ class Device {
 
   cudaStream_t stream() const { return stream_; }
 
+  void require_here(const Tensor& tensor, const char* name) const {
+    require(tensor.is_cuda() && tensor.get_device_index() == index_,
+            name, " must be on cuda:", index_, ", where the op's first tensor is");
+  }
+
   template <typename T>
   T* data(const Tensor& tensor, const char* name, int64_t n) const {
     require_here(tensor, name);
@@ -73,11 +78,6 @@ class Device {
   static int32_t index_of(const Tensor& first) {
     require(first.is_cuda(), "the op's first tensor must be on a CUDA device, as its others are: move it there");
     return first.get_device_index();
-  }
-
-  void require_here(const Tensor& tensor, const char* name) const {
-    require(tensor.is_cuda() && tensor.get_device_index() == index_,
-            name, " must be on cuda:", index_, ", where the op's first tensor is");
   }
 
   int32_t index_;
@@ -195,17 +195,45 @@ Tensor mask_to_index(Tensor bits) {
   return result;
 }
 
-void apply_mask_(Tensor grad, Tensor index, double scale, Tensor square_norm, Tensor num_nonfinite) {
-  const Device device(grad);
+// Tensors of a list, all of them on the op's device; the first tensor of an op whose list is empty is another one.
+RunList runs_on(const Device& device, const std::vector<Tensor>& tensors, const char* name) {
+  for (const Tensor& tensor : tensors) device.require_here(tensor, name);
+  return RunList(tensors, name);
+}
+
+void mask_list(const Device& device, const Tensor& like, const RunList& grads, const Tensor& index, double scale,
+               const OptionalTensor& square_norm, const OptionalTensor& num_nonfinite) {
   const int64_t k = index.numel();
-  void* gradient = device.writable(grad, "grad");
-  Tensor kept = device.empty(grad, k, grad.scalar_type());
-  Tensor partial = device.empty(grad, piece::cuda::apply_mask_partials(k), ScalarType::Double);
-  check(piece::cuda::apply_mask(cuda_dtype(grad, "grad"), gradient, grad.numel(),
-                                device.data<int64_t>(index, "index", k), k, scale, kept.data_ptr(),
-                                static_cast<double*>(partial.data_ptr()),
-                                device.data<double>(square_norm, "square_norm", 1),
-                                device.data<int64_t>(num_nonfinite, "num_nonfinite", 1), device.stream()));
+  double* norm = device.optional_data<double>(square_norm, "square_norm", 1);
+  Tensor kept = device.empty(like, k, like.scalar_type());
+  Tensor partial =
+      device.empty(like, norm != nullptr ? piece::cuda::apply_mask_partials(grads.all(), k) : 0, ScalarType::Double);
+  check(piece::cuda::apply_mask(static_cast<DType>(grads.dtype()), grads.all(), device.data<int64_t>(index, "index", k), k,
+                                scale, kept.data_ptr(), static_cast<double*>(partial.data_ptr()), norm,
+                                device.optional_data<int64_t>(num_nonfinite, "num_nonfinite", 1), device.stream()));
+}
+
+void apply_mask_(Tensor grad, Tensor index, double scale, OptionalTensor square_norm, OptionalTensor num_nonfinite) {
+  const Device device(grad);
+  mask_list(device, grad, runs_on(device, {grad}, "grad"), index, scale, square_norm, num_nonfinite);
+}
+
+void apply_mask_list_(std::vector<Tensor> grads, Tensor index, double scale, OptionalTensor square_norm,
+                      OptionalTensor num_nonfinite) {
+  const Device device(index);
+  if (grads.empty()) return;
+  mask_list(device, grads[0], runs_on(device, grads, "grads"), index, scale, square_norm, num_nonfinite);
+}
+
+void scatter_list_(std::vector<Tensor> weights, Tensor index, Tensor values) {
+  const Device device(index);
+  const int64_t k = index.numel();
+  const RunList runs = runs_on(device, weights, "weights");
+  const void* source = device.writable(values, "values");
+  require(values.numel() == k, "values must have ", k, " elements, got ", values.numel());
+  require(k == 0 || dtype_of(values, "values") == runs.dtype(), "values must have the weights' dtype");
+  check(piece::cuda::scatter(static_cast<DType>(runs.dtype()), runs.all(), device.data<int64_t>(index, "index", k), k, source,
+                             device.stream()));
 }
 
 void gather_add_(Tensor grad, Tensor index, double scale, Tensor total) {
@@ -232,18 +260,32 @@ void sampled_gradient_(Tensor grad_output, Tensor input, Tensor index, double sc
                                       device.data<float>(total, "total", k), scratch.data_ptr(), device.stream()));
 }
 
+void step_list(const Device& device, const Tensor& grad, const Tensor& value, const Tensor& exp_avg,
+               const Tensor& exp_avg_sq, const RunList& weights, const Tensor& index, const piece::AdamW& step,
+               bool weight_holds_value) {
+  const int64_t k = index.numel();
+  check(piece::cuda::sparse_adamw(
+      static_cast<DType>(weights.dtype()), device.data<float>(grad, "grad", k), device.data<float>(value, "value", k),
+      device.data<float>(exp_avg, "exp_avg", k), device.data<float>(exp_avg_sq, "exp_avg_sq", k), weights.all(),
+      device.data<int64_t>(index, "index", k), k, step, weight_holds_value, device.stream()));
+}
+
 void sparse_adamw_(Tensor grad, Tensor value, Tensor exp_avg, Tensor exp_avg_sq, Tensor weight, Tensor index,
                    double grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
                    int64_t step, bool weight_holds_value) {
   require(step >= 1, "sparse_adamw_ expected step >= 1, got ", step);
   const Device device(weight);
-  const int64_t k = index.numel();
-  check(piece::cuda::sparse_adamw(
-      cuda_dtype(weight, "weight"), device.data<float>(grad, "grad", k), device.data<float>(value, "value", k),
-      device.data<float>(exp_avg, "exp_avg", k), device.data<float>(exp_avg_sq, "exp_avg_sq", k),
-      device.writable(weight, "weight"), weight.numel(), device.data<int64_t>(index, "index", k), k,
-      piece::make_adamw(grad_scale, lr, beta1, beta2, eps, weight_decay, step), weight_holds_value,
-      device.stream()));
+  step_list(device, grad, value, exp_avg, exp_avg_sq, runs_on(device, {weight}, "weight"), index,
+            piece::make_adamw(grad_scale, lr, beta1, beta2, eps, weight_decay, step), weight_holds_value);
+}
+
+void sparse_adamw_list_(Tensor grad, Tensor value, Tensor exp_avg, Tensor exp_avg_sq, std::vector<Tensor> weights,
+                        Tensor index, double grad_scale, double lr, double beta1, double beta2, double eps,
+                        double weight_decay, int64_t step, bool weight_holds_value) {
+  require(step >= 1, "sparse_adamw_list_ expected step >= 1, got ", step);
+  const Device device(grad);
+  step_list(device, grad, value, exp_avg, exp_avg_sq, runs_on(device, weights, "weights"), index,
+            piece::make_adamw(grad_scale, lr, beta1, beta2, eps, weight_decay, step), weight_holds_value);
 }
 
 }  // namespace
@@ -258,7 +300,10 @@ STABLE_TORCH_LIBRARY_IMPL(piece_ds, CUDA, m) {
   m.impl("index_to_mask", TORCH_BOX(&index_to_mask));
   m.impl("mask_to_index", TORCH_BOX(&mask_to_index));
   m.impl("apply_mask_", TORCH_BOX(&apply_mask_));
+  m.impl("apply_mask_list_", TORCH_BOX(&apply_mask_list_));
+  m.impl("scatter_list_", TORCH_BOX(&scatter_list_));
   m.impl("gather_add_", TORCH_BOX(&gather_add_));
   m.impl("sampled_gradient_", TORCH_BOX(&sampled_gradient_));
   m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_));
+  m.impl("sparse_adamw_list_", TORCH_BOX(&sparse_adamw_list_));
 }

@@ -46,6 +46,8 @@ std::vector<int64_t> mask_to_index(const uint8_t* bits, int64_t num_bytes);
 // selected.cpp; apply_mask's positions have been checked
 void apply_mask(DType dtype, void* grad, int64_t n, const int64_t* index, int64_t n_index, bool ascending,
                 double scale, double* square_norm, int64_t* num_nonfinite);
+// weight[index[j]] = values[j], elements of `size` bytes (2 or 4); positions have been checked
+void scatter(int64_t size, void* weight, const int64_t* index, int64_t n, const void* values);
 // These two: false, and nothing written, where a position is outside [0, limit).
 bool gather_add(DType dtype, const void* grad, int64_t limit, const int64_t* index, int64_t n, float scale,
                 float* total);

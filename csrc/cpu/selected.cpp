@@ -118,7 +118,23 @@ bool sparse_adamw_typed(DType dtype, const AdamW& step, const float* grad, float
   });
 }
 
+template <typename T>
+void scatter_typed(T* weight, const int64_t* index, int64_t n, const T* values) {
+  for_blocks(num_blocks(n, kSelectedBlock), [&](int64_t block) {
+    const int64_t first = block * kSelectedBlock, last = first + size_of_block(block, n);
+    for (int64_t i = first; i < last; ++i) weight[index[i]] = values[i];
+  });
+}
+
 }  // namespace
+
+void scatter(int64_t size, void* weight, const int64_t* index, int64_t n, const void* values) {
+  if (size == 4) {
+    scatter_typed(static_cast<uint32_t*>(weight), index, n, static_cast<const uint32_t*>(values));
+  } else {
+    scatter_typed(static_cast<uint16_t*>(weight), index, n, static_cast<const uint16_t*>(values));
+  }
+}
 
 void apply_mask(DType dtype, void* grad, int64_t n, const int64_t* index, int64_t n_index, bool ascending,
                 double scale, double* square_norm, int64_t* num_nonfinite) {

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <piece/runs.h>
 #include <piece/scalar.h>
 
 namespace piece::cuda {
@@ -68,14 +69,18 @@ cudaError_t mask_write(const uint8_t* bits, int64_t num_bytes, int64_t* scratch,
 // words: ceil(n / 32) words of 32 bits, all written.
 cudaError_t index_to_mask(const int64_t* index, int64_t k, uint32_t* words, int64_t n, cudaStream_t stream);
 
-// kept: k elements of grad's type; partial: apply_mask_partials(k) fp64 elements.
-int64_t apply_mask_partials(int64_t k);
-cudaError_t apply_mask(DType dtype, void* grad, int64_t n, const int64_t* index, int64_t k, double scale, void* kept,
+// kept: k elements of the gradients' type; partial: apply_mask_partials() fp64 elements. square_norm and num_nonfinite may be
+// null. Positions count through all gradients, here and wherever there are Runs.
+int64_t apply_mask_partials(const Runs& grads, int64_t k);
+cudaError_t apply_mask(DType dtype, const Runs& grads, const int64_t* index, int64_t k, double scale, void* kept,
                        double* partial, double* square_norm, int64_t* num_nonfinite, cudaStream_t stream);
+// values: k elements of the weights' type.
+cudaError_t scatter(DType dtype, const Runs& weights, const int64_t* index, int64_t k, const void* values,
+                    cudaStream_t stream);
 cudaError_t gather_add(DType dtype, const void* grad, int64_t n, const int64_t* index, int64_t k, float scale,
                        float* total, cudaStream_t stream);
-cudaError_t sparse_adamw(DType dtype, const float* grad, float* value, float* exp_avg, float* exp_avg_sq, void* weight,
-                         int64_t n, const int64_t* index, int64_t k, const AdamW& step, bool weight_holds_value,
+cudaError_t sparse_adamw(DType dtype, const float* grad, float* value, float* exp_avg, float* exp_avg_sq,
+                         const Runs& weights, const int64_t* index, int64_t k, const AdamW& step, bool weight_holds_value,
                          cudaStream_t stream);
 
 // ---- sampled_gradient.cu ----

@@ -1,6 +1,9 @@
 // Work on the selected elements alone: one thread each, positions and their values read in order, the rest scattered.
+// What is written may be a list of tensors (runs.h).
 
-#include "launch.h"
+#include <type_traits>
+
+#include "runs.h"
 
 namespace piece::cuda {
 namespace {
@@ -47,15 +50,18 @@ __device__ __forceinline__ double block_sum(double value) {
   return shared[0];
 }
 
-template <typename T>
+// partial is null where no norm is wanted, num_nonfinite where no count is.
+template <typename T, typename Target>
 __global__ void __launch_bounds__(kThreads)
-    keep_kernel(const T* __restrict__ grad, int64_t n, const int64_t* __restrict__ index, int64_t k, float scale,
-                bool scaled, T* __restrict__ kept, double* __restrict__ partial, int64_t* num_nonfinite) {
+    keep_kernel(const __grid_constant__ Target target, const int64_t* __restrict__ index, int64_t k, float scale, bool scaled,
+                T* __restrict__ kept, double* __restrict__ partial, int64_t* num_nonfinite) {
+  const auto places = target.open();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kSelectedPerPartial;
   uint32_t num_bad = 0;
   double norm = 0.0;
   // Positions first, then the gradient's entries: four of each are on their way at once.
   int64_t i[kSelectedPerThread];
+  const T* place[kSelectedPerThread];
   T value[kSelectedPerThread];
 #pragma unroll
   for (int u = 0; u < kSelectedPerThread; ++u) {
@@ -64,37 +70,89 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int u = 0; u < kSelectedPerThread; ++u) {
-    const bool exists = first + u * kThreads + threadIdx.x < k;
-    const bool inside = i[u] >= 0 && i[u] < n;
-    assert((!exists || inside) && "piece_ds: a position in index lies outside of its tensor");
-    value[u] = inside ? grad[i[u]] : T{};
+    place[u] = first + u * kThreads + threadIdx.x < k ? places.at(i[u]) : nullptr;
+    value[u] = place[u] != nullptr ? *place[u] : T{};
   }
 #pragma unroll
   for (int u = 0; u < kSelectedPerThread; ++u) {
-    const int64_t j = first + u * kThreads + threadIdx.x;
-    if (j >= k) continue;
+    if (place[u] == nullptr) continue;
     if (scaled) value[u] = from_float<T>(mul(to_float(value[u]), scale));
-    kept[j] = value[u];
+    kept[first + u * kThreads + threadIdx.x] = value[u];
     const float x = to_float(value[u]);
     num_bad += !is_finite(x);
     norm += static_cast<double>(x) * x;  // the square of a float is exact in fp64
   }
-  const double sum = block_sum(norm);
-  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-  add_warp_to(num_nonfinite, num_bad);
+  if (partial != nullptr) {
+    const double sum = block_sum(norm);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+  }
+  if (num_nonfinite != nullptr) add_warp_to(num_nonfinite, num_bad);
 }
 
-// The first block also adds up the partial sums; the gradient is all zeros by now.
+// Zeros to all positions of the target's runs, 16 bytes at a time where a run allows it.
 template <typename T>
+__global__ void __launch_bounds__(kThreads) zero_kernel(const __grid_constant__ Many<T> target) {
+  constexpr int width = 16 / sizeof(T);
+  constexpr int64_t chunk = kThreads * width * 8;
+  const auto places = target.open();
+  for (int64_t from = places.begin[0] + blockIdx.x * chunk; from < places.begin[places.count];
+       from += gridDim.x * chunk) {
+    const int64_t to = from + chunk < places.begin[places.count] ? from + chunk : places.begin[places.count];
+    for (int64_t at = from; at < to;) {  // the parts of runs in [from, to)
+      T* const data = places.at(at);
+      int run = 0;
+      while (places.begin[run + 1] <= at) ++run;
+      const int64_t n = (places.begin[run + 1] < to ? places.begin[run + 1] : to) - at;
+      const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
+      const int64_t head = misaligned == 0 ? 0 : width - misaligned < n ? width - misaligned : n;
+      const int64_t num_packs = (n - head) / width;
+      for (int64_t p = threadIdx.x; p < num_packs; p += kThreads) store<width>(data + head + p * width, Pack<T, width>{});
+      const int64_t num_single = n - num_packs * width;
+      for (int64_t s = threadIdx.x; s < num_single; s += kThreads) data[s < head ? s : s + num_packs * width] = T{};
+      at += n;
+    }
+  }
+}
+
+template <typename T>
+cudaError_t zero(const Runs& runs, cudaStream_t stream) {
+  return for_each_launch<T>(runs, [&](int64_t, const auto& target) {
+    using Target = std::decay_t<decltype(target)>;
+    if constexpr (std::is_same_v<Target, One<T>>) {
+      return target.n > 0 ? cudaMemsetAsync(target.data, 0, static_cast<size_t>(target.n) * sizeof(T), stream) : cudaSuccess;
+    } else {
+      const auto blocks = static_cast<unsigned>(grid_for(target.begin[target.count] - target.begin[0], kThreads * 16 / sizeof(T) * 8));
+      zero_kernel<T><<<blocks, kThreads, 0, stream>>>(target);
+      return cudaGetLastError();
+    }
+  });
+}
+
+// target[index[j]] = value[j]. In the first launch of all the first block adds up the partial sums, where there are any.
+template <typename T, typename Target>
 __global__ void __launch_bounds__(kThreads)
-    scatter_kernel(T* __restrict__ grad, const int64_t* __restrict__ index, int64_t k, const T* __restrict__ kept,
-                   const double* __restrict__ partial, int64_t num_partials, double* square_norm) {
-  for_each_selected(k, [&](int64_t j) { grad[index[j]] = kept[j]; });
-  if (blockIdx.x != 0) return;
+    scatter_kernel(const __grid_constant__ Target target, const int64_t* __restrict__ index, int64_t k,
+                   const T* __restrict__ value, const double* __restrict__ partial, int64_t num_partials,
+                   double* square_norm) {
+  const auto places = target.open();
+  for_each_selected(k, [&](int64_t j) {
+    if (T* const place = places.at(index[j]); place != nullptr) *place = value[j];
+  });
+  if (blockIdx.x != 0 || num_partials == 0) return;
   double norm = 0.0;
   for (int64_t i = threadIdx.x; i < num_partials; i += kThreads) norm += partial[i];
   const double sum = block_sum(norm);
   if (threadIdx.x == 0) *square_norm += sum;
+}
+
+template <typename T>
+cudaError_t scatter_values(const Runs& runs, const int64_t* index, int64_t k, const T* value, const double* partial,
+                           int64_t num_partials, double* square_norm, cudaStream_t stream) {
+  return for_each_launch<T>(runs, [&](int64_t number, const auto& target) {
+    scatter_kernel<<<blocks_for(k), kThreads, 0, stream>>>(target, index, k, value, partial, number == 0 ? num_partials : 0,
+                                                           square_norm);
+    return cudaGetLastError();
+  });
 }
 
 // ---- gather_add_, sparse_adamw_ ----
@@ -108,13 +166,15 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-template <typename T>
+template <typename T, typename Target>
 __global__ void __launch_bounds__(kThreads)
     sparse_adamw_kernel(const float* __restrict__ grad, float* __restrict__ value, float* __restrict__ exp_avg,
-                        float* __restrict__ exp_avg_sq, T* __restrict__ weight, int64_t n,
+                        float* __restrict__ exp_avg_sq, const __grid_constant__ Target target,
                         const int64_t* __restrict__ index, int64_t k, AdamW step, bool weight_holds_value) {
+  const auto places = target.open();
   for_each_selected(k, [&](int64_t j) {
-    const int64_t i = position(index, j, n);
+    T* const place = places.at(index[j]);
+    if (place == nullptr) return;  // another launch's
     float new_value = value[j], first = exp_avg[j], second = exp_avg_sq[j];
     const T before = from_float<T>(new_value);
     adamw(step, grad[j], new_value, first, second);
@@ -123,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
     exp_avg_sq[j] = second;
     // A line of its own for most elements: what keeps its rounding costs none.
     const T after = from_float<T>(new_value);
-    if (!weight_holds_value || !same_bits(after, before)) weight[i] = after;
+    if (!weight_holds_value || !same_bits(after, before)) *place = after;
   });
 }
 
@@ -140,27 +200,42 @@ cudaError_t index_to_mask(const int64_t* index, int64_t k, uint32_t* words, int6
   return cudaGetLastError();
 }
 
-int64_t apply_mask_partials(int64_t k) { return k / kSelectedPerPartial + (k % kSelectedPerPartial != 0); }
+int64_t apply_mask_partials(const Runs& runs, int64_t k) {
+  return (k / kSelectedPerPartial + (k % kSelectedPerPartial != 0)) * num_launches_of(runs);
+}
 
-cudaError_t apply_mask(DType dtype, void* grad, int64_t n, const int64_t* index, int64_t k, double scale, void* kept,
+cudaError_t apply_mask(DType dtype, const Runs& grads, const int64_t* index, int64_t k, double scale, void* kept,
                        double* partial, double* square_norm, int64_t* num_nonfinite, cudaStream_t stream) {
-  const int64_t num_partials = apply_mask_partials(k);
+  const int64_t num_partials = apply_mask_partials(grads, k), blocks = num_partials / num_launches_of(grads);
   if (num_partials > INT32_MAX) return cudaErrorInvalidValue;
+  if (square_norm == nullptr) partial = nullptr;
   cudaError_t error = cudaSuccess;
-  with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    T* g = static_cast<T*>(grad);
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    T* const entries = static_cast<T*>(kept);
     if (k > 0) {
-      keep_kernel<<<static_cast<unsigned>(num_partials), kThreads, 0, stream>>>(
-          g, n, index, k, static_cast<float>(scale), scale != 1.0, static_cast<T*>(kept), partial, num_nonfinite);
-      if ((error = cudaGetLastError()) != cudaSuccess) return;
+      error = for_each_launch<T>(grads, [&](int64_t number, const auto& target) {
+        keep_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+            target, index, k, static_cast<float>(scale), scale != 1.0, entries,
+            partial == nullptr ? nullptr : partial + number * blocks, num_nonfinite);
+        return cudaGetLastError();
+      });
     }
-    if (n > 0 && (error = cudaMemsetAsync(g, 0, static_cast<size_t>(n) * sizeof(T), stream)) != cudaSuccess) return;
-    if (k > 0) {
-      scatter_kernel<<<blocks_for(k), kThreads, 0, stream>>>(g, index, k, static_cast<const T*>(kept), partial,
-                                                             num_partials, square_norm);
-      error = cudaGetLastError();
+    if (error == cudaSuccess) error = zero<T>(grads, stream);
+    if (error == cudaSuccess && k > 0) {
+      error = scatter_values<T>(grads, index, k, entries, partial, partial == nullptr ? 0 : num_partials, square_norm, stream);
     }
+  });
+  return error;
+}
+
+cudaError_t scatter(DType dtype, const Runs& weights, const int64_t* index, int64_t k, const void* values,
+                    cudaStream_t stream) {
+  if (k == 0) return cudaSuccess;
+  cudaError_t error = cudaSuccess;
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    error = scatter_values<T>(weights, index, k, static_cast<const T*>(values), nullptr, 0, nullptr, stream);
   });
   return error;
 }
@@ -175,16 +250,21 @@ cudaError_t gather_add(DType dtype, const void* grad, int64_t n, const int64_t* 
   return cudaGetLastError();
 }
 
-cudaError_t sparse_adamw(DType dtype, const float* grad, float* value, float* exp_avg, float* exp_avg_sq, void* weight,
-                         int64_t n, const int64_t* index, int64_t k, const AdamW& step, bool weight_holds_value,
+cudaError_t sparse_adamw(DType dtype, const float* grad, float* value, float* exp_avg, float* exp_avg_sq,
+                         const Runs& weights, const int64_t* index, int64_t k, const AdamW& step, bool weight_holds_value,
                          cudaStream_t stream) {
   if (k == 0) return cudaSuccess;
-  with_type(dtype, [&](auto zero) {
-    auto* w = static_cast<decltype(zero)*>(weight);
-    sparse_adamw_kernel<<<blocks_for(k), kThreads, 0, stream>>>(grad, value, exp_avg, exp_avg_sq, w, n, index, k, step,
-                                                                weight_holds_value);
+  cudaError_t error = cudaSuccess;
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    error = for_each_launch<T>(weights, [&](int64_t, const auto& target) {
+      using Target = std::decay_t<decltype(target)>;
+      sparse_adamw_kernel<T, Target><<<blocks_for(k), kThreads, 0, stream>>>(grad, value, exp_avg, exp_avg_sq, target, index, k,
+                                                                             step, weight_holds_value);
+      return cudaGetLastError();
+    });
   });
-  return cudaGetLastError();
+  return error;
 }
 
 }  // namespace piece::cuda

@@ -16,13 +16,22 @@ from piece_ds.ops.scores import (
     score_histogram_,
     select_above,
 )
-from piece_ds.ops.selected import apply_mask_, gather_add_, sampled_gradient_, sparse_adamw_
+from piece_ds.ops.selected import (
+    apply_mask_,
+    apply_mask_list_,
+    gather_add_,
+    sampled_gradient_,
+    scatter_list_,
+    sparse_adamw_,
+    sparse_adamw_list_,
+)
 
 __all__ = [
     "Candidates",
     "accumulate_",
     "accumulate_filter_",
     "apply_mask_",
+    "apply_mask_list_",
     "empty_candidates",
     "filter_",
     "gather_add_",
@@ -32,9 +41,11 @@ __all__ = [
     "provider",
     "reference",
     "sampled_gradient_",
+    "scatter_list_",
     "schema",
     "score",
     "score_histogram_",
     "select_above",
     "sparse_adamw_",
+    "sparse_adamw_list_",
 ]

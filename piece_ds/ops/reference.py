@@ -149,14 +149,42 @@ def mask_to_index(bits: Tensor) -> Tensor:
     return (byte.unsqueeze(1) * 8 + position.to(torch.int64))[is_set.bool()]
 
 
-def apply_mask_(grad: Tensor, index: Tensor, scale: float, square_norm: Tensor, num_nonfinite: Tensor) -> None:
+def apply_mask_(
+    grad: Tensor, index: Tensor, scale: float, square_norm: Tensor | None, num_nonfinite: Tensor | None
+) -> None:
     kept = grad[index]
     if scale != 1.0:
         kept = (kept.to(torch.float32) * scale).to(grad.dtype)
-    square_norm += kept.to(torch.float64).square().sum()
-    num_nonfinite += kept.numel() - torch.isfinite(kept).sum()
+    if square_norm is not None:
+        square_norm += kept.to(torch.float64).square().sum()
+    if num_nonfinite is not None:
+        num_nonfinite += kept.numel() - torch.isfinite(kept).sum()
     grad.zero_()
     grad[index] = kept
+
+
+def apply_mask_list_(
+    grads: list[Tensor], index: Tensor, scale: float, square_norm: Tensor | None, num_nonfinite: Tensor | None
+) -> None:
+    for grad, position, _ in _each(grads, index):
+        apply_mask_(grad, position, scale, square_norm, num_nonfinite)
+
+
+def scatter_list_(weights: list[Tensor], index: Tensor, values: Tensor) -> None:
+    for weight, position, part in _each(weights, index):
+        weight[position] = values[part]
+
+
+def _each(tensors: list[Tensor], index: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """(tensor, positions in it, which of index they are) for ascending positions in the concatenation of tensors."""
+    begin = low = 0
+    for tensor in tensors:
+        end = begin + tensor.numel()
+        high = int(torch.searchsorted(index, end))
+        yield tensor, index[low:high] - begin, slice(low, high)
+        begin, low = end, high
+    if low < index.numel() or (low > 0 and int(index[0]) < 0):
+        raise IndexError(f"index holds a position outside [0, {begin})")
 
 
 def gather_add_(grad: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
@@ -204,6 +232,27 @@ def sparse_adamw_(
         changed = _bits(after) != _bits(before)
         index, after = index[changed], after[changed]
     weight[index] = after
+
+
+def sparse_adamw_list_(
+    grad: Tensor,
+    value: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weights: list[Tensor],
+    index: Tensor,
+    grad_scale: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    weight_holds_value: bool,
+) -> None:
+    numbers = (grad_scale, lr, beta1, beta2, eps, weight_decay, step, weight_holds_value)
+    for weight, position, part in _each(weights, index):
+        sparse_adamw_(grad[part], value[part], exp_avg[part], exp_avg_sq[part], weight, position, *numbers)
 
 
 def _bits(x: Tensor) -> Tensor:

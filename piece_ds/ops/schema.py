@@ -34,8 +34,13 @@ SCHEMAS = {
     "index_to_mask": "(Tensor index, SymInt n) -> Tensor",
     "mask_to_index": "(Tensor bits) -> Tensor",
     # grad becomes 0 outside index and grad * scale at index; the norm and the finite check come with it
-    "apply_mask_": "(Tensor(a!) grad, Tensor index, float scale, Tensor(b!) square_norm, Tensor(c!) num_nonfinite)"
+    "apply_mask_": "(Tensor(a!) grad, Tensor index, float scale, Tensor(b!)? square_norm, Tensor(c!)? num_nonfinite)"
     " -> ()",
+    # apply_mask_ of the concatenation of grads: index ascends through all of them; one dtype
+    "apply_mask_list_": "(Tensor(a!)[] grads, Tensor index, float scale, Tensor(b!)? square_norm,"
+    " Tensor(c!)? num_nonfinite) -> ()",
+    # the concatenation of weights gets values at index, which ascends; one dtype, values' too
+    "scatter_list_": "(Tensor(a!)[] weights, Tensor index, Tensor values) -> ()",
     # total[j] += float32(grad[index[j]]) * scale
     "gather_add_": "(Tensor grad, Tensor index, float scale, Tensor(a!) total) -> ()",
     # total[j] += scale * sum over t of grad_output[t, index[j] // in] * input[t, index[j] % in]; both 2-D, tokens first
@@ -44,6 +49,10 @@ SCHEMAS = {
     "sparse_adamw_": "(Tensor grad, Tensor(a!) value, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) weight,"
     " Tensor index, float grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step,"
     " bool weight_holds_value) -> ()",
+    # sparse_adamw_ of the concatenation of weights: index ascends through all of them; one dtype
+    "sparse_adamw_list_": "(Tensor grad, Tensor(a!) value, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor(d!)[] weights, Tensor index, float grad_scale, float lr, float beta1, float beta2, float eps,"
+    " float weight_decay, int step, bool weight_holds_value) -> ()",
 }
 
 for _name, _schema in SCHEMAS.items():

@@ -1,5 +1,7 @@
 """Work on the selected elements alone: masking a gradient, gathering it, sampling it, stepping and scattering."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from piece_ds.ops.backends import load_for
 
 # Found once: looking it up costs microseconds in every call, more with cold caches, as between two steps.
 _sparse_adamw_ = torch.ops.piece_ds.sparse_adamw_.default
+_sparse_adamw_list_ = torch.ops.piece_ds.sparse_adamw_list_.default
+_scatter_list_ = torch.ops.piece_ds.scatter_list_.default
 
 
 def apply_mask_(
@@ -30,11 +34,38 @@ def apply_mask_(
     Cost: one write of grad; reads only the selected entries.
     """
     load_for(grad)
-    if square_norm is None:
-        square_norm = torch.zeros(1, dtype=torch.float64, device=grad.device)
-    if num_nonfinite is None:
-        num_nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
     torch.ops.piece_ds.apply_mask_(grad, index, scale, square_norm, num_nonfinite)
+
+
+def apply_mask_list_(
+    grads: Sequence[Tensor],
+    index: Tensor,
+    scale: float = 1.0,
+    square_norm: Tensor | None = None,
+    num_nonfinite: Tensor | None = None,
+) -> None:
+    """apply_mask_() of many gradients in one call, as if they lay one after the other.
+
+    Args:
+        grads: of one dtype, each 1-D and contiguous; may be empty. Written.
+        index: int64, ascending unique positions in their concatenation.
+    Cost: as apply_mask_(); tensors that lie side by side in memory are as good as one, of others a GPU takes 160 at a
+        launch.
+    """
+    load_for(index)
+    torch.ops.piece_ds.apply_mask_list_(grads, index, scale, square_norm, num_nonfinite)
+
+
+def scatter_list_(weights: Sequence[Tensor], index: Tensor, values: Tensor) -> None:
+    """Write values at positions of many tensors in one call, as if they lay one after the other.
+
+    Args:
+        weights: of one dtype, each 1-D and contiguous. Written at index, nowhere else.
+        index: int64, ascending unique positions in their concatenation.
+        values: the weights' dtype, as long as index, contiguous.
+    """
+    load_for(index)
+    _scatter_list_(weights, index, values)
 
 
 def gather_add_(grad: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
@@ -109,6 +140,49 @@ def sparse_adamw_(
         exp_avg,
         exp_avg_sq,
         weight,
+        index,
+        grad_scale,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
+        weight_holds_value,
+    )
+
+
+def sparse_adamw_list_(
+    grad: Tensor,
+    value: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weights: Sequence[Tensor],
+    index: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    weight_holds_value: bool = False,
+) -> None:
+    """sparse_adamw_() of many weights in one call, as if they lay one after the other.
+
+    Args:
+        grad, value, exp_avg, exp_avg_sq: fp32, K elements, those of the first weight first.
+        weights: of one dtype, each 1-D and contiguous.
+        index: int64, K ascending unique positions in their concatenation.
+    """
+    load_for(grad)
+    _sparse_adamw_list_(
+        grad,
+        value,
+        exp_avg,
+        exp_avg_sq,
+        weights,
         index,
         grad_scale,
         lr,

@@ -1,7 +1,8 @@
 """SparseAdamW: compact mode for a training loop of one process, without DeepSpeed."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class SparseAdamW(torch.optim.Optimizer):
         super().__init__([self.values], {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         grads = zip(self._weights, self.values.grad.split(self._sizes), strict=True)
         self._collection = GradientCollection(model, self._weights, grads, gradient)
-        self._index = [weight.index.to(self.values.device) for weight in self._weights.values()]
+        self._batches = list(_batches(self._weights, self.values.device))
         self._written: dict[str, tuple[int, int]] = {}
         self._factor: Tensor | None = None
         if step_scale is not None:
@@ -89,8 +90,8 @@ class SparseAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One AdamW step of the selected weights; nothing else of the model is written.
 
-        After the first step only weights whose rounded value changes are written. A weight that somebody else has
-        written since, in place or by another tensor, gets all its values again; a write through `.data` is not seen.
+        After the first step only weights whose rounded value changes are written. Where somebody else has written a
+        weight since, in place or by another tensor, all values are written again; a write through `.data` is not seen.
         """
         loss = None
         if closure is not None:
@@ -108,26 +109,25 @@ class SparseAdamW(torch.optim.Optimizer):
             before = self.values.data.mul_(1.0 - float(group["lr"]) * weight_decay).clone()
             weight_decay = 0.0
         flat: tuple[Tensor, ...] = (self.values.grad, self.values.data, state["exp_avg"], state["exp_avg_sq"])
-        parts = zip(*(tensor.split(self._sizes) for tensor in flat), strict=True)
-        for (name, weight), index, (grad, value, exp_avg, exp_avg_sq) in zip(
-            self._weights.items(), self._index, parts, strict=True
-        ):
-            ops.sparse_adamw_(
+        for batch in self._batches:
+            stamps = {name: _stamp(self._weights[name].param) for name in batch.names}
+            grad, value, exp_avg, exp_avg_sq = (tensor[batch.begin : batch.end] for tensor in flat)
+            ops.sparse_adamw_list_(
                 grad,
                 value,
                 exp_avg,
                 exp_avg_sq,
-                weight.param.data.view(-1),
-                index,
+                [self._weights[name].param.data.view(-1) for name in batch.names],
+                batch.index,
                 lr=float(group["lr"]),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 eps=group["eps"],
                 weight_decay=weight_decay,
                 step=state["step"],
-                weight_holds_value=self._written.get(name) == _stamp(weight.param),
+                weight_holds_value=all(self._written.get(name) == stamp for name, stamp in stamps.items()),
             )
-            self._written[name] = _stamp(weight.param)
+            self._written.update(stamps)
         if before is not None:
             self._rescale_(before)
         return loss
@@ -148,6 +148,34 @@ class SparseAdamW(torch.optim.Optimizer):
         if "value" in state:
             self.values.data.copy_(state["value"])
             state["value"] = self.values.data
+
+
+class _Batch(NamedTuple):
+    """Weights of one dtype whose values lie side by side, stepped in one call.
+
+    Attributes:
+        names: of the parameters.
+        begin, end: of their values among all.
+        index: int64, ascending positions of the selected elements in the weights one after the other, on the device.
+    """
+
+    names: list[str]
+    begin: int
+    end: int
+    index: Tensor
+
+
+def _batches(weights: dict[str, SelectedWeights], device: torch.device) -> Iterator[_Batch]:
+    begin = 0
+    for _, group in groupby(weights.items(), key=lambda item: item[1].param.dtype):
+        names, parts, offset = [], [], 0
+        for name, weight in group:
+            names.append(name)
+            parts.append(weight.index + offset)
+            offset += weight.param.numel()
+        index = torch.cat(parts)
+        yield _Batch(names, begin, begin + index.numel(), index.to(device))
+        begin += index.numel()
 
 
 def _stamp(param: nn.Parameter) -> tuple[int, int]:

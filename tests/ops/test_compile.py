@@ -129,7 +129,7 @@ def test_bindings_use_no_name_that_the_oldest_torch_lacks() -> None:
 POINTERS = {
     **dict.fromkeys(("grad_ptr", "kept_ptr", "weight_ptr", "outputs_ptr", "inputs_ptr"), "*bf16"),
     **dict.fromkeys(("num_nonfinite_ptr", "candidate_index_ptr", "num_candidates_ptr", "counts_ptr"), "*i64"),
-    **dict.fromkeys(("above_ptr", "ties_ptr", "before_ptr", "index_ptr"), "*i64"),
+    **dict.fromkeys(("above_ptr", "ties_ptr", "before_ptr", "index_ptr", "begins_ptr", "addresses_ptr"), "*i64"),
     "words_ptr": "*i32",
     "bits_ptr": "*u8",
     "partial_ptr": "*fp64",
@@ -137,9 +137,10 @@ POINTERS = {
 INTEGERS = {
     **dict.fromkeys(("shift", "bits", "prefix", "num_steps", "key"), "i32"),
     **dict.fromkeys(("n_elements", "n_bytes", "offset", "capacity", "limit", "num_ties", "run", "stride"), "i64"),
-    **dict.fromkeys(("num_sampled", "num_tokens", "num_inputs"), "i64"),
+    **dict.fromkeys(("num_sampled", "num_tokens", "num_inputs", "num_runs", "total"), "i64"),
 }
 CONSTANTS = {"WITH_SUM": True, "LEADING": False, "SAMPLING": False, "SCALED": True, "ENTRIES": 8, "TOKENS": 256}
+CONSTANTS |= {"STEPS": 9, "WEIGHT_HOLDS_VALUE": True}
 OUTPUT_OF_POSITIONS = ("_select_above_write_kernel", "_mask_to_index_write_kernel")
 
 
@@ -192,7 +193,7 @@ def test_triton_kernels_compile_and_are_exact(architecture: int) -> None:
     from piece_ds.kernels.launch import CHECKED_OPTIONS, OPTIONS
 
     kernels = triton_kernels()
-    assert len(kernels) == 15
+    assert len(kernels) == 18
     for name, kernel in kernels.items():
         follows_index = "index_ptr" in kernel.arg_names and name != "_apply_mask_scatter_kernel"
         ptx, local = compile_triton(kernel, architecture, CHECKED_OPTIONS if follows_index else OPTIONS)

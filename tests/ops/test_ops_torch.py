@@ -22,6 +22,7 @@ def arguments(op: str, n: int) -> tuple:
     index = torch.arange(0, n, 3)
     count = torch.zeros(1, dtype=torch.int64)
     k = index.numel()
+    numbers = (1.0, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1, True)
     room = (torch.zeros(n), torch.zeros(n, dtype=torch.int64), count.clone())
     return {
         "accumulate_": (x.bfloat16(), torch.zeros(n), torch.ones(n), 0.5, count),
@@ -35,19 +36,10 @@ def arguments(op: str, n: int) -> tuple:
         "apply_mask_": (x, index, 0.5, torch.zeros(1, dtype=torch.float64), count),
         "gather_add_": (x.bfloat16(), index, 0.5, torch.zeros(k)),
         "sampled_gradient_": (torch.ones(5, 1), x.repeat(5, 1), index, 0.5, torch.zeros(k)),
-        "sparse_adamw_": (
-            *(torch.ones(k) for _ in range(4)),
-            x.bfloat16(),
-            index,
-            1.0,
-            1e-3,
-            0.9,
-            0.999,
-            1e-8,
-            0.1,
-            1,
-            True,
-        ),
+        "apply_mask_list_": (parts(x), index, 0.5, torch.zeros(1, dtype=torch.float64), count),
+        "scatter_list_": (parts(x), index, torch.ones(k)),
+        "sparse_adamw_": (*(torch.ones(k) for _ in range(4)), x.bfloat16(), index, *numbers),
+        "sparse_adamw_list_": (*(torch.ones(k) for _ in range(4)), parts(x.bfloat16()), index, *numbers),
     }[op]
 
 
@@ -87,8 +79,16 @@ def test_the_public_function_of_an_op_compiles_without_graph_breaks() -> None:
     assert_equal(ops.score(grad_sum, square_sum, lam), compiled(grad_sum, square_sum, lam))
 
 
+def parts(x: Tensor) -> list[Tensor]:
+    """x in three tensors of memory of their own."""
+    return [part.clone() for part in x.tensor_split(3)]
+
+
 def assert_equal(first: object, second: object) -> None:
-    if isinstance(first, Tensor):
+    if isinstance(first, list):
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    elif isinstance(first, Tensor):
         assert torch.equal(first, second)
     else:
         assert first == second

@@ -23,10 +23,23 @@ BEYOND_32_BITS = (1 << 33) + 7
 # Positions of the arguments that an op fills as (candidate_score, candidate_index, num_candidates).
 CANDIDATES = {"accumulate_filter_": (8, 9, 10), "filter_": (5, 6, 7)}
 # Positions of sums whose order of additions is the provider's, with the tolerance (relative, absolute).
-FREE_ORDER = {"apply_mask_": {3: (1e-12, 0.0)}, "sampled_gradient_": {4: (1e-5, 1e-4)}}
+FREE_ORDER = {
+    "apply_mask_": {3: (1e-12, 0.0)},
+    "apply_mask_list_": {3: (1e-12, 0.0)},
+    "sampled_gradient_": {4: (1e-5, 1e-4)},
+}
 
 
 Place = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A list of tensors: a tensor cut into parts, which lie side by side, or each in memory of its own."""
+
+    tensor: Tensor
+    sizes: tuple[int, ...]
+    apart: bool
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,25 @@ def _masks(n: int) -> Iterator[Case]:
                     yield Case("apply_mask_", f"{dtype}-{density}-{scale}-{name}", arguments)
             yield Case("gather_add_", f"{dtype}-{density}", (values(n, dtype=dtype), index, 0.3, values(index.numel())))
             yield from _adamw(n, dtype, density, index)
+            yield from _lists(n, dtype, density, index)
+
+
+def _lists(n: int, dtype: torch.dtype, density: float, index: Tensor) -> Iterator[Case]:
+    """As one tensor cut in parts, as two, as more than one launch takes of them; some are empty."""
+    k = index.numel()
+    state = values(k, seed=5), values(k, seed=6), values(k, seed=7), values(k, seed=8).abs()
+    for name, size, apart in (("flat", 7, False), ("two", n // 2 + 1, True), ("many", 5, True)):
+        sizes = [0, *(min(size, n - begin) for begin in range(0, n, max(size, n // 400))), 0]
+        sizes.append(n - sum(sizes))
+        parts, what = Parts(values(n, dtype=dtype), tuple(sizes), apart), f"{dtype}-{density}-{name}"
+        yield Case("apply_mask_list_", what, (parts, index, 1.0, None, None))
+        yield Case(
+            "apply_mask_list_", f"{what}-scaled", (parts, index, 0.3, torch.ones(1, dtype=torch.float64), counter(2))
+        )
+        yield Case("scatter_list_", what, (parts, index, values(k, dtype=dtype, seed=9)))
+        for holds_value in (False, True):
+            numbers = (0.5, 1e-3, 0.9, 0.999, 1e-8, 0.1, 3, holds_value)
+            yield Case("sparse_adamw_list_", f"{what}-{holds_value}", (*state, parts, index, *numbers))
 
 
 def _adamw(n: int, dtype: torch.dtype, density: float, index: Tensor) -> Iterator[Case]:
@@ -150,6 +182,19 @@ def cases(sizes: list[int]) -> Iterator[Case]:
         for case in (*_accumulate(n), *_scores(n), *_masks(n)):
             yield Case(case.op, f"n={n}-{case.name}", case.arguments)
     yield from _sampled()
+
+
+def each_placed(argument: Any, put: Place) -> Any:
+    """argument with its tensors copied by put."""
+    if isinstance(argument, Parts):
+        if argument.apart:  # of many only some, and the last: a process has so many regions of guarded memory
+            parts = argument.tensor.split(argument.sizes)
+            return [
+                put(part) if i % 64 == 0 or i >= len(parts) - 2 else part.to(put(part[:0]).device, copy=True)
+                for i, part in enumerate(parts)
+            ]
+        return list(put(argument.tensor).split(argument.sizes))
+    return put(argument) if isinstance(argument, Tensor) else argument
 
 
 def placed(tensor: Tensor, device: str, shift: int) -> Tensor:
@@ -185,9 +230,8 @@ def check(case: Case, provider: Callable[..., Any], device: str, shift: int = 0,
     Raises:
         AssertionError: they do not; says where.
     """
-    want = [argument.clone() if isinstance(argument, Tensor) else argument for argument in case.arguments]
-    put = place or partial(placed, device=device, shift=shift)
-    got = [put(argument) if isinstance(argument, Tensor) else argument for argument in case.arguments]
+    want = [each_placed(argument, Tensor.clone) for argument in case.arguments]
+    got = [each_placed(argument, place or partial(placed, device=device, shift=shift)) for argument in case.arguments]
     triple = CANDIDATES.get(case.op)
     if triple:  # the whole set, whatever the room
         n, start = want[triple[1]].numel(), int(want[triple[2]])
@@ -197,6 +241,8 @@ def check(case: Case, provider: Callable[..., Any], device: str, shift: int = 0,
     if result[1] is not None:
         assert_same(*result, "result")
     for i, (first, second) in enumerate(zip(got, want, strict=True)):
+        for number, pair in enumerate(zip(first, second, strict=True) if isinstance(second, list) else ()):
+            assert_same(*pair, f"argument {i}[{number}]")
         if not isinstance(second, Tensor) or (triple and i in triple[:2]):
             continue
         if i in FREE_ORDER.get(case.op, {}):
