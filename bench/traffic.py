@@ -27,12 +27,12 @@ from record import write_rows
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import empty_model
 from piece_ds.plan.shapes import KNOWN, known_config
 from piece_ds.selection.candidates import SAMPLE_BITS
 from piece_ds.selection.threshold import DIGITS
-from piece_ds.selection.top_k import select
 from piece_ds.state.statistics import empty_stats
 from piece_ds.zero.exchange import exchange, plan_buckets
 from piece_ds.zero.statistics import BUCKET_ELEMENTS

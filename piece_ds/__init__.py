@@ -18,27 +18,34 @@ __version__ = "0.1.0"
 _HOME = {
     "attach": "piece_ds.update",
     "collect_statistics": "piece_ds.zero",
+    "Estimator": "piece_ds.selection",
     "estimate_mask": "piece_ds.methods.estimate",
     "general_step_scale": "piece_ds.update",
+    "Fragment": "piece_ds.selection",
     "layout_of": "piece_ds.models.layout",
     "load_mask": "piece_ds.checkpoint",
     "load_statistics": "piece_ds.checkpoint",
     "Mask": "piece_ds.state.mask",
     "MicroBatches": "piece_ds.data.collate",
     "PieceCallback": "piece_ds.training.callback",
+    "PieceConfig": "piece_ds.config.piece",
     "prepare_compact": "piece_ds.update",
+    "register_estimator": "piece_ds.methods.registry",
     "save_mask": "piece_ds.checkpoint",
     "save_statistics": "piece_ds.checkpoint",
     "scale_steps": "piece_ds.update",
-    "select": "piece_ds.selection",
+    "select": "piece_ds.methods.estimate",
     "SparseAdamW": "piece_ds.update.sparse_adamw",
     "StepScale": "piece_ds.update",
 }
 
 __all__ = [
+    "Estimator",
+    "Fragment",
     "Mask",
     "MicroBatches",
     "PieceCallback",
+    "PieceConfig",
     "SparseAdamW",
     "StepScale",
     "__version__",
@@ -50,6 +57,7 @@ __all__ = [
     "load_mask",
     "load_statistics",
     "prepare_compact",
+    "register_estimator",
     "save_mask",
     "save_statistics",
     "scale_steps",
@@ -59,10 +67,12 @@ __all__ = [
 if TYPE_CHECKING:
     from piece_ds.checkpoint.mask_file import load_mask, save_mask
     from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+    from piece_ds.config.piece import PieceConfig
     from piece_ds.data.collate import MicroBatches
-    from piece_ds.methods.estimate import estimate_mask
+    from piece_ds.methods.estimate import estimate_mask, select
+    from piece_ds.methods.registry import register_estimator
     from piece_ds.models.layout import layout_of
-    from piece_ds.selection.top_k import select
+    from piece_ds.selection.estimators import Estimator, Fragment
     from piece_ds.state.mask import Mask
     from piece_ds.training.callback import PieceCallback
     from piece_ds.update.attach import attach, prepare_compact

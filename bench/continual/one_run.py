@@ -16,8 +16,7 @@ from bench.continual.resources import peak_memory_bytes, written_bytes, zero_pea
 from bench.continual.tasks import StreamFiles
 from bench.record import device_name
 from piece_ds.cli.run import train
-from piece_ds.config.defaults import default_flags
-from piece_ds.config.parsing import Settings, parse
+from piece_ds.config.settings import Settings, load_settings
 from piece_ds.data.image_collate import make_collator
 from piece_ds.data.tasks import load_general
 from piece_ds.evaluation.loss import evaluate_loss
@@ -86,7 +85,7 @@ def settings_of(setting: Setting, files: StreamFiles, recipe: StreamRecipe, outp
     if setting.method == "piece-ratio":
         flags["general_importance_file"] = files.importance_file
     argv = [item for name, value in flags.items() for item in (f"--{name}", str(value))]
-    return parse([*argv, *setting.flags], default_flags(argv))
+    return load_settings([*argv, *setting.flags])
 
 
 def _figures(results: RunResults) -> dict[str, float | int | None]:

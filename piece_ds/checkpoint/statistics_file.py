@@ -27,7 +27,7 @@ class PartialStatistics:
     def __init__(self, folder: Path, rounds: int, source: dict[str, object]) -> None:
         """
         Args:
-            folder: the task's own; the run removes it when the sums have been used.
+            folder: the task's own; removed once the task is finished.
             rounds: of micro-batches (one a rank) between keepings; 0 keeps only when a signal asks the run to end.
             source: what the sums are of; sums of something else are refused.
         """

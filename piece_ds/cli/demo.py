@@ -5,6 +5,7 @@ training, which a user does not need, is done here.
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from piece_ds.cli.run import train
 from piece_ds.config.defaults import timeout_seconds
-from piece_ds.config.parsing import Settings, parse
+from piece_ds.config.settings import Settings
 from piece_ds.data.files import load_rows
 from piece_ds.data.image_collate import make_collator
 from piece_ds.data.tokenize import Encoder, tokenize_rows
@@ -35,13 +36,11 @@ logger = logging.getLogger(__name__)
 DEFAULT_OUTPUT = "runs/embedded"
 
 
-def run_embedded(argv: list[str], settings: Settings, defaults: dict[str, Any]) -> tuple[list[RunResults], RunFolder]:
+def run_embedded(settings: Settings) -> tuple[list[RunResults], RunFolder]:
     """Make the base model, run the asked method over the stream, then sequential fine-tuning beside it.
 
     Args:
-        argv: the user's flags, which win over the recipe's.
-        settings: argv parsed, without the recipe.
-        defaults: flags for both, below the recipe's.
+        settings: the user's, which win over the recipe's.
     """
     if settings.data.train_file or settings.data.task_dir:
         raise UserError("data without a model: add --model_name_or_path M")
@@ -52,9 +51,12 @@ def run_embedded(argv: list[str], settings: Settings, defaults: dict[str, Any]) 
     folder = RunFolder(Path(arguments.output_dir) if "output_dir" in settings.given else _free_folder())
     open_reporters(arguments.report_to, folder.root)  # refused here, before minutes of training
     resume = resumes_from(arguments)
-    folder.require_free(resume)
-    paths = _write(folder.root / "material", arguments.seed, recipe)
+    folder.require_free(resume, settings.output.overwrite_output_dir)
     base = folder.root / "base"
+    if settings.output.overwrite_output_dir and is_main() and folder.run_file.exists():
+        shutil.rmtree(base, ignore_errors=True)  # it may be of another seed
+    barrier()
+    paths = _write(folder.root / "material", arguments.seed, recipe)
     if not (base / "config.json").is_file():
         _train_base(base, paths, recipe, settings)
     runs = []
@@ -62,9 +64,9 @@ def run_embedded(argv: list[str], settings: Settings, defaults: dict[str, Any]) 
         (None, folder.root, recipe.mask_learning_rate),
         ("seqft", folder.root / "seqft", recipe.full_learning_rate),
     ):
-        flags = {**defaults, **_stream_flags(paths, recipe, base), "learning_rate": rate, "output_dir": where}
-        chosen = ["--method", method, "--learning_rate", str(rate), "--output_dir", str(where)] if method else []
-        runs.append(train(parse([*argv, *chosen], flags))[0])
+        recipe_flags = {**_stream_flags(paths, recipe, base), "learning_rate": rate, "output_dir": where}
+        chosen = {"method": method, "learning_rate": rate, "output_dir": where} if method else {}
+        runs.append(train(settings.rebuilt(recipe_flags, chosen))[0])
         if settings.method.method == "seqft":
             break
     return runs, folder

@@ -61,7 +61,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--model", help="a local model folder, or 1.5B, 8B, 70B, 405B")
     plan.add_argument("--world", type=int, default=1, help="ranks")
     plan.add_argument("--zero", type=int, default=3, choices=[0, 1, 2, 3], help="ZeRO stage")
-    plan.add_argument("--update_mode", default="masked", choices=["masked", "compact", "full", "lora"])
+    plan.add_argument("--update_mode", default="compact", choices=["compact", "masked", "full", "lora"])
     plan.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     plan.add_argument("--ratio", type=float, default=0.001, help="selected elements / elements of the model")
     plan.add_argument("--method", default="piece-s", choices=["piece-s", "piece-f"], help="what statistics are kept")

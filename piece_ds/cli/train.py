@@ -2,8 +2,8 @@
 
 from piece_ds.cli.demo import run_embedded
 from piece_ds.cli.run import train
-from piece_ds.config.defaults import default_flags, with_default_config
-from piece_ds.config.parsing import parse, print_help
+from piece_ds.config.settings import load_settings, print_help
+from piece_ds.methods.registry import methods_help
 from piece_ds.report.results import RunResults
 from piece_ds.report.run_page import write_report
 from piece_ds.report.table import print_results
@@ -12,13 +12,13 @@ from piece_ds.training.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> None:
-    """The whole job of launch/train.py."""
+    """Do the whole job of launch/train.py."""
     if "-h" in argv or "--help" in argv:
-        print_help()
+        print_help({"method": methods_help()})
         return
-    settings = parse(with_default_config(argv), default_flags(argv))
+    settings = load_settings(argv)
     if settings.model.model_name_or_path is None:
-        show(*run_embedded(with_default_config(argv), settings, default_flags(argv)))
+        show(*run_embedded(settings))
         return
     results, folder = train(settings)
     show([results], folder)

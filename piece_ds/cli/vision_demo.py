@@ -1,16 +1,17 @@
 """The embedded example with images: for each small vision-language model a base, then PIECE on two tasks.
 
-The base is made with `--method seqft --eligible '*'`, which trains the vision tower too; the tasks are then trained as
-a user's own.
+The base is made with `--method seqft --eligible '*vis*'`, which trains the vision tower too; the tasks are then trained
+as a user's own.
 """
 
 from pathlib import Path
 
 from piece_ds.cli.run import train
-from piece_ds.config.defaults import default_flags, timeout_seconds, with_default_config
-from piece_ds.config.parsing import Settings, parse, print_help
+from piece_ds.config.defaults import timeout_seconds
+from piece_ds.config.settings import Settings, load_settings, print_help
 from piece_ds.demo.vision.models import FAMILIES, write_model
 from piece_ds.demo.vision.tasks import BASE, TASKS, words, write_task
+from piece_ds.methods.registry import methods_help
 from piece_ds.report.results import RunResults
 from piece_ds.report.run_page import write_report
 from piece_ds.report.table import print_results
@@ -28,12 +29,11 @@ NUM_JUDGED = 128
 
 
 def main(argv: list[str]) -> None:
-    """The whole job of launch/vqa_demo.py."""
+    """Do the whole job of launch/vqa_demo.py."""
     if "-h" in argv or "--help" in argv:
-        print_help()
+        print_help({"method": methods_help()})
         return
-    argv, defaults = with_default_config(argv), default_flags(argv)
-    settings = parse(argv, defaults)
+    settings = load_settings(argv)
     if settings.model.model_name_or_path or settings.data.train_file or settings.data.task_dir:
         raise UserError("this example makes its models and data itself; launch/train.py takes yours")
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
         write_material(material, seed)
     barrier()
     for family in FAMILIES:
-        _train_base(argv, defaults, material, family)
-        results, folder = _train_tasks(argv, defaults, material, family, root / family)
+        _train_base(settings, material, family)
+        results, folder = _train_tasks(settings, material, family, root / family)
         if is_main():
             print(f"== {family}")
             print_results([results])
@@ -63,23 +63,21 @@ def write_material(material: Path, seed: int) -> None:
         write_task({name: question}, material / "tasks" / name, sizes, f"{seed}/{name}")
 
 
-def _train_base(argv: list[str], defaults: dict, material: Path, family: str) -> None:
+def _train_base(settings: Settings, material: Path, family: str) -> None:
     flags = {
         "model_name_or_path": material / family / "untrained",
         "train_file": material / "base" / "train.json",
         "eval_file": material / "base" / "test.json",
         "method": "seqft",
-        "eligible": "*",
+        "eligible": "*vis*",
         "max_steps": BASE_STEPS,
         "learning_rate": BASE_RATE,
         "output_dir": material / family / "base",
     }
-    train(_settings(argv, defaults, flags))
+    train(_with_recipe(settings, flags))
 
 
-def _train_tasks(
-    argv: list[str], defaults: dict, material: Path, family: str, output: Path
-) -> tuple[RunResults, RunFolder]:
+def _train_tasks(settings: Settings, material: Path, family: str, output: Path) -> tuple[RunResults, RunFolder]:
     flags = {
         "model_name_or_path": material / family / "base" / "00-train" / "model",
         "task_dir": material / "tasks",
@@ -91,11 +89,11 @@ def _train_tasks(
         "learning_rate": TASK_RATE,
         "output_dir": output,
     }
-    return train(_settings(argv, defaults, flags))
+    return train(_with_recipe(settings, flags))
 
 
-def _settings(argv: list[str], defaults: dict, flags: dict) -> Settings:
-    """The recipe's flags, over them the user's, over them what must differ between base and tasks."""
+def _with_recipe(settings: Settings, flags: dict) -> Settings:
+    """Return the recipe's flags, over them the user's, over them what must differ between base and tasks."""
     shared = {
         "per_device_train_batch_size": max(1, BATCH_SIZE // world_size()),
         "per_device_eval_batch_size": 64,
@@ -104,5 +102,4 @@ def _settings(argv: list[str], defaults: dict, flags: dict) -> Settings:
         "warmup_steps": 20,
         "adam_beta2": 0.95,
     }
-    own = ["--output_dir", str(flags["output_dir"])]
-    return parse([*argv, *own], {**defaults, **shared, **flags})
+    return settings.rebuilt({**shared, **flags}, {"output_dir": flags["output_dir"]})

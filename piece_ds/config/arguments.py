@@ -1,4 +1,4 @@
-"""Every setting of the project that transformers' TrainingArguments does not have, once: meaning, unit, range, default.
+"""Settings that transformers' TrainingArguments does not have and that name no method: meaning, unit, range, default.
 
 The launch scripts turn these dataclasses into flags through HfArgumentParser; library code receives the dataclasses.
 Ranges are checked in __post_init__, so a bad value is refused before a model or a data file is touched.
@@ -6,28 +6,14 @@ Ranges are checked in __post_init__, so a bad value is refused before a model or
 
 from dataclasses import dataclass, field
 
-from piece_ds.runtime.errors import UserError, nearest
+from piece_ds.config.ranges import require_choice, require_positive
+from piece_ds.runtime.errors import UserError
 
-UPDATE_MODES = ["masked", "compact"]
-SELECTED_GRADIENTS = ["auto", "dense"]
-BUDGETS = ["model", "layer", "tensor"]
 SCORINGS = ["clean", "authors"]
 SAVE_MODEL = ["last", "each", "never"]
 CHAT_TEMPLATE = ["auto", "true", "false"]
 NONFINITE = ["stop", "skip"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
-
-
-def require_choice(name: str, value: str, choices: list[str]) -> None:
-    """Raise UserError naming the nearest choice when value is not one of choices."""
-    if value not in choices:
-        raise UserError(f"--{name} {value!r} is unknown; known: {', '.join(choices)}.{nearest(value, choices)}")
-
-
-def require_positive(name: str, value: int | float) -> None:
-    """Raise UserError unless value > 0."""
-    if not value > 0:
-        raise UserError(f"--{name} must be positive, got {value}")
 
 
 @dataclass
@@ -45,7 +31,13 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run modelling code that comes with the model"})
     eligible: str | None = field(
         default=None,
-        metadata={"help": "comma-separated fnmatch patterns of parameters of a vision tower that may train too"},
+        metadata={
+            "help": "comma-separated fnmatch patterns of parameters that may train although they would not: of a "
+            "vision tower, or the input embeddings"
+        },
+    )
+    exclude: str | None = field(
+        default=None, metadata={"help": "comma-separated fnmatch patterns of parameters that are never selected"}
     )
 
     def __post_init__(self) -> None:
@@ -87,6 +79,9 @@ class DataArguments:
     skip_bad_images: bool = field(
         default=False, metadata={"help": "leave out rows whose image is missing or broken, and say how many"}
     )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "select and train on the first N rows of each task"}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N rows of each task"})
     max_new_tokens: int = field(
         default=16, metadata={"help": "tokens generated for an answer that is a letter or number"}
@@ -95,8 +90,9 @@ class DataArguments:
     def __post_init__(self) -> None:
         for name in ("max_prompt_len", "max_ans_len", "max_new_tokens"):
             require_positive(name, getattr(self, name))
-        if self.max_eval_samples is not None:
-            require_positive("max_eval_samples", self.max_eval_samples)
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name))
         template = str(self.chat_template).lower()
         self.chat_template = {"yes": "true", "1": "true", "no": "false", "0": "false"}.get(template, template)
         require_choice("chat_template", self.chat_template, CHAT_TEMPLATE)
@@ -118,100 +114,6 @@ class DataArguments:
 
 
 @dataclass
-class MethodArguments:
-    """How the weights to train are chosen and updated."""
-
-    method: str = field(
-        default="piece-s",
-        metadata={
-            "help": "piece-s, piece-f; selections: random, magnitude, lift, hft, layernorm, migu, shira, piece-ratio, "
-            "piece-s-disjoint; baselines: seqft, ewc, gem, lwf, replay, replay-online, lora, o-lora"
-        },
-    )
-    mask_ratio: float = field(default=0.001, metadata={"help": "selected elements / elements of the model, in (0, 1]"})
-    mask_file: str | None = field(default=None, metadata={"help": "use this mask instead of estimating one"})
-    update_mode: str = field(
-        default="compact",
-        metadata={"help": "compact: optimise the selected values alone; masked: every weight, and mask the gradient"},
-    )
-    selected_gradient: str = field(
-        default="auto",
-        metadata={
-            "help": "compact mode: auto: linear layers form their selected gradients alone; dense: autograd forms all"
-        },
-    )
-    budget: str = field(default="model", metadata={"help": "what shares one top-k: model, layer or tensor"})
-    importance_batch_size: int = field(default=4, metadata={"help": "rows in a micro-batch of the statistics pass"})
-    importance_lambda: float = field(default=1.0, metadata={"help": "lambda in |sum g| / sqrt(sum g^2 + lambda)"})
-    statistics_device: str = field(default="auto", metadata={"help": "auto (the accelerator) or cpu"})
-    statistics_file: str | None = field(
-        default=None, metadata={"help": "folder of saved statistics: read when it exists, else written"}
-    )
-    statistics_save_steps: int = field(
-        default=0,
-        metadata={"help": "keep the sums every N rounds of micro-batches, to go on from; 0: only upon a signal"},
-    )
-
-    lift_rank: int | None = field(
-        default=None, metadata={"help": "lift: rank of the approximation; without it 1/32 of a matrix's shorter side"}
-    )
-    general_statistics: str | None = field(
-        default=None,
-        metadata={
-            "help": "piece-ratio: folder of the base model's statistics of --general_importance_file, kept there "
-            "for other runs; without it OUTPUT_DIR/general_statistics"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.lift_rank is not None:
-            require_positive("lift_rank", self.lift_rank)
-        if not 0.0 < self.mask_ratio <= 1.0:
-            raise UserError(f"--mask_ratio must be in (0, 1], got {self.mask_ratio}")
-        require_choice("update_mode", self.update_mode, UPDATE_MODES)
-        require_choice("selected_gradient", self.selected_gradient, SELECTED_GRADIENTS)
-        require_choice("budget", self.budget, BUDGETS)
-        require_choice("statistics_device", self.statistics_device, ["auto", "cpu"])
-        require_positive("importance_batch_size", self.importance_batch_size)
-        require_positive("importance_lambda", self.importance_lambda)
-        if self.statistics_save_steps < 0:
-            raise UserError(f"--statistics_save_steps must be 0 or more, got {self.statistics_save_steps}")
-
-
-@dataclass
-class BaselineArguments:
-    """What the methods without a mask need; each reads its own."""
-
-    ewc_lambda: float = field(default=400.0, metadata={"help": "ewc: weight of the quadratic penalty"})
-    ewc_decay: float = field(default=1.0, metadata={"help": "ewc: what is left of earlier tasks' Fisher, in (0, 1]"})
-    memory_ratio: float = field(
-        default=0.1, metadata={"help": "gem, replay, replay-online: share of each earlier task's rows that is kept"}
-    )
-    gem_margin: float = field(default=0.5, metadata={"help": "gem: least weight of a violated task's gradient"})
-    lwf_weight: float = field(default=1.0, metadata={"help": "lwf: weight of the distillation loss"})
-    lwf_temperature: float = field(default=2.0, metadata={"help": "lwf: temperature of both distributions"})
-    lora_r: int = field(default=8, metadata={"help": "lora, o-lora: rank"})
-    lora_alpha: int = field(default=32, metadata={"help": "lora, o-lora: scaling is lora_alpha / lora_r"})
-    lora_dropout: float = field(default=0.1, metadata={"help": "lora, o-lora: dropout before the first factor"})
-    lora_target_modules: str = field(
-        default="all-linear", metadata={"help": "lora, o-lora: comma-separated names as in peft, or all-linear"}
-    )
-    o_lora_lambda: float = field(default=0.5, metadata={"help": "o-lora: weight of the orthogonality penalty"})
-
-    def __post_init__(self) -> None:
-        for name in ("lwf_temperature", "lora_r", "lora_alpha", "ewc_decay", "memory_ratio"):
-            require_positive(name, getattr(self, name))
-        for name in ("ewc_decay", "memory_ratio"):
-            if getattr(self, name) > 1:
-                raise UserError(f"--{name} must be in (0, 1], got {getattr(self, name)}")
-        for name in ("ewc_lambda", "gem_margin", "lwf_weight", "o_lora_lambda"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
-
-
-@dataclass
 class OutputArguments:
     """What is written besides masks, deltas and results, and what happens at an epoch's end."""
 
@@ -223,6 +125,10 @@ class OutputArguments:
     nonfinite: str = field(
         default="stop",
         metadata={"help": "a step whose loss or gradient is NaN or infinite is never taken: stop the run, or skip it"},
+    )
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "remove the run that --output_dir holds when the first step can be taken"}
     )
 
     save_model: str = field(default="last", metadata={"help": "transformers folder after: last task, each task, never"})

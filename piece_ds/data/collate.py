@@ -1,7 +1,7 @@
 """Encoded rows of different lengths as one batch of tensors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,13 @@ class MicroBatches:
             raise IndexError(b)
         stop = min((b + 1) * self.batch_size, len(self.rows))
         return self.collate([self.rows[i] for i in range(b * self.batch_size, stop)])
+
+    def first(self, num_rows: int) -> "MicroBatches":
+        """Return the micro-batches of the first num_rows rows."""
+        if num_rows >= len(self.rows):
+            return self
+        rows: Any = self.rows
+        return replace(self, rows=rows.select(range(num_rows)) if hasattr(rows, "select") else rows[:num_rows])
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[b] for b in range(len(self)))

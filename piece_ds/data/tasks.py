@@ -225,7 +225,7 @@ def _files_in(folder: Path) -> dict[str, str]:
 
 def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
     max_eval_samples, share = reader.arguments.max_eval_samples, reader.arguments.validation_share
-    limits = {"train": None, "eval": max_eval_samples, "test": max_eval_samples}
+    limits = {"train": reader.arguments.max_train_samples, "eval": max_eval_samples, "test": max_eval_samples}
     loaded = {split: reader.load(path, limits[split]) for split, path in files.items()}
     rows = {split: file.rows for split, file in loaded.items()}
     if share is not None:

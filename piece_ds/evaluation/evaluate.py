@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from piece_ds.config.parsing import Settings
+from piece_ds.config.settings import Settings
 from piece_ds.data.image_collate import ImageCollator, make_collator
 from piece_ds.data.tasks import Task
 from piece_ds.evaluation.benchmarks import run_benchmarks

@@ -1,16 +1,17 @@
-"""The methods PIECE is compared with, on the same engine and flags."""
+"""PIECE and the methods it is compared with, on the same engine and flags."""
 
 from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
-from piece_ds.methods.registry import BASELINES, SELECTIONS, Selection
+from piece_ds.methods.registry import METHODS, Method, find_method, register_estimator
 from piece_ds.methods.request import SelectionOptions, SelectionRequest
 
 __all__ = [
-    "BASELINES",
-    "SELECTIONS",
+    "METHODS",
     "Baseline",
     "EngineCallback",
-    "Selection",
+    "Method",
     "SelectionOptions",
     "SelectionRequest",
     "TaskContext",
+    "find_method",
+    "register_estimator",
 ]

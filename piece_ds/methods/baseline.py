@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from piece_ds.config.arguments import BaselineArguments
+from piece_ds.config.method_arguments import BaselineArguments
 from piece_ds.data.collate import MicroBatches
 from piece_ds.data.tasks import Task
 

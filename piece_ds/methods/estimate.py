@@ -1,17 +1,21 @@
-"""estimate_mask(): from an engine and data to a mask, the first of the two calls that PIECE is."""
+"""estimate_mask(): from an engine and data to a mask, the first of the two calls that PIECE is; select(): from sums."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from piece_ds.methods.registry import SELECTIONS
+from piece_ds import ops
+from piece_ds.config.piece import PieceConfig, config_of
+from piece_ds.data.collate import MicroBatches
+from piece_ds.methods.registry import find_estimator, find_method
 from piece_ds.methods.request import SelectionOptions, SelectionRequest
+from piece_ds.models.eligible import without
 from piece_ds.models.layout import layout_of
-from piece_ds.selection.budget import num_selected
 from piece_ds.selection.candidates import LastPassFilter
-from piece_ds.selection.estimators import estimator
-from piece_ds.selection.top_k import select
+from piece_ds.selection.estimators import Estimator
+from piece_ds.selection.scores import WeightReader
+from piece_ds.selection.top_k import select_by
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
@@ -22,61 +26,140 @@ from piece_ds.zero.weights import read_weight
 def estimate_mask(
     engine: Any,
     micro_batches: MicroBatchSource,
-    method: str = "piece-s",
-    ratio: float = 0.001,
-    budget: str = "model",
-    lam: float = 1.0,
-    seed: int = 42,
-    device: torch.device | str | None = None,
+    config: PieceConfig | None = None,
+    *,
     layout: Layout | None = None,
     stats: GradientStats | None = None,
     options: SelectionOptions | None = None,
     keeper: StatisticsCheckpoint | None = None,
+    **settings: Any,
 ) -> Mask:
     """Estimate importance on data and select the most important weights of the model. A collective.
 
     Args:
         engine: deepspeed.DeepSpeedEngine, ZeRO 0-3.
-        micro_batches: all of the task's micro-batches, the same on every rank (see stream.MicroBatches).
-        method: 'piece-s', 'piece-f', 'random', 'magnitude', or a name in baselines.SELECTIONS.
-        ratio: selected / all elements of the model, in (0, 1].
-        budget: 'model', 'layer' or 'tensor': what shares one top-k.
-        lam: lambda of piece-s.
-        seed: of 'random'.
-        device: where statistics live; None means where gradients are, 'cpu' saves accelerator memory.
+        micro_batches: all of the task's micro-batches, the same on every rank (see MicroBatches).
+        config: settings of the method; None means the defaults.
         layout: of the model; None means layout_of(engine.module).
         stats: statistics taken before; None means that they are taken now, if the method needs them.
-        options: what some of baselines.SELECTIONS need; these have their own budget, and take their own statistics.
+        options: what some selections need besides (see SelectionOptions).
         keeper: as in collect_statistics().
+        settings: fields of PieceConfig by name, in place of config's: method="piece-f", ratio=0.01 ...
     Returns:
         Mask; give it to attach().
+    Raises:
+        UserError: an unknown method, a setting outside its range, a pattern of exclude that names nothing.
+        ValueError: importance_rows with micro-batches that are not MicroBatches, whose rows are not known.
     Cost: of collect_statistics() and select().
     """
-    layout = layout or layout_of(engine.module)
-    if method in SELECTIONS:
-        options = options or SelectionOptions()
-        return SELECTIONS[method].select(
-            SelectionRequest(engine, micro_batches, layout, method, ratio, lam, seed, device, options)
+    config = config_of(config, settings)
+    method = find_method(config.method)
+    layout = without(layout or layout_of(engine.module), config.exclude)
+    micro_batches = _first_rows(micro_batches, config.importance_rows)
+
+    # A selection that is no top-k of scores does everything itself.
+    if method.select is not None:
+        return method.select(
+            SelectionRequest(engine, micro_batches, layout, config, options=options or SelectionOptions())
         )
-    scorer = estimator(method)
+
+    # Statistics, with the candidates found while the last gradients are added.
+    scorer = find_estimator(config.method)
+    device = "cpu" if config.statistics_device == "cpu" else None
     candidates = None
-    if stats is None and scorer.needs_squares:
-        last_pass = LastPassFilter(layout, method, ratio, lam) if budget == "model" else None
+    if stats is None and scorer.needs_statistics:
+        last_pass = None
+        if config.budget == "model":
+            last_pass = LastPassFilter(layout, scorer, config.ratio, config.importance_lambda)
         stats = collect_statistics(
-            engine, micro_batches, scorer.needs_sum, device, layout, last_pass=last_pass, keeper=keeper
+            engine,
+            micro_batches,
+            needs_sum=scorer.needs_sum,
+            device=device,
+            layout=layout,
+            last_pass=last_pass,
+            keeper=keeper,
         )
         candidates = last_pass.proven() if last_pass is not None else None
+
+    # Selection.
     params = dict(engine.module.named_parameters())
 
     def weight_of(name: str, start: int, numel: int) -> Tensor:
         return read_weight(params[name], start, numel)
 
-    return select(layout, method, ratio, stats, weight_of, budget, lam, seed, candidates, device or engine.device)
+    return _select(
+        scorer,
+        layout,
+        config,
+        stats=stats,
+        weight_of=weight_of,
+        candidates=candidates,
+        device=device or engine.device,
+    )
 
 
-def count_selected(method: str, model: nn.Module, ratio: float, seed: int = 42, task: str = "") -> int:
-    """How many elements estimate_mask() will select in model; known before anything is scored."""
-    layout = layout_of(model)
-    if method in SELECTIONS:
-        return SELECTIONS[method].count(model, layout, ratio, seed, task)
-    return num_selected(layout, ratio)
+def select(
+    layout: Layout,
+    method: str = "piece-s",
+    ratio: float = 0.001,
+    stats: GradientStats | None = None,
+    weight_of: WeightReader | None = None,
+    *,
+    candidates: ops.Candidates | None = None,
+    device: torch.device | str | None = None,
+    **settings: Any,
+) -> Mask:
+    """Select the highest-scoring elements of the model from statistics. A collective.
+
+    Args:
+        layout: of the model.
+        method: name of an importance estimator: piece-s, piece-f, random, magnitude, or a registered one.
+        ratio: selected / all elements of the model, in (0, 1].
+        stats: gradient statistics, for estimators that use them.
+        weight_of, candidates, device: as in select_by().
+        settings: more fields of PieceConfig by name: budget, importance_lambda, seed, exclude.
+    Returns:
+        Mask with exactly k selected elements.
+    Raises:
+        ValueError: a setting outside its range, statistics that are not there, or nothing is eligible.
+    """
+    config = config_of(None, {"method": method, "ratio": ratio, **settings})
+    return _select(
+        find_estimator(method),
+        without(layout, config.exclude),
+        config,
+        stats=stats,
+        weight_of=weight_of,
+        candidates=candidates,
+        device=device,
+    )
+
+
+def count_selected(config: PieceConfig, model: nn.Module, task: str = "") -> int:
+    """Return how many elements estimate_mask() will select in model; known before anything is scored."""
+    layout = without(layout_of(model), config.exclude)
+    return find_method(config.method).count(model, layout, config, task)
+
+
+def _select(scorer: Estimator, layout: Layout, config: PieceConfig, **given: Any) -> Mask:
+    return select_by(
+        scorer,
+        layout,
+        config.ratio,
+        budget=config.budget,
+        lam=config.importance_lambda,
+        seed=config.seed,
+        **given,
+    )
+
+
+def _first_rows(micro_batches: MicroBatchSource, num_rows: int | None) -> MicroBatchSource:
+    if num_rows is None:
+        return micro_batches
+    if not isinstance(micro_batches, MicroBatches):
+        raise ValueError(
+            f"importance_rows is {num_rows}, but micro_batches is a {type(micro_batches).__name__}, whose rows are not "
+            "known: pass MicroBatches, or fewer micro-batches"
+        )
+    return micro_batches.first(num_rows)

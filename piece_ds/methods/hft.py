@@ -84,7 +84,7 @@ def select_whole(names_of: Names, request: SelectionRequest) -> Mask:
         billions of weights is better trained by freezing the other half.
     """
     layout = request.layout
-    names = names_of(request.model, layout, request.seed, request.options.task)
+    names = names_of(request.model, layout, request.config.seed, request.options.task)
     if not names:
         raise UserError(
             f"--method {request.method}: the model has no parameter to select; "
@@ -95,4 +95,4 @@ def select_whole(names_of: Names, request: SelectionRequest) -> Mask:
         for info, part, _ in layout.owned()
         if info.name in names and part.numel
     }
-    return request.mask(index, count_whole(names_of, request.model, layout, request.seed, request.options.task))
+    return request.mask(index, count_whole(names_of, request.model, layout, request.config.seed, request.options.task))

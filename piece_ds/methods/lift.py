@@ -22,12 +22,12 @@ def select_lift(request: SelectionRequest) -> Mask:
     """
     names = {weight.name for weight in linear_weights(request.model)}
     layout = restricted(request.layout, names)
-    device = torch.device(request.device or request.engine.device)
+    device = request.device
     params = dict(request.model.named_parameters())
     score_N = torch.zeros(layout.num_owned, dtype=torch.float32, device=device)
     for info, part, offset in layout.owned():
         whole = read_whole(params[info.name], request.engine.device).reshape(info.shape)
-        rank = request.options.lift_rank or max(1, min(info.shape) // RANK_SHARE)
+        rank = request.config.lift_rank or max(1, min(info.shape) // RANK_SHARE)
         score = low_rank(whole, rank).abs_().reshape(-1)
         score_N[offset : offset + part.numel] = score[part.start : part.stop]
     return request.select(score_N.nan_to_num_(nan=0.0), names, "tensor")

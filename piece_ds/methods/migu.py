@@ -30,7 +30,7 @@ def select_migu(request: SelectionRequest) -> Mask:
     names = {weight.name for weight in weights}
     layout = restricted(request.layout, names)
     magnitudes = output_magnitudes(request.engine, request.micro_batches, weights)
-    device = torch.device(request.device or request.engine.device)
+    device = request.device
     score_N = torch.zeros(layout.num_owned, dtype=torch.float32, device=device)
     of = {weight.name: weight for weight in weights}
     for info, part, offset in layout.owned():

@@ -13,8 +13,9 @@ from piece_ds.methods.request import SelectionRequest
 from piece_ds.runtime.distributed import all_reduce_sum_
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected
+from piece_ds.selection.estimators import PIECE_S
 from piece_ds.selection.median import median_above_zero
-from piece_ds.selection.top_k import select
+from piece_ds.selection.top_k import select_by
 from piece_ds.state.mask import Mask, collective_device
 from piece_ds.state.statistics import GradientStats
 from piece_ds.zero.statistics import collect_statistics
@@ -79,7 +80,7 @@ def exclude_earlier(request: SelectionRequest, stats: GradientStats) -> Mask:
             f"--method {request.method}: {num_free} free weights have a gradient, {k} are asked for: "
             f"lower --mask_ratio {request.ratio}"
         )
-    return select(layout, "piece-s", request.ratio, stats, lam=request.lam)
+    return select_by(PIECE_S, layout, request.ratio, stats=stats, lam=request.config.importance_lambda)
 
 
 def _num_nonzero(stats: GradientStats) -> Tensor:

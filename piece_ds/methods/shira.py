@@ -44,7 +44,7 @@ def select_shira(request: SelectionRequest) -> Mask:
     for info in request.layout.eligible():
         if counts.get(info.name, 0):
             part = request.layout.partition(info)
-            whole = _drawn(info.numel, counts[info.name], request.seed)
+            whole = _drawn(info.numel, counts[info.name], request.config.seed)
             own = whole[(whole >= part.start) & (whole < part.stop)]
             if own.numel():
                 index[info.name] = own

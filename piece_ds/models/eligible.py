@@ -1,23 +1,26 @@
 """Which parameters may be selected: the rule for the input embeddings and for towers that encode images or sound.
 
-Not eligible: the input embeddings (and a head tied to them) and, unless named, an encoder of another modality than text
+Not eligible, unless named: the input embeddings (and a head tied to them) and an encoder of another modality than text
 with all that stands in it (patch and position embeddings, blocks, norms), except the merger or projector by which it
-enters the language model. The encoder is where transformers says that it is (get_encoder()), not at one model's names.
+enters the language model. Parameters that are excluded by name never are. The encoder is where transformers says that
+it is (get_encoder()), not at one model's names.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.errors import UserError, nearest
+from piece_ds.state.partition import Layout
 
 _MODALITIES = ("image", "video", "audio")
 # Parts that stand inside a tower but map into the language model's space. transformers marks them by name alone:
 # `merger` and `deepstack_merger_list` of the Qwen-VL and GLM-V families, `multi_modal_projector`, `aligner`, ...
 _INTO_TEXT = ("merger", "projector", "connector", "aligner", "resampler")
-_ADDED = "_piece_ds_eligible"
+_ADDED, _EXCLUDED = "_piece_ds_eligible", "_piece_ds_excluded"
 
 
 def input_embedding(model: nn.Module) -> nn.Parameter | None:
@@ -58,15 +61,27 @@ def in_towers(model: nn.Module) -> set[str]:
     return found
 
 
-def ineligible(model: nn.Module) -> set[str]:
-    """Names of the parameters that may not be selected whatever their gradients, as in named_parameters()."""
+def embedding_names(model: nn.Module) -> set[str]:
+    """Return the input embedding's name in named_parameters(); a head tied to it has no name of its own there."""
     embedding = input_embedding(model)
-    embeddings = {name for name, param in model.named_parameters() if param is embedding}
-    return embeddings | (in_towers(model) - getattr(model, _ADDED, frozenset()))
+    return {name for name, param in model.named_parameters() if param is embedding}
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Return whether the input embedding is the output head too."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding = input_embedding(model)
+    return embedding is not None and getattr(head, "weight", None) is embedding
+
+
+def ineligible(model: nn.Module) -> set[str]:
+    """Return the names, as in named_parameters(), of what may not be selected whatever its gradients."""
+    by_rule = embedding_names(model) | in_towers(model)
+    return (by_rule - getattr(model, _ADDED, frozenset())) | getattr(model, _EXCLUDED, frozenset())
 
 
 def make_eligible(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Let model's parameters be selected that the rule leaves out, where their names match; returns those names.
+    """Let model's parameters be selected that the rule leaves out, if their names match; return those names.
 
     Args:
         patterns: of fnmatch, for whole names of named_parameters(): '*' matches anything, dots too.
@@ -74,25 +89,62 @@ def make_eligible(model: nn.Module, patterns: Iterable[str]) -> list[str]:
         UserError: a pattern that makes nothing eligible, with the reason.
     """
     names = [name for name, _ in model.named_parameters()]
-    left_out = in_towers(model)
+    left_out = in_towers(model) | embedding_names(model)
     added: set[str] = set()
     for pattern in patterns:
         matching = {name for name in names if fnmatchcase(name, pattern)}
         if not matching & left_out:
-            raise UserError(f"--eligible {pattern!r} makes nothing eligible: {_reason(matching, model, left_out)}")
+            raise UserError(f"--eligible {pattern!r} makes nothing eligible: {_reason(matching, left_out)}")
         added |= matching & left_out
     setattr(model, _ADDED, frozenset(added))
     return [name for name in names if name in added]
 
 
-def _reason(matching: set[str], model: nn.Module, left_out: set[str]) -> str:
+def _reason(matching: set[str], left_out: set[str]) -> str:
     if not left_out:
-        return "every parameter is already, but for the input embeddings, which never are"
+        return "every parameter is already"
     if not matching:
-        return f"no parameter has such a name; the ones left out are {min(left_out)} to {max(left_out)}"
-    if matching <= ineligible(model):
-        return "the input embeddings never are"
+        between = f" to {max(left_out)}" if len(left_out) > 1 else ""
+        return f"no parameter has such a name; left out: {min(left_out)}{between}"
     return f"{min(matching)} is already"
+
+
+def exclude(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Keep model's parameters with matching names from being selected; return those names.
+
+    Raises:
+        UserError: a pattern that names nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    excluded = matching_names(names, patterns)
+    setattr(model, _EXCLUDED, frozenset(excluded))
+    return [name for name in names if name in excluded]
+
+
+def without(layout: Layout, patterns: Iterable[str]) -> Layout:
+    """Return layout with the parameters that match patterns not eligible.
+
+    Raises:
+        UserError: a pattern that names nothing.
+    """
+    excluded = matching_names([info.name for info in layout.parameters], patterns)
+    infos = (replace(info, eligible=info.eligible and info.name not in excluded) for info in layout.parameters)
+    return replace(layout, parameters=tuple(infos)) if excluded else layout
+
+
+def matching_names(names: list[str], patterns: Iterable[str]) -> set[str]:
+    """Return those of names that any of the fnmatch patterns of `exclude` matches.
+
+    Raises:
+        UserError: a pattern that matches none.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in names if fnmatchcase(name, pattern)}
+        if not matching:
+            raise UserError(f"exclude {pattern!r} matches no parameter of the model.{nearest(pattern, names)}")
+        found |= matching
+    return found
 
 
 def let_gradients_in(model: nn.Module) -> None:

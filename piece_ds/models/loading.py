@@ -17,7 +17,18 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from piece_ds.config.arguments import ModelArguments
-from piece_ds.models.eligible import in_towers, ineligible, input_embedding, let_gradients_in, make_eligible, towers
+from piece_ds.config.piece import split_patterns
+from piece_ds.models.eligible import (
+    embedding_names,
+    exclude,
+    in_towers,
+    ineligible,
+    input_embedding,
+    is_tied,
+    let_gradients_in,
+    make_eligible,
+    towers,
+)
 from piece_ds.models.layout import full_shape, layout_of
 from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, load_processor
@@ -127,8 +138,8 @@ def empty_layout(arguments: ModelArguments, config: Any) -> Layout:
 
 
 def check_eligible(arguments: ModelArguments, config: Any) -> None:
-    """Raise UserError where --eligible names nothing, or what encodes images cannot be told from the rest."""
-    if arguments.eligible is None and not reads_images(config):
+    """Raise UserError if --eligible or --exclude names nothing or leaves nothing, or no tower can be told apart."""
+    if arguments.eligible is None and arguments.exclude is None and not reads_images(config):
         return
     model = empty_model(config, arguments.trust_remote_code)
     if reads_images(config) and not towers(model):
@@ -136,19 +147,19 @@ def check_eligible(arguments: ModelArguments, config: Any) -> None:
             f"--model_name_or_path {arguments.model_name_or_path}: transformers does not say which part of "
             f"{type(model).__name__} encodes images, so what may train is not known"
         )
-    make_eligible(model, patterns_of(arguments))
+    added = make_eligible(model, split_patterns(arguments.eligible))
+    try:
+        excluded = exclude(model, split_patterns(arguments.exclude))
+    except UserError as error:
+        raise UserError(f"--{error}") from None
+    if all(name in ineligible(model) for name, _ in model.named_parameters()):
+        raise UserError(f"--exclude {arguments.exclude} leaves no parameter to select: exclude fewer")
     if is_main():
-        _report_eligible(model, arguments)
+        _report_eligible(model, added, excluded)
 
 
-def patterns_of(arguments: ModelArguments) -> list[str]:
-    """The patterns of --eligible."""
-    return [pattern.strip() for pattern in (arguments.eligible or "").split(",") if pattern.strip()]
-
-
-def _report_eligible(model: nn.Module, arguments: ModelArguments) -> None:
+def _report_eligible(model: nn.Module, added: list[str], excluded: list[str]) -> None:
     sizes = {name: torch.Size(full_shape(param)).numel() for name, param in model.named_parameters()}
-    added = make_eligible(model, patterns_of(arguments))
     if added:
         logger.warning(
             "--eligible makes %d parameters in %d tensors eligible: %s",
@@ -156,15 +167,29 @@ def _report_eligible(model: nn.Module, arguments: ModelArguments) -> None:
             len(added),
             ", ".join(_folded(added)),
         )
+    if is_tied(model) and embedding_names(model) & set(added):
+        logger.warning(
+            "--eligible: the input embeddings are the output head too: a weight that is selected there changes how its "
+            "token is read and how likely it is written"
+        )
+    if excluded:
+        logger.warning(
+            "--exclude leaves out %d parameters in %d tensors: %s",
+            sum(sizes[name] for name in excluded),
+            len(excluded),
+            ", ".join(_folded(excluded)),
+        )
     left_out = ineligible(model)
     frozen = in_towers(model) & left_out
+    embeddings = (embedding_names(model) & left_out) - frozen
     logger.warning(
-        "eligible: %d of %d parameters; not: %d of %s, %d of the input embeddings",
+        "eligible: %d of %d parameters; not: %d of %s, %d of the input embeddings, %d others",
         sum(size for name, size in sizes.items() if name not in left_out),
         sum(sizes.values()),
         sum(sizes[name] for name in frozen),
         " and ".join(towers(model)) or "towers",
-        sum(sizes[name] for name in left_out - frozen),
+        sum(sizes[name] for name in embeddings),
+        sum(sizes[name] for name in left_out - frozen - embeddings),
     )
 
 
@@ -187,8 +212,13 @@ def _no_zero3() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = alive
 
 
-def freeze_ineligible(model: nn.Module, selected: set[str] | None = None, patterns: Iterable[str] = ()) -> None:
-    """Freeze what may not be selected or, where the selected parameters are known already, every other parameter.
+def freeze_ineligible(
+    model: nn.Module,
+    selected: set[str] | None = None,
+    patterns: Iterable[str] = (),
+    excluded: Iterable[str] = (),
+) -> None:
+    """Freeze what may not be selected or, if the selected parameters are known already, every other parameter.
 
     A frozen parameter costs no gradient, master or moment. Which weights train does not change: a mask that is yet
     to be estimated selects none of what is left out.
@@ -197,9 +227,11 @@ def freeze_ineligible(model: nn.Module, selected: set[str] | None = None, patter
         model: a whole model of transformers, or any module.
         selected: names of the parameters of a given mask.
         patterns: of --eligible; see make_eligible().
+        excluded: patterns of --exclude; see exclude().
     """
     if selected is None:
         make_eligible(model, patterns)
+        exclude(model, excluded)
     left_out = ineligible(model)
     for name, param in model.named_parameters():
         if (name not in selected) if selected is not None else (name in left_out):

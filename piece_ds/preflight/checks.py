@@ -9,12 +9,11 @@ from transformers import TrainingArguments
 
 from piece_ds import ops
 from piece_ds.checkpoint.mask_file import check_mask_file
-from piece_ds.config.parsing import Settings
-from piece_ds.methods.registry import BASELINES, SELECTIONS
+from piece_ds.config.settings import Settings
+from piece_ds.methods.registry import GENERAL, find_method
 from piece_ds.models.loading import empty_layout, reads_images
 from piece_ds.runtime.distributed import world_size
-from piece_ds.runtime.errors import UserError, nearest
-from piece_ds.selection.estimators import estimator_names
+from piece_ds.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +21,9 @@ logger = logging.getLogger(__name__)
 PROVEN_OPTIM = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
 
 
-def check_method(method: str) -> None:
-    """Raise UserError unless method is one that exists."""
-    known = [*estimator_names(), *SELECTIONS, *BASELINES]
-    if method not in known:
-        raise UserError(f"--method {method!r} is unknown; known: {', '.join(known)}.{nearest(method, known)}")
-
-
 def check_method_reads_images(method: str, config: Any) -> None:
-    """Raise UserError for a method without a mask that is not proven with a model that reads images."""
-    if reads_images(config) and method in set(BASELINES) - {"seqft"}:
+    """Raise UserError for a method that is not proven with a model that reads images."""
+    if reads_images(config) and not find_method(method).reads_images:
         raise UserError(
             f"--method {method} is not proven with models that read images (its adapters, memory or "
             "replayed rows may reach the vision tower); use a selection or seqft"
@@ -93,16 +85,39 @@ def check_training(arguments: TrainingArguments, masked: bool) -> None:
 def check_offload(method: str, arguments: TrainingArguments) -> None:
     """Raise UserError where the optimizer is offloaded and the method changes the reduced gradient."""
     device = arguments.hf_deepspeed_config.get_value("zero_optimization.offload_optimizer.device", "none")
-    if method in BASELINES and BASELINES[method].changes_gradient and device != "none":
+    if find_method(method).changes_gradient and device != "none":
         raise UserError(
             f"--method {method} changes the reduced gradient, which is not proven with optimizer offload: "
             "use a DeepSpeed configuration without zero_optimization.offload_optimizer"
         )
 
 
+def check_overwrite(settings: Settings, root: Path) -> None:
+    """Raise UserError if --overwrite_output_dir contradicts another flag or would remove what the run reads."""
+    if not settings.output.overwrite_output_dir:
+        return
+    if resumes_from(settings.training_arguments()):
+        raise UserError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: give one of them")
+    data, method = settings.data, settings.method
+    read = {
+        "model_name_or_path": settings.model.model_name_or_path,
+        "mask_file": method.mask_file,
+        "statistics_file": method.statistics_file,
+        "general_statistics": method.general_statistics,
+        "train_file": data.train_file,
+        "eval_file": data.eval_file,
+        "task_dir": data.task_dir,
+        "general_file": data.general_file,
+        "general_importance_file": data.general_importance_file,
+    }
+    for name, path in read.items():
+        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(root.resolve()):
+            raise UserError(f"--{name} {path} lies in --output_dir {root}, which --overwrite_output_dir would remove")
+
+
 def check_kernels(method: str, arguments: TrainingArguments) -> None:
     """Raise UserError unless the ops that method needs can run on this device; builds them where they have to be."""
-    if method not in BASELINES or method in ("ewc", "gem"):  # these two take statistics
+    if find_method(method).uses_ops:
         ops.load(arguments.device.type)
 
 
@@ -128,29 +143,45 @@ def check_mask(settings: Settings, config: Any) -> None:
     """Raise UserError where --mask_file is damaged or of another model; only the model's configuration is needed."""
     if settings.method.mask_file is None:
         return
-    if settings.method.method in BASELINES:
+    if not find_method(settings.method.method).has_mask:
         raise UserError(f"--mask_file has no meaning with --method {settings.method.method}, which has no mask")
     check_mask_file(settings.method.mask_file, empty_layout(settings.model, config))
 
 
 def check_sources(settings: Settings, num_tasks: int) -> None:
-    """Raise UserError where a method lacks what it selects by, or a setting is given that it would ignore."""
-    method, data = settings.method, settings.data
-    if method.method == "piece-ratio" and not data.general_importance_file:
-        raise UserError("--method piece-ratio needs text that stands for general ability: --general_importance_file F")
-    if method.method == "piece-s-disjoint" and num_tasks < 2:
+    """Raise UserError if a method lacks what it selects by, or a setting is given that it would ignore."""
+    flags, data, method = settings.method, settings.data, find_method(settings.method.method)
+    needs_general = method.needs == GENERAL
+
+    # What the method needs.
+    if needs_general and not data.general_importance_file:
         raise UserError(
-            "--method piece-s-disjoint avoids earlier tasks' weights: it needs a stream (--task_dir, --tasks)"
+            f"--method {method.name} needs text that stands for general ability: --general_importance_file F"
         )
-    if method.method in SELECTIONS and method.statistics_file:
+    if method.needs_earlier_tasks and num_tasks < 2:
         raise UserError(
-            f"--statistics_file has no meaning with --method {method.method}: statistics that any ratio "
+            f"--method {method.name} avoids earlier tasks' weights: it needs a stream (--task_dir, --tasks)"
+        )
+
+    # What it would ignore.
+    if method.has_mask and method.estimator is None and flags.statistics_file:
+        raise UserError(
+            f"--statistics_file has no meaning with --method {method.name}: statistics that any ratio "
             "can use are those of piece-s and piece-f"
         )
-    if method.method in SELECTIONS and method.budget != "model":
-        raise UserError(f"--budget {method.budget} has no meaning with --method {method.method}, which has its own")
-    if method.method != "piece-ratio" and (data.general_importance_file or method.general_statistics):
+    if method.has_mask and method.estimator is None and flags.budget != "model":
+        raise UserError(f"--budget {flags.budget} has no meaning with --method {method.name}, which has its own")
+    if not needs_general and (data.general_importance_file or flags.general_statistics):
         raise UserError("--general_importance_file and --general_statistics belong to --method piece-ratio")
+    if flags.importance_rows and not (method.has_mask and flags.mask_file is None):
+        raise UserError(
+            f"--importance_rows has no meaning with {'--mask_file' if flags.mask_file else f'--method {method.name}'}: "
+            "nothing is estimated"
+        )
+    if settings.model.exclude and flags.mask_file:
+        raise UserError("--exclude has no meaning with --mask_file, which says what is selected")
+    if settings.model.exclude and method.baseline is not None and method.baseline.saves_itself:
+        raise UserError(f"--exclude has no meaning with --method {method.name}, which trains adapters")
 
 
 def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow_smaller: bool) -> None:

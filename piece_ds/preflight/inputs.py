@@ -2,18 +2,20 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from transformers import TrainingArguments
 
-from piece_ds.config.defaults import timeout_seconds, with_precision
-from piece_ds.config.parsing import Settings
+from piece_ds.config.defaults import timeout_seconds
+from piece_ds.config.settings import Settings
 from piece_ds.data.image_collate import check_processor
 from piece_ds.data.tasks import Task, holds_token_ids, load_general, load_task_stream
 from piece_ds.evaluation.benchmarks import check_ability
 from piece_ds.evaluation.scorers import choose_scorers, parse_scorers
+from piece_ds.methods.baseline import Baseline
 from piece_ds.models.loading import check_eligible, dtype_of, load_config, load_tokenizer, reads_images, require_weights
 from piece_ds.models.processor import Processing, tokenizer_of
 from piece_ds.models.token_ids import token_ids_tokenizer
@@ -21,6 +23,8 @@ from piece_ds.preflight.checks import check_deepspeed_file, check_mask, check_me
 from piece_ds.preflight.rows_fit import check_prompts_fit, check_rows_fit
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import start_distributed
+from piece_ds.training.claim import Claim
+from piece_ds.training.reporters import StreamReporters
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,9 @@ class Inputs:
         general: tokenized text that no task trains, or None.
         general_importance: tokenized text that piece-ratio takes statistics of, or None.
         arguments: made from settings; while it lives, transformers loads models partitioned under ZeRO-3.
+        baseline: the method, if it is one without a mask.
+        claim: of training, on the run's folder; checked, not made.
+        reporters: of training.
     """
 
     settings: Settings
@@ -50,6 +57,15 @@ class Inputs:
     general: datasets.Dataset | None
     general_importance: datasets.Dataset | None
     arguments: TrainingArguments
+    baseline: Baseline | None = None
+    claim: Claim | None = None
+    reporters: StreamReporters | None = None
+
+    @property
+    def output_file(self) -> Path:
+        """The one file that selection and evaluation write; asked for by preflight()."""
+        assert self.settings.output.output_file is not None
+        return Path(self.settings.output.output_file)
 
 
 def load_inputs(settings: Settings) -> Inputs:
@@ -88,7 +104,15 @@ def load_inputs(settings: Settings) -> Inputs:
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     return Inputs(
-        settings, config, tokenizer, dtype, tasks, scorers, general, general_importance, settings.training_arguments()
+        settings=settings,
+        config=config,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        tasks=tasks,
+        scorers=scorers,
+        general=general,
+        general_importance=general_importance,
+        arguments=settings.training_arguments(),
     )
 
 
@@ -107,3 +131,19 @@ def _seed(settings: Settings) -> int:
     """--seed, before TrainingArguments is built, which refuses what is no number."""
     given = settings.flag("seed") or ""
     return int(given) if given.removeprefix("-").isdigit() else TrainingArguments.seed
+
+
+def with_precision(settings: Settings, dtype: torch.dtype) -> tuple[Settings, torch.dtype]:
+    """Return settings that say the precision, and the dtype to load and train in.
+
+    --bf16 and --fp16 decide; without them the dtype of the model's files decides whether DeepSpeed runs in bf16 or
+    fp16. (With 16-bit weights and neither flag DeepSpeed would take the optimizer step in 16 bits.)
+    """
+    arguments = settings.training_arguments()
+    if arguments.bf16 or arguments.fp16:
+        return settings, torch.bfloat16 if arguments.bf16 else torch.float16
+    flag = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if flag is None:
+        return settings, torch.float32
+    logger.warning("the model's files are %s: training with --%s", str(dtype).removeprefix("torch."), flag)
+    return settings.with_flags(**{flag: True}), dtype

@@ -2,7 +2,7 @@
 
 from piece_ds.selection.budget import num_to_select
 from piece_ds.selection.candidates import LastPassFilter
-from piece_ds.selection.estimators import Estimator, Fragment, estimator, estimator_names
-from piece_ds.selection.top_k import select
+from piece_ds.selection.estimators import NEEDS, Estimator, Fragment
+from piece_ds.selection.top_k import select_by
 
-__all__ = ["Estimator", "Fragment", "LastPassFilter", "estimator", "estimator_names", "num_to_select", "select"]
+__all__ = ["NEEDS", "Estimator", "Fragment", "LastPassFilter", "num_to_select", "select_by"]

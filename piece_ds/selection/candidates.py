@@ -18,7 +18,7 @@ from torch import Tensor
 from piece_ds import ops
 from piece_ds.runtime.distributed import all_reduce_sum_, world_size
 from piece_ds.selection.budget import num_selected
-from piece_ds.selection.estimators import estimator
+from piece_ds.selection.estimators import Estimator
 from piece_ds.selection.scores import Run, Runs, Scores, ScoreSource
 from piece_ds.selection.threshold import DIGITS, digit_counts, digits_of_kth
 from piece_ds.state.mask import collective_device
@@ -32,15 +32,15 @@ class LastPassFilter:
     One top-k of the whole model only. The bound is a guess, as scores still move; proven() says whether it was right.
     """
 
-    def __init__(self, layout: Layout, method: str, ratio: float, lam: float) -> None:
+    def __init__(self, layout: Layout, scorer: Estimator, ratio: float, lam: float) -> None:
         """
         Args:
             layout: of the model.
-            method: an estimator whose scores come from the sums.
-            ratio, lam: as in select().
+            scorer: filters only if its scores come from the sums.
+            ratio, lam: as in select_by().
         """
         self.layout = layout
-        self.scorer = estimator(method)
+        self.scorer = scorer
         self.k = num_selected(layout, ratio)
         self.lam = lam
         self.bound = 0.0

@@ -1,4 +1,4 @@
-"""The registry of importance estimators. Adding one is a scoring function and a line in _ESTIMATORS.
+"""Importance estimators: pure scoring functions, with what each needs. Their names stand in methods/registry.py.
 
 A scoring function receives one Fragment (a run of elements of one parameter, on one rank) and returns its scores:
 fp32, 1-D, larger is more important, >= +0 and never NaN. It must depend only on the elements, not on where a rank's
@@ -6,13 +6,12 @@ range begins, so that the mask is the same for every number of ranks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from piece_ds import ops
-from piece_ds.runtime.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -86,43 +85,67 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+# What statistics of the gradient g over the task's micro-batches a method needs, from nothing to both sums.
+NEEDS = ("nothing", "squares", "sum", "sum and squares")
+
+
 @dataclass(frozen=True)
 class Estimator:
     """How a method scores elements.
 
     Attributes:
+        name: of the method; the mask bears it.
         score: Fragment -> fp32 scores.
-        needs_squares: uses the sum of squared gradients (a statistics pass of 4 bytes per owned element).
-        needs_sum: also uses the sum of gradients (4 bytes more).
-        from_sums: score is ops.score of the sums (without grad_sum where needs_sum is False), so that selection can
+        needs: one of NEEDS. The sum of squares is always kept where anything is (4 bytes per owned element); the sum of
+            gradients costs 4 bytes more.
+        from_sums: score is ops.score of the sums (without grad_sum if only squares are needed), so that selection can
             read the sums and never needs the scores themselves.
-        source: where the idea comes from.
     """
 
+    name: str
     score: Callable[[Fragment], Tensor]
-    needs_squares: bool
-    needs_sum: bool
-    from_sums: bool
-    source: str
+    needs: str = "nothing"
+    from_sums: bool = False
+
+    def __post_init__(self) -> None:
+        if self.needs not in NEEDS:
+            raise ValueError(f"estimator {self.name!r}: needs is {self.needs!r}, expected one of {', '.join(NEEDS)}")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a pass over the task's data is needed."""
+        return self.needs != "nothing"
+
+    @property
+    def needs_sum(self) -> bool:
+        """Whether that pass must keep the sum of gradients too."""
+        return "sum" in self.needs
 
 
-_ESTIMATORS = {
-    "piece-f": Estimator(fisher, True, False, True, "arXiv 2511.15375, PIECE-F: diagonal empirical Fisher"),
-    "piece-s": Estimator(second_order, True, True, True, "arXiv 2511.15375, PIECE-S: second-order normalization"),
-    "random": Estimator(random_score, False, False, False, "baseline: uniform, seeded"),
-    "magnitude": Estimator(magnitude, False, False, False, "baseline: largest absolute weight"),
-}
+PIECE_F = Estimator("piece-f", fisher, "squares", from_sums=True)
+PIECE_S = Estimator("piece-s", second_order, "sum and squares", from_sums=True)
+RANDOM = Estimator("random", random_score)
+MAGNITUDE = Estimator("magnitude", magnitude)
 
 
-def estimator_names() -> list[str]:
-    return list(_ESTIMATORS)
+def checked(estimator: Estimator) -> Estimator:
+    """Return estimator with a check of every fragment's scores: for functions that others wrote.
 
+    Cost: a pass over the scores of 4 M elements at a time.
+    """
 
-def estimator(method: str) -> Estimator:
-    """The estimator called method. Raises UserError with the nearest name."""
-    if method not in _ESTIMATORS:
-        known = estimator_names()
-        raise UserError(
-            f"--method {method!r} is no importance estimator; known: {', '.join(known)}.{nearest(method, known)}"
-        )
-    return _ESTIMATORS[method]
+    def score(fragment: Fragment) -> Tensor:
+        found = estimator.score(fragment)
+        if not isinstance(found, Tensor) or found.dtype != torch.float32 or found.shape != (fragment.numel,):
+            shown = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"estimator {estimator.name!r} returned {shown}, expected torch.float32 ({fragment.numel},): "
+                "one score per element"
+            )
+        if not bool((found >= 0).all()):
+            raise ValueError(
+                f"estimator {estimator.name!r} returned a score that is negative or NaN: scores must be >= 0"
+            )
+        return (found + 0.0).to(fragment.device)  # -0.0 becomes 0.0: scores are compared by their bits
+
+    return replace(estimator, score=score)

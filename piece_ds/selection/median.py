@@ -5,7 +5,7 @@ from torch import Tensor
 
 from piece_ds.runtime.distributed import all_reduce_sum_, collective_device
 from piece_ds.runtime.errors import UserError
-from piece_ds.selection.estimators import estimator
+from piece_ds.selection.estimators import PIECE_F
 from piece_ds.selection.scores import ScoreSource
 from piece_ds.selection.threshold import find_thresholds
 from piece_ds.state.partition import Layout
@@ -31,6 +31,15 @@ def median_above_zero(value_N: Tensor, layout: Layout) -> float:
         raise UserError("the text that stands for general ability gives no gradient: is every answer empty?")
     group_of = {info.name: 0 for info in layout.eligible()}
     stats = GradientStats(layout, value_N, None)
-    runs = ScoreSource(layout, group_of, estimator("piece-f"), stats, None, value_N.device, 1.0, 0)
+    runs = ScoreSource(
+        layout=layout,
+        group_of=group_of,
+        scorer=PIECE_F,
+        stats=stats,
+        weight_of=None,
+        device=value_N.device,
+        lam=1.0,
+        seed=0,
+    )
     (threshold,) = find_thresholds(runs, [count // 2 + 1], value_N.device)
     return float(torch.tensor(threshold.key, dtype=torch.int32).view(torch.float32))

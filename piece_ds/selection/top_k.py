@@ -11,7 +11,7 @@ from piece_ds import ops
 from piece_ds.selection.alone import decides_alone, first_in_order, fragments
 from piece_ds.selection.budget import budget_groups
 from piece_ds.selection.candidates import candidate_runs, find_candidates, runs_of
-from piece_ds.selection.estimators import estimator
+from piece_ds.selection.estimators import Estimator
 from piece_ds.selection.scores import Runs, ScoreSource, WeightReader
 from piece_ds.selection.threshold import Threshold, find_thresholds, tie_quotas
 from piece_ds.state.mask import Mask
@@ -19,43 +19,43 @@ from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
 
 
-def select(
+def select_by(
+    scorer: Estimator,
     layout: Layout,
-    method: str,
     ratio: float,
+    *,
     stats: GradientStats | None = None,
     weight_of: WeightReader | None = None,
     budget: str = "model",
     lam: float = 1.0,
-    seed: int = 0,
+    seed: int = 42,
     candidates: ops.Candidates | None = None,
     device: torch.device | str | None = None,
 ) -> Mask:
     """Select the highest-scoring elements of the model. A collective: every rank calls it.
 
     Args:
+        scorer: an importance estimator.
         layout: of the model; scores exist for its eligible elements only.
-        method: an importance estimator's name.
         ratio: selected / all elements of the model, in (0, 1]; see budget_groups for k.
-        stats: gradient statistics, for methods that use them.
-        weight_of: (name, start, numel) -> current values of elements this rank owns, for methods that use them.
+        stats: gradient statistics, for estimators that use them.
+        weight_of: (name, start, numel) -> current values of elements this rank owns, for estimators that use them.
         budget: 'model' (one top-k), 'layer' or 'tensor'.
         lam: lambda of piece-s.
         seed: of `random`.
         candidates: elements proven to contain the selection (see LastPassFilter), which spares the pass over stats.
-        device: where methods without statistics compute; None means where stats are, else the CPU.
+        device: where estimators without statistics compute; None means where stats are, else the CPU.
     Returns:
         Mask with exactly k selected elements.
     Raises:
-        ValueError: method needs statistics that are not there, or nothing is eligible.
+        ValueError: the estimator needs statistics that are not there, or nothing is eligible.
     Cost: one pass over the statistics, none with candidates; up to eight where more scores tie or share their leading
         digit than there is room for candidates. Room: 12 bytes for 4 k candidates. Communicates counts only. One rank
         on a GPU waits for it three times: for the bound, the number of candidates, and the positions.
     """
-    scorer = estimator(method)
-    if scorer.needs_squares and (stats is None or (scorer.needs_sum and stats.grad_sum is None)):
+    if scorer.needs_statistics and (stats is None or (scorer.needs_sum and stats.grad_sum is None)):
         raise ValueError(
-            f"method {method!r} needs gradient statistics with "
+            f"method {scorer.name!r} needs gradient statistics with "
             f"{'sum and ' if scorer.needs_sum else ''}square sum: collect them first"
         )
     groups = budget_groups(layout, ratio, budget)
@@ -66,14 +66,14 @@ def select(
     candidates = candidates or find_candidates(source.spans, num_to_take, layout, device)
     if candidates is not None and decides_alone(layout, device):
         index = fragments(first_in_order(candidates, layout, group_of, num_to_take), layout)
-        return Mask(layout, index, sum(num_to_take), method, ratio)
+        return Mask(layout, index, sum(num_to_take), scorer.name, ratio)
 
     # Several ranks: only counts cross, digit by digit.
     runs: Runs = source if candidates is None else runs_of(candidate_runs(candidates, layout, group_of))
     thresholds = find_thresholds(runs, num_to_take, device)
     names = [info.name for info in layout.eligible() if info.name in group_of]
     index = _take(runs, thresholds, names, group_of, layout.rank, device)
-    return Mask(layout, index, sum(num_to_take), method, ratio)
+    return Mask(layout, index, sum(num_to_take), scorer.name, ratio)
 
 
 def _take(

@@ -18,6 +18,8 @@ from piece_ds.runtime.profiling import host_peak_bytes, peak_bytes, take_seconds
 from piece_ds.runtime.rank_status import report_status
 from piece_ds.training.trainer import TaskTrainer
 
+METRICS_NAME = "metrics.jsonl"
+
 # What comes after the last step, and is done again where a task is finished again.
 _AFTER_TRAINING = {"training", "saving", "evaluation after"}
 

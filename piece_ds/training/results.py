@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from piece_ds.checkpoint.mask_statistics import mask_statistics, overlap, read_index
-from piece_ds.config.parsing import Settings
+from piece_ds.config.settings import Settings
 from piece_ds.data.tasks import Task
 from piece_ds.evaluation.evaluate import EvalResult
 from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.evaluation.scorers import get_scorer
-from piece_ds.methods.registry import BASELINES, SELECTIONS
+from piece_ds.methods.registry import METHODS, find_method
 from piece_ds.report.results import RunResults, read_results
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.files import write_json
@@ -32,7 +32,8 @@ def open_results(
     if resume and path.is_file():
         return read_results(path)
     method = settings.method
-    ratio = 1.0 if method.method in BASELINES or _ignores_ratio(method.method) else method.mask_ratio
+    chosen = find_method(method.method)
+    ratio = 1.0 if chosen.trains_everything or chosen.ignores_ratio else method.mask_ratio
     notes = [
         f"{task.name} was judged on rows it trained on: it has no held-out ones." for task in tasks if not task.held_out
     ]
@@ -47,10 +48,6 @@ def open_results(
         notes=notes,
         rows={task.name: len(task.test) for task in tasks},
     )
-
-
-def _ignores_ratio(method: str) -> bool:
-    return method in SELECTIONS and SELECTIONS[method].ignores_ratio
 
 
 def num_finished(results: RunResults) -> int:
@@ -90,7 +87,7 @@ def with_task(
         numel: elements of each parameter.
     """
     masks = results.masks if index is None else {**results.masks, task: mask_statistics(index, numel)}
-    if index is not None and _ignores_ratio(results.method):
+    if index is not None and METHODS[results.method].ignores_ratio:
         num_selected = sum(positions.numel() for positions in index.values())
         results = replace(results, ratio=num_selected / sum(numel.values()))
     results = replace(

@@ -17,7 +17,7 @@ from piece_ds.runtime.files import not_written
 
 
 def save_model(trainer: Trainer, folder: Path) -> None:
-    """The trained model as a transformers folder that appears whole. A collective."""
+    """Write the trained model as a transformers folder that appears whole. A collective."""
     with _appearing_whole(folder) as temporary:
         trainer.save_model(str(temporary))
         if is_main():
@@ -28,11 +28,12 @@ def save_baseline(
     method: Baseline,
     model: nn.Module,
     state: dict[str, Tensor],
+    *,
     context: TaskContext,
     tokenizer: Processing,
     folder: Path | None,
 ) -> None:
-    """The same where a baseline writes it. A collective."""
+    """Write the trained model as a baseline writes it, if folder is not None. A collective."""
     if folder is None:
         if is_main():
             method.save_model(model, state, context, None)
@@ -46,7 +47,7 @@ def save_baseline(
 
 @contextmanager
 def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder, the same on all ranks, that takes the place of folder at the end. A collective."""
+    """Yield a temporary folder, the same on all ranks, that takes the place of folder at the end. A collective."""
     temporary = folder.with_name(f".{folder.name}.0.tmp")
     try:
         yield temporary

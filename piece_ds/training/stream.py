@@ -1,4 +1,4 @@
-"""The hall where the rooms meet: a stream of tasks, one after another, in one process group.
+"""A stream of tasks, one after another, in one process group.
 
 For each task: statistics on the current model, selection, a fresh optimizer, training, evaluation of all tasks so
 far, files. The next task starts from these weights; nothing else goes back.
@@ -6,6 +6,7 @@ far, files. The next task starts from these weights; nothing else goes back.
 
 import logging
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,24 @@ from transformers import set_seed
 
 from piece_ds.checkpoint.manifest import verify_manifest
 from piece_ds.checkpoint.mask_file import mask_names
-from piece_ds.config.parsing import Settings
+from piece_ds.config.piece import split_patterns
+from piece_ds.config.settings import Settings
 from piece_ds.data.image_collate import make_collator
 from piece_ds.data.tasks import Task
 from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
 from piece_ds.methods.baseline import Baseline, TaskContext
+from piece_ds.methods.registry import find_method
 from piece_ds.models.layout import layout_of
-from piece_ds.models.loading import freeze_ineligible, load_model, patterns_of
+from piece_ds.models.loading import freeze_ineligible, load_model
 from piece_ds.models.processor import Processing
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.rank_status import report_status
 from piece_ds.runtime.signals import signal_handling
+from piece_ds.training.claim import Claim
 from piece_ds.training.mask_source import MaskSource
+from piece_ds.training.progress import duration, scores_line, time_left
 from piece_ds.training.reporters import StreamReporters
 from piece_ds.training.results import (
     is_judged_before,
@@ -48,13 +53,23 @@ from piece_ds.training.task import train_task
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stream:
     """A run: what to do, on which data, where to.
 
     Attributes:
-        baseline: the method, where it is one without a mask.
-        general_importance: text that piece-ratio takes statistics of.
+        settings: checked.
+        tokenizer: the model's, or its processor.
+        tasks: in order.
+        scorers: task -> name of its scorer.
+        general: text whose loss is judged, or None.
+        dtype: to load and train the model in.
+        claim: on the run's folder.
+        eval_batch_size: rows of a batch where models are judged, on each rank.
+        seed: of everything that is drawn.
+        reporters: of the whole stream.
+        baseline: the method, if it is one without a mask.
+        general_importance: text that general importance is taken of.
     """
 
     settings: Settings
@@ -63,24 +78,33 @@ class Stream:
     scorers: dict[str, str]
     general: datasets.Dataset | None
     dtype: torch.dtype
-    folder: RunFolder
+    claim: Claim
     eval_batch_size: int
     seed: int
     reporters: StreamReporters
     baseline: Baseline | None = None
     general_importance: datasets.Dataset | None = None
 
+    @property
+    def folder(self) -> RunFolder:
+        """Where everything goes."""
+        return self.claim.folder
+
     def model_folder(self, index: int) -> Path:
+        """Where the model of a task goes."""
         return self.folder.model(index, self.tasks[index].name)
 
 
-def run_stream(stream: Stream, resume: bool) -> RunResults:
+def run_stream(stream: Stream) -> RunResults:
     """Train every task that is not finished yet and return what all of them left. A collective.
 
-    Args:
-        resume: continue from what is in the folder: finished tasks are not done again, and an unfinished one goes on
-            from its last checkpoint, where there is one.
+    A resumed run continues from what is in the folder: finished tasks are not done again, and an unfinished one
+    resumes from its last checkpoint, if there is one. A run that fails before its first step can be taken leaves the
+    folder as it was.
     """
+    resume = stream.claim.resume
+
+    # What is there already.
     results = open_results(stream.folder.results_file, stream.settings, stream.tasks, stream.scorers, resume)
     first = num_finished(results)
     if resume:
@@ -88,18 +112,30 @@ def run_stream(stream: Stream, resume: bool) -> RunResults:
         _tidy(stream, first - 1)  # the run may have ended between its results and this
     if first == len(stream.tasks):
         return results
-    with signal_handling():
+
+    # What is left.
+    seconds: list[float] = []
+    with signal_handling(), stream.claim.given_back_unless_begun():
         report_status("loading the model")
         model = _load(stream, first)
         for index in range(first, len(stream.tasks)):
-            goes_on = stream.baseline is None or stream.baseline.resumes_inside
-            results = _run_task(stream, model, index, results, resume and index == first and goes_on)
+            begin = time.perf_counter()
+            can_resume = stream.baseline is None or stream.baseline.resumes_inside
+            results = _run_task(stream, model, index, results, resume and index == first and can_resume)
+            seconds.append(time.perf_counter() - begin)
+            logger.warning(
+                "task %d of %d done in %s%s",
+                index + 1,
+                len(stream.tasks),
+                duration(seconds[-1]),
+                time_left(seconds, len(stream.tasks) - index - 1),
+            )
     stream.reporters.close(model=model, processing_class=stream.tokenizer)
     return results
 
 
 def _load(stream: Stream, first: int) -> nn.Module:
-    """The model that task `first` starts from."""
+    """Return the model that task `first` starts from."""
     source, previous = None, None
     if first > 0:
         previous = stream.folder.task(first - 1, stream.tasks[first - 1].name)
@@ -107,7 +143,7 @@ def _load(stream: Stream, first: int) -> nn.Module:
         source = stream.model_folder(first - 1)
         if not (source / "config.json").is_file():
             raise UserError(
-                f"{source} is missing: with --save_model never a stream cannot go on after task {first}; "
+                f"{source} is missing: with --save_model never a stream cannot be resumed after task {first}; "
                 "begin again in another folder"
             )
         verify_manifest(source.parent, inside=f"{source.name}/")
@@ -115,7 +151,12 @@ def _load(stream: Stream, first: int) -> nn.Module:
     arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
     model = load_model(stream.settings.model, stream.dtype, source)
     settings = stream.settings
-    freeze_ineligible(model, _masked_names(settings.method.mask_file), patterns_of(settings.model))
+    freeze_ineligible(
+        model,
+        selected=_masked_names(settings.method.mask_file),
+        patterns=split_patterns(settings.model.eligible),
+        excluded=split_patterns(settings.model.exclude),
+    )
     if stream.baseline is not None:
         set_seed(stream.seed)  # adapters are drawn, the same on every rank
         model = stream.baseline.adapt(model, len(stream.tasks), previous)
@@ -144,22 +185,23 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         scores.append(_evaluate(stream, engine, stream.tasks[:seen], folder.name))
 
     trained = train_task(
-        model,
-        stream.tokenizer,
-        task,
-        settings,
-        folder,
-        _mask_source(stream, index) if stream.baseline is None else stream.baseline,
-        _context(stream, index),
-        resume,
-        before if index == 0 and not is_judged_before(results) else None,
-        after,
-        None if settings.output.save_model == "never" else stream.model_folder(index),
-        stream.reporters.of_task(num_steps_before(results)),
+        model=model,
+        tokenizer=stream.tokenizer,
+        settings=settings,
+        method=_mask_source(stream, index) if stream.baseline is None else stream.baseline,
+        context=_context(stream, index),
+        claim=stream.claim,
+        resume=resume,
+        evaluate_before=before if index == 0 and not is_judged_before(results) else None,
+        evaluate_after=after,
+        save_model_to=None if settings.output.save_model == "never" else stream.model_folder(index),
+        reporter=stream.reporters.of_task(num_steps_before(results)),
     )
+
+    # The results grow by a row, whole or not at all; then what only an unfinished task needs goes.
     numel = {info.name: info.numel for info in layout_of(model).parameters}
     cost = {**asdict(trained.cost), **written_bytes(folder)}
-    results = with_task(results, task.name, scores[0], cost, trained.index, numel, trained.log)
+    results = with_task(results, task.name, scores[0], cost=cost, index=trained.index, numel=numel, log=trained.log)
     results = with_overlaps(results, _mask_files(stream, index + 1))
     write_results(results, stream.folder.results_file)
     stream.reporters.log_results(results)
@@ -168,14 +210,15 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
 
 
 def _mask_source(stream: Stream, index: int) -> MaskSource:
-    method = stream.settings.method
+    settings = stream.settings
+    config = settings.method.config(stream.seed, settings.model.exclude, settings.output.save_full)
     return MaskSource(
-        method,
-        stream.tasks[index].name,
-        stream.seed,
-        _mask_files(stream, index) if method.method == "piece-s-disjoint" else (),
-        stream.general_importance,
-        Path(method.general_statistics or stream.folder.root / "general_statistics"),
+        config=config,
+        files=settings.method,
+        task=stream.tasks[index].name,
+        earlier=_mask_files(stream, index) if find_method(config.method).needs_earlier_tasks else (),
+        general=stream.general_importance,
+        general_folder=Path(settings.method.general_statistics or stream.folder.root / "general_statistics"),
         is_base=index == 0,
     )
 
@@ -183,30 +226,33 @@ def _mask_source(stream: Stream, index: int) -> MaskSource:
 def _context(stream: Stream, index: int) -> TaskContext:
     folders = [stream.folder.task(i, task.name) for i, task in enumerate(stream.tasks)]
     return TaskContext(
-        index,
-        len(stream.tasks),
-        stream.tasks[index],
-        tuple(stream.tasks[:index]),
-        folders[index],
-        folders[index - 1] if index else None,
-        make_collator(stream.tokenizer),
-        stream.settings.method.importance_batch_size,
-        stream.seed,
+        index=index,
+        num_tasks=len(stream.tasks),
+        task=stream.tasks[index],
+        earlier=tuple(stream.tasks[:index]),
+        folder=folders[index],
+        previous=folders[index - 1] if index else None,
+        collate=make_collator(stream.tokenizer),
+        batch_size=stream.settings.method.importance_batch_size,
+        seed=stream.seed,
     )
 
 
 def _evaluate(stream: Stream, engine: Any, tasks: list[Task], moment: str) -> EvalResult:
-    return evaluate_tasks(
+    found = evaluate_tasks(
         engine,
         stream.tokenizer,
         tasks,
-        stream.scorers,
-        stream.general,
-        stream.eval_batch_size,
-        stream.settings,
-        engine.device,
-        stream.folder.predictions(moment),
+        scorers=stream.scorers,
+        general=stream.general,
+        batch_size=stream.eval_batch_size,
+        settings=stream.settings,
+        device=engine.device,
+        folder=stream.folder.predictions(moment),
     )
+    shown = scores_line(found.score, found.loss, found.general_loss)
+    logger.warning("evaluation, %s: %s (%s)", moment, shown, duration(found.seconds))
+    return found
 
 
 def _mask_files(stream: Stream, num_tasks: int) -> list[Path]:

@@ -3,153 +3,63 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from torch import nn
+from transformers import Trainer, TrainerCallback
 
-from piece_ds.checkpoint.delta_file import load_previous, save_delta
 from piece_ds.checkpoint.manifest import write_manifest
-from piece_ds.checkpoint.statistics_file import PartialStatistics
-from piece_ds.config.parsing import Settings
+from piece_ds.config.settings import Settings
 from piece_ds.data.collate import pad_id
-from piece_ds.data.tasks import Task
+from piece_ds.deltas.delta import DELTA_NAME
 from piece_ds.evaluation.padding import answer_tokens, check_rows
 from piece_ds.methods.baseline import Baseline, TaskContext
 from piece_ds.models.loading import reads_images
 from piece_ds.models.processor import Processing, tokenizer_of
-from piece_ds.runtime.distributed import barrier, broadcast_object
+from piece_ds.runtime.distributed import barrier
 from piece_ds.runtime.profiling import host_peak_bytes, peak_bytes, reset_peaks, take_seconds
 from piece_ds.runtime.rank_status import report_status
 from piece_ds.runtime.signals import exit_if_signalled
-from piece_ds.state.mask import Mask
-from piece_ds.training.callback import MASK_NAME, PieceCallback
+from piece_ds.training.callback import MASK_NAME
+from piece_ds.training.checkpoints import last_checkpoint, needs_resharding, restore_resharded, step_of
+from piece_ds.training.claim import Claim
 from piece_ds.training.mask_source import MaskSource
-from piece_ds.training.metrics import MetricsLog, finite
+from piece_ds.training.metrics import METRICS_NAME, MetricsLog, finite
 from piece_ds.training.nonfinite import NONFINITE, OVERFLOW, NonfiniteCallback
-from piece_ds.training.run_folder import PARTIAL_NAME, PREVIOUS_NAME
 from piece_ds.training.saving import save_baseline, save_model
-from piece_ds.training.trainer import (
-    OnEngine,
-    StopAtStep,
-    TaskTrainer,
-    Update,
-    last_checkpoint,
-    make_trainer,
-    needs_resharding,
-    restore_resharded,
-    step_of,
-)
-from piece_ds.zero.weights import read_selected
-
-DELTA_NAME = "delta.safetensors"
-METRICS_NAME = "metrics.jsonl"
+from piece_ds.training.task_mask import TaskMask
+from piece_ds.training.task_result import TaskCost, TaskResult
+from piece_ds.training.trainer import BeforeFirstStep, OnEngine, StopAtStep, make_trainer
 
 # What a task leaves behind, under checksums once it is all there.
-SEALED = (MASK_NAME, DELTA_NAME, METRICS_NAME, "model")
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What a trained task leaves in memory.
-
-    Attributes:
-        cost: wall time and memory.
-        index: selected positions of the whole model per parameter; None without a mask.
-        log: the trainer's log.
-    """
-
-    cost: "TaskCost"
-    index: dict[str, Tensor] | None
-    log: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class TaskCost:
-    """Wall time and memory of one task on rank 0.
-
-    Attributes:
-        select_seconds: statistics and selection; 0 where there was nothing to select.
-        train_seconds: optimizer steps.
-        num_steps: optimizer steps.
-        nonfinite_steps: of these, not taken because a loss or gradient was NaN or infinite.
-        overflow_steps: of these, not taken because fp16's loss scale was too large.
-        peak_bytes: most memory allocated on the accelerator; None on the CPU.
-        host_peak_bytes: most resident memory of the process; None where the system does not tell.
-        save_seconds: delta and model.
-    """
-
-    select_seconds: float
-    train_seconds: float
-    num_steps: int
-    nonfinite_steps: int
-    overflow_steps: int
-    peak_bytes: int | None
-    host_peak_bytes: int | None
-    save_seconds: float
-
-
-class TaskCallback(PieceCallback):
-    """PieceCallback that also keeps what the selected weights were before the task, across interruptions.
-
-    Attributes:
-        checkpoint: to go on from, in its portable form.
-        resume: the task's folder may hold the mask of an interrupted run.
-    """
-
-    previous: dict[str, Tensor]
-    checkpoint: Path | None = None
-    resume = False
-
-    def is_begun(self, state: TrainerState) -> bool:
-        # previous.safetensors is written after the mask: with it, selection is done.
-        done = self.resume and self.mask_file is None and broadcast_object(self._previous.is_file())
-        return super().is_begun(state) or bool(done)
-
-    def on_mask(self, model: nn.Module, mask: Mask, resumed: bool) -> None:
-        if resumed:
-            self.previous = load_previous(self._previous, mask)
-        else:
-            self.previous = read_selected(model, mask)
-            save_delta(self._previous, model, mask, self.previous)
-
-    def on_attached(self, update: Update) -> None:
-        if self.checkpoint is not None:
-            restore_resharded(update, self.checkpoint)
-        self.trainer.update = update
-
-    @property
-    def _previous(self) -> Path:
-        return Path(self.trainer.args.output_dir) / PREVIOUS_NAME
+COMPLETE = (MASK_NAME, DELTA_NAME, METRICS_NAME, "model")
 
 
 def train_task(
+    *,
     model: nn.Module,
     tokenizer: Processing,
-    task: Task,
     settings: Settings,
-    folder: Path,
     method: MaskSource | Baseline,
     context: TaskContext,
+    claim: Claim,
     resume: bool,
-    before_training: Callable[[Any], None] | None,
-    after_training: Callable[[Any], None],
+    evaluate_before: Callable[[Any], None] | None,
+    evaluate_after: Callable[[Any], None],
     save_model_to: Path | None,
     reporter: TrainerCallback,
 ) -> TaskResult:
     """Train one task and write its mask, delta, metrics and, if asked, model.
 
     Args:
-        folder: of the task; the trainer's checkpoints go there too.
         method: where the task's mask comes from, or a method without a mask.
-        context: the task in its stream.
-        resume: go on from what an interrupted run of the task has left there.
-        before_training: called with the engine before anything is estimated (not after a resume from a checkpoint).
-        after_training: called with the engine after the last step.
+        context: the task in its stream, and its folder, where the trainer's checkpoints go too.
+        claim: on the run's folder; made here, where the engine is there and nothing has been written yet.
+        resume: start from what an interrupted run of the task has left there.
+        evaluate_before: called with the engine before anything is estimated (not if a checkpoint is resumed).
+        evaluate_after: called with the engine after the last step.
         save_model_to: transformers folder for the trained model, or None.
         reporter: takes the place of the Trainer's own reporters.
     Raises:
@@ -157,59 +67,103 @@ def train_task(
         UserError: what an interrupted run has left is damaged.
     """
     knows_host_peak = reset_peaks()
+    use_cache = getattr(model.config, "use_cache", None)
+    baseline = method if isinstance(method, Baseline) else None
+    task, folder = context.task, context.folder
+
+    # The trainer, and in compact mode room for the selected values: before there is an engine.
     # The collator needs columns that no model takes: a row's image and its text.
     arguments = settings.training_arguments(output_dir=folder, report_to="none", remove_unused_columns=False)
     checkpoint = last_checkpoint(folder) if resume else None
-    portable = checkpoint is not None and needs_resharding(checkpoint, arguments, not isinstance(method, Baseline))
-    use_cache = getattr(model.config, "use_cache", None)
-    trainer = make_trainer(model, arguments, task, tokenizer, method, context)
-    trainer.portable = portable
-    trainer.add_callback(reporter)
+    trainer = make_trainer(model, arguments, tokenizer, baseline, context)
+    trainer.portable = checkpoint is not None and needs_resharding(checkpoint, arguments, masked=baseline is None)
     metrics = MetricsLog(folder / METRICS_NAME, trainer)
-    metrics.open(step_of(checkpoint) if resume else None)
-    trainer.add_callback(metrics)
-    if not reads_images(model.config):
-        trainer.add_callback(_OnBegin(lambda: _check_rows(trainer, task, tokenizer, settings)))
-    if before_training is not None and checkpoint is None:
-        trainer.add_callback(_OnBegin(lambda: _evaluate(before_training, trainer, metrics, "evaluation before")))
     guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)
-    trainer.add_callback(guard)
-    callback = None
-    if isinstance(method, Baseline):
-        trainer.add_callback(_OnBegin(guard.watch_engine))
-        acts = method.engine_callback(context)
-        if acts is not None:
-            trainer.add_callback(OnEngine(trainer, acts))
-    else:
-        callback = _mask_callback(trainer, settings, method, task, folder)
-        callback.resume, callback.checkpoint = resume, checkpoint if portable else None
+    acts = baseline.engine_callback(context) if baseline is not None else None
+    mask = TaskMask(trainer, method, folder, resume) if isinstance(method, MaskSource) else None
+
+    def before_first_step(engine: Any) -> None:
+        """The Trainer has made the engine, and no weight has moved."""
+        _check_padding(trainer, context, tokenizer)
+        claim.make()
+        metrics.open(step_of(checkpoint) if resume else None)
+        if evaluate_before is not None and checkpoint is None:
+            _evaluate(evaluate_before, engine, metrics, "evaluation before")
+
+        # 1. Collect statistics and select.
+        if mask is not None:
+            mask.select()
+
+        # 2. Attach: from here on a step moves only selected weights, or what the baseline lets it.
+        if mask is not None:
+            trainer.update = mask.attach()
+            if checkpoint is not None and trainer.portable:
+                restore_resharded(trainer.update, checkpoint)
+            _note_selection(mask, metrics)
+        else:
+            guard.watch_engine()
+            if acts is not None:
+                acts.begin(engine)
+        claim.is_begun = True
+
+    # 3. Train: the Trainer calls before_first_step() as soon as there is an engine. The guard must see a step's
+    # gradient before what acts on it.
+    callbacks = [reporter, metrics, BeforeFirstStep(trainer, before_first_step), guard]
+    for callback in (*callbacks, *([OnEngine(trainer, acts)] if acts is not None else []), StopAtStep()):
         trainer.add_callback(callback)
-        trainer.add_callback(_OnBegin(lambda: _note_selection(callback, metrics)))
-    trainer.add_callback(StopAtStep())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if mask is not None:
+        mask.end_training()
     exit_if_signalled(f"after step {trainer.state.global_step} of {trainer.state.max_steps} of task {task.name}")
     engine = trainer.model_wrapped
-    if isinstance(method, Baseline):
-        method.end_task(engine, context)
+    if baseline is not None:
+        baseline.end_task(engine, context)
+
+    # 4. Save and evaluate.
     report_status(f"saving task {task.name}")
     metrics.note("training", seconds=metrics.train_seconds, num_steps=trainer.state.global_step)
-    index, saving_since = None, time.perf_counter()
-    if callback is not None and callback.mask is not None:
-        save_delta(folder / DELTA_NAME, engine.module, callback.mask, callback.previous)
-        index = callback.mask.whole()
-    if isinstance(method, Baseline) and method.saves_itself:
-        model.config.use_cache = use_cache
-        state = trainer.accelerator.get_state_dict(engine)
-        save_baseline(method, model, state, context, tokenizer, save_model_to)
-    elif save_model_to is not None:
-        model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
-        save_model(trainer, save_model_to)
-    save_seconds = time.perf_counter() - saving_since
+    model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
+    save_seconds = _save(trainer, mask, baseline, context=context, tokenizer=tokenizer, folder=save_model_to)
     metrics.note("saving", seconds=save_seconds)
-    _evaluate(after_training, trainer, metrics, "evaluation after")
-    write_manifest(folder, [name for name in SEALED if (folder / name).exists()])
-    cost = TaskCost(
-        select_seconds=(callback.select_seconds or 0.0) if callback else 0.0,
+    _evaluate(evaluate_after, engine, metrics, "evaluation after")
+    write_manifest(folder, [name for name in COMPLETE if (folder / name).exists()])
+
+    result = TaskResult(
+        cost=_cost(trainer, metrics, mask, save_seconds=save_seconds, knows_host_peak=knows_host_peak),
+        index=mask.mask.whole() if mask is not None else None,
+        log=[finite(row) for row in trainer.state.log_history],
+    )
+    release(trainer)
+    barrier()
+    return result
+
+
+def _save(
+    trainer: Trainer,
+    mask: TaskMask | None,
+    baseline: Baseline | None,
+    *,
+    context: TaskContext,
+    tokenizer: Processing,
+    folder: Path | None,
+) -> float:
+    """Write the delta and, if folder is not None, the model; return the seconds that it took. A collective."""
+    begin = time.perf_counter()
+    if mask is not None:
+        mask.save_delta()
+    if baseline is not None and baseline.saves_itself:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        save_baseline(baseline, trainer.model, state, context=context, tokenizer=tokenizer, folder=folder)
+    elif folder is not None:
+        save_model(trainer, folder)
+    return time.perf_counter() - begin
+
+
+def _cost(
+    trainer: Trainer, metrics: MetricsLog, mask: TaskMask | None, *, save_seconds: float, knows_host_peak: bool
+) -> TaskCost:
+    return TaskCost(
+        select_seconds=(mask.select_seconds or 0.0) if mask is not None else 0.0,
         train_seconds=metrics.train_seconds,
         num_steps=trainer.state.global_step,
         nonfinite_steps=metrics.count(NONFINITE),
@@ -218,67 +172,33 @@ def train_task(
         host_peak_bytes=host_peak_bytes() if knows_host_peak else None,
         save_seconds=save_seconds,
     )
-    log = [finite(row) for row in trainer.state.log_history]
-    release(trainer)
-    barrier()
-    return TaskResult(cost, index, log)
 
 
-def _check_rows(trainer: TaskTrainer, task: Task, tokenizer: Processing, settings: Settings) -> None:
-    sizes = {trainer.args.per_device_train_batch_size, trainer.args.per_device_eval_batch_size}
-    one_row_at_a_time = sizes | {settings.method.importance_batch_size} == {1}
+def _check_padding(trainer: Trainer, context: TaskContext, tokenizer: Processing) -> None:
+    """Raise UserError if rows of a batch are not what each is alone: see check_rows(). A collective."""
+    if reads_images(trainer.model.config):
+        return
+    sizes = {trainer.args.per_device_train_batch_size, trainer.args.per_device_eval_batch_size, context.batch_size}
     padding = pad_id(tokenizer_of(tokenizer))
-    check_rows(trainer.model_wrapped, answer_tokens(task.train), padding, one_row_at_a_time)
+    check_rows(trainer.model_wrapped, answer_tokens(context.task.train), padding, sizes == {1})
 
 
-def _mask_callback(
-    trainer: TaskTrainer, settings: Settings, method: MaskSource, task: Task, folder: Path
-) -> TaskCallback:
-    asked = settings.method
-    return TaskCallback(
-        trainer,
-        ratio=asked.mask_ratio,
-        importance_batch_size=asked.importance_batch_size,
-        mask_file=asked.mask_file,
-        update_mode=asked.update_mode,
-        save_full=settings.output.save_full,
-        selected_gradient=asked.selected_gradient,
-        count=method.count,
-        estimate=partial(method.estimate, keeper=_keeper(settings, task, folder)),
-    )
-
-
-def _keeper(settings: Settings, task: Task, folder: Path) -> PartialStatistics:
-    source = {"task": task.name, "rows": len(task.train), "batch_size": settings.method.importance_batch_size}
-    return PartialStatistics(folder / PARTIAL_NAME, settings.method.statistics_save_steps, source)
-
-
-class _OnBegin(TrainerCallback):
-    """Calls a function when training begins: the engine exists, no weight has moved."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function = function
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.function()
-
-
-def _evaluate(function: Callable[[Any], None], trainer: Trainer, metrics: MetricsLog, event: str) -> None:
+def _evaluate(function: Callable[[Any], None], engine: Any, metrics: MetricsLog, event: str) -> None:
     report_status(f"the {event} training")
     begin = time.perf_counter()
-    function(trainer.model_wrapped)
+    function(engine)
     metrics.note(event, seconds=time.perf_counter() - begin)
 
 
-def _note_selection(callback: TaskCallback, metrics: MetricsLog) -> None:
-    """What it took, unless the mask was there already."""
+def _note_selection(mask: TaskMask, metrics: MetricsLog) -> None:
+    """Note what selection took, unless the mask was there already."""
     statistics = take_seconds("statistics")
-    if callback.select_seconds is not None and callback.mask is not None:
+    if mask.select_seconds is not None:
         metrics.note(
             "selection",
             statistics_seconds=statistics,
-            num_selected=callback.mask.num_selected,
-            selection_seconds=callback.select_seconds - statistics,
+            num_selected=mask.mask.num_selected,
+            selection_seconds=mask.select_seconds - statistics,
         )
 
 

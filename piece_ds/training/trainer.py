@@ -1,33 +1,33 @@
-"""transformers' Trainer for a task of the stream: its checkpoints are sealed, and can be left at any step."""
+"""transformers' Trainer for a task of the stream: its checkpoints are complete, and can be left at any step."""
 
-import json
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from piece_ds.checkpoint.manifest import is_complete, verify_manifest, write_manifest
-from piece_ds.checkpoint.selected_file import load_selected_state, save_selected_state
+from piece_ds.checkpoint.manifest import write_manifest
+from piece_ds.checkpoint.selected_file import save_selected_state
 from piece_ds.data.rows import IGNORED_LABEL
-from piece_ds.data.tasks import Task
 from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
 from piece_ds.models.processor import Processing
-from piece_ds.runtime.distributed import barrier, broadcast_object, is_main, world_size
-from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.files import not_written, write_json
+from piece_ds.runtime.distributed import barrier, is_main
+from piece_ds.runtime.files import write_json
 from piece_ds.runtime.profiling import timed
-from piece_ds.runtime.schema import read_json
 from piece_ds.runtime.signals import stop_asked
-from piece_ds.training.mask_source import MaskSource
-from piece_ds.update.compact import CompactUpdate
-from piece_ds.update.masked import MaskedUpdate
+from piece_ds.training.checkpoints import (
+    CUT_NAME,
+    SELECTED_NAME,
+    Update,
+    cut_of,
+    without_rotation,
+    writing,
+)
 
 
 class _EpochOrder(Sampler[int]):
@@ -46,13 +46,10 @@ class _EpochOrder(Sampler[int]):
 
 
 class OnEngine(TrainerCallback):
-    """Tells a baseline's EngineCallback what happens to the trainer."""
+    """Tells a baseline's EngineCallback, once it has begun, what happens to the trainer."""
 
     def __init__(self, trainer: Trainer, acts: EngineCallback) -> None:
         self.trainer, self.acts = trainer, acts
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.acts.begin(self.trainer.model_wrapped)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.acts.before_step(self.trainer.model_wrapped)
@@ -61,9 +58,20 @@ class OnEngine(TrainerCallback):
         self.acts.end()
 
 
-CUT_NAME, SELECTED_NAME = "piece_checkpoint.json", "selected.safetensors"
+class BeforeFirstStep(TrainerCallback):
+    """Calls a function when the engine is there and no weight has moved; bar and train_runtime count from its end."""
 
-Update = MaskedUpdate | CompactUpdate
+    def __init__(self, trainer: "TaskTrainer", function: Callable[[Any], None]) -> None:
+        self.trainer, self.function = trainer, function
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        begin = time.time()
+        self.function(self.trainer.model_wrapped)
+        self.trainer.seconds_before_first_step = time.time() - begin
+        for callback in self.trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.reset()
 
 
 class TaskTrainer(Trainer):
@@ -74,12 +82,14 @@ class TaskTrainer(Trainer):
 
     Attributes:
         update: the mask in force, once training has begun; checkpoints then hold the portable form of it too.
-        portable: training goes on from a checkpoint of another cut: DeepSpeed's part of it is not read.
+        portable: training resumes from a checkpoint of another cut: DeepSpeed's part of it is not read.
+        seconds_before_first_step: of evaluation, statistics and selection between the engine and the first step.
         losses: of the micro-batches since this was last cleared; on the device, nobody has waited for them.
     """
 
     update: Update | None = None
     portable = False
+    seconds_before_first_step = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -117,11 +127,14 @@ class TaskTrainer(Trainer):
                 group["lr"] = rate
         return prepared
 
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        return super()._finalize_training(trial, num_train_samples, start_time + self.seconds_before_first_step)
+
     @timed("saving")
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint counts once it is sealed, and only then may older ones go."""
+        """Write a checkpoint, which counts once it is complete; only then may older ones go."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with _without_rotation(self.args), _writing(folder):
+        with without_rotation(self.args), writing(folder):
             super()._save_checkpoint(model, trial)
         if self.update is not None:
             save_selected_state(folder / SELECTED_NAME, self.update.mask, self.update.state())
@@ -174,82 +187,27 @@ class BaselineTrainer(TaskTrainer):
 def make_trainer(
     model: nn.Module,
     arguments: TrainingArguments,
-    task: Task,
     tokenizer: Processing,
-    method: MaskSource | Baseline,
+    baseline: Baseline | None,
     context: TaskContext,
 ) -> TaskTrainer:
-    """The trainer of one task: plain where a mask is trained, with the baseline's rows and loss otherwise."""
+    """Return the trainer of one task: plain if a mask is trained, else with the baseline's rows and loss."""
+    task = context.task
     options: dict[str, Any] = {
         "args": arguments,
         "eval_dataset": task.eval if arguments.eval_strategy != "no" else None,
         "processing_class": tokenizer,
     }
-    if not isinstance(method, Baseline):
+    if baseline is None:
         return TaskTrainer(model=model, train_dataset=task.train, data_collator=context.collate, **options)
     arguments.remove_unused_columns = False  # a baseline's rows may carry more than the model knows
-    method.begin_task(model, context)
-    rows, collate = method.rows(context), method.collate(context)
-    return BaselineTrainer(method, context, model=model, train_dataset=rows, data_collator=collate, **options)
-
-
-def cut_of(arguments: TrainingArguments) -> dict[str, Any]:
-    """What a checkpoint of DeepSpeed is cut for: it can be loaded where all of this is the same."""
-    config = arguments.hf_deepspeed_config
-    zero = {
-        key: config.get_value(f"zero_optimization.{key}") for key in ("stage", "offload_optimizer", "offload_param")
-    }
-    return {
-        "format": "piece-checkpoint",
-        "version": 1,
-        "world_size": world_size(),
-        "zero": zero,
-        "data_types": config.get_value("data_types"),
-    }
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest sealed checkpoint of a task, or None; the same on all ranks. A collective."""
-    sealed = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
-    return broadcast_object(max(sealed, key=step_of, default=None))
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """Optimizer steps before a checkpoint; 0 without one."""
-    return 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
-
-
-def needs_resharding(checkpoint: Path, arguments: TrainingArguments, masked: bool) -> bool:
-    """Check a checkpoint's files, then say whether it must be read in its portable form. A collective.
-
-    Raises:
-        UserError: a file of it is damaged, or it is of another cut and holds no selection.
-    """
-    try:
-        verify_manifest(checkpoint)
-    except UserError as error:
-        raise UserError(f"{error}; remove {checkpoint} to go on from what was there before it") from None
-    found = read_json(checkpoint / CUT_NAME, dict[str, Any], "checkpoint", "resume from an earlier one")
-    now = json.loads(json.dumps(cut_of(arguments)))
-    if found == now:
-        return False
-    if not masked:
-        raise UserError(
-            f"{checkpoint} was written with {_shown(found)}, this is {_shown(now)}: without a mask a "
-            "checkpoint goes on only as it was begun"
-        )
-    if not hasattr(Trainer, "_prepare_for_training"):
-        raise UserError("going on with another number of ranks, ZeRO stage or offload needs transformers 5.23 or later")
-    return True
-
-
-def restore_resharded(update: Update, checkpoint: Path) -> None:
-    """Bring a mask in force to where a checkpoint of another cut was. A collective."""
-    update.restore(load_selected_state(checkpoint / SELECTED_NAME, update.mask))
+    baseline.begin_task(model, context)
+    rows, collate = baseline.rows(context), baseline.collate(context)
+    return BaselineTrainer(baseline, context, model=model, train_dataset=rows, data_collator=collate, **options)
 
 
 class StopAtStep(TrainerCallback):
-    """Where a signal asks the run to end: a checkpoint after this step, and no further step."""
+    """If a signal asks the run to end: a checkpoint after this step, and no further step."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -257,29 +215,3 @@ class StopAtStep(TrainerCallback):
         if stop_asked():
             control.should_save = control.should_training_stop = True
         return control
-
-
-@contextmanager
-def _without_rotation(arguments: TrainingArguments) -> Iterator[None]:
-    limit, arguments.save_total_limit = arguments.save_total_limit, None
-    try:
-        yield
-    finally:
-        arguments.save_total_limit = limit
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Errors of the disk, which torch reports as RuntimeError, as one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise not_written(folder, error) from error
-    except RuntimeError as error:
-        if not any(writer in str(error) for writer in ("PytorchStreamWriter", "inline_container")):
-            raise
-        raise not_written(folder, error) from error
-
-
-def _shown(cut: dict[str, Any]) -> str:
-    return f"{cut.get('world_size')} ranks and {json.dumps(cut.get('zero'))}"

@@ -1,12 +1,13 @@
 """prepare_compact(): what must happen to a model before its engine is made, if it is to train in compact mode."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from piece_ds.models.eligible import input_embedding, let_gradients_in
+from piece_ds.config.piece import split_patterns
+from piece_ds.models.eligible import input_embedding, let_gradients_in, without
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected as num_selected_of
@@ -56,6 +57,7 @@ def prepare_compact(
     ratio: float | None = None,
     num_selected: int | None = None,
     decays: Iterable[str] | None = None,
+    exclude: str | Sequence[str] = (),
 ) -> SelectedValues:
     """Give model the one flat parameter that DeepSpeed shall optimise, and freeze all others.
 
@@ -67,6 +69,8 @@ def prepare_compact(
         ratio: as in estimate_mask(); or
         num_selected: elements in the mask that will be attached.
         decays: names of the parameters whose selected elements weight decay acts on; None means all.
+        exclude: fnmatch patterns of parameters that are never selected; a text with commas is split. estimate_mask()
+            then knows it from the model.
     Returns:
         SelectedValues, already part of model, in the dtype of its parameters; zeros until attach().
     Raises:
@@ -76,7 +80,7 @@ def prepare_compact(
         raise UserError("the model is prepared for compact mode already: detach() the update first")
     if (ratio is None) == (num_selected is None):
         raise ValueError("give either ratio or num_selected")
-    layout = layout_of(model)
+    layout = without(layout_of(model), split_patterns(exclude))
     if num_selected is None:
         num_selected = num_selected_of(layout, float(ratio or 0.0))
     params = dict(model.named_parameters())

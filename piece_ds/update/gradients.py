@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from piece_ds import ops
-from piece_ds.config.arguments import SELECTED_GRADIENTS, require_choice
+from piece_ds.config.piece import SELECTED_GRADIENTS
+from piece_ds.config.ranges import require_choice
 from piece_ds.models.layout import full_shape
 from piece_ds.runtime.distributed import is_main
 from piece_ds.zero.weights import SelectedWeights

@@ -10,7 +10,7 @@ from support.statistics_results import statistics_result
 
 from piece_ds.checkpoint.mask_file import load_mask
 from piece_ds.checkpoint.statistics_file import load_statistics
-from piece_ds.selection.top_k import select
+from piece_ds.methods.estimate import select
 
 
 @pytest.mark.parametrize(("kind", "method", "budget", "ratio"), CASES)

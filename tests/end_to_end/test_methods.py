@@ -11,7 +11,7 @@ from support.jobs import Results, result_of, run_job
 from support.launches import CONFIGS, changed, mask_index, same_bits, tree, weights
 from support.stream_runs import NUM_RANKS, RATIO, Material
 
-from piece_ds.methods.registry import BASELINES, SELECTIONS
+from piece_ds.methods.registry import METHODS
 
 FAST = ("hft", "o-lora", "ewc")  # freezing by name, adapters, a term in the gradient
 RESUMED = ("lora", "o-lora", "ewc", "gem", "piece-ratio", "hft")  # what lasts from task to task
@@ -53,7 +53,7 @@ def fast_methods(material: Material, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def all_methods(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Every method at ZeRO-3 with stops, and at ZeRO-1 in bf16 and ZeRO-2."""
-    every = (*SELECTIONS, *BASELINES)
+    every = tuple(METHODS)
     runs = runs_of(material, every, "zero2", False, True) | runs_of(material, every, "zero1", True, False)
     return run_all(
         runs | runs_of(material, tuple(set(every) - set(FAST)), "zero3", False, False),
@@ -95,7 +95,7 @@ def check(material: Material, folder: Path, method: str) -> None:
     base, first, second = (weights(path) for path in models(material, folder))
     assert first.keys() == second.keys() == base.keys()
     assert torch.equal(base[EMBEDDING].to(second[EMBEDDING].dtype), second[EMBEDDING])
-    if method in SELECTIONS:
+    if METHODS[method].has_mask:
         assert_masks_hold(material, folder)
         return
     assert not {"mask.safetensors", "delta.safetensors"} & (tree(folder / "00-letter") | tree(folder / "01-text"))
@@ -117,7 +117,7 @@ def test_a_method_runs_a_stream_and_leaves_what_it_promises(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["zero1-bf16", "zero2", "zero3"])
-@pytest.mark.parametrize("method", [*SELECTIONS, *BASELINES])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_at_every_stage(
     material: Material, all_methods: Results, request: pytest.FixtureRequest, method: str, setting: str
 ) -> None:

@@ -12,6 +12,7 @@ from support.launches import CONFIGS, error_lines, launch, make_model_folder, ma
 from support.readers import READERS, made
 
 from piece_ds.runtime.errors import MachineError, UserError
+from piece_ds.training.claim import Claim
 from piece_ds.training.run_folder import RunFolder
 
 
@@ -76,7 +77,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(disk: Callable[
     disk("ro")
     for folder in (root, root / "new"):
         with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\): use another folder"):
-            RunFolder(folder).claim({"a": 1}, resume=False)
+            Claim(RunFolder(folder), {"a": 1}).make()
     assert tree(root) == set()
 
 

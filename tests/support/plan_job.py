@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible
 from piece_ds.plan.setting import Setting
-from piece_ds.selection.top_k import select
 from piece_ds.update.attach import attach, prepare_compact
 from piece_ds.zero.statistics import collect_statistics
 from support.jobs import Results, collect_case, finish, start

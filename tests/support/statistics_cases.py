@@ -109,12 +109,12 @@ BLOCKS = "*.0.*norm1*"  # of the first block of either tower, and nothing before
 for _family in vision.FAMILIES:
     SPECIAL |= {
         f"small-buckets-{_family}-stage3": Case(_family, Setup(3), freeze=True, bucket_elements=300),
-        f"whole-{_family}-stage3": Case(_family, Setup(3), freeze=True, eligible="*", checkpointing="reentrant"),
+        f"whole-{_family}-stage3": Case(_family, Setup(3), freeze=True, eligible="*vis*", checkpointing="reentrant"),
         f"blocks-{_family}-stage3": Case(_family, Setup(3), freeze=True, eligible=BLOCKS, checkpointing="reentrant"),
     }
 SPECIAL |= {
-    "whole-llava-stage0": Case("llava", Setup(0), freeze=True, eligible="*"),
-    "whole-qwen3-vl-stage2": Case("qwen3-vl", Setup(2), freeze=True, eligible="*"),
+    "whole-llava-stage0": Case("llava", Setup(0), freeze=True, eligible="*vis*"),
+    "whole-qwen3-vl-stage2": Case("qwen3-vl", Setup(2), freeze=True, eligible="*vis*"),
     "unfrozen-llava-stage2": Case("llava", Setup(2)),
     "bf16-qwen3-vl-stage3": Case("qwen3-vl", Setup(3, "bf16"), freeze=True),
 }

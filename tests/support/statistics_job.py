@@ -16,11 +16,11 @@ from deepspeed.utils import set_z3_leaf_modules
 
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
-from piece_ds.methods.estimate import estimate_mask
+from piece_ds.methods.estimate import estimate_mask, select
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible
 from piece_ds.selection.candidates import LastPassFilter
-from piece_ds.selection.top_k import select
+from piece_ds.selection.estimators import PIECE_S
 from piece_ds.state.statistics import GradientStats
 from piece_ds.zero import statistics
 from piece_ds.zero.statistics import collect_statistics
@@ -64,12 +64,12 @@ def run_case(case: Case) -> dict[str, Any]:
         mock.patch.object(statistics, "BUCKET_ELEMENTS", case.bucket_elements or statistics.BUCKET_ELEMENTS),
         mock.patch.object(statistics, "_may_vary", return_value=bool(case.nondeterministic)),
     ):
-        last_pass = LastPassFilter(layout_of(model), "piece-s", RATIOS[0], lam=1.0)
+        last_pass = LastPassFilter(layout_of(model), PIECE_S, RATIOS[0], lam=1.0)
         stats = collect_statistics(engine, case.batches(), last_pass=last_pass)
     after = surroundings(engine)
     candidates = last_pass.proven()
     masks = {
-        (method, ratio): estimate_mask(engine, [], method, ratio, layout=stats.layout, stats=stats)
+        (method, ratio): estimate_mask(engine, [], method=method, ratio=ratio, layout=stats.layout, stats=stats)
         for method in METHODS
         for ratio in RATIOS
     }

@@ -18,9 +18,9 @@ from support.update_job import run_step
 NUM_STEPS, SAVED_STEP = 6, 3
 # (stage, options of PieceCallback) of the Trainers.
 TRAINERS: dict[str, tuple[int, dict[str, Any]]] = {
-    "trainer-stage2": (2, {}),
-    "trainer-stage3": (3, {}),
-    "trainer-compact-stage0": (0, {"update_mode": "compact"}),
+    "trainer-stage2": (2, {"update_mode": "masked"}),
+    "trainer-stage3": (3, {"update_mode": "masked"}),
+    "trainer-compact-stage0": (0, {}),
     "trainer-compact-stage3": (3, {"update_mode": "compact"}),
     "trainer-compact-full-stage2": (2, {"update_mode": "compact", "save_full": True}),
 }

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from piece_ds.config.defaults import default_flags, with_default_config
-from piece_ds.config.parsing import given_names, parse
+from piece_ds.cli.train import main
+from piece_ds.config import settings as settings_module
+from piece_ds.config.settings import load_settings, parse
+from piece_ds.methods.registry import METHODS
 from piece_ds.runtime.errors import UserError
 
 
@@ -25,7 +27,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spelling", [["--mask_ratio", "0.5"], ["--mask-ratio", "0.5"], ["--mask_ratio=0.5"]])
 def test_flags_have_every_usual_spelling(spelling: list[str]) -> None:
     assert parse(spelling).method.mask_ratio == 0.5
-    assert given_names(spelling) == {"mask_ratio"}
+    assert parse(spelling).given == {"mask_ratio"}
 
 
 def test_last_of_a_repeated_flag_wins() -> None:
@@ -117,16 +119,46 @@ def test_missing_yaml_file_is_refused(tmp_path: Path) -> None:
 
 def test_zero3_is_the_default_wherever_a_configuration_is_not_named(tmp_path: Path) -> None:
     named, silent = write(tmp_path / "a.yaml", "deepspeed: x.json"), write(tmp_path / "b.yaml", "seed: 1")
-    assert parse(with_default_config(["--config", named])).flag("deepspeed") == "x.json"
+    assert load_settings(["--config", named]).flag("deepspeed") == "x.json"
     for argv in ([], ["--config", silent]):
-        assert Path(str(parse(with_default_config(argv)).flag("deepspeed"))).name == "zero3.json"
+        assert Path(str(load_settings(argv).flag("deepspeed"))).name == "zero3.json"
 
 
 def test_asking_for_checkpoints_every_n_steps_turns_them_on(tmp_path: Path) -> None:
     config = write(tmp_path / "run.yaml", "save_steps: 5")
-    assert default_flags([])["save_strategy"] == "no"
+    assert load_settings([]).flag("save_strategy") == "no"
     for argv in (["--save_steps", "5"], ["--save-steps=5"], ["--config", config]):
-        assert "save_strategy" not in default_flags(argv)
+        assert load_settings(argv).flag("save_strategy") is None
+
+
+def test_the_yaml_file_is_read_once_whatever_is_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    whole = settings_module._take_config
+    monkeypatch.setattr(settings_module, "_take_config", lambda argv: reads.append(argv) or whole(argv))
+    config = write(tmp_path / "run.yaml", "seed: 7\nmask_ratio: 0.2")
+    settings = load_settings(["--config", config, "--budget", "layer"])
+    (tmp_path / "run.yaml").unlink()
+    again = settings.rebuilt({"mask_ratio": 0.5, "max_steps": 9}, {"method": "seqft", "budget": "tensor"})
+    assert len(reads) == 1
+    assert (again.method.method, again.method.mask_ratio, again.method.budget) == ("seqft", 0.2, "tensor")
+    assert (again.flag("seed"), again.flag("max_steps"), again.flag("save_strategy")) == ("7", "9", "no")
+    assert again.given == {"seed", "mask_ratio", "budget", "method"}
+    assert again.rebuilt({}, {}).flag("max_steps") == "9"
+
+
+def test_help_lists_the_table_of_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    shown = "".join(capsys.readouterr().out.split())  # argparse also breaks lines at hyphens
+    for name, method in METHODS.items():
+        assert "".join(f"{name}: {method.help}".split()) in shown
+
+
+def test_limits_of_rows_are_positive() -> None:
+    settings = parse(["--importance_rows", "5", "--max_train_samples", "7"])
+    assert (settings.method.importance_rows, settings.data.max_train_samples) == (5, 7)
+    for flag in ("--importance_rows", "--max_train_samples"):
+        with pytest.raises(UserError, match=f"{flag} must be positive, got 0"):
+            parse([flag, "0"])
 
 
 def test_shown_settings_are_those_given_with_the_values_in_force(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ from scipy.optimize import minimize
 from support.models import make_micro_batches, make_model
 from torch import nn
 
-from piece_ds.config.arguments import BaselineArguments
+from piece_ds.config.method_arguments import BaselineArguments
 from piece_ds.data.tasks import Task
 from piece_ds.methods.baseline import TaskContext
 from piece_ds.methods.ewc import penalty_gradient
 from piece_ds.methods.gem import dual_weights
 from piece_ds.methods.lora import merged, orthogonality_gradient
 from piece_ds.methods.lwf import Teacher, answer_logits, distillation
-from piece_ds.methods.registry import BASELINES
+from piece_ds.methods.registry import METHODS
 from piece_ds.methods.replay import kept_rows
 from piece_ds.models.loading import freeze_ineligible
 from piece_ds.runtime.errors import UserError
@@ -54,7 +54,7 @@ def test_kept_rows_are_a_share_drawn_by_seed_and_task() -> None:
 
 @pytest.mark.parametrize("method", ["replay", "replay-online"])
 def test_replay_adds_the_share_of_every_earlier_task(method: str) -> None:
-    baseline = BASELINES[method](BaselineArguments(memory_ratio=0.1))
+    baseline = METHODS[method].baseline(BaselineArguments(memory_ratio=0.1))
     rows = ids(baseline.rows(context(2)))
     assert rows[:20] == ids(TASKS[2].train)
     assert sum(100 <= row < 200 for row in rows) == 4
@@ -64,15 +64,15 @@ def test_replay_adds_the_share_of_every_earlier_task(method: str) -> None:
 
 
 def test_an_epoch_of_replay_is_new_rows_then_kept_ones_each_once() -> None:
-    order = BASELINES["replay"](BaselineArguments()).epoch(context(2))
+    order = METHODS["replay"].baseline(BaselineArguments()).epoch(context(2))
     assert order is not None
     first, second = (order(torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert sorted(first[:20]) == list(range(20))
     assert sorted(first[20:]) == list(range(20, 27))
     assert first != second
     assert first[:20] != list(range(20))
-    assert BASELINES["replay"](BaselineArguments()).epoch(context(0)) is None
-    assert BASELINES["replay-online"](BaselineArguments()).epoch(context(2)) is None
+    assert METHODS["replay"].baseline(BaselineArguments()).epoch(context(0)) is None
+    assert METHODS["replay-online"].baseline(BaselineArguments()).epoch(context(2)) is None
 
 
 def test_ewcs_gradient_is_that_of_the_quadratic_penalty() -> None:
@@ -146,7 +146,7 @@ def test_o_loras_gradient_is_that_of_the_l1_products() -> None:
 def adapted(method: str, family: str, num_tasks: int = 3) -> nn.Module:
     model = make_model(family)
     freeze_ineligible(model)
-    model = BASELINES[method](BaselineArguments()).adapt(model, num_tasks, None)
+    model = METHODS[method].baseline(BaselineArguments()).adapt(model, num_tasks, None)
     generator = torch.Generator().manual_seed(0)
     for name, param in model.named_parameters():
         if "lora_B" in name:  # zero at first
@@ -167,7 +167,7 @@ def test_a_merged_model_says_what_the_adapted_one_says(family: str) -> None:
 
 def test_o_lora_trains_the_newest_adapter_alone_and_says_what_all_so_far_say() -> None:
     model = adapted("o-lora", "llama")
-    method = BASELINES["o-lora"](BaselineArguments())
+    method = METHODS["o-lora"].baseline(BaselineArguments())
     method.begin_task(model, context(1))
     trained = [name for name, param in model.named_parameters() if param.requires_grad]
     assert trained
@@ -181,7 +181,7 @@ def test_o_lora_trains_the_newest_adapter_alone_and_says_what_all_so_far_say() -
 
 def test_unknown_target_modules_are_refused() -> None:
     with pytest.raises(UserError, match="--lora_target_modules nothing"):
-        BASELINES["lora"](BaselineArguments(lora_target_modules="nothing")).adapt(make_model("llama"), 1, None)
+        METHODS["lora"].baseline(BaselineArguments(lora_target_modules="nothing")).adapt(make_model("llama"), 1, None)
 
 
 @pytest.mark.parametrize(

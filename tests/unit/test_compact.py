@@ -7,10 +7,10 @@ import torch
 from support.models import make_model
 from torch import nn
 
+from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected
-from piece_ds.selection.top_k import select
 from piece_ds.state.mask import Mask
 from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 from piece_ds.update.attach import prepare_compact

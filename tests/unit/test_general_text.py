@@ -80,8 +80,8 @@ def test_the_text_is_written_once_for_each_base_model_and_reads_like_any_file(
     assert digest is not None
     path = self_written_file(digest, lambda: open_model(folder), TOKENIZER, WRITING, "cpu")
     expected = write_rows(open_model(folder), TOKENIZER, WRITING, "cpu")
-    assert load_rows(str(path), allow_text=True)["input_ids"][:] == expected["input_ids"][:]
-    assert load_rows(str(path), allow_text=True)["labels"][:] == expected["labels"][:]
+    assert load_rows(str(path))["input_ids"][:] == expected["input_ids"][:]
+    assert load_rows(str(path))["labels"][:] == expected["labels"][:]
     assert self_written_file(digest, lambda: pytest.fail("written again"), TOKENIZER, WRITING, "cpu") == path
     others = (SelfWriting(num_rows=6, num_tokens=21, batch_size=3), SelfWriting(6, 20, seed=1, batch_size=3))
     for writing in others:

@@ -31,6 +31,7 @@ from piece_ds.report.results import RunResults, read_results
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
 from piece_ds.state.statistics import GradientStats
+from piece_ds.training.claim import Claim
 from piece_ds.training.run_folder import RunFolder
 from piece_ds.zero.selected_state import SelectedState
 from piece_ds.zero.weights import read_selected
@@ -113,7 +114,7 @@ def make_run(folder: Path) -> None:
 
 def read_run(folder: Path) -> None:
     _settings(folder, {})
-    RunFolder(folder).claim({"ModelArguments": {"dtype": "auto", "eligible": None}, "seed": 3}, resume=True)
+    Claim(RunFolder(folder), {"ModelArguments": {"dtype": "auto", "eligible": None}, "seed": 3}, resume=True).make()
 
 
 KINDS = {

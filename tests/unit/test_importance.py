@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from piece_ds.selection.estimators import Fragment, estimator, estimator_names
+from piece_ds.methods.registry import METHODS, find_estimator
+from piece_ds.selection.estimators import Fragment
 
 N = 1009
+ESTIMATORS = [name for name, method in METHODS.items() if method.estimator is not None]
 
 
 def fragment(start: int, stop: int, **changes: object) -> Fragment:
@@ -26,15 +28,15 @@ def fragment(start: int, stop: int, **changes: object) -> Fragment:
     return Fragment(**(fields | changes))
 
 
-@pytest.mark.parametrize("method", estimator_names())
+@pytest.mark.parametrize("method", ESTIMATORS)
 @pytest.mark.parametrize("border", [1, 7, 504, 1008])
 def test_scores_do_not_depend_on_where_a_range_begins(method: str, border: int) -> None:
-    score = estimator(method).score
+    score = find_estimator(method).score
     parts = torch.cat([score(fragment(0, border)), score(fragment(border, N))])
     assert torch.equal(parts, score(fragment(0, N)))
 
 
-@pytest.mark.parametrize("method", estimator_names())
+@pytest.mark.parametrize("method", ESTIMATORS)
 def test_scores_are_fp32_not_negative_and_not_nan(method: str) -> None:
     infinite = torch.full((N,), float("inf"))
     nan = torch.full((N,), float("nan"))
@@ -44,42 +46,42 @@ def test_scores_are_fp32_not_negative_and_not_nan(method: str) -> None:
         {"weight": lambda: nan},
         {"weight": lambda: -infinite},
     ):
-        score = estimator(method).score(fragment(0, N, **changes))
+        score = find_estimator(method).score(fragment(0, N, **changes))
         assert score.dtype == torch.float32
         assert score.shape == (N,)
         assert not bool(score.isnan().any() | score.signbit().any())
 
 
-@pytest.mark.parametrize("method", estimator_names())
+@pytest.mark.parametrize("method", ESTIMATORS)
 def test_scoring_changes_no_statistic(method: str) -> None:
     one = fragment(0, N)
-    estimator(method).score(one)
+    find_estimator(method).score(one)
     assert torch.equal(one.square_sum, fragment(0, N).square_sum)
     assert torch.equal(one.grad_sum, fragment(0, N).grad_sum)
 
 
 @pytest.mark.parametrize(
-    ("method", "needs_squares", "needs_sum"),
-    [("piece-f", True, False), ("piece-s", True, True), ("random", False, False), ("magnitude", False, False)],
+    ("method", "needs"),
+    [("piece-f", "squares"), ("piece-s", "sum and squares"), ("random", "nothing"), ("magnitude", "nothing")],
 )
-def test_every_method_states_what_it_needs(method: str, needs_squares: bool, needs_sum: bool) -> None:
-    assert (estimator(method).needs_squares, estimator(method).needs_sum) == (needs_squares, needs_sum)
-    assert estimator(method).source
+def test_every_method_states_what_it_needs(method: str, needs: str) -> None:
+    assert find_estimator(method).needs == METHODS[method].needs == needs
+    assert METHODS[method].source
     nothing = {"square_sum": None, "grad_sum": None}
     kept = {
         key: getattr(fragment(0, N), key)
-        for key, needed in (("square_sum", needs_squares), ("grad_sum", needs_sum))
+        for key, needed in (("square_sum", "squares" in needs), ("grad_sum", "sum" in needs))
         if needed
     }
-    estimator(method).score(fragment(0, N, **(nothing | kept)))
+    find_estimator(method).score(fragment(0, N, **(nothing | kept)))
 
 
 def test_gradient_scores_equal_numpy() -> None:
     one = fragment(0, N)
     sums, squares = one.grad_sum.numpy(), one.square_sum.numpy()
-    np.testing.assert_array_equal(estimator("piece-f").score(one).numpy(), squares)
+    np.testing.assert_array_equal(find_estimator("piece-f").score(one).numpy(), squares)
     want = np.abs(sums) / np.sqrt(squares + np.float32(0.5))
-    np.testing.assert_array_equal(estimator("piece-s").score(one).numpy(), want)
+    np.testing.assert_array_equal(find_estimator("piece-s").score(one).numpy(), want)
 
 
 def test_random_scores_equal_splitmix64_in_whole_numbers() -> None:
@@ -97,4 +99,4 @@ def test_random_scores_equal_splitmix64_in_whole_numbers() -> None:
 
     stream = splitmix(8 * 1_000_003 + 4)
     want = [signed(splitmix(i ^ stream)) % 0x7F800000 for i in range(N)]
-    assert estimator("random").score(fragment(0, N)).view(torch.int32).tolist() == want
+    assert find_estimator("random").score(fragment(0, N)).view(torch.int32).tolist() == want

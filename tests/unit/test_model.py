@@ -79,7 +79,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path: Path, folder: Pa
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     calls = {
         "no model can be loaded from there": lambda: load_config(arguments(tmp_path / "none")),
-        "no tokenizer can be loaded from there": lambda: load_tokenizer(arguments(tmp_path)),
+        "the folder holds no tokenizer": lambda: load_tokenizer(arguments(tmp_path)),
         "the folder holds no weights": lambda: require_weights(arguments(tmp_path)),
         "cannot be read": lambda: load_model(arguments(tmp_path), torch.float32),
     }

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from piece_ds.checkpoint.manifest import write_manifest
-from piece_ds.training.trainer import last_checkpoint, step_of
+from piece_ds.training.checkpoints import last_checkpoint, step_of
 
 
 def test_steps_decide_and_not_names(tmp_path: Path) -> None:

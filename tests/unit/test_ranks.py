@@ -10,9 +10,10 @@ from support.ranks import on_ranks
 from support.selection_cases import BUDGETS, KINDS, METHODS, as_set, blocks_layout, expected, make_stats
 
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+from piece_ds.methods.estimate import select
 from piece_ds.selection import candidates
 from piece_ds.selection.candidates import LastPassFilter
-from piece_ds.selection.top_k import select
+from piece_ds.selection.estimators import PIECE_S
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -36,7 +37,7 @@ def test_candidates_of_a_last_pass_are_taken_only_if_they_are_proven(num_ranks: 
         found = []
         for bound in (1e-6, 0.2, 2.0, 1e30):
             stats = make_stats("random")
-            last = LastPassFilter(stats.layout, "piece-s", 0.3, lam=1.0)
+            last = LastPassFilter(stats.layout, PIECE_S, 0.3, lam=1.0)
             last.bound = bound
             last.candidates = candidates.ops.empty_candidates(stats.layout.num_owned, "cpu")
             nothing, bad = torch.zeros(1), torch.zeros((), dtype=torch.int64)

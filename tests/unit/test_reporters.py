@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from piece_ds.config.parsing import parse
+from piece_ds.config.settings import parse
 from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.errors import UserError

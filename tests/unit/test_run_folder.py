@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from piece_ds.runtime.errors import UserError
+from piece_ds.training.claim import Claim
 from piece_ds.training.run_folder import RunFolder, written_bytes
 
 CONFIGURATION: dict[str, Any] = {
@@ -22,7 +23,7 @@ def changed_in(part: str, **values: Any) -> dict[str, Any]:
 
 def test_claim_writes_configuration_and_versions_and_makes_the_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a" / "b")
-    folder.claim(CONFIGURATION, resume=False)
+    Claim(folder, CONFIGURATION).make()
     run = json.loads(folder.run_file.read_text())
     assert CONFIGURATION.items() <= run.items()
     assert {"piece_ds", "torch", "deepspeed", "transformers", "python", "device"} <= run["versions"].keys()
@@ -31,27 +32,27 @@ def test_claim_writes_configuration_and_versions_and_makes_the_folder(tmp_path: 
 
 def test_folder_with_other_things_in_it_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    RunFolder(tmp_path).claim(CONFIGURATION, resume=False)
+    Claim(RunFolder(tmp_path), CONFIGURATION, resume=False).make()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_same_run_may_go_on_and_its_run_file_stays(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.claim(CONFIGURATION, resume=False)
+    Claim(folder, CONFIGURATION).make()
     before = folder.run_file.read_bytes()
-    folder.claim(CONFIGURATION, resume=True)
+    Claim(folder, CONFIGURATION, resume=True).make()
     assert folder.run_file.read_bytes() == before
 
 
 def test_resuming_where_nothing_was_begun_begins(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "new").claim(CONFIGURATION, resume=True)
+    Claim(RunFolder(tmp_path / "new"), CONFIGURATION, resume=True).make()
     assert (tmp_path / "new" / "run.json").is_file()
 
 
 def test_same_run_without_resume_is_refused(tmp_path: Path) -> None:
-    RunFolder(tmp_path).claim(CONFIGURATION, resume=False)
+    Claim(RunFolder(tmp_path), CONFIGURATION, resume=False).make()
     with pytest.raises(UserError, match="holds a run already: add --resume_from_checkpoint True"):
-        RunFolder(tmp_path).claim(CONFIGURATION, resume=False)
+        Claim(RunFolder(tmp_path), CONFIGURATION, resume=False).make()
     with pytest.raises(UserError, match="holds a run already"):
         RunFolder(tmp_path).require_free(resume=False)
 
@@ -68,30 +69,30 @@ def test_same_run_without_resume_is_refused(tmp_path: Path) -> None:
 def test_another_run_is_refused_with_the_difference(
     tmp_path: Path, other: dict[str, Any], difference: str, resume: bool
 ) -> None:
-    RunFolder(tmp_path).claim(CONFIGURATION, resume=False)
+    Claim(RunFolder(tmp_path), CONFIGURATION, resume=False).make()
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(UserError, match=rf"belongs to another run \({difference}\)"):
-        RunFolder(tmp_path).claim(other, resume)
+        Claim(RunFolder(tmp_path), other, resume).make()
     assert (tmp_path / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("left", ["00-sums", "results.json"])
 def test_results_without_a_run_file_are_not_touched(tmp_path: Path, left: str) -> None:
-    (tmp_path / left).mkdir()
+    (tmp_path / left / "inside").mkdir(parents=True)
     with pytest.raises(UserError, match=f"holds {left} but no run.json"):
-        RunFolder(tmp_path).claim(CONFIGURATION, resume=False)
+        Claim(RunFolder(tmp_path), CONFIGURATION, resume=False).make()
 
 
 def test_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="out is a file, expected a folder"):
-        RunFolder(tmp_path / "out").claim(CONFIGURATION, resume=False)
+        Claim(RunFolder(tmp_path / "out"), CONFIGURATION, resume=False).make()
 
 
 def test_damaged_run_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        RunFolder(tmp_path).claim(CONFIGURATION, resume=True)
+        Claim(RunFolder(tmp_path), CONFIGURATION, resume=True).make()
 
 
 def test_tasks_are_numbered_folders_with_a_model_inside(tmp_path: Path) -> None:

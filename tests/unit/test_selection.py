@@ -18,14 +18,14 @@ from support.selection_cases import (
 from torch import nn
 
 from piece_ds import ops
+from piece_ds.methods.estimate import select
+from piece_ds.methods.registry import find_estimator
 from piece_ds.models.layout import layout_of
 from piece_ds.ops.scores import Candidates, score
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection import candidates, top_k
 from piece_ds.selection import scores as runs
 from piece_ds.selection.budget import num_to_select
-from piece_ds.selection.estimators import estimator
-from piece_ds.selection.top_k import select
 from piece_ds.state.statistics import GradientStats
 
 NUM_ELEMENTS = sum(p.numel() for p in Blocks().parameters())
@@ -157,7 +157,7 @@ def test_exactly_k_of_n_at_every_k_that_hurts(num_elements: int) -> None:
     stats = GradientStats(layout_of(layer), squares, None)
     for k in sorted({1, 2, num_elements // 2, num_elements - 1, num_elements} - {0}):
         if k <= num_elements:
-            mask = select(stats.layout, "piece-f", (k + 0.5) / num_elements, stats)
+            mask = select(stats.layout, "piece-f", min(1.0, (k + 0.5) / num_elements), stats)
             assert mask.index["weight"].tolist() == sorted(order[:k].tolist())
 
 
@@ -233,13 +233,13 @@ def test_index_lists_are_ascending_int64(budget: str) -> None:
 def test_lambda_changes_the_second_order_score() -> None:
     layer = nn.Linear(2, 1, bias=False)
     stats = GradientStats(layout_of(layer), torch.tensor([1e-4, 100.0]), torch.tensor([1e-2, 9.0]))
-    assert select(stats.layout, "piece-s", 0.5, stats, lam=1.0).index["weight"].tolist() == [1]
-    assert select(stats.layout, "piece-s", 0.5, stats, lam=1e-6).index["weight"].tolist() == [0]
+    assert select(stats.layout, "piece-s", 0.5, stats, importance_lambda=1.0).index["weight"].tolist() == [1]
+    assert select(stats.layout, "piece-s", 0.5, stats, importance_lambda=1e-6).index["weight"].tolist() == [0]
 
 
 def test_unknown_method_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"piece-z.*Did you mean 'piece-"):
-        estimator("piece-z")
+        find_estimator("piece-z")
 
 
 def test_missing_statistics_are_refused() -> None:

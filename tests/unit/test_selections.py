@@ -10,13 +10,14 @@ from peft.tuners.shira.mask_functions import random_mask
 from support.models import make_micro_batches, make_model
 from torch import Tensor, nn
 
+from piece_ds.config.piece import PieceConfig
 from piece_ds.methods.estimate import count_selected
 from piece_ds.methods.hft import half_names
 from piece_ds.methods.lift import low_rank
 from piece_ds.methods.linear import linear_weights
 from piece_ds.methods.migu import output_magnitudes
 from piece_ds.methods.piece_variants import exclude_earlier, ratio_score
-from piece_ds.methods.registry import SELECTIONS
+from piece_ds.methods.registry import METHODS
 from piece_ds.methods.request import SelectionOptions, SelectionRequest
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible
@@ -42,11 +43,11 @@ class Engine(nn.Module):
         return self.module(**batch)
 
 
-def request_of(family: str, method: str, ratio: float = 0.02, **changes: object) -> SelectionRequest:
+def request_of(family: str, method: str, ratio: float = 0.02, **settings: object) -> SelectionRequest:
     model = make_model(family)
     freeze_ineligible(model)
-    one = SelectionRequest(Engine(model), make_micro_batches(), layout_of(model), method, ratio)
-    return replace(one, **changes)
+    config = PieceConfig(method=method, ratio=ratio, **settings)
+    return SelectionRequest(Engine(model), make_micro_batches(), layout_of(model), config)
 
 
 @pytest.mark.parametrize("method", ALONE)
@@ -54,10 +55,10 @@ def request_of(family: str, method: str, ratio: float = 0.02, **changes: object)
 def test_as_many_are_selected_as_were_announced(family: str, method: str) -> None:
     """Compact mode makes room for them before anything is scored."""
     request = request_of(family, method)
-    mask = SELECTIONS[method].select(request)
+    mask = METHODS[method].select(request)
     found = sum(positions.numel() for positions in mask.index.values())
-    assert found == mask.num_selected == count_selected(method, request.model, request.ratio)
-    if not SELECTIONS[method].ignores_ratio:
+    assert found == mask.num_selected == count_selected(request.config, request.model)
+    if not METHODS[method].ignores_ratio:
         assert found == num_to_select(request.ratio, request.layout.total)
     assert mask.method == method
     assert mask.layout is request.layout
@@ -67,7 +68,7 @@ def test_as_many_are_selected_as_were_announced(family: str, method: str) -> Non
 def test_positions_are_ascending_and_of_eligible_parameters(method: str) -> None:
     request = request_of("llama", method)
     eligible = {info.name: info.numel for info in request.layout.eligible()}
-    for name, positions in SELECTIONS[method].select(request).index.items():
+    for name, positions in METHODS[method].select(request).index.items():
         assert torch.equal(positions, positions.unique())
         assert 0 <= int(positions[0]) <= int(positions[-1]) < eligible[name]
 
@@ -82,8 +83,8 @@ def test_low_rank_equals_a_truncated_svd(shape: tuple[int, int], rank: int) -> N
 
 
 def test_lift_takes_the_largest_of_each_matrix_after_rank_reduction() -> None:
-    request = request_of("llama", "lift", options=SelectionOptions(lift_rank=2))
-    mask = SELECTIONS["lift"].select(request)
+    request = request_of("llama", "lift", lift_rank=2)
+    mask = METHODS["lift"].select(request)
     params = dict(request.model.named_parameters())
     names = [weight.name for weight in linear_weights(request.model)]
     shares = share_out(mask.num_selected, [params[name].numel() for name in names])
@@ -131,7 +132,7 @@ def test_hft_draws_anew_for_each_task_and_the_same_for_the_same() -> None:
 def test_layernorm_selects_every_norm_whole_and_nothing_else() -> None:
     for family, num_norms in (("llama", 5), ("qwen3", 9), ("neox", 10)):
         request = request_of(family, "layernorm")
-        index = SELECTIONS["layernorm"].select(request).index
+        index = METHODS["layernorm"].select(request).index
         assert len(index) == num_norms
         assert all("norm" in name for name in index)
         assert all(
@@ -141,9 +142,9 @@ def test_layernorm_selects_every_norm_whole_and_nothing_else() -> None:
 
 def test_a_model_without_norms_is_refused() -> None:
     model = make_model("branches")
-    request = SelectionRequest(Engine(model), [], layout_of(model), "layernorm", 0.1)
+    request = SelectionRequest(Engine(model), [], layout_of(model), PieceConfig(method="layernorm", ratio=0.1))
     with pytest.raises(UserError, match="no parameter to select"):
-        SELECTIONS["layernorm"].select(request)
+        METHODS["layernorm"].select(request)
 
 
 def test_shira_selects_the_positions_of_pefts_random_mask() -> None:
@@ -152,15 +153,15 @@ def test_shira_selects_the_positions_of_pefts_random_mask() -> None:
     weights = linear_weights(model)
     k = sum(2 * sum(w.module.weight.shape) for w in weights)
     request = request_of("llama", "shira", (k + 0.5) / layout_of(model).total)
-    index = SELECTIONS["shira"].select(request).index
+    index = METHODS["shira"].select(request).index
     for weight in weights:
-        want = random_mask(weight.module, r=2, random_seed=request.seed).view(-1).nonzero().view(-1)
+        want = random_mask(weight.module, r=2, random_seed=request.config.seed).view(-1).nonzero().view(-1)
         assert torch.equal(index[weight.name], want)
 
 
 def test_shira_refuses_a_share_that_a_matrix_cannot_hold() -> None:
     with pytest.raises(UserError, match="lower --mask_ratio"):
-        SELECTIONS["shira"].select(request_of("llama", "shira", 0.9))
+        METHODS["shira"].select(request_of("llama", "shira", 0.9))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -190,7 +191,7 @@ def test_migus_magnitudes_are_mean_shares_of_the_l1_norm(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_migu_selects_the_weights_of_the_largest_outputs(family: str) -> None:
     request = request_of(family, "migu", 0.1)
-    index = SELECTIONS["migu"].select(request).index
+    index = METHODS["migu"].select(request).index
     magnitudes = output_magnitudes(request.engine, request.micro_batches, linear_weights(request.model))
     for weight in linear_weights(request.model):
         columns = weight.module.weight.shape[1]
@@ -227,7 +228,7 @@ def test_ratio_prefers_what_the_task_needs_and_general_text_does_not() -> None:
 
 def test_ratio_without_general_text_is_refused() -> None:
     with pytest.raises(UserError, match="--general_importance_file"):
-        SELECTIONS["piece-ratio"].select(request_of("llama", "piece-ratio"))
+        METHODS["piece-ratio"].select(request_of("llama", "piece-ratio"))
 
 
 def test_disjoint_masks_share_nothing_and_end_where_no_weight_is_free() -> None:
@@ -246,7 +247,7 @@ def test_disjoint_masks_share_nothing_and_end_where_no_weight_is_free() -> None:
 
 
 def test_first_disjoint_mask_is_piece_s() -> None:
-    from piece_ds.selection.top_k import select
+    from piece_ds.methods.estimate import select
 
     request, stats = layout_and_stats()
     want = select(request.layout, "piece-s", 0.3, layout_and_stats()[1])

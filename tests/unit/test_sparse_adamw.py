@@ -7,9 +7,9 @@ import torch
 from support.models import make_micro_batches, make_model
 from torch import Tensor, nn
 
+from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
-from piece_ds.selection.top_k import select
 from piece_ds.update.gradients import MAX_DENSITY
 from piece_ds.update.sparse_adamw import SparseAdamW
 

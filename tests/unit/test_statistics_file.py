@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
-from piece_ds.selection.top_k import select
 from piece_ds.state.statistics import GradientStats
 
 LAYOUT = layout_of(nn.Sequential(nn.Linear(7, 3), nn.Linear(3, 1)))

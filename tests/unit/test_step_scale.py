@@ -10,9 +10,9 @@ from support.models import make_micro_batches, make_model
 from support.oracle import SelectedAdamW, step_factors
 from torch import Tensor, nn
 
+from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
-from piece_ds.selection.top_k import select
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.update.sparse_adamw import SparseAdamW
 from piece_ds.update.step_scale import general_step_scale

@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
-from piece_ds.config.settings import load_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.continual.real.grid import SEEDS, SWEEPS, TASKS, Setting, settings_in_order
@@ -27,6 +26,7 @@ from bench.continual.real.runs import COLUMNS, add_run, read_runs
 from bench.continual.real.texts import Judge, make_judge, write_real_text
 from bench.record import commit_of, device_name
 from piece_ds.cli.run import train
+from piece_ds.config.settings import load_settings
 from piece_ds.models.pretrained import resolve_model
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import run_command

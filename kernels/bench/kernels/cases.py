@@ -8,11 +8,11 @@ import baselines
 import torch
 
 from piece_ds import ops
+from piece_ds.methods.estimate import select
 from piece_ds.selection.alone import first_in_order
 from piece_ds.selection.candidates import find_candidates
-from piece_ds.selection.estimators import estimator
+from piece_ds.selection.estimators import PIECE_S
 from piece_ds.selection.scores import ScoreSource
-from piece_ds.selection.top_k import select
 from piece_ds.state.partition import Layout, ParameterInfo
 from piece_ds.state.statistics import GradientStats
 
@@ -122,7 +122,7 @@ def _selection(n: int, device: str, compile_: Callable | None) -> Iterator[Case]
     def packed() -> torch.Tensor:
         if device == "cpu":
             return ops.index_to_mask(selected(), n)
-        source = ScoreSource(layout, {"weight": 0}, estimator("piece-s"), stats, None, square_sum.device, 1.0, 0)
+        source = ScoreSource(layout, {"weight": 0}, PIECE_S, stats, None, square_sum.device, 1.0, 0)
         candidates = find_candidates(source.spans, [k], layout, square_sum.device)
         assert candidates is not None
         return ops.index_to_mask(first_in_order(candidates, layout, {"weight": 0}, [k]), n)

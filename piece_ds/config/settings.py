@@ -8,21 +8,17 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from piece_ds.config.arguments import (
-    BaselineArguments,
-    DataArguments,
-    EvaluationArguments,
-    MethodArguments,
-    ModelArguments,
-    OutputArguments,
-)
+from piece_ds.config.arguments import DataArguments, EvaluationArguments, ModelArguments, OutputArguments
+from piece_ds.config.defaults import machine_defaults
+from piece_ds.config.method_arguments import BaselineArguments, MethodArguments
 from piece_ds.runtime.errors import UserError, nearest
 
 OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments, EvaluationArguments, BaselineArguments)
@@ -36,6 +32,7 @@ class Settings:
         model, data, method, output, evaluation, baseline: this project's settings.
         flags: the flags that transformers' TrainingArguments is made from.
         given: names of the flags and YAML keys that were set by the user, without dashes.
+        source: what they were made of.
     """
 
     model: ModelArguments
@@ -46,6 +43,7 @@ class Settings:
     baseline: BaselineArguments
     flags: tuple[str, ...]
     given: frozenset[str]
+    source: "_Source"
 
     def training_arguments(self, **overrides: Any) -> TrainingArguments:
         """A fresh TrainingArguments with overrides in place of the flags' values.
@@ -73,6 +71,13 @@ class Settings:
         extra = tuple(item for name, value in flags.items() for item in (f"--{name}", str(value)))
         return replace(self, flags=self.flags + extra)
 
+    def rebuilt(self, defaults: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> "Settings":
+        """Return what the same command line and YAML file mean with more defaults below them, and overrides above."""
+        source = self.source
+        above = tuple(item for name, value in (overrides or {}).items() for item in _as_flags(name, value))
+        filled = replace(source, command=source.command + above, defaults={**source.defaults, **defaults})
+        return _build(filled, self.given | set(overrides or {}))
+
     def resolved(self) -> dict[str, Any]:
         """The settings as JSON-ready values, for run.json."""
         return {cls.__name__: asdict(value) for cls, value in zip(OURS, self._ours(), strict=True)}
@@ -92,8 +97,34 @@ class Settings:
         return self.model, self.data, self.method, self.output, self.evaluation, self.baseline
 
 
-def parse(argv: list[str], defaults: dict[str, Any] | None = None) -> Settings:
-    """Settings from the command line and, with --config FILE, from YAML; flags win over YAML, YAML over defaults.
+@dataclass(frozen=True)
+class _Source:
+    """The command line without --config, the content of that file, and values for what neither gives."""
+
+    command: tuple[str, ...]
+    config: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the flags on the command line and of the keys in the file."""
+        return frozenset({_flag_name(a) for a in self.command if a.startswith("--")} | set(self.config))
+
+
+def load_settings(argv: list[str]) -> Settings:
+    """Read the command line and the YAML file that it names, once, with the defaults of this machine.
+
+    Args:
+        argv: without the program's name.
+    Raises:
+        UserError: see parse().
+    """
+    source = _source_of(argv)
+    return _build(replace(source, defaults=machine_defaults(source.names)), source.names)
+
+
+def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Settings:
+    """Return settings of the command line and of --config FILE, YAML. Flags win over YAML, YAML over defaults.
 
     Args:
         argv: without the program's name.
@@ -101,27 +132,42 @@ def parse(argv: list[str], defaults: dict[str, Any] | None = None) -> Settings:
     Raises:
         UserError: an unknown flag or key (with the nearest known), a value of the wrong type or outside its range.
     """
-    given = given_names(argv)
-    argv, config = _take_config(argv)
+    source = _source_of(argv)
+    return _build(replace(source, defaults=defaults or {}), source.names)
+
+
+def _source_of(argv: list[str]) -> _Source:
+    command, config = _take_config(argv)
+    return _Source(tuple(command), config)
+
+
+def _build(source: _Source, given: frozenset[str]) -> Settings:
+    # Names first: a misspelt key would be taken for a flag's missing value.
     known = _known_flags()
-    for name in config:
+    for name in source.config:
         if name not in known:
             raise UserError(f"unknown key {name!r} in the YAML file.{nearest(name, known)}")
-    filled = {**(defaults or {}), **config}
-    flags = [item for name, value in filled.items() for item in _as_flags(name, value)] + argv
+
+    # The parser lets the last of a repeated flag win: defaults, then YAML, then the command line.
+    filled = {**source.defaults, **source.config}
+    flags = [item for name, value in filled.items() for item in _as_flags(name, value)] + list(source.command)
     ours = _parser(OURS)
     *parsed, rest = ours.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     for item in rest:
         if item.startswith("--") and _flag_name(item) not in known:
             raise UserError(f"unknown flag {item.split('=')[0]}.{nearest(_flag_name(item), known)}")
     model, data, method, output, evaluation, baseline = parsed[: len(OURS)]
-    return Settings(model, data, method, output, evaluation, baseline, tuple(rest), given)
-
-
-def given_names(argv: list[str]) -> frozenset[str]:
-    """Names of the flags on the command line and of the keys in its --config file."""
-    argv, config = _take_config(argv)
-    return frozenset({_flag_name(a) for a in argv if a.startswith("--")} | set(config))
+    return Settings(
+        model=model,
+        data=data,
+        method=method,
+        output=output,
+        evaluation=evaluation,
+        baseline=baseline,
+        flags=tuple(rest),
+        given=given,
+        source=source,
+    )
 
 
 class _OneLineParser(HfArgumentParser):
@@ -135,10 +181,19 @@ def _parser(classes: tuple[type, ...]) -> HfArgumentParser:
     return _OneLineParser(classes, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-def print_help() -> None:
-    """Every flag with its meaning, on stdout, once."""
-    if os.environ.get("RANK", "0") == "0":
-        _parser((*OURS, TrainingArguments)).print_help(sys.stdout)
+def print_help(meanings: Mapping[str, str]) -> None:
+    """Print every flag with its meaning on stdout, once.
+
+    Args:
+        meanings: name of a flag -> help to show in place of its own.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    parser = _parser((*OURS, TrainingArguments))
+    for action in parser._actions:
+        if action.dest in meanings:
+            action.help = meanings[action.dest].replace("%", "%%")
+    parser.print_help(sys.stdout)
 
 
 def _known_flags() -> list[str]:
@@ -162,7 +217,7 @@ def _as_flags(name: str, value: Any) -> list[str]:
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """argv without --config FILE, and the content of FILE."""
+    """Return argv without --config FILE, and the content of FILE."""
     rest, path = [], None
     items = iter(argv)
     for item in items:

@@ -1,0 +1,125 @@
+"""Flags of the methods: how weights are chosen and updated, and what the methods without a mask need."""
+
+from dataclasses import dataclass, field
+
+from piece_ds.config.piece import FieldError, PieceConfig, split_patterns
+from piece_ds.config.ranges import require_positive
+from piece_ds.runtime.errors import UserError
+
+# The one place of defaults: flags, callback and library calls have the same.
+_DEFAULT = PieceConfig()
+# Fields of PieceConfig whose flags have another name.
+_FLAG_OF = {"ratio": "mask_ratio"}
+
+
+@dataclass
+class MethodArguments:
+    """How the weights to train are chosen and updated: PieceConfig as flags, and files."""
+
+    method: str = field(
+        default=_DEFAULT.method, metadata={"help": "how weights are chosen, or a method without a mask"}
+    )
+    mask_ratio: float = field(
+        default=_DEFAULT.ratio, metadata={"help": "selected elements / elements of the model, in (0, 1]"}
+    )
+    mask_file: str | None = field(default=None, metadata={"help": "use this mask instead of estimating one"})
+    update_mode: str = field(
+        default=_DEFAULT.update_mode,
+        metadata={"help": "compact: optimise only the selected values; masked: every weight, and mask the gradient"},
+    )
+    selected_gradient: str = field(
+        default=_DEFAULT.selected_gradient,
+        metadata={
+            "help": "compact mode: auto: linear layers form only their selected gradients; dense: autograd forms all"
+        },
+    )
+    budget: str = field(default=_DEFAULT.budget, metadata={"help": "what shares one top-k: model, layer or tensor"})
+    importance_batch_size: int = field(
+        default=_DEFAULT.importance_batch_size, metadata={"help": "rows in a micro-batch of the statistics pass"}
+    )
+    importance_rows: int | None = field(
+        default=None, metadata={"help": "the statistics pass reads only the first N rows of the task's file"}
+    )
+    importance_lambda: float = field(
+        default=_DEFAULT.importance_lambda, metadata={"help": "lambda in |sum g| / sqrt(sum g^2 + lambda)"}
+    )
+    statistics_device: str = field(
+        default=_DEFAULT.statistics_device, metadata={"help": "auto (the accelerator) or cpu"}
+    )
+    statistics_file: str | None = field(
+        default=None, metadata={"help": "folder of saved statistics: read when it exists, else written"}
+    )
+    statistics_save_steps: int = field(
+        default=0,
+        metadata={"help": "keep the sums every N rounds of micro-batches, to resume from; 0: only upon a signal"},
+    )
+
+    lift_rank: int | None = field(
+        default=None, metadata={"help": "lift: rank of the approximation; without it 1/32 of a matrix's shorter side"}
+    )
+    general_statistics: str | None = field(
+        default=None,
+        metadata={
+            "help": "piece-ratio: folder of the base model's statistics of --general_importance_file, kept there "
+            "for other runs; without it OUTPUT_DIR/general_statistics"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        try:
+            self.config()
+        except FieldError as error:
+            raise UserError(f"--{_FLAG_OF.get(error.field, error.field)} {error.reason}") from None
+        if self.statistics_save_steps < 0:
+            raise UserError(f"--statistics_save_steps must be 0 or more, got {self.statistics_save_steps}")
+
+    def config(self, seed: int = 42, exclude: str | None = None, save_full: bool = False) -> PieceConfig:
+        """Return what these flags, with those of other groups, say of the method."""
+        return PieceConfig(
+            method=self.method,
+            ratio=self.mask_ratio,
+            budget=self.budget,
+            importance_batch_size=self.importance_batch_size,
+            importance_rows=self.importance_rows,
+            importance_lambda=self.importance_lambda,
+            statistics_device=self.statistics_device,
+            lift_rank=self.lift_rank,
+            exclude=split_patterns(exclude),
+            update_mode=self.update_mode,
+            selected_gradient=self.selected_gradient,
+            save_full=save_full,
+            seed=seed,
+        )
+
+
+@dataclass
+class BaselineArguments:
+    """What the methods without a mask need; each reads its own."""
+
+    ewc_lambda: float = field(default=400.0, metadata={"help": "ewc: weight of the quadratic penalty"})
+    ewc_decay: float = field(default=1.0, metadata={"help": "ewc: what is left of earlier tasks' Fisher, in (0, 1]"})
+    memory_ratio: float = field(
+        default=0.1, metadata={"help": "gem, replay, replay-online: share of each earlier task's rows that is kept"}
+    )
+    gem_margin: float = field(default=0.5, metadata={"help": "gem: least weight of a violated task's gradient"})
+    lwf_weight: float = field(default=1.0, metadata={"help": "lwf: weight of the distillation loss"})
+    lwf_temperature: float = field(default=2.0, metadata={"help": "lwf: temperature of both distributions"})
+    lora_r: int = field(default=8, metadata={"help": "lora, o-lora: rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "lora, o-lora: scaling is lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.1, metadata={"help": "lora, o-lora: dropout before the first factor"})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "lora, o-lora: comma-separated names as in peft, or all-linear"}
+    )
+    o_lora_lambda: float = field(default=0.5, metadata={"help": "o-lora: weight of the orthogonality penalty"})
+
+    def __post_init__(self) -> None:
+        for name in ("lwf_temperature", "lora_r", "lora_alpha", "ewc_decay", "memory_ratio"):
+            require_positive(name, getattr(self, name))
+        for name in ("ewc_decay", "memory_ratio"):
+            if getattr(self, name) > 1:
+                raise UserError(f"--{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("ewc_lambda", "gem_margin", "lwf_weight", "o_lora_lambda"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")

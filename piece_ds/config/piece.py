@@ -1,0 +1,107 @@
+"""PieceConfig: how PIECE selects weights and trains them, once for the flags, PieceCallback and estimate_mask()."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from piece_ds.runtime.errors import UserError, nearest
+
+UPDATE_MODES = ["compact", "masked"]
+SELECTED_GRADIENTS = ["auto", "dense"]
+BUDGETS = ["model", "layer", "tensor"]
+STATISTICS_DEVICES = ["auto", "cpu"]
+
+_CHOICES = {
+    "update_mode": UPDATE_MODES,
+    "selected_gradient": SELECTED_GRADIENTS,
+    "budget": BUDGETS,
+    "statistics_device": STATISTICS_DEVICES,
+}
+_POSITIVE = ("importance_batch_size", "importance_rows", "importance_lambda", "lift_rank")
+
+
+class FieldError(UserError):
+    """A setting outside its range.
+
+    Attributes:
+        field: its name in PieceConfig.
+        reason: what was expected and what came, to be read after the name.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field} {reason}")
+        self.field, self.reason = field, reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceConfig:
+    """Settings of the method. Whoever makes one gets checked values, or a ValueError that names the field.
+
+    Attributes:
+        method: name in methods.registry.METHODS.
+        ratio: selected / all elements of the model, in (0, 1].
+        budget: what shares one top-k: 'model', 'layer' or 'tensor'.
+        importance_batch_size: rows in a micro-batch of the statistics pass.
+        importance_rows: the statistics pass reads only the first so many rows of the data; None means all.
+        importance_lambda: lambda in |sum g| / sqrt(sum g^2 + lambda).
+        statistics_device: 'auto' (the accelerator) or 'cpu'.
+        lift_rank: rank of LIFT's approximation; None means 1/32 of a matrix's shorter side.
+        exclude: fnmatch patterns of parameters that are never selected; a text with commas is split.
+        update_mode: 'compact' (DeepSpeed optimises only the selected values) or 'masked' (every weight; the gradient is
+            masked).
+        selected_gradient: in compact mode, 'auto' (linear layers form only their selected gradients) or 'dense'.
+        save_full: in compact mode, training checkpoints hold the whole model.
+        seed: of everything that is drawn.
+    """
+
+    method: str = "piece-s"
+    ratio: float = 0.001
+    budget: str = "model"
+    importance_batch_size: int = 4
+    importance_rows: int | None = None
+    importance_lambda: float = 1.0
+    statistics_device: str = "auto"
+    lift_rank: int | None = None
+    exclude: tuple[str, ...] = ()
+    update_mode: str = "compact"
+    selected_gradient: str = "auto"
+    save_full: bool = False
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude", split_patterns(self.exclude))
+
+        # Ranges; `not x > 0` also refuses NaN.
+        if not 0.0 < self.ratio <= 1.0:
+            raise FieldError("ratio", f"must be in (0, 1], got {self.ratio}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise FieldError(name, f"must be positive, got {value}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                known = f"known: {', '.join(choices)}.{nearest(str(value), choices)}"
+                raise FieldError(name, f"{value!r} is unknown; {known}")
+
+
+def config_of(config: PieceConfig | None, settings: Mapping[str, Any]) -> PieceConfig:
+    """Return config with settings in place of its fields; without one, the defaults with settings.
+
+    Raises:
+        TypeError: a setting that does not exist.
+        FieldError: one outside its range.
+    """
+    known = [field.name for field in fields(PieceConfig)]
+    for name in settings:
+        if name not in known:
+            raise TypeError(f"{name!r} is no setting of PIECE.{nearest(name, known)}")
+    return replace(config or PieceConfig(), **settings)
+
+
+def split_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return patterns as a tuple: those of a text with commas between them, without blanks."""
+    if patterns is None:
+        return ()
+    parts = patterns.split(",") if isinstance(patterns, str) else patterns
+    return tuple(part.strip() for part in parts if part.strip())

@@ -1,0 +1,146 @@
+"""preflight(): every check of a job before a weight is read and before anything is written."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from piece_ds.config.settings import Settings
+from piece_ds.methods.baseline import Baseline
+from piece_ds.methods.registry import SELECTION, Method, find_method, names_of
+from piece_ds.preflight.checks import (
+    check_accumulation,
+    check_kernels,
+    check_offload,
+    check_overwrite,
+    check_sources,
+    check_training,
+    resumes_from,
+)
+from piece_ds.preflight.inputs import Inputs, load_inputs
+from piece_ds.preflight.rank_consistency import require_rank_consistency
+from piece_ds.runtime.distributed import world_size
+from piece_ds.runtime.errors import UserError
+from piece_ds.training.claim import Claim
+from piece_ds.training.reporters import open_reporters
+from piece_ds.training.run_folder import RunFolder
+
+TRAIN, SELECT, EVALUATE = "train", "select", "evaluate"
+
+# What decides the results; a resumed run must have the same.
+DECISIVE = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "max_steps",
+    "num_train_epochs",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "train_sampling_strategy",
+    "optim",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+)
+
+
+def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
+    """Check everything that can be checked without the weights, and return what was read on the way.
+
+    Starts torch.distributed and builds kernels that are not there yet; writes nothing into the user's folders.
+
+    Args:
+        settings: of the job.
+        job: TRAIN, SELECT or EVALUATE.
+    Raises:
+        UserError: a setting, file or folder that cannot be used, or ranks that were not started alike.
+    """
+    # The flags, without a file.
+    method = find_method(settings.method.method)
+    _check_flags(settings, job, method)
+
+    # The files, cheapest first.
+    inputs = load_inputs(settings)
+    settings, arguments = inputs.settings, inputs.arguments
+
+    # What the method needs of settings, data and machine.
+    if job != EVALUATE:
+        check_sources(settings, len(inputs.tasks))
+    if job == TRAIN:
+        inputs = replace(inputs, baseline=method.baseline(settings.baseline) if method.baseline is not None else None)
+        check_training(arguments, masked=method.has_mask)
+        _check_accumulation(inputs)
+        check_offload(method.name, arguments)
+    if job != EVALUATE:
+        check_kernels(method.name, arguments)
+    require_rank_consistency(inputs)
+
+    # Where it goes, and who is told.
+    if job == TRAIN:
+        claim = _claim_of(inputs)
+        check_overwrite(settings, claim.folder.root)
+        claim.check()
+        inputs = replace(inputs, claim=claim, reporters=open_reporters(arguments.report_to, claim.folder.root))
+    return inputs
+
+
+def _check_flags(settings: Settings, job: str, method: Method) -> None:
+    data, output_file = settings.data, settings.output.output_file
+    if job == TRAIN:
+        if data.train_file is None and data.task_dir is None:
+            raise UserError("no data: give --train_file F, or --task_dir D with --tasks A,B,C")
+        return
+    if job == SELECT:
+        if not method.has_mask:
+            raise UserError(
+                f"--method {method.name} has no mask; select_mask.py expects one of {', '.join(names_of(SELECTION))}"
+            )
+        if output_file is None or data.train_file is None:
+            raise UserError("select_mask.py needs --train_file F and --output_file MASK")
+    elif output_file is None or not (data.task_dir or data.train_file):
+        raise UserError("eval_tasks.py needs --task_dir D with --tasks A,B, and --output_file F")
+    if settings.model.model_name_or_path is None:
+        script = "select_mask.py" if job == SELECT else "eval_tasks.py"
+        raise UserError(f"{script} needs --model_name_or_path M")
+
+
+def _check_accumulation(inputs: Inputs) -> None:
+    baseline, allow_smaller = inputs.baseline, inputs.settings.output.incomplete_accumulation == "smaller_step"
+    for index, task in enumerate(inputs.tasks):
+        num_rows = baseline.num_rows(task, inputs.tasks[:index]) if baseline else len(task.train)
+        check_accumulation(task.name, num_rows, inputs.arguments, allow_smaller)
+
+
+def _claim_of(inputs: Inputs) -> Claim:
+    """Return the claim on --output_dir, not yet made."""
+    settings, arguments = inputs.settings, inputs.arguments
+    decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}
+    # Any number of ranks may resume a masked run, as long as a step has the same micro-batches.
+    decisive["gradient_accumulation_steps * ranks"] = arguments.gradient_accumulation_steps * world_size()
+    cut = _cut_of(arguments)
+    configuration = {**settings.resolved(), "TrainingArguments": decisive}
+    if isinstance(inputs.baseline, Baseline):  # only DeepSpeed's own checkpoint holds all masters and moments
+        configuration |= cut
+    return Claim(
+        RunFolder(Path(arguments.output_dir)),
+        configuration,
+        resume=resumes_from(arguments),
+        overwrite=settings.output.overwrite_output_dir,
+        also={"all_training_arguments": arguments.to_dict(), "deepspeed": arguments.hf_deepspeed_config.config, **cut},
+    )
+
+
+def _cut_of(arguments: TrainingArguments) -> dict[str, Any]:
+    stage = arguments.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+    return {"world_size": world_size(), "zero_stage": stage}
+
+
+def _plain(value: Any) -> Any:
+    """Return value as JSON has it: enums of transformers by their value."""
+    return getattr(value, "value", value)

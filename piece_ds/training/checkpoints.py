@@ -1,0 +1,106 @@
+"""A trainer's checkpoints: complete or not there; any number of ranks and any ZeRO stage resumes a masked run."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from piece_ds.checkpoint.manifest import is_complete, verify_manifest
+from piece_ds.checkpoint.selected_file import load_selected_state
+from piece_ds.runtime.distributed import broadcast_object, world_size
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import not_written
+from piece_ds.runtime.schema import read_json
+from piece_ds.update.compact import CompactUpdate
+from piece_ds.update.masked import MaskedUpdate
+
+CUT_NAME, SELECTED_NAME = "piece_checkpoint.json", "selected.safetensors"
+
+Update = MaskedUpdate | CompactUpdate
+
+
+def cut_of(arguments: TrainingArguments) -> dict[str, Any]:
+    """Return what a checkpoint of DeepSpeed is cut for: it can be loaded if all of this is the same."""
+    config = arguments.hf_deepspeed_config
+    zero = {
+        key: config.get_value(f"zero_optimization.{key}") for key in ("stage", "offload_optimizer", "offload_param")
+    }
+    return {
+        "format": "piece-checkpoint",
+        "version": 1,
+        "world_size": world_size(),
+        "zero": zero,
+        "data_types": config.get_value("data_types"),
+    }
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a task, or None; the same on all ranks. A collective."""
+    complete = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
+    return broadcast_object(max(complete, key=step_of, default=None))
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the optimizer steps before a checkpoint; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+
+
+def needs_resharding(checkpoint: Path, arguments: TrainingArguments, masked: bool) -> bool:
+    """Check a checkpoint's files, then say whether it must be read in its portable form. A collective.
+
+    Raises:
+        UserError: a file of it is damaged, or it is of another cut and holds no selection.
+    """
+    try:
+        verify_manifest(checkpoint)
+    except UserError as error:
+        raise UserError(f"{error}; remove {checkpoint} to resume from what was there before it") from None
+    found = read_json(checkpoint / CUT_NAME, dict[str, Any], "checkpoint", "resume from an earlier one")
+    now = json.loads(json.dumps(cut_of(arguments)))
+    if found == now:
+        return False
+    if not masked:
+        raise UserError(
+            f"{checkpoint} was written with {_shown(found)}, this is {_shown(now)}: without a mask a "
+            "checkpoint is resumed only as it was begun"
+        )
+    if not hasattr(Trainer, "_prepare_for_training"):
+        raise UserError("resuming with another number of ranks, ZeRO stage or offload needs transformers 5.23 or later")
+    return True
+
+
+def restore_resharded(update: Update, checkpoint: Path) -> None:
+    """Bring a mask in force to where a checkpoint of another cut was. A collective."""
+    update.restore(load_selected_state(checkpoint / SELECTED_NAME, update.mask))
+
+
+@contextmanager
+def without_rotation(arguments: TrainingArguments) -> Iterator[None]:
+    """Keep older checkpoints inside, whatever --save_total_limit says."""
+    limit, arguments.save_total_limit = arguments.save_total_limit, None
+    try:
+        yield
+    finally:
+        arguments.save_total_limit = limit
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn errors of the disk, which torch reports as RuntimeError, into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise not_written(folder, error) from error
+    except RuntimeError as error:
+        if not any(writer in str(error) for writer in ("PytorchStreamWriter", "inline_container")):
+            raise
+        raise not_written(folder, error) from error
+
+
+def _shown(cut: dict[str, Any]) -> str:
+    return f"{cut.get('world_size')} ranks and {json.dumps(cut.get('zero'))}"

@@ -1,0 +1,203 @@
+"""Claim: an output folder becomes a run's own once its first step can be taken, and is given back if it never is.
+
+Before, nothing is written: a start that fails (a model that cannot be read, an engine that cannot be made, a reporter
+that cannot be reached) leaves the folder as it was, and the mended command runs in it.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from piece_ds.runtime.distributed import barrier, broadcast_object, is_main
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_json
+from piece_ds.runtime.schema import read_json
+from piece_ds.runtime.signals import Preempted
+from piece_ds.runtime.versions import versions
+from piece_ds.training.run_folder import PARTIAL_NAME, RunFolder
+
+# Settings that may differ between the two halves of a resumed run.
+_FREE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "report_to",
+    "disable_tqdm",
+    "save_total_limit",
+    "save_steps",
+    "save_strategy",
+    "save_full",
+    "statistics_save_steps",
+    "deepspeed",
+    "local_rank",
+    "run_name",
+    "nonfinite",
+}
+
+
+# What a run writes; run.json last, so that what a killed removal leaves is still a run's folder.
+_OF_A_RUN = (
+    "[0-9][0-9]-*",
+    "predictions",
+    "general_statistics",
+    "figures",
+    "results.json",
+    "report.html",
+    "run.json",
+)
+
+
+@dataclass
+class Claim:
+    """A run's claim on its folder. All ranks make, and use, one alike.
+
+    Attributes:
+        folder: the run's.
+        configuration: what decides the results; compared with what the folder was made with.
+        resume: continue what is there.
+        overwrite: remove the run that is there.
+        also: written beside the configuration and not compared.
+        is_begun: the first step can be taken: from now on the folder is never given back.
+    """
+
+    folder: RunFolder
+    configuration: dict[str, Any]
+    resume: bool = False
+    overwrite: bool = False
+    also: dict[str, Any] = field(default_factory=dict)
+    is_begun: bool = False
+    _is_made: bool = False
+    _is_new: bool = False
+
+    def check(self) -> None:
+        """Raise UserError, on all ranks, if the folder cannot be claimed. Writes nothing. A collective.
+
+        Raises:
+            UserError: the folder belongs to another run, or to a finished or interrupted one and neither resume nor
+                overwrite is asked; or nothing can be written there.
+        """
+        problem = broadcast_object((self._problem() or self._unwritable()) if is_main() else None)
+        if problem:
+            raise UserError(str(problem))
+
+    def make(self) -> None:
+        """Make the folder this run's own; a second call does nothing. A collective.
+
+        Raises:
+            UserError: see check(); another run may have come first.
+        """
+        if self._is_made:
+            return
+        self.check()
+        self._is_new = bool(broadcast_object(self.overwrite or not self.folder.run_file.exists()))
+        if is_main() and self._is_new:
+            if self.overwrite:
+                remove_run(self.folder.root)
+            write_json(self.folder.run_file, {**self.configuration, "versions": versions(), **self.also})
+        self._is_made = True
+        barrier()
+
+    @contextmanager
+    def given_back_unless_begun(self) -> Iterator[None]:
+        """Inside, a failure before is_begun leaves the folder as it was found, for the mended command.
+
+        Two things are kept, to be resumed from: what was there when a signal came, and the sums of an unfinished
+        statistics pass if the machine and not the input was at fault.
+        """
+        was_there = self.folder.root.exists()
+        try:
+            yield
+        except Preempted:
+            raise
+        except Exception as error:
+            is_resumable = not isinstance(error, UserError) and any(self.folder.root.glob(f"*/{PARTIAL_NAME}/*"))
+            if is_main() and not self.is_begun and not is_resumable:
+                self._give_back(was_there)
+            raise
+
+    def _give_back(self, was_there: bool) -> None:
+        with suppress(OSError):
+            if self._is_new:
+                remove_run(self.folder.root)
+            for task in self.folder.root.glob("[0-9][0-9]-*"):  # transformers makes the folder of a trainer at once
+                with suppress(OSError):
+                    task.rmdir()
+            if not was_there:
+                self.folder.root.rmdir()
+
+    def _unwritable(self) -> str | None:
+        """Return why nothing can be written in the folder, or above it if it is not there yet."""
+        place = next((path for path in (self.folder.root, *self.folder.root.absolute().parents) if path.is_dir()), None)
+        try:
+            with tempfile.TemporaryFile(dir=place) as probe:
+                probe.write(b"piece_ds")
+        except OSError as error:
+            return f"--output_dir {self.folder.root} cannot be written ({error.strerror}): use another folder"
+        return None
+
+    def _problem(self) -> str | None:
+        """Return why the folder is not this run's to take, or None."""
+        root, run_file = self.folder.root, self.folder.run_file
+        if root.exists() and not root.is_dir():
+            return f"--output_dir {root} is a file, expected a folder"
+
+        # Nobody's folder, but perhaps with things that a run would write over.
+        if not run_file.exists():
+            tasks = (path for path in root.glob("[0-9][0-9]-*") if not path.is_dir() or any(path.iterdir()))
+            foreign = next((path.name for path in tasks), None) if root.exists() else None
+            if foreign or self.folder.results_file.exists():
+                return f"--output_dir {root} holds {foreign or 'results.json'} but no run.json: use another folder"
+            return None
+        if self.overwrite:
+            return None
+
+        # A run's folder: this one's, or another's.
+        try:
+            earlier = read_json(run_file, dict[str, Any], "run's configuration", "use another --output_dir")
+        except UserError as error:
+            return str(error)
+        difference = _first_difference(earlier, json.loads(json.dumps(self.configuration)))
+        if difference:
+            return (
+                f"--output_dir {root} belongs to another run ({difference}): use another folder, "
+                "the settings it was begun with, or --overwrite_output_dir True"
+            )
+        return None if self.resume else self.folder.taken()
+
+
+def remove_run(root: Path) -> None:
+    """Remove what a run writes in its folder, run.json last; what others have put there stays. Rank 0 calls it."""
+    for name in (
+        "[0-9][0-9]-*",
+        "predictions",
+        "general_statistics",
+        "figures",
+        "results.json",
+        "report.html",
+        "run.json",
+    ):
+        for path in root.glob(name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _first_difference(earlier: dict[str, Any], now: dict[str, Any], path: str = "") -> str | None:
+    """Return 'key was X, is Y' for the first setting that differs, or None."""
+    for key in now:
+        if key in _FREE:
+            continue
+        if isinstance(now[key], dict) and isinstance(earlier.get(key), dict):
+            found = _first_difference(earlier[key], now[key], f"{path}{key}.")
+            if found:
+                return found
+        elif earlier.get(key) != now[key]:
+            return f"{path}{key} was {earlier.get(key)!r:.80}, is {now[key]!r:.80}"
+    return None

@@ -1,0 +1,68 @@
+"""What compact mode asks of a transformers Trainer: a prepared model, and checkpoints without a second copy of it."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from piece_ds.runtime.distributed import is_main
+from piece_ds.runtime.errors import UserError
+from piece_ds.update.attach import prepare_compact
+from piece_ds.zero.supported import require_trainable
+
+
+def engine_of(trainer: Trainer) -> Any:
+    """Return the trainer's DeepSpeed engine, once training has begun.
+
+    Raises:
+        UserError: there is none, or it uses what masks are not proven with: better said before the pass over the data.
+    """
+    engine = trainer.model_wrapped
+    if type(engine).__name__ != "DeepSpeedEngine":
+        raise UserError(
+            f"PieceCallback expected a DeepSpeed engine, got {type(engine).__name__}: start training "
+            "with TrainingArguments(deepspeed=...)"
+        )
+    require_trainable(engine)
+    return engine
+
+
+def prepare_trainer(trainer: Trainer, count: Callable[[nn.Module], int], save_full: bool) -> Callable[[], None]:
+    """Give the trainer's model room for the selected values, before its optimizer and engine are made.
+
+    Args:
+        count: model -> weights in the mask that will be attached.
+        save_full: the trainer's checkpoints hold the whole model, not only what training changes.
+    Returns:
+        A function that lets the trainer write whole checkpoints again, for after training.
+    Raises:
+        UserError: the trainer has an optimizer already.
+    """
+    model = trainer.model
+    if trainer.optimizer is not None or model is None:
+        raise UserError(
+            "compact mode makes the trainer's optimizer be one of the selected values: give Trainer a "
+            "model and no optimizer, or use update_mode='masked'"
+        )
+    prepare_compact(model, num_selected=count(model), decays=trainer.get_decay_parameter_names(model))
+    if not save_full:
+        trainer.save_model = _outside_checkpoints(trainer.save_model)
+    return lambda: trainer.__dict__.pop("save_model", None)
+
+
+def _outside_checkpoints(save_model: Callable[..., None]) -> Callable[..., None]:
+    """Return save_model() that leaves checkpoints alone: engine.save_checkpoint() writes what they need."""
+
+    @wraps(save_model)
+    def save(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        in_checkpoint = _internal_call and Path(output_dir or "").name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        if not in_checkpoint:
+            save_model(output_dir, _internal_call=_internal_call)
+        elif is_main():  # the trainer takes a checkpoint for the best one only if its folder is there by now
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+
+    return save

@@ -1,0 +1,124 @@
+"""The mask of one task in its trainer: selected or read, put in force, and what it changed."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from piece_ds.checkpoint.delta_file import load_previous, save_delta
+from piece_ds.checkpoint.mask_file import load_mask, save_mask
+from piece_ds.checkpoint.statistics_file import PartialStatistics
+from piece_ds.deltas.delta import DELTA_NAME
+from piece_ds.models.eligible import without
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.distributed import barrier, broadcast_object
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import Layout
+from piece_ds.training.callback import MASK_NAME
+from piece_ds.training.compact_trainer import engine_of, prepare_trainer
+from piece_ds.training.mask_source import MaskSource
+from piece_ds.training.progress import selection_line
+from piece_ds.training.run_folder import PARTIAL_NAME, PREVIOUS_NAME
+from piece_ds.training.trainer import TaskTrainer, Update
+from piece_ds.update.attach import attach
+from piece_ds.zero.weights import read_selected
+
+logger = logging.getLogger(__name__)
+
+
+class TaskMask:
+    """One task's mask, from selection to delta.
+
+    Attributes:
+        mask: once selected.
+        previous: what the selected weights were before the task, by parameter.
+        select_seconds: wall time of statistics and selection; None if the mask was there already.
+    """
+
+    mask: Mask
+    previous: dict[str, Tensor]
+    select_seconds: float | None = None
+
+    def __init__(self, trainer: TaskTrainer, source: MaskSource, folder: Path, resume: bool) -> None:
+        """
+        Args:
+            trainer: of the task, before it has an engine: in compact mode its model is prepared here.
+            source: where the mask comes from.
+            folder: of the task.
+            resume: the folder may hold the mask of an interrupted run.
+        """
+        self._trainer, self._source, self._folder, self._resume = trainer, source, folder, resume
+        config = source.config
+        if config.update_mode == "compact":
+            self._save_whole_again = prepare_trainer(trainer, self._count, config.save_full)
+        else:
+            self._save_whole_again = lambda: None
+
+    def select(self) -> None:
+        """Find the task's mask, note what the selected weights are now, and say where they are. A collective.
+
+        It is estimated on the task's data, read from --mask_file, or, if an interrupted run had come so far, the one
+        that it began with.
+        """
+        engine, path, mask_file = engine_of(self._trainer), self._folder / MASK_NAME, self._source.files.mask_file
+        layout = without(layout_of(engine.module), self._source.config.exclude)
+        is_resumed = self._is_resumed()
+        if mask_file is not None:
+            self.mask = load_mask(mask_file, layout)
+        else:
+            self.mask = load_mask(path, layout) if is_resumed else self._estimate(engine, layout)
+
+        # The mask, then the weights before the task: with both there, an interrupted run need not select again.
+        previous_path = self._folder / PREVIOUS_NAME
+        if is_resumed:
+            self.previous = load_previous(previous_path, self.mask)
+        else:
+            save_mask(path, self.mask)
+            self.previous = read_selected(engine.module, self.mask)
+            save_delta(previous_path, engine.module, self.mask, self.previous)
+        logger.warning("%s", selection_line(self.mask, self.select_seconds))
+
+    def attach(self) -> Update:
+        """Put the mask in force. A collective."""
+        config = self._source.config
+        update = attach(self._trainer.model_wrapped, self.mask, config.save_full, config.selected_gradient)
+        barrier()
+        return update
+
+    def end_training(self) -> None:
+        """Leave engine and model as they were, with the trained weights in them."""
+        if self._trainer.update is not None:
+            self._trainer.update.detach()
+        self._save_whole_again()
+
+    def save_delta(self) -> None:
+        """Write what the task changed. A collective."""
+        save_delta(self._folder / DELTA_NAME, self._trainer.model_wrapped.module, self.mask, self.previous)
+
+    def _count(self, model: nn.Module) -> int:
+        mask_file = self._source.files.mask_file
+        if mask_file is not None:
+            return load_mask(mask_file, layout_of(model)).num_selected
+        return self._source.count(model)
+
+    def _is_resumed(self) -> bool:
+        """Return whether an interrupted run has selected; the same on all ranks."""
+        if self._trainer.state.global_step > 0:
+            return True
+        may_be = self._resume and self._source.files.mask_file is None
+        return may_be and bool(broadcast_object((self._folder / PREVIOUS_NAME).is_file()))
+
+    def _estimate(self, engine: Any, layout: Layout) -> Mask:
+        begin = time.perf_counter()
+        source, trainer = self._source, self._trainer
+        batches = source.batches(trainer.train_dataset, trainer.data_collator)
+        kept = PartialStatistics(
+            self._folder / PARTIAL_NAME,
+            source.files.statistics_save_steps,
+            {"task": source.task, "rows": len(batches.rows), "batch_size": batches.batch_size},
+        )
+        mask = source.estimate(engine, batches, layout, kept)
+        self.select_seconds = time.perf_counter() - begin
+        return mask

@@ -1,0 +1,46 @@
+"""What a trained task leaves in memory: its cost, its mask and its log."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a trained task leaves in memory.
+
+    Attributes:
+        cost: wall time and memory.
+        index: selected positions of the whole model per parameter; None without a mask.
+        log: the trainer's log.
+    """
+
+    cost: "TaskCost"
+    index: dict[str, Tensor] | None
+    log: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TaskCost:
+    """Wall time and memory of one task on rank 0.
+
+    Attributes:
+        select_seconds: statistics and selection; 0 where there was nothing to select.
+        train_seconds: optimizer steps.
+        num_steps: optimizer steps.
+        nonfinite_steps: of these, not taken because a loss or gradient was NaN or infinite.
+        overflow_steps: of these, not taken because fp16's loss scale was too large.
+        peak_bytes: most memory allocated on the accelerator; None on the CPU.
+        host_peak_bytes: most resident memory of the process; None where the system does not tell.
+        save_seconds: delta and model.
+    """
+
+    select_seconds: float
+    train_seconds: float
+    num_steps: int
+    nonfinite_steps: int
+    overflow_steps: int
+    peak_bytes: int | None
+    host_peak_bytes: int | None
+    save_seconds: float

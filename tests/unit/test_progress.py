@@ -1,0 +1,46 @@
+"""The lines that a run says as it goes."""
+
+import pytest
+import torch
+from support.models import make_model
+
+from piece_ds.methods.estimate import select
+from piece_ds.models.layout import layout_of
+from piece_ds.state.mask import Mask
+from piece_ds.training.progress import counts_by_module, duration, scores_line, selection_line, time_left
+
+
+def test_selection_says_how_many_where_and_how_long() -> None:
+    layout = layout_of(make_model("llama"))
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    index = {name: torch.arange(count) for name, count in zip(names, (5, 3, 2), strict=True)}
+    mask = Mask(layout, index, 10, "piece-s", 0.1)
+    assert counts_by_module(mask) == {"model.layers.*.mlp.up_proj": 8, "model.norm": 2}
+    line = selection_line(mask, 4.25)
+    assert line.startswith(f"10 of {layout.total:,} weights selected (")
+    assert line.endswith("%, piece-s) in 4.2 s: model.layers.*.mlp.up_proj 80 %, model.norm 20 %")
+    assert "from a file" in selection_line(mask, None)
+
+
+def test_only_the_first_kinds_are_named() -> None:
+    line = selection_line(select(layout_of(make_model("llama")), "random", 0.5), 1.0)
+    assert " others" in line
+    assert line.count(" %,") <= 5
+
+
+def test_scores_stand_for_losses_and_general_text_comes_last() -> None:
+    line = scores_line({"a": 0.5, "b": None, "c": None}, {"a": 9.0, "b": 1.25, "c": None}, 1.5)
+    assert line == "a 0.500, b loss 1.2500, general text loss 1.5000"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(4.21, "4.2 s"), (59.94, "59.9 s"), (200, "3 min 20 s"), (3600, "1 h 0 min"), (7500, "2 h 5 min")],
+)
+def test_durations_have_the_unit_that_suits_them(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_time_left_is_the_mean_of_what_is_done() -> None:
+    assert time_left([60.0, 120.0], 2) == ", about 3 min 0 s left"
+    assert time_left([60.0], 0) == ""
