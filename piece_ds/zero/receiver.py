@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from piece_ds import ops
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.statistics import GradientStats
 from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
 from piece_ds.zero.host_copies import HostCopies
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
+from piece_ds.zero.partial_gradients import came_in_parts, largest_counts
 
 
 class LastPass(Protocol):
@@ -60,7 +62,9 @@ class GradientReceiver:
         # gradients would wait for a rank that waits for the next gather, so these wait for the end of backward.
         self.late = {name for name, p in self.model.named_parameters() if hasattr(p, "ds_z3_leaf_module")}
         self.in_backward = False
+        self.part_counts: dict[str, int] | None = None  # set for the backward in which parts are counted
         self.grads: dict[str, Tensor] = {}
+        self.taken: set[str] = set()  # parameters whose gradient has come in this round
         self.next_bucket = 0
         self.num_valid = 0
         self.last_pass: LastPass | None = None  # set for the last round
@@ -90,15 +94,38 @@ class GradientReceiver:
     def _hook(self, name: str, eligible: bool) -> Callable[[nn.Parameter], None]:
         def take(param: nn.Parameter) -> None:
             grad, param.grad = param.grad, None
-            if eligible and grad is not None:
-                self.grads[name] = grad.detach().reshape(-1)
+            if self.part_counts is not None:
+                self.part_counts[name] += 1
+            elif eligible and grad is not None:
+                self._take(name, grad.detach().reshape(-1))
                 self._flush_complete()
 
         return take
 
+    def _take(self, name: str, grad: Tensor) -> None:
+        if name not in self.taken:
+            self.grads[name] = grad
+        elif name in self.late:
+            self.grads[name] = self.grads[name] + grad
+        else:  # the first part may have been sent as the whole
+            raise UserError(came_in_parts(name))
+        self.taken.add(name)
+
+    @contextmanager
+    def finding_parts(self) -> Iterator[None]:
+        """The backward inside is not added: it shows whose gradients come in parts; they wait for the end of backward.
+
+        A collective.
+        """
+        self.part_counts = dict.fromkeys(self.dtype_of, 0)
+        yield
+        counts, self.part_counts = self.part_counts, None
+        self.late |= {name for name, count in largest_counts(counts).items() if count > 1}
+
     def begin_round(self, num_valid: int) -> None:
         """The next backward is of a new micro-batch on every rank; only the first num_valid ranks' count."""
         self.grads.clear()
+        self.taken.clear()
         self.next_bucket = 0
         self.num_valid = num_valid
         self.in_backward = True

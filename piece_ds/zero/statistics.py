@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.deterministic import deterministic_algorithms, nondeterministic_operation
@@ -24,6 +25,7 @@ from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.zero.adapter import Adapter
 from piece_ds.zero.batch_feed import BatchFeed, MicroBatchSource
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
+from piece_ds.zero.partial_gradients import may_come_in_parts
 from piece_ds.zero.receiver import GradientReceiver, LastPass
 from piece_ds.zero.supported import adapter_for
 from piece_ds.zero.undisturbed import undisturbed
@@ -157,6 +159,11 @@ def _pass(
     numbers = [first + layout.rank if first + layout.rank < len(micro_batches) else first for first in rounds]
     feed = BatchFeed(micro_batches, numbers, engine.device)
 
+    def backward(loss: Tensor) -> None:
+        # DeepSpeed multiplies by its own loss scale, where it has one; `* 1.0` also because DeepSpeed 0.19 divides
+        # by the accumulation steps when it recognises the very tensor that forward returned.
+        engine.backward(loss * (loss_scale / _engine_loss_scale(engine)), scale_wrt_gas=False)
+
     # One micro-batch a rank and round.
     with undisturbed(engine), receiver.hooks(), adapter.local_backward():
         for first in progress_bar(rounds, description, unit="round"):
@@ -168,9 +175,11 @@ def _pass(
             receiver.begin_round(num_valid=min(layout.num_ranks, len(micro_batches) - first))
             loss = engine(**batch).loss
             feed.read_ahead()
-            # DeepSpeed multiplies by its own loss scale, where it has one; `* 1.0` also because DeepSpeed 0.19 divides
-            # by the accumulation steps when it recognises the very tensor that forward returned.
-            engine.backward(loss * (loss_scale / _engine_loss_scale(engine)), scale_wrt_gas=False)
+            if first == rounds[0] and may_come_in_parts(loss):
+                with receiver.finding_parts():
+                    backward(loss)
+                loss = engine(**batch).loss
+            backward(loss)
             receiver.end_round()
             nonfinite.end_round(first)
             stats.num_micro_batches = min(first + layout.num_ranks, len(micro_batches))

@@ -1,0 +1,90 @@
+"""Parameters whose gradient one backward hands over in several parts.
+
+autograd finishes the gradient of a parameter once in a backward, with all of its uses in it. Reentrant checkpointing
+runs a backward of its own inside for every block that it wraps: a parameter that several blocks use (a module called
+twice, layers that share a weight) is then "finished" once for every block. Whoever takes the first part for the whole
+is wrong without a word.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piece_ds.runtime.distributed import all_reduce_max_, collective_device
+from piece_ds.runtime.errors import UserError
+
+# autograd functions of these packages run no backward inside.
+_KNOWN = ("deepspeed.runtime.zero", "piece_ds.")
+
+
+def may_come_in_parts(loss: Tensor) -> bool:
+    """Whether a backward from loss runs Python code that may run another backward inside. A collective.
+
+    Cost: a walk over the graph of one micro-batch, and an all-reduce of one number.
+    """
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    found = False
+    while waiting and not found:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(type(node), "_forward_cls", None)
+        found = function is not None and not function.__module__.startswith(_KNOWN)
+        waiting += [following for following, _ in node.next_functions]
+    flag = torch.tensor(int(found), dtype=torch.int32, device=collective_device())
+    return bool(all_reduce_max_(flag))
+
+
+def largest_counts(counts: dict[str, int]) -> dict[str, int]:
+    """Every name's largest count over the ranks, whose names are the same. A collective."""
+    numbers = torch.tensor([*counts.values()], dtype=torch.int32, device=collective_device())
+    return dict(zip(counts, all_reduce_max_(numbers).tolist(), strict=True))
+
+
+def refuse_parts(engine: Any) -> Callable[[], None]:
+    """Raise UserError, inside the backward, if a gradient is finished for the second time in it; return undo.
+
+    For steps whose gradients DeepSpeed reduces: at stages 1 to 3 it takes the first part for the whole, and ends in an
+    assertion at the second. At stage 0 parts are added, and nothing is refused.
+    """
+    if engine.zero_optimization_stage() == 0:
+        return lambda: None
+    seen: set[str] = set()
+    model, backward = engine.module, engine.backward
+
+    def forgetting_backward(*args: Any, **kwargs: Any) -> Any:
+        seen.clear()
+        return backward(*args, **kwargs)
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        def finished(_: Tensor) -> None:
+            if name in seen:
+                raise UserError(came_in_parts(name))
+            seen.add(name)
+
+        return finished
+
+    # Before DeepSpeed's own hooks, which run after a gradient has been accumulated.
+    handles = [param.register_hook(watch(name)) for name, param in model.named_parameters() if param.requires_grad]
+    # A loop may call backward() of the loss itself, or run two forwards before two backwards.
+    handles.append(model.register_forward_pre_hook(lambda *_: seen.clear()))
+    engine.backward = forgetting_backward
+
+    def undo() -> None:
+        engine.__dict__.pop("backward", None)
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def came_in_parts(name: str) -> str:
+    """The refusal, for the parameter of that name."""
+    return (
+        f"the gradient of {name!r} comes in several parts, as reentrant checkpointing of blocks that share a weight "
+        "makes it: use non-reentrant checkpointing (--gradient_checkpointing_kwargs '{\"use_reentrant\": false}')"
+    )
