@@ -6,7 +6,7 @@ from piece_ds.checkpoint.mask_file import save_mask
 from piece_ds.config.piece import split_patterns
 from piece_ds.config.settings import Settings, load_settings, print_help
 from piece_ds.data.collate import pad_id
-from piece_ds.data.image_collate import make_collator
+from piece_ds.data.packing import training_collator
 from piece_ds.evaluation.padding import answer_tokens, check_rows
 from piece_ds.methods.registry import methods_help
 from piece_ds.models.layout import layout_of
@@ -44,7 +44,7 @@ def select_mask(settings: Settings) -> Mask:
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
     engine = statistics_engine(model, arguments)
-    if not reads_images(inputs.config):
+    if not reads_images(inputs.config) and not settings.data.packing:
         one_row_at_a_time = settings.method.importance_batch_size == 1
         padding = pad_id(tokenizer_of(inputs.tokenizer))
         check_rows(engine, answer_tokens(task.train), padding, one_row_at_a_time)
@@ -56,7 +56,7 @@ def select_mask(settings: Settings) -> Mask:
         general=inputs.general_importance,
         general_folder=general,
     )
-    batches = source.batches(task.train, make_collator(inputs.tokenizer))
+    batches = source.batches(task.train, training_collator(inputs.tokenizer, settings.data.packing))
     mask = source.estimate(engine, batches, layout_of(engine.module))
     save_mask(output_file, mask)
     engine.empty_partition_cache()

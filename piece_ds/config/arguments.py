@@ -63,6 +63,10 @@ class DataArguments:
     columns: str | None = field(
         default=None, metadata={"help": "what the columns of --train_file are called: prompt=question,answer=target"}
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "rows of a micro-batch end to end, without padding; attention never crosses from row to row"},
+    )
     validation_share: float | None = field(
         default=None, metadata={"help": "share of the training rows, in (0, 1), that is held out and judged on instead"}
     )

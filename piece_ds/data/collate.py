@@ -20,16 +20,18 @@ class MicroBatches:
         rows: a dataset with length and integer access.
         collate: rows -> model inputs with labels.
         batch_size: B.
+        loss_of: (engine, micro-batch) -> mean loss, in place of engine(**micro_batch).loss: a trainer's own.
     """
 
     rows: Sequence[Any]
-    collate: Callable[[list[Any]], dict[str, Tensor]]
+    collate: Callable[[list[Any]], Any]
     batch_size: int
+    loss_of: Callable[[Any, Any], Tensor] | None = None
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
-    def __getitem__(self, b: int) -> dict[str, Tensor]:
+    def __getitem__(self, b: int) -> Any:
         if not 0 <= b < len(self):
             raise IndexError(b)
         stop = min((b + 1) * self.batch_size, len(self.rows))
@@ -42,7 +44,7 @@ class MicroBatches:
         rows: Any = self.rows
         return replace(self, rows=rows.select(range(num_rows)) if hasattr(rows, "select") else rows[:num_rows])
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         return (self[b] for b in range(len(self)))
 
 

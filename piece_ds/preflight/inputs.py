@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from piece_ds.config.defaults import timeout_seconds
 from piece_ds.config.settings import Settings
 from piece_ds.data.image_collate import check_processor
+from piece_ds.data.packing import check_packing
 from piece_ds.data.tasks import Task, holds_token_ids, load_general, load_task_stream
 from piece_ds.evaluation.benchmarks import check_ability
 from piece_ds.evaluation.scorers import choose_scorers, parse_scorers
@@ -81,6 +82,8 @@ def load_inputs(settings: Settings) -> Inputs:
     check_method_reads_images(settings.method.method, config)
     check_eligible(settings.model, config)
     data = settings.data
+    if data.packing:
+        check_packing(config, settings.model.attn_implementation)
     tokenizer = _tokenizer(settings, config)
     check_processor(tokenizer)
     parse_scorers(settings.evaluation.scorers)

@@ -92,6 +92,8 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
 
 def _check_flags(settings: Settings, job: str, method: Method) -> None:
     data, output_file = settings.data, settings.output.output_file
+    if data.packing and method.baseline is not None and method.name != "seqft":
+        raise UserError(f"--packing is not proven with --method {method.name}, whose batches are its own")
     if job == TRAIN:
         if data.train_file is None and data.task_dir is None:
             raise UserError("no data: give --train_file F, or --task_dir D with --tasks A,B,C")

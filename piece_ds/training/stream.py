@@ -20,7 +20,7 @@ from piece_ds.checkpoint.manifest import verify_manifest
 from piece_ds.checkpoint.mask_file import mask_names
 from piece_ds.config.piece import split_patterns
 from piece_ds.config.settings import Settings
-from piece_ds.data.image_collate import make_collator
+from piece_ds.data.packing import training_collator
 from piece_ds.data.tasks import Task
 from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
 from piece_ds.methods.baseline import Baseline, TaskContext
@@ -232,7 +232,7 @@ def _context(stream: Stream, index: int) -> TaskContext:
         earlier=tuple(stream.tasks[:index]),
         folder=folders[index],
         previous=folders[index - 1] if index else None,
-        collate=make_collator(stream.tokenizer),
+        collate=training_collator(stream.tokenizer, stream.settings.data.packing),
         batch_size=stream.settings.method.importance_batch_size,
         seed=stream.seed,
     )

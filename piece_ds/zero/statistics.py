@@ -23,7 +23,7 @@ from piece_ds.state.partition import Layout
 from piece_ds.state.selected_values import selected_values
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.zero.adapter import Adapter
-from piece_ds.zero.batch_feed import BatchFeed, MicroBatchSource
+from piece_ds.zero.batch_feed import BatchFeed, MicroBatchSource, loss_of
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
 from piece_ds.zero.partial_gradients import may_come_in_parts
 from piece_ds.zero.receiver import GradientReceiver, LastPass
@@ -66,8 +66,10 @@ def collect_statistics(
     """Sum of g and of g * g over micro-batches, where g is the gradient of the model's mean loss. A collective.
 
     Args:
-        engine: deepspeed.DeepSpeedEngine at ZeRO 0-3, fp32, bf16 or fp16, whose model returns an output with `.loss`.
+        engine: deepspeed.DeepSpeedEngine at ZeRO 0-3, fp32, bf16 or fp16, whose model returns an output with `.loss`,
+            unless micro_batches have a loss of their own.
         micro_batches: all micro-batches of the data, the same on every rank, on the CPU; item b is read by one rank.
+            See MicroBatchSource.
         needs_sum: also keep the sum of g (4 bytes per owned element more).
         device: where the sums live; None means where the gradients are.
         layout: of the model; None means layout_of(engine.module).
@@ -173,7 +175,7 @@ def _pass(
                 last_pass.begin(stats)
                 receiver.last_pass = last_pass
             receiver.begin_round(num_valid=min(layout.num_ranks, len(micro_batches) - first))
-            loss = engine(**batch).loss
+            loss = loss_of(micro_batches, engine, batch)
             feed.read_ahead()
             if first == rounds[0] and may_come_in_parts(loss):
                 with receiver.finding_parts():

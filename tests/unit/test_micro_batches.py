@@ -1,10 +1,13 @@
 """Micro-batches of the statistics pass: B consecutive rows each, none dropped, none twice."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
 from piece_ds.data.collate import MicroBatches
+from piece_ds.zero.batch_feed import all_to_device, loss_of
 
 
 def collate(rows: list[int]) -> dict[str, Tensor]:
@@ -29,3 +32,38 @@ def test_no_rows_are_no_micro_batches() -> None:
 def test_index_outside_is_refused(b: int) -> None:
     with pytest.raises(IndexError):
         MicroBatches([1, 2, 3], collate, 2)[b]
+
+
+class Pair(NamedTuple):
+    one: Tensor
+    number: int
+
+
+def test_a_micro_batch_may_hold_whatever_a_collator_gives() -> None:
+    """Whole numbers, texts, lists and nested mappings; tensors anywhere in them go to the device."""
+    given = {
+        "ids": torch.ones(2),
+        "length": 7,
+        "more": [{"x": torch.ones(1), "text": "t"}],
+        "pair": Pair(torch.ones(1), 3),
+    }
+    moved = all_to_device(given, torch.device("meta"))
+    assert moved["ids"].is_meta
+    assert moved["more"][0]["x"].is_meta
+    assert (moved["length"], moved["more"][0]["text"], moved["pair"].number) == (7, "t", 3)
+    assert moved["pair"].one.is_meta
+    assert all_to_device([torch.ones(1), 2], torch.device("meta"))[1] == 2
+
+
+def test_the_loss_is_the_sources_own_where_it_has_one() -> None:
+    class Output(NamedTuple):
+        loss: Tensor
+
+    def engine(input_ids: Tensor) -> Output:
+        return Output(input_ids.float().sum())
+
+    plain = MicroBatches([1, 2], collate, 2)
+    own = MicroBatches([1, 2], collate, 2, lambda engine, batch: 10 * engine(**batch).loss)
+    assert loss_of(plain, engine, plain[0]) == 3
+    assert loss_of(own, engine, own[0]) == 30
+    assert loss_of([plain[0]], engine, plain[0]) == 3
