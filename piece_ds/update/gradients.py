@@ -1,4 +1,4 @@
-"""Which way the gradient of each selected parameter is taken, chosen once by a rule that depends on nothing measured.
+"""Which way the gradient of each selected parameter is taken, chosen once by a rule that measures nothing in the run.
 
 Timing the two ways in the run would choose the faster one and, as their roundings differ, other weights on another day.
 """
@@ -16,6 +16,7 @@ from piece_ds.config.piece import SELECTED_GRADIENTS
 from piece_ds.config.ranges import require_choice
 from piece_ds.models.layout import full_shape
 from piece_ds.runtime.distributed import is_main
+from piece_ds.update.sampling_rule import max_density
 from piece_ds.zero.weights import SelectedWeights
 
 
@@ -50,22 +51,18 @@ def collect_dense(
     return remove
 
 
-# Above this density the dense gradient is as fast. On a CPU, measured (4-7 times faster at 1 % in bf16, not at 10 %);
-# on a GPU, from the op's memory traffic against the tensor cores' rate.
-MAX_DENSITY = {"cpu": 0.02, "cuda": 0.002}
-
 Add = Callable[[Tensor, Tensor], None]
 
 
-def can_sample(module: nn.Module, name: str, selected: SelectedWeights, device_type: str) -> bool:
+def can_sample(module: nn.Module, name: str, selected: SelectedWeights, device: torch.device) -> bool:
     """Whether the gradient of module's parameter `name` has a formula here and few enough selected elements.
 
-    device_type is where backward runs; a weight itself may lie elsewhere.
+    device is where backward runs; a weight itself may lie elsewhere.
     """
     is_linear = type(module) in (nn.Linear, Conv1D) and name.rpartition(".")[2] == "weight"
     is_linear = is_linear and "forward" not in vars(module)  # else nobody knows what a call computes
     num_elements = int(torch.Size(full_shape(selected.param)).numel())
-    return is_linear and selected.index.numel() <= MAX_DENSITY[device_type] * num_elements
+    return is_linear and selected.index.numel() <= max_density(device, selected.param.dtype) * num_elements
 
 
 class SampledGradient:
@@ -177,7 +174,7 @@ class GradientCollection:
         dense = []
         for name, part in parts:
             module = model.get_submodule(name.rpartition(".")[0])
-            if gradient == "auto" and can_sample(module, name, weights[name], part.device.type):
+            if gradient == "auto" and can_sample(module, name, weights[name], part.device):
                 self._sampled.append(SampledGradient(module, name, weights[name], part))
                 self._remove.append(self._sampled[-1].remove)
             else:

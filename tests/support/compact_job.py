@@ -81,7 +81,7 @@ def cases(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def sampled(case: Whole) -> dict[str, Any]:
     """both_modes() with sampled gradients in every linear layer, although tiny ones have many selected weights."""
-    with mock.patch.dict("piece_ds.update.gradients.MAX_DENSITY", cpu=1.0):
+    with mock.patch("piece_ds.update.gradients.max_density", return_value=1.0):
         return both_modes(case, "auto")
 
 

@@ -22,7 +22,7 @@ def collected(
         param.requires_grad_(False)
     weights = {name: SelectedWeights(params[name], torch.arange(0, params[name].numel(), 2)) for name in names}
     parts = {name: torch.zeros(weights[name].index.numel()) for name in names}
-    with mock.patch.dict("piece_ds.update.gradients.MAX_DENSITY", cpu=1.0):
+    with mock.patch("piece_ds.update.gradients.max_density", return_value=1.0):
         collection = GradientCollection(model, weights, parts.items(), "auto")
     backward()
     collection.check()

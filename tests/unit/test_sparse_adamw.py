@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
-from piece_ds.update.gradients import MAX_DENSITY
+from piece_ds.update.sampling_rule import max_density
 from piece_ds.update.sparse_adamw import SparseAdamW
 
 FAMILIES = ("llama", "qwen3", "neox", "gpt2")  # no biases, tied, biases, Conv1D
@@ -75,7 +75,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, clipped: list[nn.P
 def test_a_sampled_layer_forms_no_gradient_and_keeps_no_weight() -> None:
     """Saved tensors of a forward must not have a layer's weight among them twice: ZeRO-3 could not release it."""
     layer = nn.Linear(64, 64, bias=False)
-    mask = select(layout_of(layer), "random", MAX_DENSITY["cpu"] / 2)
+    mask = select(layout_of(layer), "random", max_density("cpu", torch.float32) / 2)
     optimizer = SparseAdamW(layer, mask)
     saved: list[Tensor] = []
     x = torch.randn(5, 64)

@@ -1,0 +1,95 @@
+"""Up to which share of selected elements a weight's gradient is sampled: a rule over a table of measurements.
+
+The table is a file of the package, so that the same code, provider and kind of device choose the same way on every day;
+kernels/bench/gradient_table.py measures its rows. A row says how many times faster the sampled gradient was than the
+dense product at one shape and density. Its time falls at most in proportion to the number of elements, so a row with a
+ratio r at density d proves every density up to d r, and a row with a ratio below 1 forbids everything from d on.
+"""
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from piece_ds import ops
+
+TABLE = Path(__file__).parent / "sampled_gradients.csv"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        device: kind, as 'nvidia-h200' or 'cpu'.
+        provider: of the op.
+        dtype: of the layer's input and weight, a key of DTYPES.
+        tokens, out, in_: of the layer.
+        density: selected / all elements of the weight.
+        ratio: dense product's time / sampled gradient's time.
+    """
+
+    device: str
+    provider: str
+    dtype: str
+    tokens: int
+    out: int
+    in_: int
+    density: float
+    ratio: float
+
+
+def max_density(device: torch.device | str, dtype: torch.dtype) -> float:
+    """Up to which density a weight of dtype on device gets its gradient sampled; 0: never.
+
+    A GPU of a kind that was not measured follows the rows of all that were; fp16 follows bf16, which moves as much.
+    """
+    device = torch.device(device)
+    kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "-").lower()
+    return largest_proven(rows_for(read_table(TABLE), kind, ops.provider("sampled_gradient_", device.type), dtype))
+
+
+def rows_for(rows: Iterable[Row], kind: str, provider: str, dtype: torch.dtype) -> list[Row]:
+    """The rows of a kind of device, or of every GPU where this one was not measured, for provider and dtype."""
+    same = [row for row in rows if row.provider == provider and (row.device == "cpu") == (kind == "cpu")]
+    for wanted in (dtype, torch.bfloat16) if dtype == torch.float16 else (dtype,):
+        of_dtype = [row for row in same if DTYPES[row.dtype] == wanted]
+        if of_dtype:
+            return [row for row in of_dtype if row.device == kind] or of_dtype
+    return []
+
+
+def largest_proven(rows: Iterable[Row]) -> float:
+    """The largest density that rows prove to be faster sampled at every measured shape; 0 without a row."""
+    rows = list(rows)
+    forbidden = min((row.density for row in rows if row.ratio < 1), default=float("inf"))
+    limits: dict[tuple[str, int, int, int], float] = {}
+    for row in rows:
+        shape = (row.device, row.tokens, row.out, row.in_)
+        proven = row.density * row.ratio if row.density < forbidden else 0.0
+        limits[shape] = max(limits.get(shape, 0.0), proven)
+    return min(*limits.values(), math.nextafter(forbidden, 0.0)) if limits else 0.0
+
+
+@cache
+def read_table(path: Path) -> tuple[Row, ...]:
+    """The rows of a table of measurements."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return tuple(
+            Row(
+                device=line["device"],
+                provider=line["provider"],
+                dtype=line["dtype"],
+                tokens=int(line["tokens"]),
+                out=int(line["out"]),
+                in_=int(line["in"]),
+                density=float(line["density"]),
+                ratio=float(line["ratio"]),
+            )
+            for line in csv.DictReader(file)
+        )

@@ -1,0 +1,65 @@
+"""Whether a gradient is sampled follows the table of measurements, and nothing else."""
+
+import pytest
+import torch
+
+from piece_ds.update import sampling_rule
+from piece_ds.update.sampling_rule import Row, largest_proven, max_density, read_table, rows_for
+
+H200 = "nvidia-h200"
+
+
+def row(density: float, ratio: float, out: int = 1024, device: str = H200, dtype: str = "bf16") -> Row:
+    return Row(device, "cuda", dtype, 1024, out, 1024, density, ratio)
+
+
+@pytest.mark.parametrize(
+    ("rows", "largest"),
+    [
+        ([], 0.0),
+        ([row(0.001, 0.5)], 0.0),
+        ([row(0.001, 3.0)], 0.003),
+        ([row(0.001, 3.0), row(0.01, 2.0)], 0.02),
+        ([row(0.001, 9.0), row(0.005, 0.9)], 0.005),  # a loss forbids what is proven beyond it
+        ([row(0.001, 3.0), row(0.001, 6.0, out=4096)], 0.003),  # the worst shape decides
+        ([row(0.001, 0.9), row(0.01, 2.0)], 0.0),  # nothing is proven below what loses
+    ],
+)
+def test_what_rows_prove(rows: list[Row], largest: float) -> None:
+    got = largest_proven(rows)
+    assert got == pytest.approx(largest)
+    assert all(got < row.density for row in rows if row.ratio < 1)
+
+
+def test_a_gpu_that_was_not_measured_follows_all_that_were() -> None:
+    table = [
+        row(0.001, 3.0),
+        row(0.001, 0.5, device="nvidia-a100"),
+        row(0.001, 2.0, dtype="fp32"),
+        row(0.1, 9, device="cpu"),
+    ]
+    assert rows_for(table, H200, "cuda", torch.bfloat16) == table[:1]
+    assert rows_for(table, H200, "cuda", torch.float16) == table[:1]
+    assert rows_for(table, "nvidia-b200", "cuda", torch.bfloat16) == table[:2]
+    assert rows_for(table, H200, "cuda", torch.float32) == table[2:3]
+    assert rows_for(table, H200, "triton", torch.bfloat16) == []
+    assert rows_for(table, "cpu", "cuda", torch.bfloat16) == table[3:]
+
+
+def test_the_table_of_the_package_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense in bf16 on a GPU as long as the tensor cores win; sampled in fp32 and on a CPU."""
+    table = read_table(sampling_rule.TABLE)
+    assert len({(r.device, r.provider, r.dtype, r.tokens, r.out, r.in_, r.density) for r in table}) == len(table)
+    for kind in {r.device for r in table}:
+        for provider in {r.provider for r in table if r.device == kind}:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                rows = rows_for(table, kind, provider, dtype)
+                limit = largest_proven(rows)
+                lost = [r for r in rows if r.ratio < 1 and r.density <= limit]
+                assert not lost, lost
+    assert largest_proven(rows_for(table, H200, "cuda", torch.bfloat16)) == 0.0
+    assert largest_proven(rows_for(table, H200, "cuda", torch.float32)) >= 0.001
+    assert max_density("cpu", torch.bfloat16) >= 0.001
+    monkeypatch.setattr("piece_ds.ops.provider", lambda op, device: "triton")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+    assert max_density("cuda", torch.bfloat16) == 0.0
