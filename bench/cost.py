@@ -79,6 +79,11 @@ def _worker(options: argparse.Namespace, zero: str, dtype: str, methods: list[st
             str(repeats),
             "--layers",
             str(options.layers),
+            "--rows",
+            str(options.rows),
+            "--tokens",
+            str(options.tokens),
+            *(["--checkpointing"] if options.checkpointing else []),
             *(["--in_turn"] if options.in_turn else []),
             "--methods",
             *methods,
@@ -146,6 +151,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="another number of layers than the shape's")
     parser.add_argument("--seconds", type=float, default=0, help="most for one process; what it has by then counts")
     parser.add_argument("--output", default="", help="another file than results/cost-<device>.csv")
+    parser.add_argument("--rows", type=int, default=2, help="in a batch of one rank")
+    parser.add_argument("--tokens", type=int, default=256, help="in a row")
+    parser.add_argument("--checkpointing", action="store_true", help="activations are made again in backward")
     parser.add_argument("--zero", nargs="+", default=["none", "3"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))

@@ -52,7 +52,6 @@ SHAPES = {
     },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROWS, TOKENS = 2, 256
 
 
 def main() -> None:
@@ -165,8 +164,10 @@ def _row(
         "world": world_size(),
         "zero": options.zero,
         "dtype": options.dtype,
-        "tokens": ROWS * TOKENS,
+        "tokens": options.rows * options.tokens,
+        "checkpointing": int(options.checkpointing),
         "step_ms": round(1e3 * statistics.median(seconds[method]), 2) if seconds else "",
+        "tokens_per_s": round(options.rows * options.tokens / statistics.median(seconds[method])) if seconds else "",
         "step_ms_ratio_to_full": ratio_to("full"),
         "step_ms_ratio_to_lora": ratio_to("lora"),
         "peak_bytes": "" if peak is None else peak,
@@ -201,18 +202,20 @@ def _peak_bytes() -> int:
 def _model(options: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
-    config = LlamaConfig(max_position_embeddings=TOKENS, use_cache=False, **shape)
+    config = LlamaConfig(max_position_embeddings=options.tokens, use_cache=False, **shape)
     torch.set_default_dtype(DTYPES[options.dtype])
     with device:
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.get_input_embeddings().weight.requires_grad_(False)
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
 def _config(options: argparse.Namespace) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": ROWS,
+        "train_micro_batch_size_per_gpu": options.rows,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": int(options.zero)},
         "zero_allow_untested_optimizer": True,
@@ -227,7 +230,9 @@ def _config(options: argparse.Namespace) -> dict[str, Any]:
 
 def _batch(options: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(dist.get_rank() if dist.is_initialized() else 0)
-    ids = torch.randint(0, SHAPES[options.shape]["vocab_size"], (ROWS, TOKENS), generator=generator).to(device)
+    ids = torch.randint(0, SHAPES[options.shape]["vocab_size"], (options.rows, options.tokens), generator=generator).to(
+        device
+    )
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
@@ -241,6 +246,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", required=True)
     parser.add_argument("--layers", type=int, default=0, help="another number of layers than the shape's")
     parser.add_argument("--in_turn", action="store_true", help="one method after another, each alone in memory")
+    parser.add_argument("--rows", type=int, default=2, help="in a batch of one rank")
+    parser.add_argument("--tokens", type=int, default=256, help="in a row")
+    parser.add_argument("--checkpointing", action="store_true", help="activations are made again in backward")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser.parse_args()
 

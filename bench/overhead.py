@@ -159,7 +159,7 @@ def _batch(options: argparse.Namespace, device: torch.device) -> dict[str, torch
 
 def _write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     ranks = "" if dist.get_world_size() == 2 else f"-{dist.get_world_size()}-ranks"
-    path = RESULTS / f"overhead-{device_name()}{ranks}.csv"
+    path = Path(options.output) if options.output else RESULTS / f"overhead-{device_name()}{ranks}.csv"
     write_rows(path, rows, deepspeed=deepspeed.__version__, transformers=transformers.__version__)
     print(f"{'what':<36} zero dtype     ms  plain ms  ratio (p20..p80)")
     for row in rows:
@@ -179,6 +179,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="in a micro-batch of one rank")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3])
+    parser.add_argument("--output", default="", help="another file than results/overhead-<device>.csv")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser.parse_args()

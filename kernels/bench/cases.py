@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import baselines
 import torch
@@ -18,6 +19,8 @@ from piece_ds.state.statistics import GradientStats
 
 RATIO = 0.001
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+NUM_TENSORS = 291
 
 # The sampled gradient's layers: tokens, out, in.
 LINEAR_SHAPES = ((1024, 1024, 1024), (2048, 4096, 1024))
@@ -54,6 +57,7 @@ def cases(n: int, device: str, compiled: bool) -> Iterator[Case]:
     yield from _accumulate(n, device, compile_)
     yield from _selection(n, device, compile_)
     yield from _masks(n, device, compile_)
+    yield from _lists(n, device)
     yield from _sampled(n, device)
 
 
@@ -204,6 +208,54 @@ def _masks(n: int, device: str, compile_: Callable | None) -> Iterator[Case]:
             partial(ops.gather_add_, grad, index, scale, total),
             rivals={"best_eager": gather},
         )
+
+
+def _lists(n: int, device: str) -> Iterator[Case]:
+    """As many tensors as Llama-3-8B has, each in memory of its own, in one call and one by one."""
+    size = -(-n // NUM_TENSORS)
+    grads = [torch.randn(min(size, n - begin), device=device).bfloat16() for begin in range(0, n, size)]
+    k = max(1, int(RATIO * n))
+    index = torch.randint(n, (k,), device=device).unique()
+    k = index.numel()
+    cuts = torch.searchsorted(index, torch.arange(0, n + size, size, device=device)).tolist()
+    parts = [index[low:high] - i * size for i, (low, high) in enumerate(pairwise(cuts))]
+    values = torch.randn(k, device=device).bfloat16()
+
+    def one_by_one() -> None:
+        for grad, part in zip(grads, parts, strict=False):
+            ops.apply_mask_(grad, part)
+
+    def write_one_by_one() -> None:
+        for i, (grad, part) in enumerate(zip(grads, parts, strict=False)):
+            grad[part] = values[cuts[i] : cuts[i + 1]]
+
+    what = f"({len(grads)} tensors)"
+    rivals = {"best_eager": one_by_one}  # our own op, once a tensor
+    yield Case(f"apply_mask_list_ {what}", "bf16", n, 2 * n, partial(ops.apply_mask_list_, grads, index), rivals=rivals)
+    yield Case(
+        f"scatter_list_ {what}",
+        "bf16",
+        n,
+        (8 + 2 + 64) * k,
+        partial(ops.scatter_list_, grads, index, values),
+        rivals={"best_eager": write_one_by_one},
+    )
+    state = [torch.rand(k, device=device) for _ in range(4)]
+    numbers = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+
+    def step_one_by_one() -> None:
+        for i, (grad, part) in enumerate(zip(grads, parts, strict=False)):
+            own = [tensor[cuts[i] : cuts[i + 1]] for tensor in state]
+            ops.sparse_adamw_(*own, grad, part, **numbers)
+
+    yield Case(
+        f"sparse_adamw_list_ {what}",
+        "bf16",
+        n,
+        (36 + 128) * k,
+        partial(ops.sparse_adamw_list_, *state, grads, index, **numbers),
+        rivals={"best_eager": step_one_by_one},
+    )
 
 
 def adamw_cases(n: int, device: str) -> Iterator[Case]:

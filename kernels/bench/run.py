@@ -17,14 +17,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 from cases import Case, adamw_cases, cases
 from timing import Clock
 
 from bench.record import device_name, write_rows
 from piece_ds import ops
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RIVALS = ("authors", "best_eager", "compile", "topk")

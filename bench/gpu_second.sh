@@ -1,0 +1,30 @@
+# What is open since the first call on a GPU, in at most 540 s; sourced by bench/gpu.sh --second.
+
+# ---- correctness of what has changed, side by side ----
+aside ops 150 $PYTHON -m pytest -q -n 6 --dist worksteal -p no:cacheprovider tests/ops/test_ops_cuda.py -k "not more_elements" \
+  --junitxml="$OUT/ops.xml"
+aside repeat 120 $PYTHON bench/gpu_repeat.py
+aside e2e 150 $PYTHON bench/gpu_e2e.py "$WORK/e2e" --lanes 2 --seconds 100 --stages 2 3
+for tool in memcheck racecheck; do
+  aside "sanitize-$tool" 120 env TOOLS=$tool PROVIDERS=cuda SECONDS_EACH=110 bench/sanitize.sh
+done
+gather
+[ -f "$WORK/e2e/e2e.json" ] && cp "$WORK/e2e/e2e.json" "$OUT/e2e.json"
+
+# ---- selection, lists, sampled gradients: both providers ----
+part "kernel table" 110 $PYTHON kernels/bench/run.py --sizes 10000000 50000000 1000000000 --adamw_sizes 1000000000 --rounds 7 \
+  --no_compile --output "$OUT/kernels.csv" --ops selection filter_ score_histogram_ select_above mask_to_index apply_mask_ \
+  apply_mask_list_ scatter_list_ gather_add_ sampled_gradient_
+cp piece_ds/update/sampled_gradients.csv "$OUT/sampled_gradients.csv"
+part "when a sampled gradient pays" 60 $PYTHON kernels/bench/gradient_table.py --output "$OUT/sampled_gradients.csv"
+
+# ---- steps ----
+part "overhead" 60 env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29777 $PYTHON bench/overhead.py \
+  --output "$OUT/overhead.csv" --hidden 4096 --layers 2 --vocab 32000 --tokens 1024 --rows 1 --repeats 7 --stages 2 3 --dtypes bf16
+part "cost, 512 tokens" 130 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 --zero none 2 3 \
+  --methods compact lora --repeats 5 --seconds 45 --output "$OUT/cost-512-tokens.csv"
+part "where a compact step goes" 45 $PYTHON bench/gpu_step.py
+part "cost, 4096 tokens, checkpointing" 60 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 --zero none \
+  --methods compact lora --rows 2 --tokens 2048 --checkpointing --repeats 3 --seconds 50 --output "$OUT/cost-4096-checkpointing.csv"
+part "cost, 4096 tokens" 60 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 --zero none \
+  --methods compact lora --rows 2 --tokens 2048 --repeats 3 --seconds 50 --output "$OUT/cost-4096.csv"

@@ -1,0 +1,66 @@
+"""Where a training step of compact mode without DeepSpeed goes: one step's operators, on the GPU and on the CPU.
+
+python bench/gpu_step.py [--shape llama3-8b] [--layers 0] [--rows 2] [--tokens 256] [--steps 3] [--lines 25]
+
+Prints the median step, the time the GPU worked in one, the number of launches, and torch.profiler's two tables.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.cost_methods import without_deepspeed
+from bench.cost_worker import SHAPES, _batch, _model
+
+
+def main() -> None:
+    options = _options()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = without_deepspeed("compact", _model(options, device))
+    batch = _batch(options, device)
+    seconds = []
+    for repeat in range(options.steps + 2):
+        begin = time.perf_counter()
+        trained.step(batch)
+        _synchronize()
+        if repeat >= 2:  # the first ones allocate
+            seconds.append(time.perf_counter() - begin)
+    print(f"step {1e3 * statistics.median(seconds):.2f} ms without the profiler")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as found:
+        trained.step(batch)
+        _synchronize()
+    averages = found.key_averages()
+    launches = sum(event.count for event in averages if event.key.startswith("cudaLaunchKernel"))
+    print(f"GPU at work {sum(event.self_device_time_total for event in averages) / 1e3:.2f} ms, {launches} launches")
+    for order in ("self_device_time_total", "self_cpu_time_total"):
+        print(averages.table(sort_by=order, row_limit=options.lines, max_name_column_width=60))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama3-8b")
+    parser.add_argument("--layers", type=int, default=0, help="another number of layers than the shape's")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=256, help="in a row")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--steps", type=int, default=3, help="timed without the profiler")
+    parser.add_argument("--lines", type=int, default=25, help="of each table")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
