@@ -11,7 +11,7 @@ from piece_ds.cli.masks import layers_grid
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.deltas import compose, verify
 from piece_ds.deltas.delta import Delta, find_deltas, open_delta
-from piece_ds.deltas.export import export_peft, export_vllm
+from piece_ds.deltas.export import export_peft, export_vllm, require_stored_names
 from piece_ds.deltas.folder import ModelFolder, open_folder
 from piece_ds.deltas.patch import patch_in_place, patch_to, require_free
 from piece_ds.deltas.value_changes import movements
@@ -96,6 +96,8 @@ def export_deltas(arguments: argparse.Namespace) -> None:
     folder = _open_model(arguments) if arguments.model else None
     if folder is not None:
         verify(folder, [Step(deltas[0])])
+    else:
+        require_stored_names(deltas[0])
     if arguments.format == "vllm":
         export_vllm(deltas[0], output, *([folder.stored_as] if folder else []))
         print(printable(f"wrote {output}: {output.stat().st_size} bytes"))

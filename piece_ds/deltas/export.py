@@ -48,6 +48,23 @@ def export_vllm(
     write_tensors(output, tensors, metadata)
 
 
+def require_stored_names(delta: Delta) -> None:
+    """Raise UserError when only the model can say under which names a checkpoint holds the delta's parameters.
+
+    transformers stacks experts, and gives parts of vision-language models other names, while it loads: a patch with
+    the parameter's own names would fit no checkpoint.
+    """
+    for name, shape in delta.shapes.items():
+        parts = name.split(".")
+        stacked = "experts" in parts and (len(shape) > 2 or parts[-1] not in ("weight", "bias"))
+        renamed = bool({"language_model", "visual", "vision_tower", "vision_model"} & set(parts))
+        if stacked or renamed or parts[-1] not in ("weight", "bias"):
+            raise UserError(
+                f"delta {delta.path} changes {name!r}, which checkpoints may hold under other names or in parts: add "
+                "--model, the folder that is served"
+            )
+
+
 def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: str) -> int:
     """Write adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained(model, output).
 

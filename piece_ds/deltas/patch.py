@@ -4,6 +4,7 @@ Only the selected elements' bytes are written; headers, tensor order and all oth
 reverting gives back the very file, by sha256.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from pathlib import Path
 
 from piece_ds.deltas.delta import Delta
 from piece_ds.deltas.folder import ModelFolder, map_bits
+from piece_ds.deltas.guarded import locked, replace_file, require_changeable, require_own_files
 from piece_ds.deltas.record import RECORD_NAME, Record, Unfinished, read_record, write_record
-from piece_ds.deltas.verify import Step, file_fingerprint, verify
+from piece_ds.deltas.verify import Step, check_result, file_fingerprint, verify
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.files import write_whole
+from piece_ds.runtime.files import not_written
 
 
 def patch_to(folder: ModelFolder, steps: Sequence[Step], output: Path | str, with_record: bool = True) -> None:
@@ -30,7 +32,8 @@ def patch_to(folder: ModelFolder, steps: Sequence[Step], output: Path | str, wit
     """
     output = Path(output)
     require_free(output)
-    record = _next_record(folder, steps)
+    require_own_files(folder.root)
+    begun, record = read_record(folder.root), _next_record(folder, steps)
     verify(folder, steps)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
@@ -41,16 +44,35 @@ def patch_to(folder: ModelFolder, steps: Sequence[Step], output: Path | str, wit
             write_record(temporary, record)
         else:
             (temporary / RECORD_NAME).unlink(missing_ok=True)
-        os.rename(temporary, output)
+        if read_record(folder.root) != begun:
+            raise UserError(f"{folder.root} was changed by another command while it was copied: run this one again")
+        _rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _rename(temporary: Path, output: Path) -> None:
+    """Give the finished copy its name, unless another command was there first."""
+    try:
+        os.rename(temporary, output)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise not_written(output, error) from error
+        raise UserError(f"--output {output} appeared while this command ran: give a path where nothing is") from None
+
+
 def require_free(output: Path) -> None:
-    """Raise UserError where something stands at output."""
-    if output.exists():
+    """Raise UserError when something stands at output, or nothing can be written there."""
+    try:
+        taken = output.exists() or output.is_symlink()
+        if not taken:
+            output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # names that are too long, or hold a zero byte; a parent that is a file
+        raise UserError(f"--output {str(output)[:200]!r} cannot be written ({error.__class__.__name__})") from None
+    if taken:
         raise UserError(f"--output {output} exists already: give a path where nothing is, or remove it")
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: its folder cannot be written; give another path")
 
 
 def patch_in_place(folder: ModelFolder, steps: Sequence[Step]) -> None:
@@ -60,41 +82,54 @@ def patch_in_place(folder: ModelFolder, steps: Sequence[Step]) -> None:
     note; the same call finishes the work, and every other change of the folder is refused until then.
 
     Raises:
-        UserError: see verify(); another change was interrupted; a file is neither as before nor as after.
+        UserError: see verify(); another change was interrupted, or is going on; a file is neither as before nor as
+            after, or belongs to another user.
     Disk: room for one more copy of the largest file.
     """
-    note = _begin(folder, steps).unfinished
-    assert note is not None
-    for file, (before, after) in note.files.items():
-        found = file_fingerprint(folder, file)
-        if found == after:
-            continue  # done before the interruption
-        if found != before:
-            raise UserError(
-                f"{folder.root / file} is neither as before nor as after the interrupted change: copy the folder again"
-            )
-        write_whole(folder.root / file, partial(_write_patched, folder, steps, file))
-    write_record(folder.root, Record(note.applied))
+    require_own_files(folder.root)
+    with locked(folder.root):
+        note, is_continued = _begin(folder, steps)
+        for file in folder.files:
+            found = file_fingerprint(folder, file)
+            before, after = note.files.get(file, (found, found))
+            if found == after:
+                continue  # it does not change, or was done before the interruption
+            if found != before:
+                raise UserError(
+                    f"{folder.root / file} is neither as before nor as after the interrupted change: copy the folder "
+                    "again"
+                )
+            replace_file(folder.root / file, partial(_patch_file, folder, steps, file))
+        if is_continued:
+            check_result(folder, steps)
+        write_record(folder.root, Record(note.applied))
 
 
-def _write_patched(folder: ModelFolder, steps: Sequence[Step], file: str, path: Path) -> None:
-    shutil.copyfile(folder.root / file, path)
-    _patch_file(folder, steps, file, path)
-
-
-def _begin(folder: ModelFolder, steps: Sequence[Step]) -> Record:
-    """The note of what is going to happen, made now or by the interrupted call that this one continues."""
+def _begin(folder: ModelFolder, steps: Sequence[Step]) -> tuple[Unfinished, bool]:
+    """(what is going to happen, whether an interrupted call noted it, which this one continues)"""
     record = read_record(folder.root)
     applied = record.after(*_split(steps), folder.root).applied
     what = tuple((step.verb, step.delta.metadata.get("checksum")) for step in steps)
+    for file in folder.files:
+        require_changeable(folder.root / file)
     if record.unfinished is not None:
         if record.unfinished.steps != what:
             raise _interrupted(folder.root)
-        return record
-    files = verify(folder, steps).files
-    begun = replace(record, unfinished=Unfinished(what, applied, files))
-    write_record(folder.root, begun)
-    return begun
+        _check_note(folder, record.unfinished)
+        return replace(record.unfinished, applied=applied), True
+    note = Unfinished(what, applied, verify(folder, steps).files)
+    write_record(folder.root, replace(record, unfinished=note))
+    return note, False
+
+
+def _check_note(folder: ModelFolder, note: Unfinished) -> None:
+    """Raise UserError when a note, which may be anybody's, names what is no file of the model."""
+    foreign = next((file for file in note.files if file not in folder.files), None)
+    if foreign is not None:
+        raise UserError(
+            f"{folder.root / RECORD_NAME} notes an unfinished change of {foreign[:200]!r}, which is no file of this "
+            "model: the note is not piece_ds's; copy the folder again"
+        )
 
 
 def _next_record(folder: ModelFolder, steps: Sequence[Step]) -> Record:

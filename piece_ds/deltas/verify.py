@@ -43,6 +43,11 @@ class Step:
         """Fingerprint of the weights that this step is for."""
         return self.delta.result_fingerprint if self.undo else self.delta.base_fingerprint
 
+    @property
+    def after(self) -> str | None:
+        """Fingerprint of the weights that this step leaves."""
+        return self.delta.base_fingerprint if self.undo else self.delta.result_fingerprint
+
 
 @dataclass
 class _Count:
@@ -128,6 +133,38 @@ def file_fingerprint(folder: ModelFolder, file: str) -> str:
             bits = map_bits(folder.root / file, folder.stored[name], "c")
             total += hash_range(folder.parameter_of[name], bits)
     return hexadecimal(total)
+
+
+def check_result(folder: ModelFolder, steps: Sequence[Step]) -> None:
+    """Raise UserError unless the folder is what the steps, taken in this order, leave.
+
+    For work that another call began: what it noted is not proof of what it did.
+
+    Cost: reads all weights once when the last step says the fingerprint of its result, else the selected values.
+    """
+    seen: set[str] = set()
+    total, is_right = 0, True
+    expected = steps[-1].after
+    for name, place in folder.stored.items():
+        parameter = folder.parameter_of[name]
+        if place.dtype is None:
+            continue
+        flat = map_bits(folder.root / place.file, place, "c")
+        if expected is not None and parameter not in seen:
+            total += hash_range(parameter, flat)
+        seen.add(parameter)
+        written = [step.bits(parameter) for step in steps if parameter in step.delta.shapes]
+        if written:
+            positions = torch.cat([index for index, _, _ in written]).unique()
+            wanted = flat[positions]
+            for index, _, new in written:
+                wanted[torch.searchsorted(positions, index)] = new
+            is_right = is_right and torch.equal(flat[positions], wanted)
+    if not is_right or expected not in (None, hexadecimal(total)):
+        raise UserError(
+            f"{folder.root}: its weights are not those after the change that was to be finished: the note of it in "
+            "piece_ds.json does not belong to them; copy the folder again"
+        )
 
 
 def _check_kind(folder: ModelFolder, step: Step) -> None:
