@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "apply_delta_": "piece_ds.deltas",
     "attach": "piece_ds.update",
     "collect_statistics": "piece_ds.zero",
     "Estimator": "piece_ds.selection",
@@ -33,6 +34,7 @@ _HOME = {
     "register_estimator": "piece_ds.methods.registry",
     "save_mask": "piece_ds.checkpoint",
     "save_statistics": "piece_ds.checkpoint",
+    "scale_delta": "piece_ds.deltas",
     "scale_steps": "piece_ds.update",
     "select": "piece_ds.methods.estimate",
     "SparseAdamW": "piece_ds.update.sparse_adamw",
@@ -49,6 +51,7 @@ __all__ = [
     "SparseAdamW",
     "StepScale",
     "__version__",
+    "apply_delta_",
     "attach",
     "collect_statistics",
     "estimate_mask",
@@ -60,6 +63,7 @@ __all__ = [
     "register_estimator",
     "save_mask",
     "save_statistics",
+    "scale_delta",
     "scale_steps",
     "select",
 ]
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
     from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
     from piece_ds.config.piece import PieceConfig
     from piece_ds.data.collate import MicroBatches
+    from piece_ds.deltas import apply_delta_, scale_delta
     from piece_ds.methods.estimate import estimate_mask, select
     from piece_ds.methods.registry import register_estimator
     from piece_ds.models.layout import layout_of

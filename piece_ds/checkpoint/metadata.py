@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from math import prod
 
-from pydantic import BaseModel, ConfigDict, Json
+from pydantic import BaseModel, ConfigDict, FiniteFloat, Json
 
 from piece_ds.runtime.schema import Count
 from piece_ds.state.mask import Mask
@@ -21,6 +21,7 @@ class Metadata(BaseModel):
         shapes: parameter name -> shape, of the parameters in the file.
         model_fingerprint: see model_fingerprint().
         base_fingerprint, result_fingerprint: of all weights before and after a delta.
+        scale: what a delta's changes were multiplied by.
         step, counters: of the optimizer and the engine, in selected-state files.
     """
 
@@ -37,6 +38,7 @@ class Metadata(BaseModel):
     model_fingerprint: str | None = None
     base_fingerprint: str | None = None
     result_fingerprint: str | None = None
+    scale: FiniteFloat = 1.0
     step: Count | None = None
     counters: Json[dict[str, float]] | None = None
 

@@ -29,7 +29,7 @@ from piece_ds.runtime.text import printable
 def list_deltas(arguments: argparse.Namespace) -> None:
     """One line per delta."""
     rows = []
-    for delta in _open(arguments.deltas):
+    for delta in open_deltas(arguments.deltas):
         size = delta.path.stat().st_size
         metadata = delta.metadata
         rows.append(
@@ -50,7 +50,7 @@ def list_deltas(arguments: argparse.Namespace) -> None:
 
 def inspect_deltas(arguments: argparse.Namespace) -> None:
     """Where each delta lies and how far it moves values."""
-    for delta in _open(arguments.deltas):
+    for delta in open_deltas(arguments.deltas):
         numel = {name: prod(shape) for name, shape in delta.shapes.items()}
         index = {name: delta.change(name).index for name in delta.shapes}
         heading = "selected elements, and their share of the parameters that have any"
@@ -63,18 +63,18 @@ def inspect_deltas(arguments: argparse.Namespace) -> None:
 
 def apply_deltas(arguments: argparse.Namespace) -> None:
     """Put deltas on a model, in the order given."""
-    _patch(arguments, [Step(delta) for delta in _open(arguments.deltas)], "applied")
+    _patch(arguments, [Step(delta) for delta in open_deltas(arguments.deltas)], "applied")
 
 
 def revert_deltas(arguments: argparse.Namespace) -> None:
     """Take deltas off a model, the last given first."""
-    _patch(arguments, [Step(delta, undo=True) for delta in reversed(_open(arguments.deltas))], "reverted")
+    _patch(arguments, [Step(delta, undo=True) for delta in reversed(open_deltas(arguments.deltas))], "reverted")
 
 
 def merge_deltas(arguments: argparse.Namespace) -> None:
     """A plain copy of a model with deltas on it."""
     require_free(Path(arguments.output))
-    steps = [Step(delta) for delta in _open(arguments.deltas)]
+    steps = [Step(delta) for delta in open_deltas(arguments.deltas)]
     patch_to(_open_model(arguments), steps, arguments.output, with_record=False)
     print(printable(f"merged {len(steps)} deltas into {arguments.output}"))
 
@@ -82,18 +82,18 @@ def merge_deltas(arguments: argparse.Namespace) -> None:
 def compose_deltas(arguments: argparse.Namespace) -> None:
     """One delta that equals a stack."""
     require_free(Path(arguments.output))
-    compose(_open(arguments.deltas), arguments.output, with_previous=not arguments.without_previous)
-    _say_size(Path(arguments.output))
+    compose(open_deltas(arguments.deltas), arguments.output, with_previous=not arguments.without_previous)
+    say_size(Path(arguments.output))
 
 
 def export_deltas(arguments: argparse.Namespace) -> None:
     """One delta in another tool's layout."""
     output = Path(arguments.output)
     require_free(output)
-    deltas = _open(arguments.deltas)
+    deltas = open_deltas(arguments.deltas)
     if len(deltas) != 1:
         raise UserError(f"export takes one delta, got {len(deltas)}: make one of them with piece_ds delta compose")
-    folder = _open_model(arguments) if arguments.model else None
+    folder = open_model(arguments) if arguments.model else None
     if folder is not None:
         verify(folder, [Step(deltas[0])])
     else:
@@ -119,7 +119,7 @@ def _patch(arguments: argparse.Namespace, steps: list[Step], what: str) -> None:
         require_free(Path(arguments.output))
     if arguments.in_place and arguments.model != model_source(arguments.model):
         raise UserError(f"{arguments.model} is shared by every run of this user: give --output instead of --in_place")
-    folder = _open_model(arguments)
+    folder = open_model(arguments)
     if arguments.in_place:
         patch_in_place(folder, steps)
     else:
@@ -127,11 +127,11 @@ def _patch(arguments: argparse.Namespace, steps: list[Step], what: str) -> None:
     print(printable(f"{what} {len(steps)} deltas: {folder.root if arguments.in_place else arguments.output}"))
 
 
-def _open(paths: list[str]) -> list[Delta]:
+def open_deltas(paths: list[str]) -> list[Delta]:
     return [open_delta(path) for path in find_deltas(paths)]
 
 
-def _open_model(arguments: argparse.Namespace) -> ModelFolder:
+def open_model(arguments: argparse.Namespace) -> ModelFolder:
     """The model folder with what its configuration says of its parameters."""
     model = _empty_model(arguments)
     return open_folder(model_source(arguments.model), layout_of(model), names_in_files(model))
@@ -160,6 +160,7 @@ def _summary(delta: Delta) -> dict[str, str]:
         "ratio": metadata.get("ratio", "unknown"),
         "selected": f"{delta.num_selected} of {metadata.get('total', 'unknown')}",
         "file": f"{size} bytes, {size / delta.num_selected:.2f} a selected value",
+        "scaled by": f"{delta.scale:g}",
         "previous values": "yes" if delta.reversible else "no: cannot be reverted",
         "model (names and shapes)": metadata.get("model_fingerprint", "unknown"),
         "weights before": delta.base_fingerprint or "unknown",
@@ -186,7 +187,7 @@ def _movement_grid(delta: Delta) -> Grid:
     return Grid("how far values moved", header, tuple(rows))
 
 
-def _say_size(path: Path) -> None:
+def say_size(path: Path) -> None:
     delta = open_delta(path)
     size = path.stat().st_size
     print(

@@ -1,6 +1,7 @@
 """The parser of the `piece_ds` command: which commands there are, and which function does each."""
 
 import argparse
+from collections.abc import Callable
 from typing import NoReturn
 
 from piece_ds.runtime.errors import UserError
@@ -16,7 +17,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="piece_ds", description="Task deltas as files, what a run needs, and runs compared.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    delta = commands.add_parser("delta", help="list, inspect, apply, revert, merge, compose and export task deltas")
+    delta = commands.add_parser("delta", help="task deltas: list, apply, revert, scale, merge, export ...")
     _add_delta_commands(delta.add_subparsers(metavar="COMMAND", required=True))
     _add_plan(commands.add_parser("plan", help="memory and traffic of a run, from a model's shapes alone"))
     _add_doctor(commands.add_parser("doctor", help="whether this machine can do what a run needs"))
@@ -45,7 +46,7 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
         target = add(name, text).add_mutually_exclusive_group(required=True)
         target.add_argument("--output", metavar="FOLDER", help="write a changed copy here")
         target.add_argument("--in_place", action="store_true", help="change MODEL_FOLDER, file by file")
-    add("merge", "A plain copy of a model with deltas on it").add_argument("--output", metavar="FOLDER", required=True)
+    _add_algebra(commands, add)
     compose = add("compose", "One delta that equals a stack", model=False)
     compose.add_argument("--output", metavar="FILE", required=True)
     compose.add_argument("--without_previous", action="store_true", help="6 bytes a value in 16 bits; no revert")
@@ -54,6 +55,43 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
     export.add_argument("--model", metavar="MODEL_FOLDER", help="the base; needed for peft")
     export.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
     export.add_argument("--output", metavar="PATH", required=True)
+
+
+def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands that compute a new delta or model from others."""
+    merge = add("merge", "A plain copy of a model with deltas on it: a stack, or tasks merged into one change")
+    merge.add_argument(
+        "--output", metavar="PATH", required=True, help="a folder for the model, or F.safetensors for the delta alone"
+    )
+    merge.add_argument(
+        "--how",
+        choices=["replace", "linear", "ties", "dare"],
+        default="replace",
+        help="replace: a stack, the last value stands; the others merge changes; default: %(default)s",
+    )
+    merge.add_argument("--weights", metavar="W,W", help="one number a delta; default: 1 / number of deltas each")
+    merge.add_argument("--density", type=float, default=1.0, help="ties: share of largest changes; dare: share drawn")
+    merge.add_argument("--scale", type=float, default=1.0, help="the merged change is multiplied by it")
+    merge.add_argument("--seed", type=int, default=42, help="of dare's draws; default: %(default)s")
+    scale = add("scale", "A delta whose changes are multiplied by ALPHA; any other is reached from it", model=False)
+    scale.add_argument("--alpha", type=float, required=True, help="0 is the base, 1 the task")
+    scale.add_argument("--output", metavar="FILE", required=True)
+    prune = add("prune", "A delta with only its largest changes", model=False)
+    prune.add_argument("--keep", metavar="SHARE", type=float, required=True, help="of the selected elements, in (0, 1]")
+    prune.add_argument(
+        "--by", choices=["change", "relative"], default="change", help="|change|, or |change| / |weight|"
+    )
+    prune.add_argument("--output", metavar="FILE", required=True)
+    diff = commands.add_parser("diff", help="A delta of two model folders", description="From MODEL_A to MODEL_B.")
+    diff.add_argument("model", metavar="MODEL_A", help="transformers folder with safetensors files")
+    diff.add_argument("other", metavar="MODEL_B", help="of the same architecture and dtype")
+    diff.add_argument("--ratio", type=float, help="keep the largest changes: a share of the model; default: all")
+    diff.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
+    diff.add_argument("--output", metavar="FILE", required=True)
+    diff.set_defaults(run="piece_ds.cli.delta_algebra:diff_models")
+    merge.set_defaults(run="piece_ds.cli.delta_algebra:merge_models")
+    scale.set_defaults(run="piece_ds.cli.delta_algebra:scale_deltas")
+    prune.set_defaults(run="piece_ds.cli.delta_algebra:prune_deltas")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

@@ -41,7 +41,8 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
         if keep_previous and previous is not None:
             tensors[f"{name}.previous"] = previous
     selected = sum(tensors[f"{name}.indices"].numel() for name in names)
-    metadata = first.metadata | {
+    inherited = {key: value for key, value in first.metadata.items() if key != "scale"}
+    metadata = inherited | {
         "method": "+".join(dict.fromkeys(delta.metadata.get("method", "unknown") for delta in deltas)),
         "ratio": repr(selected / int(first.metadata["total"])) if "total" in first.metadata else "nan",
         "selected": str(selected),

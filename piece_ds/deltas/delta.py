@@ -12,7 +12,7 @@ from piece_ds.checkpoint.artifact import DELTA, Artifact, check_index, open_arti
 from piece_ds.runtime.errors import UserError
 
 DELTA_NAME = "delta.safetensors"
-PARTS = ("indices", "values", "previous")
+PARTS = ("indices", "values", "previous", "unscaled")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,11 +24,13 @@ class Change:
         index: ascending flat row-major positions, int64.
         values: what stands there after the task, in the parameter's dtype.
         previous: what stood there before; None where the file does not say.
+        unscaled: what a scaled delta would write at scale 1; None where that is values.
     """
 
     index: Tensor
     values: Tensor
     previous: Tensor | None
+    unscaled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Delta:
         shapes: of the parameters it changes, in the file's order.
         dtypes: of the same.
         reversible: whether it holds the previous values.
+        scale: what the task's changes were multiplied by; unless it is 1, the file holds the unscaled values too.
     """
 
     path: Path
@@ -48,6 +51,7 @@ class Delta:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     reversible: bool
+    scale: float = 1.0
 
     @property
     def num_selected(self) -> int:
@@ -67,7 +71,8 @@ class Delta:
         """The change of one parameter. Memory: its part of the file."""
         with open_artifact(self.path, DELTA, verify=False) as file:
             previous = file.tensor(f"{name}.previous") if self.reversible else None
-            return Change(file.tensor(f"{name}.indices").long(), file.tensor(f"{name}.values"), previous)
+            unscaled = file.tensor(f"{name}.unscaled") if self.scale != 1.0 else None
+            return Change(file.tensor(f"{name}.indices").long(), file.tensor(f"{name}.values"), previous, unscaled)
 
 
 def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
@@ -107,7 +112,8 @@ def open_delta(path: Path | str) -> Delta:
             raise file.refuse("metadata 'shapes' or 'selected' is missing")
         shapes = {name: tuple(shape) for name, shape in file.metadata.shapes.items()}
         reversible = any(key.endswith(".previous") for key in file.names)
-        parts = PARTS if reversible else PARTS[:2]
+        scale = file.metadata.scale
+        parts = PARTS if scale != 1.0 else PARTS[:3] if reversible else PARTS[:2]
         if set(file.names) != {f"{name}.{part}" for name in shapes for part in parts}:
             raise file.refuse(f"expected {', '.join(parts)} of {len(shapes)} parameters, found other tensors")
         dtypes, count = {}, 0
@@ -117,7 +123,7 @@ def open_delta(path: Path | str) -> Delta:
             dtypes[name], count = values.dtype, count + index.numel()
         if count != file.metadata.selected or count == 0:
             raise file.refuse(f"it changes {count} elements, its metadata says {file.metadata.selected}")
-        return Delta(path, dict(file.strings), shapes, dtypes, reversible)
+        return Delta(path, dict(file.strings), shapes, dtypes, reversible, scale)
 
 
 def _check_change(file: Artifact, name: str, numel: int, index: Tensor, values: Tensor, *previous: Tensor) -> None:

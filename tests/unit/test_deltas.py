@@ -120,14 +120,14 @@ def test_an_interrupted_change_in_place_is_finished_by_the_same_command(
 ) -> None:
     calls = []
 
-    def write_whole(path: Path, write: object) -> None:
+    def replace_file(path: Path, change: object) -> None:
         if len(calls) == num_done:
             raise KeyboardInterrupt
         calls.append(path)
-        original(path, write)
+        original(path, change)
 
-    original = patch.write_whole
-    monkeypatch.setattr(patch, "write_whole", write_whole)
+    original = patch.replace_file
+    monkeypatch.setattr(patch, "replace_file", replace_file)
     with pytest.raises(KeyboardInterrupt):
         delta("apply", small.base, *small.deltas[:2], "--in_place")
     monkeypatch.undo()

@@ -1,0 +1,94 @@
+"""What `piece_ds delta scale | prune | merge | diff` do: a new delta or model, computed from others."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from piece_ds.cli.delta import open_deltas, open_model, say_size
+from piece_ds.deltas.combine import Merge, merge_deltas
+from piece_ds.deltas.delta import Delta, open_delta
+from piece_ds.deltas.difference import diff_folders
+from piece_ds.deltas.patch import patch_to, require_free
+from piece_ds.deltas.scale import prune_delta, scale_delta
+from piece_ds.deltas.verify import Step, verify
+from piece_ds.runtime.errors import UserError
+
+
+def scale_deltas(arguments: argparse.Namespace) -> None:
+    """One delta, its changes multiplied."""
+    delta = _only(arguments, "scale")
+    require_free(Path(arguments.output))
+    scale_delta(delta, arguments.alpha, arguments.output)
+    say_size(Path(arguments.output))
+
+
+def prune_deltas(arguments: argparse.Namespace) -> None:
+    """One delta, its small changes left out."""
+    delta = _only(arguments, "prune")
+    require_free(Path(arguments.output))
+    prune_delta(delta, arguments.keep, arguments.output, arguments.by)
+    say_size(Path(arguments.output))
+
+
+def diff_models(arguments: argparse.Namespace) -> None:
+    """A delta from one model folder to another."""
+    require_free(Path(arguments.output))
+    before = open_model(arguments)
+    after = open_model(argparse.Namespace(**{**vars(arguments), "model": arguments.other}))
+    diff_folders(before, after, arguments.output, arguments.ratio)
+    say_size(Path(arguments.output))
+
+
+def merge_models(arguments: argparse.Namespace) -> None:
+    """A plain copy of a model with deltas on it, or the one delta that leads there."""
+    output = Path(arguments.output)
+    require_free(output)
+    deltas = open_deltas(arguments.deltas)
+    if arguments.how == "replace":
+        _refuse_options_of_merging(arguments)
+        patch_to(open_model(arguments), [Step(delta) for delta in deltas], output, with_record=False)
+        print(f"merged {len(deltas)} deltas into {output}")
+        return
+    merge = Merge(
+        how=arguments.how,
+        weights=_numbers(arguments.weights),
+        density=arguments.density,
+        scale=arguments.scale,
+        seed=arguments.seed,
+    )
+    folder = open_model(arguments)
+    verify(folder, [Step(deltas[0])])
+    if output.suffix == ".safetensors":
+        merge_deltas(deltas, merge, output)
+        say_size(output)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = Path(scratch) / "merged.safetensors"
+        merge_deltas(deltas, merge, merged)
+        patch_to(folder, [Step(open_delta(merged))], output, with_record=False)
+    print(f"merged {len(deltas)} deltas by {arguments.how} into {output}")
+
+
+def _refuse_options_of_merging(arguments: argparse.Namespace) -> None:
+    given = {"--weights": arguments.weights, "--density": arguments.density != 1, "--scale": arguments.scale != 1}
+    named = next((flag for flag, is_given in given.items() if is_given), None)
+    if named is not None:
+        raise UserError(f"{named} has no meaning with --how replace, which puts a stack of deltas on as it is")
+    if Path(arguments.output).suffix == ".safetensors":
+        raise UserError("--how replace writes a model folder; for the one delta of a stack use piece_ds delta compose")
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--weights {text[:60]!r}: expected numbers with commas between, such as 0.5,0.5") from None
+
+
+def _only(arguments: argparse.Namespace, what: str) -> Delta:
+    deltas = open_deltas(arguments.deltas)
+    if len(deltas) != 1:
+        raise UserError(f"{what} takes one delta, got {len(deltas)}: make one of them with piece_ds delta compose")
+    return deltas[0]

@@ -1,0 +1,151 @@
+"""Several tasks as one delta: their changes averaged, by TIES, or by DARE.
+
+A task's change is value - previous at its selected elements and 0 elsewhere. The result is base + scale * merged.
+Linear: sum of w_i t_i. TIES (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): keep each task's largest changes, elect
+the sign of the greater total per element, average the changes that have it. DARE (Yu et al. 2023, arXiv 2311.03099):
+drop each change with probability 1 - density, multiply what stays by 1 / density, then sum w_i t_i.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from piece_ds.deltas.delta import Change, Delta
+from piece_ds.deltas.scale import split
+from piece_ds.deltas.write import require_previous, top, write_delta
+from piece_ds.runtime.errors import UserError
+
+HOWS = ("linear", "ties", "dare")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """How deltas are merged.
+
+    Attributes:
+        how: one of HOWS.
+        weights: one a delta; None means 1 / number of deltas. TIES weighs the changes before it elects signs, and
+            divides by the weights of those that agree.
+        density: share of each task's changes that is kept, in (0, 1]: the largest (ties), or drawn (dare).
+        scale: what the merged change is multiplied by.
+        seed: of DARE's draws.
+    """
+
+    how: str
+    weights: tuple[float, ...] | None = None
+    density: float = 1.0
+    scale: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.how not in HOWS:
+            raise UserError(f"how is {self.how!r}: expected one of {', '.join(HOWS)}")
+        if not 0 < self.density <= 1:
+            raise UserError(f"density is {self.density}: expected a share of the changes, in (0, 1]")
+        numbers = torch.tensor([self.scale, *(self.weights or ())], dtype=torch.float64)
+        if not bool(numbers.isfinite().all()):
+            raise UserError("scale and weights must be finite numbers")
+        if self.how == "linear" and self.density != 1:
+            raise UserError("density has no meaning with how 'linear', which keeps every change")
+        if self.how == "ties" and min(self.weights or (1.0,)) <= 0:
+            raise UserError("weights of TIES must be above 0: it divides by the weights of the tasks that agree")
+
+
+def merge_deltas(deltas: Sequence[Delta], merge: Merge, output: Path | str) -> None:
+    """Write the delta that merges tasks, for the base of the first.
+
+    Args:
+        deltas: of one base, or each on top of the one before; with previous values.
+    Raises:
+        UserError: deltas that have no base in common, without previous values, or weights that are not as many.
+    Memory: the changes of all deltas, in fp64.
+    """
+    _check(deltas)
+    weights = merge.weights or (1.0 / len(deltas),) * len(deltas)
+    if len(weights) != len(deltas):
+        raise UserError(f"{len(weights)} weights for {len(deltas)} deltas: give one for each")
+    kept = [_sparsified(delta, number, merge) for number, delta in enumerate(deltas)]
+    shapes = {name: shape for delta in deltas for name, shape in delta.shapes.items()}
+    changes: dict[str, Change] = {}
+    for name in shapes:
+        parts = [(delta.change(name), weight, tau[name])
+                 for delta, weight, tau in zip(deltas, weights, kept, strict=True) if name in tau]  # fmt: skip
+        changes[name] = _merged(parts, merge)
+    metadata = deltas[0].metadata | {
+        "method": f"{merge.how}({'+'.join(d.metadata.get('method', '?') for d in deltas)})"
+    }
+    write_delta(output, changes, shapes, metadata)
+
+
+def _check(deltas: Sequence[Delta]) -> None:
+    first = deltas[0]
+    for delta in deltas:
+        require_previous(delta, "merging")
+        if delta.metadata.get("model_fingerprint") != first.metadata.get("model_fingerprint"):
+            raise UserError(f"deltas {first.path} and {delta.path} are of different models")
+        if any(first.dtypes[name] != dtype for name, dtype in delta.dtypes.items() if name in first.dtypes):
+            raise UserError(f"deltas {first.path} and {delta.path} hold values of different dtypes")
+    bases = [delta.base_fingerprint for delta in deltas]
+    if None in bases:
+        raise UserError(
+            f"delta {deltas[bases.index(None)].path} has no fingerprint: nothing can show what it is based on"
+        )
+    stacked = all(before.result_fingerprint == after.base_fingerprint for before, after in pairwise(deltas))
+    if len(set(bases)) > 1 and not stacked:
+        raise UserError(
+            f"deltas {', '.join(str(delta.path) for delta in deltas)} are neither of one base nor each on top of the "
+            "one before: their changes cannot be merged"
+        )
+
+
+def _sparsified(delta: Delta, number: int, merge: Merge) -> dict[str, Tensor]:
+    """A task's changes, fp64, per parameter and as long as its selection; what is dropped is 0."""
+    found = {}
+    for name in delta.shapes:
+        change = delta.change(name)
+        assert change.previous is not None
+        found[name] = change.values.double() - change.previous.double()
+    if merge.density == 1:
+        return found
+    if merge.how == "ties":
+        sizes = torch.cat([tau.abs() for tau in found.values()])
+        chosen = top(sizes, max(1, int(merge.density * sizes.numel())))
+        for (name, tau), places in zip(found.items(), split(chosen, [t.numel() for t in found.values()]), strict=True):
+            found[name] = torch.zeros_like(tau).index_copy_(0, places, tau[places])
+        return found
+    for name, tau in found.items():
+        seed = hashlib.sha256(f"{merge.seed} {number} {name}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
+        drawn = torch.rand(tau.numel(), generator=generator, dtype=torch.float64) < merge.density
+        found[name] = torch.where(drawn, tau / merge.density, 0.0)
+    return found
+
+
+def _merged(parts: Sequence[tuple[Change, float, Tensor]], merge: Merge) -> Change:
+    """The merged change of one parameter, at the union of the tasks' positions."""
+    index = torch.cat([change.index for change, _, _ in parts]).unique()
+    base = torch.empty(index.numel(), dtype=parts[0][0].values.dtype)
+    weighted = torch.zeros(len(parts), index.numel(), dtype=torch.float64)
+    weight = torch.zeros(len(parts), 1, dtype=torch.float64)
+    for row, (change, of_task, tau) in reversed(list(enumerate(parts))):
+        assert change.previous is not None
+        places = torch.searchsorted(index, change.index)
+        base[places] = change.previous  # the first task's stands: it saw the base itself
+        weighted[row, places] = of_task * tau
+        weight[row] = of_task
+    merged = _elected_mean(weighted, weight) if merge.how == "ties" else weighted.sum(0)
+    values = (base.double() + merge.scale * merged).to(base.dtype)
+    return Change(index, torch.where(merged == 0, base, values), base)
+
+
+def _elected_mean(weighted: Tensor, weight: Tensor) -> Tensor:
+    """TIES' second and third step: the sign of the sum, and the mean of what has it; 0 where nothing has."""
+    sign = weighted.sum(0).sign()
+    agrees = (weighted.sign() == sign) & (weighted != 0)
+    total = (weight * agrees).sum(0)
+    return torch.where(total > 0, (weighted * agrees).sum(0) / total.clamp(min=1e-300), 0.0)

@@ -1,0 +1,83 @@
+"""A delta of any two checkpoints of one architecture: a full fine-tune or an RL run as a file that travels."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from piece_ds.checkpoint.metadata import model_fingerprint
+from piece_ds.deltas.delta import Change
+from piece_ds.deltas.folder import ModelFolder, map_bits
+from piece_ds.deltas.scale import split, take
+from piece_ds.deltas.write import top, write_delta
+from piece_ds.runtime.errors import UserError
+from piece_ds.state.weights_hash import hash_range, hexadecimal
+
+
+def diff_folders(before: ModelFolder, after: ModelFolder, output: Path | str, ratio: float | None = None) -> None:
+    """Write the delta that leads from one model folder to another.
+
+    Args:
+        before, after: of one architecture, the same dtypes.
+        ratio: keep the max(1, int(ratio * elements of the model)) largest |changes|, ties to the smaller (parameter
+            order, position); None keeps every element whose bits differ, so that applying gives `after` to the bit.
+    Raises:
+        UserError: another architecture or dtype, a quantized tensor, equal weights, or a ratio outside (0, 1].
+    Cost: reads both once. Memory: of what is kept, an index and two values an element: 8 bytes a parameter for a full
+        fine-tune in bf16.
+    """
+    if ratio is not None and not 0 < ratio <= 1:
+        raise UserError(f"ratio is {ratio}: expected a share of the model's elements, in (0, 1]")
+    _check_alike(before, after)
+    limit = None if ratio is None else max(1, int(ratio * before.layout.total))
+    changes: dict[str, Change] = {}
+    base = 0
+    for info in before.layout.parameters:
+        name = info.name
+        first, second = _bits(before, name), _bits(after, name)
+        base += hash_range(name, first)
+        index = (first != second).nonzero().view(-1)
+        dtype = before.stored[before.stored_as(name)[0]].dtype
+        assert dtype is not None
+        change = Change(index, second[index].view(dtype), first[index].view(dtype))
+        if limit is not None and index.numel() > limit:
+            change = take(change, top(_sizes(change), limit))
+        changes[name] = change
+    if limit is not None:
+        chosen = top(torch.cat([_sizes(change) for change in changes.values()]), limit)
+        parts = split(chosen, [change.index.numel() for change in changes.values()])
+        changes = {name: take(changes[name], places) for name, places in zip(changes, parts, strict=True)}
+    metadata = {
+        "method": "diff",
+        "total": str(before.layout.total),
+        "model_fingerprint": model_fingerprint(before.layout),
+        "base_fingerprint": hexadecimal(base),
+    }
+    write_delta(output, changes, before.layout.shapes(), metadata)
+
+
+def _bits(folder: ModelFolder, parameter: str) -> Tensor:
+    place = folder.stored[folder.stored_as(parameter)[0]]
+    return map_bits(folder.root / place.file, place, "c")
+
+
+def _sizes(change: Change) -> Tensor:
+    assert change.previous is not None
+    return (change.values.double() - change.previous.double()).abs()
+
+
+def _check_alike(before: ModelFolder, after: ModelFolder) -> None:
+    if before.layout.shapes() != after.layout.shapes():
+        own, other = before.layout.shapes(), after.layout.shapes()
+        name = next(n for n in [*own, *other] if own.get(n) != other.get(n))
+        raise UserError(
+            f"{before.root} and {after.root} are of different architectures: {name!r} has shape {own.get(name)} in one "
+            f"and {other.get(name)} in the other"
+        )
+    for name in before.layout.shapes():
+        dtypes = {f.stored[stored].dtype for f in (before, after) for stored in f.stored_as(name)}
+        if len(dtypes) > 1 or None in dtypes:
+            raise UserError(
+                f"{name!r} is stored as {' and '.join(sorted(str(dtype) for dtype in dtypes))} in {before.root} and "
+                f"{after.root}: save both models in one dtype, unquantized"
+            )
