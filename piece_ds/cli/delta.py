@@ -71,14 +71,6 @@ def revert_deltas(arguments: argparse.Namespace) -> None:
     _patch(arguments, [Step(delta, undo=True) for delta in reversed(open_deltas(arguments.deltas))], "reverted")
 
 
-def merge_deltas(arguments: argparse.Namespace) -> None:
-    """A plain copy of a model with deltas on it."""
-    require_free(Path(arguments.output))
-    steps = [Step(delta) for delta in open_deltas(arguments.deltas)]
-    patch_to(_open_model(arguments), steps, arguments.output, with_record=False)
-    print(printable(f"merged {len(steps)} deltas into {arguments.output}"))
-
-
 def compose_deltas(arguments: argparse.Namespace) -> None:
     """One delta that equals a stack."""
     require_free(Path(arguments.output))

@@ -12,6 +12,7 @@ from piece_ds.deltas.patch import patch_to, require_free
 from piece_ds.deltas.scale import prune_delta, scale_delta
 from piece_ds.deltas.verify import Step, verify
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.text import printable
 
 
 def scale_deltas(arguments: argparse.Namespace) -> None:
@@ -47,7 +48,7 @@ def merge_models(arguments: argparse.Namespace) -> None:
     if arguments.how == "replace":
         _refuse_options_of_merging(arguments)
         patch_to(open_model(arguments), [Step(delta) for delta in deltas], output, with_record=False)
-        print(f"merged {len(deltas)} deltas into {output}")
+        print(printable(f"merged {len(deltas)} deltas into {output}"))
         return
     merge = Merge(
         how=arguments.how,
@@ -66,7 +67,7 @@ def merge_models(arguments: argparse.Namespace) -> None:
         merged = Path(scratch) / "merged.safetensors"
         merge_deltas(deltas, merge, merged)
         patch_to(folder, [Step(open_delta(merged))], output, with_record=False)
-    print(f"merged {len(deltas)} deltas by {arguments.how} into {output}")
+    print(printable(f"merged {len(deltas)} deltas by {arguments.how} into {output}"))
 
 
 def _refuse_options_of_merging(arguments: argparse.Namespace) -> None:
