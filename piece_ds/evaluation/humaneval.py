@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from piece_ds.evaluation.sandbox import check_sandbox, runs_to_its_end
+from piece_ds.evaluation.sandbox import Submission, check_sandbox, passes
 from piece_ds.runtime.distributed import all_gather_objects, rank, world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.progress import progress_bar
@@ -29,9 +29,9 @@ class Problem:
     test: str
     entry_point: str
 
-    def program(self, completion: str) -> str:
-        """Source that ends without an exception exactly where the completion is right."""
-        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
+    def submission(self, completion: str) -> Submission:
+        """The completed function, and the tests that are to pass."""
+        return Submission(f"{self.prompt}{completion}\n", self.entry_point, self.test, self.prompt)
 
 
 def load_problems() -> list[Problem]:
@@ -62,18 +62,16 @@ def cut_as_authors(text: str) -> str:
     return text.lstrip("\n").split("\n\n", 1)[0]
 
 
-def passed(
-    problems: list[Problem], completions: list[str], runs: Callable[[str], bool] = runs_to_its_end
-) -> list[bool]:
+def passed(problems: list[Problem], completions: list[str], tries: Callable[[Submission], bool] = passes) -> list[bool]:
     """Whether each completion passes its tests, on every rank; the programs are dealt over the ranks.
 
     Args:
         problems, completions: the same on every rank.
-        runs: what tries a program.
+        tries: what tries one.
     """
     own = range(rank(), len(problems), world_size())
     found = [
-        (index, runs(problems[index].program(completions[index])))
+        (index, tries(problems[index].submission(completions[index])))
         for index in progress_bar(own, "running completions", unit="program")
     ]
     gathered = [pair for of_rank in all_gather_objects(found) for pair in of_rank]  # type: ignore[attr-defined]

@@ -104,7 +104,7 @@ def evaluate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> dict
     }
     problems = [Problem(str(index), "", "", "f") for index in range(len(PAIRS))]
     completions = [str(index % 2) for index in range(len(PAIRS))]
-    results["passed"] = passed(problems, completions, lambda program: program.startswith("0"))
+    results["passed"] = passed(problems, completions, lambda submission: submission.program.startswith("0"))
     assert model.training
     return results
 

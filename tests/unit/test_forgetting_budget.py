@@ -1,0 +1,79 @@
+"""The scale of a task that a forgetting budget allows: on curves of which the answer is known."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from piece_ds.evaluation.forgetting_budget import MAX_TRIALS, halves, search_scale
+
+
+def curve(loss: Callable[[float], float], score: Callable[[float], float | None] = lambda alpha: None) -> Callable:
+    def measure(alpha: float) -> tuple[float, float | None]:
+        assert 0 < alpha <= 1  # alpha 0 is known
+        return loss(alpha), score(alpha)
+
+    return measure
+
+
+def test_a_task_that_fits_is_kept_whole_after_one_trial() -> None:
+    found = search_scale(curve(lambda alpha: 3 + 0.01 * alpha), before=3.0, budget=0.02)
+    assert (found.alpha, len(found.trials)) == (1.0, 1)
+    assert found.rise == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.6, 0.74, 0.8, 0.9, 0.99])
+def test_on_a_rising_curve_the_limit_is_found_to_a_sixteenth(limit: float) -> None:
+    found = search_scale(curve(lambda alpha: 2 + alpha**2), before=2.0, budget=limit**2)
+    assert found.alpha <= limit + 1e-12
+    assert limit - found.alpha <= 1 / 16 + 1e-12
+    assert len(found.trials) <= MAX_TRIALS
+    assert len({trial.alpha for trial in found.trials}) == len(found.trials)  # none is paid for twice
+
+
+def test_when_nothing_fits_alpha_is_zero() -> None:
+    for loss in (lambda alpha: 5.0, lambda alpha: math.nan, lambda alpha: math.inf):
+        found = search_scale(curve(loss), before=2.0, budget=0.1)
+        assert (found.alpha, found.rise, len(found.trials)) == (0.0, 0.0, MAX_TRIALS)
+        assert all(trial["general_loss"] in (5.0, None) for trial in found.to_json()["trials"])
+
+
+def test_on_a_curve_that_is_not_monotone_only_what_was_measured_counts() -> None:
+    """Fits at 1 and at 0.5, not between: 1 is right. Fits at 0.5 alone of the grid: never more than was tried."""
+    assert search_scale(curve(lambda alpha: 3 + math.sin(math.pi * alpha * 2) ** 2), 3.0, 0.1).alpha == 1.0
+    bumpy = {1.0: 9.0, 0.75: 9.0, 0.5: 3.0, 0.625: 9.0, 0.5625: 3.05, 0.59375: 9.0}
+    found = search_scale(curve(lambda alpha: bumpy[alpha]), before=3.0, budget=0.1)
+    assert found.alpha == 0.5625
+    assert bumpy[found.alpha] - 3.0 <= 0.1
+
+
+def test_negative_rises_fit_a_budget_of_zero() -> None:
+    assert search_scale(curve(lambda alpha: 3 - alpha), before=3.0, budget=0.0).alpha == 1.0
+
+
+def test_the_best_validation_score_within_the_budget_wins() -> None:
+    scores = {1.0: 0.9, 0.75: 0.6, 0.5: 0.8, 0.25: 0.3}
+    found = search_scale(curve(lambda alpha: 2 + alpha, lambda alpha: scores.get(alpha, 0.5)), before=2.0, budget=0.8)
+    assert found.alpha == 0.5  # 1 does not fit, 0.75 and what lies above score less
+    assert len(found.trials) <= MAX_TRIALS
+    ties = search_scale(curve(lambda alpha: 2 + alpha, lambda alpha: 0.5), before=2.0, budget=0.8)
+    assert ties.alpha == max(trial.alpha for trial in ties.trials if trial.alpha <= 0.8)
+    assert search_scale(curve(lambda alpha: 2.0, lambda alpha: math.nan), before=2.0, budget=0.1).alpha == 1.0
+
+
+def test_trials_are_never_more_than_asked() -> None:
+    for max_trials in range(1, 9):
+        for budget in (0.0, 0.3, 2.0):
+            found = search_scale(curve(lambda alpha: 1 + alpha, lambda alpha: alpha), 1.0, budget, max_trials)
+            assert len(found.trials) <= max_trials
+
+
+def test_what_is_no_budget_is_refused() -> None:
+    for before, budget in ((math.nan, 0.1), (1.0, -0.1), (1.0, math.inf), (math.inf, 0.1)):
+        with pytest.raises(ValueError, match="expected a finite loss"):
+            search_scale(curve(lambda alpha: 1.0), before, budget)
+
+
+def test_halves_share_no_row() -> None:
+    assert halves(list(range(5))) == ([0, 2, 4], [1, 3])
+    assert halves([7]) == ([7], [7])
