@@ -26,7 +26,14 @@ from piece_ds.zero.scaled_update import ScaledUpdate, scale_selected
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.step_watch import Place, StepWatch
 from piece_ds.zero.supported import adapter_for, require_trainable
-from piece_ds.zero.weights import SelectedWeights, forget_secondary, read_selected, read_whole, weights_fingerprint
+from piece_ds.zero.weights import (
+    SelectedWeightList,
+    SelectedWeights,
+    forget_secondary,
+    read_selected,
+    read_whole,
+    weights_fingerprint,
+)
 
 
 class CompactUpdate:
@@ -54,6 +61,7 @@ class CompactUpdate:
         self._check()
         params = dict(engine.module.named_parameters())
         self._weights = {name: SelectedWeights(params[name], self._index[name]) for name in self._index}
+        self._written = SelectedWeightList(self._weights.values())
         self._grad = torch.zeros(mask.num_selected, dtype=torch.float32, device=engine.device)
         self._largest = torch.zeros((), device=engine.device)  # of this rank's last gradient, in absolute value
         self._fingerprint: Tensor | None = None
@@ -178,8 +186,7 @@ class CompactUpdate:
 
     def _write(self) -> None:
         """The values into the weights."""
-        for name, part in self._parts(read_whole(self._values.values, self._engine.device)):
-            self._weights[name].write_(part)
+        self._written.write_(read_whole(self._values.values, self._engine.device))
 
     # Checkpoints.
 

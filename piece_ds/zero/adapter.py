@@ -230,6 +230,17 @@ class BoundGradients:
         """Zero grad, which is [offset, offset + grad.numel()) of buffer `key`, outside the selection."""
         ops.apply_mask_(grad.view(-1), self._local(key, offset, grad.numel(), grad.device))
 
+    def mask_all_(self, key: Any, grads: list[Tensor]) -> None:
+        """mask_() of the tensors whose concatenation is the front of buffer `key`, in one call where dtypes agree."""
+        if len({(grad.dtype, grad.device) for grad in grads}) == 1:
+            numel = sum(grad.numel() for grad in grads)
+            ops.apply_mask_list_([grad.view(-1) for grad in grads], self._local(key, 0, numel, grads[0].device))
+            return
+        offset = 0
+        for grad in grads:  # stage 3 has zeros in the weight's dtype for a parameter without a gradient
+            self.mask_(key, grad, offset)
+            offset += grad.numel()
+
     def _local(self, key: Any, offset: int, numel: int, device: torch.device) -> Tensor:
         where = (key, offset, numel, device)
         if where not in self._on_device:  # copied to the device once, not at every step

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from piece_ds.state.selected_values import PARAMETER_NAME
 from piece_ds.zero.adapter import Adapter, BoundGradients, Piece
@@ -54,14 +54,27 @@ class Stage0(Adapter):
     def bind(self, index: dict[str, Tensor]) -> None:
         self._params = [p for p in self.engine.module.parameters() if p.requires_grad]
         self._bound = BoundGradients()
+        self._by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for param in self._params:
             name = self.name_of[id(param)]
             self._bound.bind(name, [Piece(name, 0, param.numel(), 0)], index)
+            self._by_dtype.setdefault(param.dtype, []).append(param)
+        for dtype, params in self._by_dtype.items():
+            pieces, offset = [], 0
+            for param in params:
+                pieces.append(Piece(self.name_of[id(param)], 0, param.numel(), offset))
+                offset += param.numel()
+            self._bound.bind(dtype, pieces, index)
 
     def mask_gradients_(self) -> None:
-        for param in self._params:
-            if param.grad is not None:
-                self._bound.mask_(self.name_of[id(param)], param.grad)
+        for dtype, params in self._by_dtype.items():
+            grads = [param.grad for param in params if param.grad is not None]
+            if len(grads) == len(params):
+                self._bound.mask_all_(dtype, grads)
+                continue
+            for param in params:  # one that this loss does not use has none
+                if param.grad is not None:
+                    self._bound.mask_(self.name_of[id(param)], param.grad)
         self._report_norm([param.grad for param in self._params if param.grad is not None])
 
     def gradients(self) -> list[tuple[Tensor, list[Piece]]]:

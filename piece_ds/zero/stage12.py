@@ -52,10 +52,7 @@ class Stage12(Adapter):
             if self.optimizer.cpu_offload:
                 self._mask_offloaded_(group)
             else:
-                offset = 0
-                for grad in self.optimizer.averaged_gradients[group]:
-                    self._bound.mask_(group, grad, offset)
-                    offset += grad.numel()
+                self._bound.mask_all_(group, list(self.optimizer.averaged_gradients[group]))
 
     def gradients(self) -> list[tuple[Tensor, list[Piece]]]:
         result = []

@@ -47,16 +47,17 @@ class Stage3(Adapter):
 
     def bind(self, index: dict[str, Tensor]) -> None:
         self._bound = BoundGradients()
-        for params in self.optimizer.fp16_groups:
+        for group, (_, pieces) in enumerate(self.masters()):
+            self._bound.bind(group, pieces, index)
+        for params in self.optimizer.fp16_groups if self.optimizer.offload_optimizer else ():
             for param in params:
                 self._bound.bind(self.name_of[id(param)], [self._piece(param)], index)
 
     def mask_gradients_(self) -> None:
         if self.optimizer.offload_optimizer:
             return  # done on arrival
-        for group, params in enumerate(self.optimizer.fp16_groups):
-            for param, grad in zip(params, self.optimizer.averaged_gradients[group], strict=True):
-                self._bound.mask_(self.name_of[id(param)], grad)
+        for group in range(len(self.optimizer.fp16_groups)):
+            self._bound.mask_all_(group, list(self.optimizer.averaged_gradients[group]))
 
     def gradients(self) -> list[tuple[Tensor, list[Piece]]]:
         return [

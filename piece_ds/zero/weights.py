@@ -1,11 +1,13 @@
 """Reading and writing a parameter's elements, wherever ZeRO keeps them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from piece_ds import ops
 from piece_ds.runtime.distributed import all_reduce_sum_
 from piece_ds.state.mask import Mask, collective_device
 from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range
@@ -108,6 +110,53 @@ class SelectedWeights:
             dtype = torch.int32 if numel <= INT32_MAX else torch.int64
             self._ranges[key] = low, high, (self.index[low:high] - start).to(device, dtype)
         return self._ranges[key]
+
+
+class SelectedWeightList:
+    """Selected elements of many parameters, in every copy that this rank holds, written in one call a dtype."""
+
+    def __init__(self, weights: Iterable[SelectedWeights]) -> None:
+        self.weights = list(weights)
+        self._plans: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
+
+    def write_(self, values_K: Tensor) -> None:
+        """Set the selected elements of all of them, in order.
+
+        Args:
+            values_K: of the first parameter first; 1-D.
+        Cost: one scatter for the copies of a dtype on a device; the host waits for nothing once their places are known.
+        """
+        copies: dict[tuple[torch.device, torch.dtype], list[tuple[SelectedWeights, Tensor, int, int]]] = {}
+        first = 0
+        for weight in self.weights:
+            for flat, start in weight._copies():
+                copies.setdefault((flat.device, flat.dtype), []).append((weight, flat, start, first))
+            first += weight.index.numel()
+        for (device, dtype), places in copies.items():
+            index, source = self._plan(places, values_K.numel(), device)
+            values = values_K if source is None else values_K[source.to(values_K.device)]
+            values = values.to(device, dtype).contiguous()
+            ops.scatter_list_([flat for _, flat, _, _ in places], index, values)
+
+    def _plan(
+        self, places: list[tuple[SelectedWeights, Tensor, int, int]], num_values: int, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """(positions in the copies one after the other, which values go there or None for all of them in order).
+
+        Found once for each set of copies: 8 bytes an element on the device, 16 where it is not all of them.
+        """
+        key = (device, *((start, flat.numel(), first) for _, flat, start, first in places))
+        if key not in self._plans:
+            begin, index, source = 0, [], []
+            for weight, flat, start, first in places:
+                low, high, where = weight._inside(start, flat.numel(), torch.device("cpu"))
+                index.append(where.to(torch.int64) + begin)
+                source.append(torch.arange(first + low, first + high))
+                begin += flat.numel()
+            all_values, positions = torch.cat(source), torch.cat(index)
+            is_all = torch.equal(all_values, torch.arange(num_values))
+            self._plans[key] = positions.to(device), None if is_all else all_values.to(device)
+        return self._plans[key]
 
 
 def read_selected(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
