@@ -73,7 +73,7 @@ def run_embedded(settings: Settings) -> tuple[list[RunResults], RunFolder]:
 
 
 def _free_folder() -> Path:
-    """runs/embedded, or with the first number that no run has taken; the same on every rank."""
+    """Return runs/embedded, or with the first number that no run has taken; the same on every rank."""
     candidates = [Path(DEFAULT_OUTPUT), *(Path(f"{DEFAULT_OUTPUT}-{n}") for n in range(2, 1000))]
     return Path(str(broadcast_object(next(path for path in candidates if not path.exists()))))
 
@@ -118,7 +118,7 @@ def _train_base(base: Path, paths: EmbeddedPaths, recipe: EmbeddedRecipe, settin
 
 
 def _stream_flags(paths: EmbeddedPaths, recipe: EmbeddedRecipe, base: Path) -> dict[str, Any]:
-    """The recipe as flags of the stream."""
+    """Return the recipe as flags of the stream."""
     return {
         "model_name_or_path": base,
         "task_dir": paths.task_dir,

@@ -113,7 +113,7 @@ class DataArguments:
 
     @property
     def cutoff(self) -> int:
-        """Most tokens a prompt, and separately an answer, may keep."""
+        """Return the most tokens that a prompt, and separately an answer, may keep."""
         return self.max_prompt_len + self.max_ans_len
 
 

@@ -46,7 +46,7 @@ class Settings:
     source: "_Source"
 
     def training_arguments(self, **overrides: Any) -> TrainingArguments:
-        """A fresh TrainingArguments with overrides in place of the flags' values.
+        """Return a fresh TrainingArguments with overrides in place of the flags' values.
 
         Raises:
             UserError: a value that transformers refuses.
@@ -60,7 +60,7 @@ class Settings:
         return arguments
 
     def flag(self, name: str) -> str | None:
-        """The text of one of TrainingArguments' flags as given, without building TrainingArguments."""
+        """Return the text of one of TrainingArguments' flags as given, without building TrainingArguments."""
         parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
         parser.add_argument(f"--{name}", dest="value", nargs="?")
         value: str | None = parser.parse_known_args(list(self.flags))[0].value
@@ -79,11 +79,11 @@ class Settings:
         return _build(filled, self.given | set(overrides or {}))
 
     def resolved(self) -> dict[str, Any]:
-        """The settings as JSON-ready values, for run.json."""
+        """Return the settings as JSON-ready values, for run.json."""
         return {cls.__name__: asdict(value) for cls, value in zip(OURS, self._ours(), strict=True)}
 
     def shown(self) -> dict[str, Any]:
-        """What the user set, with the values in force: the settings that a report shows."""
+        """Return what the user set, with the values in force: the settings that a report shows."""
         arguments = self.training_arguments()
         found = {}
         for name in sorted(self.given):
@@ -107,7 +107,7 @@ class _Source:
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of the flags on the command line and of the keys in the file."""
+        """Return the names of the flags on the command line and of the keys in the file."""
         return frozenset({_flag_name(a) for a in self.command if a.startswith("--")} | set(self.config))
 
 

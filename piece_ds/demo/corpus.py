@@ -17,7 +17,7 @@ HELD_OUT_SHARE = 0.1
 
 
 def source_files(root: Path | None = None) -> list[Path]:
-    """Python sources under root (default: the standard library) in sorted order, without SKIPPED_FOLDERS.
+    """Return Python sources under root (default: the standard library) in sorted order, without SKIPPED_FOLDERS.
 
     Raises:
         RuntimeError: fewer than 20 usable files: this installation carries no sources.
@@ -38,7 +38,7 @@ def split_files(paths: list[Path], random: Random) -> tuple[list[Path], list[Pat
 
 
 def draw_text_rows(paths: list[Path], num_rows: int, num_bytes: int, random: Random) -> list[Row]:
-    """num_rows rows with an empty prompt and num_bytes of source text as the answer.
+    """Return num_rows rows with an empty prompt and num_bytes of source text as the answer.
 
     A piece starts at the start of a line and has ASCII characters only, so that bytes and characters agree.
 

@@ -15,7 +15,7 @@ VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 
 def make_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
-    """Tokenizer whose tokens are single bytes, with padding and truncation on the left.
+    """Return a tokenizer whose tokens are single bytes, with padding and truncation on the left.
 
     No token is added around a text: whoever builds rows decides where BOS and EOS stand.
 
@@ -44,7 +44,7 @@ MAX_LENGTH = 256
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
-    """Untrained model in fp32, its weights drawn from seed; the global generator is left as it was.
+    """Return an untrained model in fp32, its weights drawn from seed; the global generator is left as it was.
 
     Args:
         seed: of the initial weights.
@@ -57,7 +57,7 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 
 def model_config() -> LlamaConfig:
-    """Shape of the embedded model."""
+    """Return the shape of the embedded model."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,

@@ -34,13 +34,13 @@ SKILLS = {**WORD_SKILLS, **NUMBER_SKILLS}
 
 
 def random_word(random: Random) -> str:
-    """Lower-case letters, about a third of them vowels (as in English), of a length in WORD_LENGTHS."""
+    """Return lower-case letters, about a third of them vowels (as in English), of a length in WORD_LENGTHS."""
     length = random.randint(*WORD_LENGTHS)
     return "".join(random.choice(VOWELS if random.random() < 0.2 else ascii_lowercase) for _ in range(length))
 
 
 def random_number(random: Random) -> str:
-    """Decimal digits, of a length in NUMBER_LENGTHS; the first one may be 0."""
+    """Return decimal digits, of a length in NUMBER_LENGTHS; the first one may be 0."""
     return "".join(random.choices(digits, k=random.randint(*NUMBER_LENGTHS)))
 
 
@@ -49,7 +49,7 @@ RowMaker = Callable[[Random], Row]
 
 
 def skill_maker(name: str) -> RowMaker:
-    """Row maker of one skill of SKILLS, such as {"prompt": "smallest hello:", "answer": "e"}."""
+    """Return the row maker of one skill of SKILLS, such as {"prompt": "smallest hello:", "answer": "e"}."""
     draw, answer = (random_word, SKILLS[name]) if name in WORD_SKILLS else (random_number, SKILLS[name])
 
     def make_row(random: Random) -> Row:
@@ -64,7 +64,7 @@ MAX_REPEATS = 1000
 
 
 def draw_rows(make_row: RowMaker, num_rows: int, random: Random) -> list[Row]:
-    """num_rows rows of make_row with pairwise different prompts, in the order drawn.
+    """Return num_rows rows of make_row with pairwise different prompts, in the order drawn.
 
     Args:
         make_row: draws one row from the generator it is given.
@@ -102,13 +102,13 @@ OPERAND_LENGTH = 5
 
 
 def largest_letter(random: Random) -> Row:
-    """Which letter of a word is the last in the alphabet."""
+    """Return which letter of a word is the last in the alphabet."""
     word = _letters(random, OPERAND_LENGTH)
     return {"prompt": f"largest {word}:", "answer": max(word)}
 
 
 def odd_digit(random: Random) -> Row:
-    """Which digit of a number is the first odd one; a number without one is drawn again."""
+    """Return which digit of a number is the first odd one; a number without one is drawn again."""
     odd: list[str] = []
     while not odd:
         number = random.choices(digits, k=OPERAND_LENGTH)
@@ -117,13 +117,13 @@ def odd_digit(random: Random) -> Row:
 
 
 def end_letter(random: Random) -> Row:
-    """Which letter ends a word."""
+    """Return which letter ends a word."""
     word = _letters(random, OPERAND_LENGTH)
     return {"prompt": f"end {word}:", "answer": word[-1]}
 
 
 def hidden_digit(random: Random) -> Row:
-    """Which digit stands among the letters of a word, at any place."""
+    """Return which digit stands among the letters of a word, at any place."""
     digit = random.choice(digits)
     letters = _letters(random, OPERAND_LENGTH - 1)
     place = random.randint(0, len(letters))

@@ -79,7 +79,7 @@ class Baseline:
         self.settings = settings
 
     def adapt(self, model: nn.Module, num_tasks: int, previous: Path | None) -> nn.Module:
-        """The model that the stream trains, made of the base model once.
+        """Return the model that the stream trains, made of the base model once.
 
         Args:
             previous: folder of the last finished task, where a stream is resumed.
@@ -87,38 +87,38 @@ class Baseline:
         return model
 
     def begin_task(self, model: nn.Module, context: TaskContext) -> None:
-        """Before the trainer is made."""
+        """Prepare for a task, before the trainer is made."""
 
     def rows(self, context: TaskContext) -> Rows:
-        """What is trained on."""
+        """Return what is trained on."""
         return context.task.train
 
     def num_rows(self, task: Task, earlier: Sequence[Task]) -> int:
-        """How many rows rows() will give."""
+        """Return how many rows rows() will give."""
         return len(task.train)
 
     def collate(self, context: TaskContext) -> Collate:
-        """Of the training rows."""
+        """Return the function that makes batches of the training rows."""
         return context.collate
 
     def epoch(self, context: TaskContext) -> Callable[[torch.Generator], list[int]] | None:
-        """Draws one epoch's order of rows(); None leaves it to --train_sampling_strategy."""
+        """Return what draws one epoch's order of rows(); None leaves it to --train_sampling_strategy."""
         return None
 
     def engine_callback(self, context: TaskContext) -> "EngineCallback | None":
-        """What acts on the engine while it trains."""
+        """Return what acts on the engine while it trains."""
         return None
 
     def extra_loss(self, inputs: dict[str, Tensor], outputs: Any) -> Tensor | None:
-        """Added to the sum of the answer tokens' losses of a micro-batch; may take keys out of inputs beforehand."""
+        """Return what is added to the sum of a micro-batch's answer tokens' losses; may take keys out of inputs."""
         return None
 
     def take(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """inputs without what only extra_loss() knows."""
+        """Return inputs without what only extra_loss() knows."""
         return inputs
 
     def end_task(self, engine: Any, context: TaskContext) -> None:
-        """After the last step, with the engine still there."""
+        """Note what later tasks need, after the last step, with the engine still there."""
 
     def save_model(self, model: nn.Module, state: dict[str, Tensor], context: TaskContext, to: Path | None) -> None:
         """Write a plain transformers folder; called on one rank, where saves_itself.
@@ -136,10 +136,10 @@ class EngineCallback:
         self.remove: list[Callable[[], None]] = []
 
     def begin(self, engine: Any) -> None:
-        """The engine exists and nothing has been trained. A collective."""
+        """Begin: the engine exists and nothing has been trained. A collective."""
 
     def before_step(self, engine: Any) -> None:
-        """Before the first micro-batch of a step. A collective."""
+        """Prepare for a step, before its first micro-batch. A collective."""
 
     def end(self) -> None:
         for remove in self.remove:

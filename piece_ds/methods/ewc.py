@@ -65,7 +65,7 @@ class _Penalty(EngineCallback):
 
 
 def penalty_gradient(weight: float, fisher: Ranges, weights: Ranges, anchor: Ranges) -> Ranges:
-    """weight * F * (w - anchor) for every parameter of fisher."""
+    """Return weight * F * (w - anchor) for every parameter of fisher."""
     return {
         name: (start, weight * values.to(weights[name][1].device) * (weights[name][1] - anchor[name][1]))
         for name, (start, values) in fisher.items()

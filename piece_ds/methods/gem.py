@@ -70,7 +70,7 @@ class _Projection(EngineCallback):
             self.term.add_({name: (start, float(weight) * values) for name, (start, values) in memory.items()})
 
     def _dots(self, pairs: list[tuple[Ranges, Ranges]]) -> np.ndarray:
-        """Inner products over all ranks' elements, fp64."""
+        """Return inner products over all ranks' elements, fp64."""
         found = torch.stack([_dot(first, second) for first, second in pairs])
         if not self.term.replicated:
             found = all_reduce_sum_(found.to(collective_device()))

@@ -18,7 +18,7 @@ _ATTENTION = re.compile(r"attn|attention")
 
 
 def norm_names(model: nn.Module, layout: Layout, seed: int, task: str) -> set[str]:
-    """The eligible parameters of normalization layers: modules whose class is called so.
+    """Return the eligible parameters of normalization layers: modules whose class is called so.
 
     Source: LayerNorm tuning (Zhao et al., arXiv 2312.11420); a baseline of arXiv 2511.15375. seed and task have no say.
     """
@@ -70,13 +70,13 @@ Names = Callable[[nn.Module, Layout, int, str], set[str]]
 
 
 def count_whole(names_of: Names, model: nn.Module, layout: Layout, seed: int, task: str) -> int:
-    """How many elements the chosen parameters have."""
+    """Return how many elements the chosen parameters have."""
     names = names_of(model, layout, seed, task)
     return sum(info.numel for info in layout.parameters if info.name in names)
 
 
 def select_whole(names_of: Names, request: SelectionRequest) -> Mask:
-    """The mask of every element of the chosen parameters.
+    """Return the mask of every element of the chosen parameters.
 
     Raises:
         UserError: there is none.

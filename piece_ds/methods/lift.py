@@ -12,7 +12,7 @@ RANK_SHARE = 32  # a rank of 128 for a matrix of 4096 rows
 
 
 def select_lift(request: SelectionRequest) -> Mask:
-    """The mask: every matrix has its part of k, in proportion to its elements, as LIFT selects matrix by matrix.
+    """Return the mask: every matrix has its part of k, in proportion to its elements, as LIFT selects matrix by matrix.
 
     Taken once, before the task; the paper refreshes its selection while it trains, which would move weights that this
     project promises to leave alone.
@@ -34,7 +34,7 @@ def select_lift(request: SelectionRequest) -> Mask:
 
 
 def low_rank(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation of a matrix of the given rank, in fp32 (Eckart and Young).
+    """Return the best approximation of a matrix of the given rank, in fp32 (Eckart and Young).
 
     By the eigenvectors of the Gram matrix of the shorter side, in fp64: its condition is squared there, and the vectors
     of the largest singular values, the only ones that are used, are as exact as fp32 can show.

@@ -22,7 +22,7 @@ class LinearWeight:
 
 
 def linear_weights(model: nn.Module) -> list[LinearWeight]:
-    """Weights of the linear layers, in named_parameters() order, without the output head."""
+    """Return the weights of the linear layers, in named_parameters() order, without the output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layer_of = {
         id(module.weight): module

@@ -64,7 +64,7 @@ class LoRA(Baseline):
 
 
 def _resumed(model: nn.Module, folder: Path, names: list[str]) -> nn.Module:
-    """model with the adapters that folder holds; peft puts every one but `default` into a folder of its own."""
+    """Return model with the adapters that folder holds; peft puts every one but `default` into a folder of its own."""
     places = {name: folder if name == "default" else folder / name for name in names}
     if not all((place / "adapter_config.json").is_file() for place in places.values()):
         raise UserError(f"{folder} does not hold the adapters {', '.join(names)}: the stream cannot go on from there")
@@ -76,7 +76,7 @@ def _resumed(model: nn.Module, folder: Path, names: list[str]) -> nn.Module:
 
 
 def merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base model's state with the active adapters added, from the whole model's state.
+    """Return the base model's state with the active adapters added, from the whole model's state.
 
     Args:
         model: read for structure and scaling alone; its weights may be partitioned.
@@ -169,7 +169,7 @@ class _Orthogonality(EngineCallback):
         self.term.add_(term)
 
     def _whole(self, weights: dict[str, tuple[int, Tensor]]) -> dict[str, Tensor]:
-        """The newest A factors, whole, fp32, on every rank: each adds what it holds to zeros. A collective."""
+        """Return the newest A factors, whole, fp32, on every rank: each adds what it holds to zeros. A collective."""
         sizes = [shape.numel() for shape in self.shapes.values()]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=collective_device())
         for name, part in zip(self.shapes, flat.split(sizes), strict=True):

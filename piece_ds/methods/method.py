@@ -67,22 +67,22 @@ class Method:
 
     @property
     def has_mask(self) -> bool:
-        """Whether it trains selected weights only."""
+        """Return whether it trains selected weights only."""
         return self.kind == SELECTION
 
     @property
     def uses_ops(self) -> bool:
-        """Whether it runs this package's kernels: it has a mask, or takes statistics."""
+        """Return whether it runs this package's kernels: it has a mask, or takes statistics."""
         return self.has_mask or self.needs != "nothing"
 
     @property
     def changes_gradient(self) -> bool:
-        """Whether it adds to the reduced gradient, which optimizer offload does not allow."""
+        """Return whether it adds to the reduced gradient, which optimizer offload does not allow."""
         return self.baseline is not None and self.baseline.changes_gradient
 
     @property
     def trains_everything(self) -> bool:
-        """Whether all eligible weights train."""
+        """Return whether all eligible weights train."""
         return self.baseline is not None
 
 

@@ -17,7 +17,7 @@ from piece_ds.zero.statistics import MicroBatchSource
 
 
 def select_migu(request: SelectionRequest) -> Mask:
-    """The mask: every matrix has its part of k, taken output by output in descending order of magnitude.
+    """Return the mask: every matrix has its part of k, taken output by output in descending order of magnitude.
 
     An output's magnitude is its share of the layer's L1 norm, averaged over the tokens of a micro-batch and summed over
     the task's micro-batches. Taken once, before the task; the paper masks the gradient of every step by the
@@ -88,7 +88,7 @@ def _watch(attention: Tensor | None, total: Tensor) -> Callable[[nn.Module, Any,
 
 
 def _all_gather(row: Tensor) -> list[Tensor]:
-    """Every rank's row, in rank order, on the CPU."""
+    """Return every rank's row, in rank order, on the CPU."""
     if world_size() == 1:
         return [row]
     rows = [torch.empty_like(row, device=collective_device()) for _ in range(world_size())]

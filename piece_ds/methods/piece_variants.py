@@ -22,7 +22,7 @@ from piece_ds.zero.statistics import collect_statistics
 
 
 def select_ratio(request: SelectionRequest) -> Mask:
-    """The highest f / (g + d), where f and g are mean squared gradients: of the task and of general text.
+    """Return the highest f / (g + d), where f and g are mean squared gradients: of the task and of general text.
 
     d, which keeps weights that neither uses from winning by a division by nothing, is the median of g's entries above
     zero: an order statistic, so the same bits for every number of ranks.
@@ -42,12 +42,12 @@ def select_ratio(request: SelectionRequest) -> Mask:
 
 
 def ratio_score(f: Tensor, g: Tensor, damping: float) -> Tensor:
-    """f / (g + damping), fp32, never NaN."""
+    """Return f / (g + damping), fp32, never NaN."""
     return (f / (g + damping)).nan_to_num_(nan=0.0, posinf=float("inf"))
 
 
 def select_disjoint(request: SelectionRequest) -> Mask:
-    """PIECE-S among the elements that are in no earlier task's mask.
+    """Return PIECE-S among the elements that are in no earlier task's mask.
 
     Raises:
         UserError: fewer than k elements are left.
@@ -57,7 +57,7 @@ def select_disjoint(request: SelectionRequest) -> Mask:
 
 
 def exclude_earlier(request: SelectionRequest, stats: GradientStats) -> Mask:
-    """PIECE-S of stats, whose entries at earlier positions are set to zero here."""
+    """Return PIECE-S of stats, whose entries at earlier positions are set to zero here."""
     layout, taken = request.layout, _union(request)
     k = num_selected(layout, request.ratio)
     num_taken = sum(positions.numel() for positions in taken.values())

@@ -11,12 +11,12 @@ from piece_ds.methods.baseline import Baseline, Rows, TaskContext
 
 
 def num_kept(num_rows: int, ratio: float) -> int:
-    """A share of the rows, rounded; at least one."""
+    """Return a share of the rows, rounded; at least one."""
     return max(1, round(ratio * num_rows))
 
 
 def kept_rows(task: Task, ratio: float, seed: int) -> Rows:
-    """num_kept() rows of a task's training rows, in their order; the same at every call."""
+    """Return num_kept() rows of a task's training rows, in their order; the same at every call."""
     count = num_kept(len(task.train), ratio)
     chosen = random.Random(f"{seed}/{task.name}").sample(range(len(task.train)), count)
     return task.train.select(sorted(chosen))

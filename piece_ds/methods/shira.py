@@ -34,7 +34,7 @@ def shira_counts(model: nn.Module, layout: Layout, ratio: float) -> dict[str, in
 
 
 def select_shira(request: SelectionRequest) -> Mask:
-    """The mask; with peft's seed and a whole r, peft's very positions.
+    """Return the mask; with peft's seed and a whole r, peft's very positions.
 
     Cost: 8 bytes per element of the largest matrix on every rank, for its permutation.
     Source: SHiRA (Bhardwaj et al., arXiv 2406.13175); peft.tuners.shira.mask_functions.random_mask.
@@ -52,6 +52,6 @@ def select_shira(request: SelectionRequest) -> Mask:
 
 
 def _drawn(numel: int, count: int, seed: int) -> Tensor:
-    """count positions out of numel, ascending; the generator starts anew for each matrix, as in peft."""
+    """Return count positions out of numel, ascending; the generator starts anew for each matrix, as in peft."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(numel, generator=generator)[:count].sort().values

@@ -64,7 +64,7 @@ class Inputs:
 
     @property
     def output_file(self) -> Path:
-        """The one file that selection and evaluation write; asked for by preflight()."""
+        """Return the one file that selection and evaluation write; asked for by preflight()."""
         assert self.settings.output.output_file is not None
         return Path(self.settings.output.output_file)
 
@@ -97,7 +97,7 @@ def load_inputs(settings: Settings) -> Inputs:
     }
     general = None
     if data.general_file:
-        general = load_general(data.general_file, tokenizer, data.cutoff, False, data.max_eval_samples, data)
+        general = load_general(data.general_file, tokenizer, data.cutoff, max_rows=data.max_eval_samples, images=data)
     general_importance = None
     if data.general_importance_file:
         general_importance = load_general(data.general_importance_file, tokenizer, data.cutoff, images=data)
@@ -120,7 +120,7 @@ def load_inputs(settings: Settings) -> Inputs:
 
 
 def _tokenizer(settings: Settings, config: Any) -> Processing:
-    """The model's tokenizer or processor; for rows of token ids alone, a model does without."""
+    """Return the model's tokenizer or processor; for rows of token ids alone, a model does without."""
     try:
         return load_tokenizer(settings.model, config)
     except UserError:

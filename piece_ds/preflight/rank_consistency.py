@@ -38,7 +38,7 @@ def require_rank_consistency(inputs: Inputs) -> None:
 
 
 def first_difference(of_ranks: list[dict[str, str]]) -> str | None:
-    """The first thing that is not the same on all ranks, in words; None where everything is.
+    """Return the first thing that is not the same on all ranks, in words; None where everything is.
 
     Args:
         of_ranks: each rank's thing -> its value or fingerprint.

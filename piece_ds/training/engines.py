@@ -11,15 +11,19 @@ from piece_ds.update.attach import prepare_compact
 
 
 def statistics_engine(model: nn.Module, arguments: TrainingArguments) -> Any:
-    """An engine with backward for collect_statistics(). Its optimizer never steps, and is of one value: DeepSpeed keeps
-    neither masters nor gradients of the model."""
+    """Return an engine with backward for collect_statistics().
+
+    Its optimizer never steps, and is of one value: DeepSpeed keeps neither masters nor gradients of the model.
+    """
     optimizer = torch.optim.SGD(prepare_compact(model, num_selected=1).parameters(), lr=0.0)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=_filled(model, arguments))[0]
 
 
 def inference_model(model: nn.Module, arguments: TrainingArguments) -> Any:
-    """Something to call and to generate with: an engine without optimizer where ZeRO-3 has partitioned the model,
-    else the model itself on this rank's device."""
+    """Return something to call and to generate with.
+
+    An engine without optimizer if ZeRO-3 has partitioned the model, else the model itself on this rank's device.
+    """
     if not any(hasattr(p, "ds_id") for p in model.parameters()):
         return model.to(arguments.device).eval()
     config = _filled(model, arguments)
@@ -30,7 +34,7 @@ def inference_model(model: nn.Module, arguments: TrainingArguments) -> Any:
 
 
 def _filled(model: nn.Module, arguments: TrainingArguments) -> dict[str, Any]:
-    """The DeepSpeed configuration with every "auto" filled in by transformers, without optimizer and scheduler."""
+    """Return the DeepSpeed configuration, "auto" filled in by transformers, without optimizer and scheduler."""
     holder = arguments.hf_deepspeed_config
     holder.trainer_config_finalize(arguments, model, num_training_steps=1)
     return {key: value for key, value in holder.config.items() if key not in ("optimizer", "scheduler")}

@@ -43,7 +43,7 @@ class MetricsLog(TrainerCallback):
             self._write_all()
 
     def note(self, event: str, **values: Any) -> None:
-        """A line for an event, in the place of one that told of the same event at this step."""
+        """Write a line for an event, in the place of one that told of the same event at this step."""
         row = {"event": event, "step": self._trainer.state.global_step, **values}
         same = [old for old in self.rows if (old.get("event"), old["step"]) == (event, row["step"])]
         if same and is_main():
@@ -52,7 +52,7 @@ class MetricsLog(TrainerCallback):
         self._append(row)
 
     def count(self, event: str) -> int:
-        """Lines of an event so far, on rank 0; those before an interruption count too."""
+        """Return the number of lines of an event so far, on rank 0; those before an interruption count too."""
         return sum(row.get("event") == event for row in self.rows)
 
     def on_step_begin(
@@ -74,7 +74,7 @@ class MetricsLog(TrainerCallback):
         self._append(row)
 
     def _cost(self) -> Row:
-        """Of the steps since the last log. A collective of one number."""
+        """Return the cost of the steps since the last log. A collective of one number."""
         tokens = int(all_reduce_sum_(self._trainer.take_num_tokens().view(1).to(collective_device())))
         seconds, self._seconds_logged = self.train_seconds - self._seconds_logged, self.train_seconds
         cost = {
@@ -117,7 +117,7 @@ def _is_kept(row: Row, last_step: int) -> bool:
 
 
 def finite(row: Row) -> Row:
-    """row without NaN and infinity, which JSON does not know: the norm of a step that was not taken is infinite."""
+    """Return row without NaN and infinity, which JSON does not know: a step that is not taken has an infinite norm."""
     return {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
 
 

@@ -95,7 +95,7 @@ class NonfiniteCallback(TrainerCallback):
 
 
 def _shown(reports: list[_Report], replicated: bool) -> str:
-    """What was wrong, in words: entries and the first of them, then where it came from."""
+    """Return what was wrong, in words: entries and the first of them, then where it came from."""
     firsts = [report.fault.first for report in reports if report.fault.first is not None]
     counts = [report.fault.num_entries for report in reports]
     num_entries = counts[0] if replicated else sum(counts)

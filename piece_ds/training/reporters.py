@@ -46,7 +46,7 @@ class StreamReporters:
         self._offset = 0
 
     def of_task(self, num_steps_before: int) -> TrainerCallback:
-        """The callback for one task's Trainer, which must have no reporters of its own.
+        """Return the callback for one task's Trainer, which must have no reporters of its own.
 
         Args:
             num_steps_before: optimizer steps of all tasks before it.
@@ -99,7 +99,7 @@ class StreamReporters:
 
 
 def open_reporters(report_to: Sequence[str], root: Path) -> StreamReporters:
-    """The reporters that TrainingArguments.report_to names; a name may be several, with commas between them.
+    """Return the reporters that TrainingArguments.report_to names; a name may be several, with commas between them.
 
     Raises:
         UserError: transformers knows no such reporter, or its package is not installed.

@@ -24,7 +24,7 @@ from piece_ds.runtime.files import write_json
 def open_results(
     path: Path, settings: Settings, tasks: list[Task], scorers: dict[str, str], resume: bool
 ) -> RunResults:
-    """What path holds where the run is resumed, else results of nothing yet.
+    """Return what path holds if the run is resumed, else results of nothing yet.
 
     Args:
         scorers: task -> name of its scorer.
@@ -51,22 +51,22 @@ def open_results(
 
 
 def num_finished(results: RunResults) -> int:
-    """Tasks that need not be done again."""
+    """Return the number of tasks that need not be done again."""
     return len(results.matrix.loss.after)
 
 
 def num_steps_before(results: RunResults) -> int:
-    """Optimizer steps of all finished tasks."""
+    """Return the number of optimizer steps of all finished tasks."""
     return sum(int(cost.get("num_steps", 0)) for cost in results.cost.values())
 
 
 def is_judged_before(results: RunResults) -> bool:
-    """Whether the row before any task is there."""
+    """Return whether the row before any task is there."""
     return results.matrix.loss.before is not None
 
 
 def with_before(results: RunResults, scores: EvalResult) -> RunResults:
-    """results with the row before any task."""
+    """Return results with the row before any task."""
     matrix = results.matrix.with_before(scores.score, scores.loss, scores.general_loss)
     return _with_details(replace(results, matrix=matrix), "before", scores)
 
@@ -80,7 +80,7 @@ def with_task(
     numel: dict[str, int],
     log: list[dict[str, Any]],
 ) -> RunResults:
-    """results with one more finished task.
+    """Return results with one more finished task.
 
     Args:
         index: selected positions per parameter, or None without a mask.
@@ -101,14 +101,14 @@ def with_task(
 
 
 def _with_details(results: RunResults, moment: str, scores: EvalResult) -> RunResults:
-    """results with what was measured beside the scores at moment."""
+    """Return results with what was measured beside the scores at moment."""
     measures = {**results.measures, moment: scores.measures} if scores.measures else results.measures
     ability = {**results.ability, moment: scores.ability} if scores.ability else results.ability
     return replace(results, measures=measures, ability=ability)
 
 
 def with_overlaps(results: RunResults, mask_files: list[Path]) -> RunResults:
-    """results with the overlap of every two masks; only rank 0 reads them."""
+    """Return results with the overlap of every two masks; only rank 0 reads them."""
     if not is_main() or not mask_files:
         return results
     masks = [read_index(path)[0] for path in mask_files]
@@ -116,7 +116,7 @@ def with_overlaps(results: RunResults, mask_files: list[Path]) -> RunResults:
 
 
 def write_results(results: RunResults, path: Path) -> None:
-    """Rank 0 writes; all ranks return when the file is there."""
+    """Write results on rank 0; all ranks return when the file is there."""
     if is_main():
         write_json(path, results.to_json())
     barrier()

@@ -17,6 +17,7 @@ from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
 from piece_ds.models.processor import Processing
 from piece_ds.runtime.distributed import barrier, is_main
+from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
 from piece_ds.runtime.profiling import timed
 from piece_ds.runtime.signals import stop_asked
@@ -97,7 +98,7 @@ class TaskTrainer(Trainer):
         self._num_tokens = torch.zeros((), dtype=torch.int64)
 
     def take_num_tokens(self) -> Tensor:
-        """Tokens that this rank has trained on since they were last taken, without padding (int64, no element read)."""
+        """Return the tokens that this rank has trained on since last taken, without padding (int64, not read)."""
         taken, self._num_tokens = self._num_tokens, torch.zeros_like(self._num_tokens)
         return taken
 
@@ -111,7 +112,7 @@ class TaskTrainer(Trainer):
         return self._noted(result, model.training)
 
     def _noted(self, loss: Tensor, training: bool) -> Tensor:
-        """loss * 1.0; NaN where it is infinite, so that every rank sees it in the norm of the reduced gradient."""
+        """Return loss * 1.0; NaN if it is infinite, so that every rank sees it in the norm of the reduced gradient."""
         if not training:
             return loss * 1.0
         self.losses.append(loss.detach())
@@ -119,7 +120,15 @@ class TaskTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         deepspeed_part = None if self.portable else resume_from_checkpoint
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, deepspeed_part)
+        try:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, deepspeed_part)
+        except ValueError as error:
+            if "DeepSpeed config values" not in str(error):
+                raise
+            found = "; ".join(line.removeprefix("- ds ") for line in str(error).splitlines() if line.startswith("- ds"))
+            raise UserError(
+                f'--deepspeed: numbers in the file contradict the flags ({found}): use "auto" there'
+            ) from error
         if self.portable:  # the schedule is the trainer's own
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             groups = self.model_wrapped.basic_optimizer.param_groups  # a loaded schedule sets rates at its next step
@@ -177,7 +186,7 @@ class BaselineTrainer(TaskTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _num_answer_tokens(self, labels: Tensor, num_items_in_batch: Any) -> Any:
-        """What the Trainer divides the sum of the answer tokens' losses by, in effect."""
+        """Return what the Trainer divides the sum of the answer tokens' losses by, in effect."""
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
             return (labels[:, 1:] != IGNORED_LABEL).sum()
         shared = self.args.average_tokens_across_devices

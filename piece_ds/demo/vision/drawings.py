@@ -28,7 +28,7 @@ class Drawing:
     y: int
 
     def draw(self, size: int) -> Image.Image:
-        """The picture, size x size pixels."""
+        """Return the picture, size x size pixels."""
         level = BACKGROUNDS[self.background] + self.noise
         image = Image.new("RGB", (size, size), (level, level, level))
         pen, cell = ImageDraw.Draw(image), size // _CELLS

@@ -68,7 +68,7 @@ def make_processor(family: str, words: Sequence[str] = ()) -> ProcessorMixin:
 
 
 def make_model(family: str, num_words: int = 0) -> PreTrainedModel:
-    """The model with weights of the global generator."""
+    """Return the model with weights of the global generator."""
     text = {
         "vocab_size": VOCAB_SIZE + len(_IMAGE_TOKENS[family]) + num_words,
         "hidden_size": 96,
@@ -108,7 +108,7 @@ def make_model(family: str, num_words: int = 0) -> PreTrainedModel:
 
 
 def qwen3_vl_config(text: dict) -> Qwen3VLConfig:
-    """A Qwen3-VL configuration with this text part and a small vision part."""
+    """Return a Qwen3-VL configuration with this text part and a small vision part."""
     tokens = dict(zip(("image", "video", "vision_start", "vision_end"), range(VOCAB_SIZE, VOCAB_SIZE + 4), strict=True))
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4], "mrope_interleaved": True}
     return Qwen3VLConfig(

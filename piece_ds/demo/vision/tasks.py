@@ -29,7 +29,7 @@ TASKS: dict[str, tuple[str, Answer]] = {
 
 
 def words() -> list[str]:
-    """Every word of the questions and their answers, sorted: spelling is no part of what is to be learned."""
+    """Return every word of the questions and their answers, sorted: spelling is no part of what is to be learned."""
     looks = product(SHAPES, COLOURS, BACKGROUNDS, range(1, MOST + 1))
     drawings = [Drawing(*look, noise=0, x=0, y=0) for look in looks]
     texts = [text for prompt, answer in (BASE | TASKS).values() for text in (prompt, *map(answer, drawings))]
