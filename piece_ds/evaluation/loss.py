@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.evaluation.batches import evaluating, shard_batches
 from piece_ds.runtime.distributed import all_reduce_sum_
 from piece_ds.runtime.signals import exit_if_signalled
 
-IGNORED_LABEL = -100
 Batch = dict[str, Tensor]
 
 
