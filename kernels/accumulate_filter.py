@@ -9,7 +9,7 @@ from piece_ds.kernels.elements import append, positions_of_block, score_of
 from piece_ds.kernels.launch import BLOCK, OPTIONS, grid, require_candidates
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "capacity"])
 def _accumulate_filter_kernel(
     grad_ptr,
     sum_ptr,

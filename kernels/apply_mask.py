@@ -13,7 +13,7 @@ from piece_ds.kernels.runs import place_of, runs_of
 from piece_ds.kernels.scatter_list import scatter_runs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _apply_mask_keep_kernel(
     grad_ptr,
     index_ptr,
@@ -32,7 +32,7 @@ def _apply_mask_keep_kernel(
     keep(value, j, mask, scale, kept_ptr, partial_ptr, num_nonfinite_ptr, SCALED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "total"])
 def _apply_mask_keep_list_kernel(
     begins_ptr,
     addresses_ptr,

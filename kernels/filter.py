@@ -8,7 +8,7 @@ from piece_ds.kernels.elements import append, load_score, positions_of_block
 from piece_ds.kernels.launch import BLOCK, OPTIONS, grid, require_candidates, require_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "capacity"])
 def _filter_kernel(
     sum_ptr,
     square_ptr,

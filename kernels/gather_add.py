@@ -9,7 +9,7 @@ from piece_ds.kernels.elements import load_position, positions_of_block, to_floa
 from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, DTYPES, grid, require_vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _gather_add_kernel(grad_ptr, index_ptr, scale, total_ptr, limit, n_elements, BLOCK: tl.constexpr):
     j, mask = positions_of_block(n_elements, BLOCK)
     position, inside = load_position(index_ptr, j, mask, limit)

@@ -9,7 +9,7 @@ from piece_ds.kernels.elements import load_position, positions_of_block
 from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, grid, num_blocks, require_vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _index_to_mask_kernel(index_ptr, words_ptr, limit, n_elements, BLOCK: tl.constexpr):
     j, mask = positions_of_block(n_elements, BLOCK)
     position, inside = load_position(index_ptr, j, mask, limit)

@@ -18,7 +18,7 @@ ENTRIES, TOKENS = 8, 256
 SCRATCH_BYTES, MIN_TOKENS = 32 << 20, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _sampled_gradient_kernel(
     outputs_ptr,
     inputs_ptr,

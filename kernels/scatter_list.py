@@ -12,7 +12,7 @@ from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, grid, require_vector
 from piece_ds.kernels.runs import Runs, place_of, runs_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "total"])
 def _scatter_list_kernel(
     begins_ptr,
     addresses_ptr,

@@ -1,61 +1,21 @@
-"""score_histogram_: counts of one digit of the keys.
+"""score_histogram_: counts of one digit of the keys, by torch.histc of the digits of Triton's scores.
 
-Up to 11 bits a program counts many blocks in a table of its own and adds it to the result once. A wider table does not
-fit a program's registers: every element then is one atomic on device memory, which is slow where few digits are common.
+A histogram of 2048 bins in Triton takes a table through shared memory for every block: on an H200 it ran at 5 % of the
+copy's bandwidth, half as fast as plain torch. torch's kernel keeps a table a block; scores come from the kernel of
+`score`, which is three times as fast as torch's chain. Nothing here waits for the device.
 """
 
+from collections.abc import Iterator
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from piece_ds.kernels.elements import load_score
-from piece_ds.kernels.launch import BLOCK, OPTIONS, num_blocks, require, require_sums, require_vector
+from piece_ds.kernels.launch import require, require_sums, require_vector
+from piece_ds.kernels.score import score
 
-MAX_PRIVATE_BITS = 11
-# 16 programs on each of 132 multiprocessors; each adds its table to the result once.
-MAX_PROGRAMS = 2112
-
-
-@triton.jit
-def _score_histogram_kernel(
-    sum_ptr,
-    square_ptr,
-    counts_ptr,
-    lam,
-    shift,
-    bits,
-    prefix,
-    run,
-    stride,
-    num_sampled,
-    num_steps,
-    WITH_SUM: tl.constexpr,
-    LEADING: tl.constexpr,
-    SAMPLING: tl.constexpr,
-    NUM_PRIVATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    num_bins = tl.full([], 1, tl.int32) << bits
-    if NUM_PRIVATE > 0:
-        table = tl.zeros([NUM_PRIVATE], dtype=tl.int32)
-    for step in range(num_steps):
-        block = tl.program_id(0).to(tl.int64) + step * tl.num_programs(0).to(tl.int64)
-        position = block * BLOCK + tl.arange(0, BLOCK)
-        mask = position < num_sampled
-        if SAMPLING:
-            position = position // run * stride + position % run
-        key = load_score(sum_ptr, square_ptr, lam, position, mask, WITH_SUM).to(tl.int32, bitcast=True)
-        if not LEADING:
-            mask = mask & ((key >> (shift + bits)) == prefix)
-        digit = (key >> shift) & (num_bins - 1)
-        if NUM_PRIVATE > 0:
-            table += tl.histogram(digit, NUM_PRIVATE, mask=mask)
-        else:
-            tl.atomic_add(counts_ptr + digit, tl.full([BLOCK], 1, tl.int64), mask=mask, sem="relaxed")
-    if NUM_PRIVATE > 0:
-        bin = tl.arange(0, NUM_PRIVATE)
-        tl.atomic_add(counts_ptr + bin, table.to(tl.int64), mask=(bin < num_bins) & (table > 0), sem="relaxed")
+# Scores alive at a time: 64 MiB. Fewer than 2^24, so that counts are exact also where torch keeps them in fp32.
+CHUNK = (1 << 24) - (1 << 16)
+MAX_INTEGER_BITS = 15  # torch multiplies an integer by the number of bins before it divides
 
 
 def score_histogram_(
@@ -80,28 +40,24 @@ def score_histogram_(
     )
     require_sums(grad_sum, square_sum)
     require_vector("counts", counts, 1 << bits, torch.int64)
-    n = square_sum.numel()
-    if run < stride:
-        n = n // stride * run + min(n % stride, run)
-    if n == 0:
+    for part in _sampled_parts(square_sum, run, stride):
+        sums = None if grad_sum is None else grad_sum[part]
+        key = score(sums, square_sum[part], lam).view(torch.int32)
+        digit = (key >> shift) & ((1 << bits) - 1)
+        if shift + bits < 31:  # what has another prefix is out of range, and histc leaves it out
+            digit = torch.where((key >> (shift + bits)) == prefix, digit, -1)
+        if bits > MAX_INTEGER_BITS or digit.is_cpu:  # on the CPU torch counts floats alone
+            digit = digit.to(torch.float32)
+        counts += torch.histc(digit, bins=1 << bits, min=0, max=1 << bits).to(torch.int64)
+
+
+def _sampled_parts(tensor: Tensor, run: int, stride: int) -> Iterator[slice | Tensor]:
+    """What picks the sampled elements out of tensor, some at a time."""
+    n = tensor.numel()
+    if run >= stride:
+        yield from (slice(begin, begin + CHUNK) for begin in range(0, n, CHUNK))
         return
-    num_programs = min(num_blocks(n), MAX_PROGRAMS)
-    _score_histogram_kernel[(num_programs,)](
-        grad_sum,
-        square_sum,
-        counts,
-        lam,
-        shift,
-        bits,
-        prefix,
-        run,
-        stride,
-        n,
-        num_blocks(num_blocks(n), num_programs),
-        grad_sum is not None,
-        shift + bits == 31,
-        run < stride,
-        1 << MAX_PRIVATE_BITS if bits <= MAX_PRIVATE_BITS else 0,
-        BLOCK,
-        **OPTIONS,
-    )
+    num_sampled = n // stride * run + min(n % stride, run)
+    for begin in range(0, num_sampled, CHUNK):
+        number = torch.arange(begin, min(begin + CHUNK, num_sampled), device=tensor.device)
+        yield number // run * stride + number % run

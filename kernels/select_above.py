@@ -20,7 +20,7 @@ def compare_keys(sum_ptr, square_ptr, lam, key, position, mask, WITH_SUM: tl.con
     return (mask & (own > key)).to(tl.int32), (mask & (own == key)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def _select_above_count_kernel(
     sum_ptr, square_ptr, lam, key, above_ptr, ties_ptr, n_elements, WITH_SUM: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -30,7 +30,7 @@ def _select_above_count_kernel(
     tl.store(ties_ptr + tl.program_id(0), tl.sum(is_tie).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ties", "key"])
 def _select_above_write_kernel(
     sum_ptr,
     square_ptr,

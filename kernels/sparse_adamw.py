@@ -13,7 +13,7 @@ from piece_ds.kernels.launch import BLOCK, CHECKED_OPTIONS, DTYPES, grid, requir
 from piece_ds.kernels.runs import place_of, runs_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _sparse_adamw_kernel(
     grad_ptr,
     value_ptr,
@@ -41,7 +41,7 @@ def _sparse_adamw_kernel(
     step_elements(grad_ptr, value_ptr, exp_avg_ptr, exp_avg_sq_ptr, place, j, mask, inside, numbers, WEIGHT_HOLDS_VALUE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "total"])
 def _sparse_adamw_list_kernel(
     grad_ptr,
     value_ptr,
