@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -18,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.config.piece import split_patterns
+from piece_ds.models.checkpoint_files import main_dtype, refuse_incomplete, require_weight_files, stored_tensors
 from piece_ds.models.eligible import (
     embedding_names,
     exclude,
@@ -55,8 +57,8 @@ def load_config(arguments: ModelArguments) -> Any:
 def require_weights(arguments: ModelArguments) -> None:
     """Raise UserError where model_name_or_path is a folder with no weights in it, before anything is written."""
     source = Path(model_source(str(arguments.model_name_or_path)))
-    if source.is_dir() and not any(path for kind in ("*.safetensors", "*.bin") for path in source.glob(kind)):
-        raise UserError(f"--model_name_or_path {source}: the folder holds no weights (*.safetensors or *.bin)")
+    if source.is_dir():
+        require_weight_files(f"--model_name_or_path {source}", source)
 
 
 def reads_images(config: Any) -> bool:
@@ -81,11 +83,22 @@ def load_tokenizer(arguments: ModelArguments, config: Any = None) -> Processing:
         raise UserError(f"--model_name_or_path {source}: no {what} can be loaded from there ({reason})") from error
 
 
+def files_folder(arguments: ModelArguments) -> Path | None:
+    """Return the local folder with the model's files, in the cache for a Hub id; None if they are not there yet."""
+    source = model_source(str(arguments.model_name_or_path))
+    if Path(source).is_dir():
+        return Path(source)
+    found = try_to_load_from_cache(source, "config.json") if not Path(source).exists() else None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
-    """The dtype to train in: --dtype, or that of the model's files."""
+    """The dtype to train in: --dtype, or that of the model's files, whatever config.json says of them."""
     if arguments.dtype != "auto":
         return _DTYPES[arguments.dtype]
-    stated = getattr(config, "dtype", None) or torch.float32
+    folder = files_folder(arguments)
+    in_files = None if folder is None else main_dtype(stored_tensors(folder))
+    stated = in_files or getattr(config, "dtype", None) or torch.float32
     return _DTYPES[stated] if isinstance(stated, str) else stated
 
 
@@ -101,15 +114,16 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str
         options["attn_implementation"] = arguments.attn_implementation
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
-        model = _auto_class(config).from_pretrained(source, **options)
+        model, info = _auto_class(config).from_pretrained(source, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    refuse_incomplete(f"the model in {source}", model, info)
     return model
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
     """The model from its configuration alone, on the meta device: no weight is read and no memory taken."""
-    with _no_zero3(), torch.device("meta"):
+    with without_zero3(), torch.device("meta"):
         model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
     return model
@@ -202,7 +216,7 @@ def _folded(names: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def _no_zero3() -> Iterator[None]:
+def without_zero3() -> Iterator[None]:
     """transformers builds plain models inside, although a TrainingArguments with ZeRO-3 may be alive."""
     alive = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()

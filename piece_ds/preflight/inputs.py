@@ -19,6 +19,7 @@ from piece_ds.evaluation.scorers import choose_scorers, parse_scorers
 from piece_ds.methods.baseline import Baseline
 from piece_ds.models.loading import check_eligible, dtype_of, load_config, load_tokenizer, reads_images, require_weights
 from piece_ds.models.processor import Processing, tokenizer_of
+from piece_ds.models.suitable import check_checkpoint
 from piece_ds.models.token_ids import token_ids_tokenizer
 from piece_ds.preflight.checks import check_deepspeed_file, check_mask, check_method_reads_images
 from piece_ds.preflight.rows_fit import check_prompts_fit, check_rows_fit
@@ -78,6 +79,7 @@ def load_inputs(settings: Settings) -> Inputs:
     check_deepspeed_file(settings.flag("deepspeed"))
     config = load_config(settings.model)
     require_weights(settings.model)
+    check_checkpoint(settings.model, config)
     check_mask(settings, config)
     check_method_reads_images(settings.method.method, config)
     check_eligible(settings.model, config)

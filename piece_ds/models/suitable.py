@@ -1,0 +1,129 @@
+"""Which checkpoints are refused before a weight is read: those that are not the causal model that would be trained."""
+
+from typing import Any
+
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from piece_ds.config.arguments import ModelArguments
+from piece_ds.models.checkpoint_files import (
+    FLOAT_DTYPES,
+    StoredTensor,
+    hold_the_same,
+    refuse_incomplete,
+    stored_tensors,
+)
+from piece_ds.models.eligible import towers
+from piece_ds.models.loading import empty_model, files_folder, reads_images, without_zero3
+from piece_ds.runtime.errors import UserError
+
+
+def check_checkpoint(arguments: ModelArguments, config: Any) -> None:
+    """Raise UserError unless model_name_or_path holds a whole causal model in a floating dtype.
+
+    Pickled files (*.bin), and those of a Hub id that are not in the cache yet, are checked when they are loaded.
+
+    Cost: reads headers; both of an embedding and a head that are stored twice.
+    """
+    source = f"--model_name_or_path {arguments.model_name_or_path}"
+    _check_config(source, config, arguments.trust_remote_code)
+    model = empty_model(config, arguments.trust_remote_code)
+    _check_causal(source, config, model)
+    folder = files_folder(arguments)
+    stored = {} if folder is None else stored_tensors(folder)
+    if stored:
+        _check_dtypes(source, stored)
+        _check_names(source, config, model, stored)
+        _check_ties(source, model, stored)
+
+
+def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
+    """What config.json says of the model's kind."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        known = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = known.get("quant_method", "an unknown method")
+        raise UserError(
+            f"{source} is quantized ({getattr(method, 'value', method)}): its weights cannot be trained one by one; "
+            "give the checkpoint that it was made from, or a dequantized copy"
+        )
+    kind, name = getattr(config, "model_type", None), type(config).__name__
+    if getattr(config, "is_encoder_decoder", False) and not reads_images(config):
+        raise UserError(
+            f"{source} is an encoder-decoder ({name}): as a causal model it would lose its encoder and have "
+            "random weights; give a decoder-only model"
+        )
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_images(config) and not remote:
+        raise UserError(
+            f"{source} is no causal language model ({name}): transformers has no AutoModelForCausalLM of model type "
+            f"{kind!r}"
+        )
+
+
+def _check_causal(source: str, config: Any, model: nn.Module) -> None:
+    """That no token sees those behind it, as far as the modules say; a forward pass asks again, later."""
+    encoders = tuple(towers(model))
+    known = [
+        module.is_causal
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "is_causal", None), bool)
+        and not name.startswith(encoders or ("\0",))
+        and "cross" not in name.lower()
+    ]
+    if (known and not any(known)) or getattr(config, "causal", None) is False:
+        raise UserError(
+            f"{source}: {type(model).__name__} would see the answers that it shall learn: its config.json makes it an "
+            "encoder (is_decoder or causal is false); give a decoder, or set is_decoder if it was trained as one"
+        )
+
+
+def _check_dtypes(source: str, stored: dict[str, StoredTensor]) -> None:
+    """That matrices are stored in floating point: quantized ones may come without a word in config.json."""
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOAT_DTYPES and name.endswith("weight") and len(tensor.shape) > 1:
+            raise UserError(
+                f"{source} is quantized: {name!r} is stored as {tensor.dtype}; give the checkpoint that it was made "
+                "from, or a dequantized copy"
+            )
+
+
+def _check_names(source: str, config: Any, model: nn.Module, stored: dict[str, StoredTensor]) -> None:
+    """That every parameter is in the files, in its shape: transformers would draw the others at random.
+
+    transformers itself is asked, by loading tensors without content: it knows what it renames and stacks.
+    """
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with without_zero3():
+            _, info = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict={name: tensor.empty() for name, tensor in stored.items()},
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    refuse_incomplete(source, model, info)
+
+
+def _check_ties(source: str, model: nn.Module, stored: dict[str, StoredTensor]) -> None:
+    """That weights which config.json ties are stored once, or with the same bits."""
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    for tied in names.values():
+        present = [(name, stored[name]) for name in tied if name in stored]
+        for other in present[1:]:
+            if not hold_the_same(present[0], other):
+                raise UserError(
+                    f"{source}: config.json ties {other[0]!r} to {present[0][0]!r} (tie_word_embeddings), but the "
+                    "files hold two different tensors: set tie_word_embeddings to false in config.json, or remove one"
+                )
