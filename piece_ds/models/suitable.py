@@ -63,7 +63,7 @@ def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
 
 
 def _check_causal(source: str, config: Any, model: nn.Module) -> None:
-    """That no token sees those behind it, as far as the modules say; a forward pass asks again, later."""
+    """That no token sees those behind it, as far as config and modules say; a forward pass asks again, later."""
     encoders = tuple(towers(model))
     known = [
         module.is_causal
@@ -72,7 +72,8 @@ def _check_causal(source: str, config: Any, model: nn.Module) -> None:
         and not name.startswith(encoders or ("\0",))
         and "cross" not in name.lower()
     ]
-    if (known and not any(known)) or getattr(config, "causal", None) is False:
+    no_decoder = getattr(config, "is_decoder", None) is False and known and not any(known)
+    if no_decoder or getattr(config, "causal", None) is False:
         raise UserError(
             f"{source}: {type(model).__name__} would see the answers that it shall learn: its config.json makes it an "
             "encoder (is_decoder or causal is false); give a decoder, or set is_decoder if it was trained as one"
