@@ -14,14 +14,21 @@ from piece_ds.methods.baseline import Baseline, TaskContext
 from piece_ds.models.processor import Processing
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.files import not_written
+from piece_ds.zero.whole_state import whole_state
 
 
 def save_model(trainer: Trainer, folder: Path) -> None:
-    """Write the trained model as a transformers folder that appears whole. A collective."""
+    """Write the trained model as a transformers folder that appears whole. A collective.
+
+    Every tensor is stored once, at every ZeRO stage: the Trainer's own save_model() stores tied weights twice at stages
+    0 to 2, and none at stage 3 without stage3_gather_16bit_weights_on_model_save.
+    """
     with _appearing_whole(folder) as temporary:
-        trainer.save_model(str(temporary))
+        state = whole_state(trainer.model_wrapped)
         if is_main():
-            (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says more
+            trainer.model.save_pretrained(str(temporary), state_dict=state)
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(str(temporary))
 
 
 def save_baseline(

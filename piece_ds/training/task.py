@@ -32,6 +32,7 @@ from piece_ds.training.saving import save_baseline, save_model
 from piece_ds.training.task_mask import TaskMask
 from piece_ds.training.task_result import TaskCost, TaskResult
 from piece_ds.training.trainer import BeforeFirstStep, OnEngine, StopAtStep, make_trainer
+from piece_ds.zero.whole_state import whole_state
 
 # What a task leaves behind, under checksums once it is all there.
 COMPLETE = (MASK_NAME, DELTA_NAME, METRICS_NAME, "model")
@@ -152,7 +153,7 @@ def _save(
     if mask is not None:
         mask.save_delta()
     if baseline is not None and baseline.saves_itself:
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state = whole_state(trainer.model_wrapped)
         save_baseline(baseline, trainer.model, state, context=context, tokenizer=tokenizer, folder=folder)
     elif folder is not None:
         save_model(trainer, folder)
