@@ -187,14 +187,26 @@ def cases(sizes: list[int]) -> Iterator[Case]:
 def each_placed(argument: Any, put: Place) -> Any:
     """argument with its tensors copied by put."""
     if isinstance(argument, Parts):
-        if argument.apart:  # of many only some, and the last: a process has so many regions of guarded memory
-            parts = argument.tensor.split(argument.sizes)
-            return [
-                put(part) if i % 64 == 0 or i >= len(parts) - 2 else part.to(put(part[:0]).device, copy=True)
-                for i, part in enumerate(parts)
-            ]
+        if argument.apart:
+            return _placed_apart(argument.tensor.split(argument.sizes), put)
         return list(put(argument.tensor).split(argument.sizes))
     return put(argument) if isinstance(argument, Tensor) else argument
+
+
+def _placed_apart(parts: tuple[Tensor, ...], put: Place) -> list[Tensor]:
+    """Some of many parts, and the last ones, copied by put; the others with gaps between them in one piece of memory.
+
+    A process has so many regions of guarded memory, and a watched allocation takes its time.
+    """
+    room = torch.empty(sum(part.numel() + 8 for part in parts), dtype=parts[0].dtype, device=put(parts[0][:0]).device)
+    result, begin = [], 0
+    for i, part in enumerate(parts):
+        if i % 64 == 0 or i >= len(parts) - 2:
+            result.append(put(part))
+            continue
+        result.append(room[begin : begin + part.numel()].copy_(part))
+        begin += part.numel() + 8
+    return result
 
 
 def placed(tensor: Tensor, device: str, shift: int) -> Tensor:
