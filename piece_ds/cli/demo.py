@@ -1,7 +1,8 @@
-"""The embedded default: make a small model and a stream of small tasks, then compare PIECE with plain fine-tuning.
+"""The embedded default: a stream of small tasks on a real model, or on a small one that is made here.
 
-Everything goes the way a user's own model and data go: files, launch settings, the same engine. Only the base model's
-training, which a user does not need, is done here.
+The real model comes from a package index (office_demo.py). Where there is none, a model of 0.4 million weights is made
+and trained first, then PIECE is compared with plain fine-tuning on it. Either way everything goes the way a user's own
+model and data go: files, launch settings, the same engine.
 """
 
 import logging
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from piece_ds.cli.office_demo import MODEL, Comparison, run_office
 from piece_ds.cli.run import train
 from piece_ds.config.defaults import timeout_seconds
 from piece_ds.config.settings import Settings
@@ -21,6 +23,7 @@ from piece_ds.data.tokenize import Encoder, tokenize_rows
 from piece_ds.demo.recipe import EmbeddedRecipe
 from piece_ds.demo.write import EmbeddedPaths, write_embedded
 from piece_ds.models.loading import load_model
+from piece_ds.models.pretrained import NotFetched, fetch
 from piece_ds.preflight.checks import check_kernels, resumes_from
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.distributed import barrier, broadcast_object, is_main, world_size
@@ -33,30 +36,54 @@ from piece_ds.training.trainer import TaskTrainer
 
 logger = logging.getLogger(__name__)
 
+# --model_name_or_path embedded: the small model that is made here, whether a package index gives a real one or not.
+EMBEDDED = "embedded"
 DEFAULT_OUTPUT = "runs/embedded"
 
 
-def run_embedded(settings: Settings) -> tuple[list[RunResults], RunFolder]:
-    """Make the base model, run the asked method over the stream, then sequential fine-tuning beside it.
+def run_embedded(settings: Settings) -> tuple[list[RunResults], RunFolder, Comparison | None]:
+    """Run the comparison on a real model, or where no package index gives one, on a small model made here.
 
     Args:
-        settings: the user's, which win over the recipe's.
+        settings: the user's, which win over the recipe's. With model_name_or_path EMBEDDED nothing is fetched.
+    Returns:
+        The runs, the output folder, and on a real model what there is to say of the runs beside each other.
     """
     if settings.data.train_file or settings.data.task_dir:
         raise UserError("data without a model: add --model_name_or_path M")
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
-    recipe = EmbeddedRecipe()
     arguments = settings.training_arguments()
     check_kernels(settings.method.method, arguments)
     folder = RunFolder(Path(arguments.output_dir) if "output_dir" in settings.given else _free_folder())
     open_reporters(arguments.report_to, folder.root)  # refused here, before minutes of training
     resume = resumes_from(arguments)
     folder.require_free(resume, settings.output.overwrite_output_dir)
+    if settings.model.model_name_or_path != EMBEDDED and _has_real_model():
+        comparison = run_office(settings, MODEL, folder)
+        return comparison.runs, folder, comparison
+    return _run_small(settings, folder, arguments.seed), folder, None
+
+
+def _has_real_model() -> bool:
+    """Whether rank 0 has MODEL in its cache, or could bring it there; one line says why not."""
+    reason = None
+    if is_main():
+        try:
+            fetch(MODEL)
+        except NotFetched as error:
+            reason = str(error)
+            logger.warning("%s. Going on with the small model that is made here", error)
+    return broadcast_object(reason) is None
+
+
+def _run_small(settings: Settings, folder: RunFolder, seed: int) -> list[RunResults]:
+    """Make the base model, run the asked method over the stream, then sequential fine-tuning beside it."""
+    recipe = EmbeddedRecipe()
     base = folder.root / "base"
     if settings.output.overwrite_output_dir and is_main() and folder.run_file.exists():
         shutil.rmtree(base, ignore_errors=True)  # it may be of another seed
     barrier()
-    paths = _write(folder.root / "material", arguments.seed, recipe)
+    paths = _write(folder.root / "material", seed, recipe)
     if not (base / "config.json").is_file():
         _train_base(base, paths, recipe, settings)
     runs = []
@@ -66,10 +93,12 @@ def run_embedded(settings: Settings) -> tuple[list[RunResults], RunFolder]:
     ):
         recipe_flags = {**_stream_flags(paths, recipe, base), "learning_rate": rate, "output_dir": where}
         chosen = {"method": method, "learning_rate": rate, "output_dir": where} if method else {}
+        if settings.model.model_name_or_path == EMBEDDED:
+            chosen["model_name_or_path"] = base
         runs.append(train(settings.rebuilt(recipe_flags, chosen))[0])
         if settings.method.method == "seqft":
             break
-    return runs, folder
+    return runs
 
 
 def _free_folder() -> Path:

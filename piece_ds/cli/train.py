@@ -1,6 +1,7 @@
 """launch/train.py: a task or a stream of tasks on a model, or the embedded default."""
 
-from piece_ds.cli.demo import run_embedded
+from piece_ds.cli.demo import EMBEDDED, run_embedded
+from piece_ds.cli.office_demo import print_comparison
 from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings, print_help
 from piece_ds.methods.registry import methods_help
@@ -17,8 +18,11 @@ def main(argv: list[str]) -> None:
         print_help({"method": methods_help()})
         return
     settings = load_settings(argv)
-    if settings.model.model_name_or_path is None:
-        show(*run_embedded(settings))
+    if settings.model.model_name_or_path in (None, EMBEDDED):
+        runs, folder, comparison = run_embedded(settings)
+        show(runs, folder)
+        if comparison is not None:
+            print_comparison(comparison)
         return
     results, folder = train(settings)
     show([results], folder)

@@ -55,9 +55,14 @@ class DataArguments:
     general_file: str | None = field(
         default=None, metadata={"help": "text that no task trains; its loss is the general-ability column"}
     )
-    general_importance_file: str | None = field(
-        default=None, metadata={"help": "text that stands for general ability when piece-ratio selects; not judged on"}
+    general_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "text that stands for general ability, never judged on: a file, self (the base model writes it "
+            "before the first task; kept in the cache) or builtin (English of the Python installation)"
+        },
     )
+    general_importance_file: str | None = field(default=None, metadata={"help": "the same as --general_text FILE"})
     max_prompt_len: int = field(default=1024, metadata={"help": "tokens; prompt and answer are each cut to the sum"})
     max_ans_len: int = field(default=512, metadata={"help": "tokens; see max_prompt_len"})
     columns: str | None = field(
@@ -104,6 +109,13 @@ class DataArguments:
             raise UserError(f"--validation_share must be in (0, 1), got {self.validation_share}")
         if self.validation_share is not None and self.eval_file:
             raise UserError("--validation_share and --eval_file both say what is held out; give one of them")
+        if self.general_importance_file:
+            if self.general_text not in (None, self.general_importance_file):
+                raise UserError(
+                    f"--general_importance_file {self.general_importance_file} means --general_text, which is given as "
+                    f"{self.general_text}: give one of them"
+                )
+            self.general_text = self.general_importance_file
         if self.train_file and self.task_dir:
             raise UserError("give either --train_file (one task) or --task_dir with --tasks (a stream), not both")
         if bool(self.task_dir) != bool(self.tasks):

@@ -60,7 +60,7 @@ class MethodArguments:
     general_statistics: str | None = field(
         default=None,
         metadata={
-            "help": "piece-ratio: folder of the base model's statistics of --general_importance_file, kept there "
+            "help": "piece-ratio: folder of the base model's statistics of --general_text, kept there "
             "for other runs; without it OUTPUT_DIR/general_statistics"
         },
     )

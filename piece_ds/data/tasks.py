@@ -173,7 +173,7 @@ def load_task_stream(arguments: DataArguments, processing: Processing, seed: int
 def holds_token_ids(arguments: DataArguments) -> bool:
     """Return whether all rows are token ids already, by the first row of every file; no tokenizer is needed then."""
     named = [path for files in _task_files(arguments).values() for path in files.values()]
-    named += [path for path in (arguments.general_file, arguments.general_importance_file) if path]
+    named += [path for path in (arguments.general_file, arguments.general_text) if path]
     columns = parse_columns(arguments.columns)
     paths = [Path(path) for path in named]
     return all(path.suffix.lower() in READERS and path.is_file() for path in paths) and all(

@@ -32,7 +32,7 @@ def select_ratio(request: SelectionRequest) -> Mask:
     Cost: two statistics passes (the general one is kept, see --general_statistics), 8 bytes per owned element.
     """
     if request.options.general is None:
-        raise UserError("--method piece-ratio needs text that stands for general ability: --general_importance_file F")
+        raise UserError("--method piece-ratio needs text that stands for general ability: --general_text")
     general = request.options.general()
     stats = collect_statistics(request.engine, request.micro_batches, False, request.device, request.layout)
     f = stats.square_sum.div_(stats.num_micro_batches)

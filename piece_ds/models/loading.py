@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,14 @@ def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
     return _DTYPES[stated] if isinstance(stated, str) else stated
 
 
-def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str | None = None) -> nn.Module:
+def load_model(
+    arguments: ModelArguments, dtype: torch.dtype, folder: Path | str | None = None, whole: bool = False
+) -> nn.Module:
     """The model in dtype; partitioned while loading where a ZeRO-3 TrainingArguments is alive.
 
     Args:
         folder: load from there instead of model_name_or_path (a later task of a resumed stream).
+        whole: not partitioned, whatever is alive.
     """
     source = str(folder or model_source(str(arguments.model_name_or_path)))
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
@@ -114,7 +117,8 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype, folder: Path | str
         options["attn_implementation"] = arguments.attn_implementation
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
-        model, info = _auto_class(config).from_pretrained(source, output_loading_info=True, **options)
+        with without_zero3() if whole else nullcontext():
+            model, info = _auto_class(config).from_pretrained(source, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
     refuse_incomplete(f"the model in {source}", model, info)

@@ -108,7 +108,7 @@ def check_overwrite(settings: Settings, root: Path) -> None:
         "eval_file": data.eval_file,
         "task_dir": data.task_dir,
         "general_file": data.general_file,
-        "general_importance_file": data.general_importance_file,
+        "general_text": data.general_text,
     }
     for name, path in read.items():
         if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(root.resolve()):
@@ -154,9 +154,9 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
     needs_general = method.needs == GENERAL
 
     # What the method needs.
-    if needs_general and not data.general_importance_file:
+    if needs_general and not data.general_text:
         raise UserError(
-            f"--method {method.name} needs text that stands for general ability: --general_importance_file F"
+            f"--method {method.name} needs text that stands for general ability: --general_text self, builtin or a file"
         )
     if method.needs_earlier_tasks and num_tasks < 2:
         raise UserError(
@@ -171,8 +171,8 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         )
     if method.has_mask and method.estimator is None and flags.budget != "model":
         raise UserError(f"--budget {flags.budget} has no meaning with --method {method.name}, which has its own")
-    if not needs_general and (data.general_importance_file or flags.general_statistics):
-        raise UserError("--general_importance_file and --general_statistics belong to --method piece-ratio")
+    if not needs_general and (data.general_text or flags.general_statistics):
+        raise UserError("--general_text and --general_statistics belong to --method piece-ratio")
     if flags.importance_rows and not (method.has_mask and flags.mask_file is None):
         raise UserError(
             f"--importance_rows has no meaning with {'--mask_file' if flags.mask_file else f'--method {method.name}'}: "

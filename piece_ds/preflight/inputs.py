@@ -22,6 +22,7 @@ from piece_ds.models.processor import Processing, tokenizer_of
 from piece_ds.models.suitable import check_checkpoint
 from piece_ds.models.token_ids import token_ids_tokenizer
 from piece_ds.preflight.checks import check_deepspeed_file, check_mask, check_method_reads_images
+from piece_ds.preflight.general_text import check_general_text, read_general_text, write_general_text
 from piece_ds.preflight.rows_fit import check_prompts_fit, check_rows_fit
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import start_distributed
@@ -43,7 +44,7 @@ class Inputs:
         tasks: tokenized, in order.
         scorers: task -> name of its scorer.
         general: tokenized text that no task trains, or None.
-        general_importance: tokenized text that piece-ratio takes statistics of, or None.
+        general_importance: tokenized rows of --general_text, which stand for general ability, or None.
         arguments: made from settings; while it lives, transformers loads models partitioned under ZeRO-3.
         baseline: the method, if it is one without a mask.
         claim: of training, on the run's folder; checked, not made.
@@ -83,6 +84,7 @@ def load_inputs(settings: Settings) -> Inputs:
     check_mask(settings, config)
     check_method_reads_images(settings.method.method, config)
     check_eligible(settings.model, config)
+    check_general_text(settings, config)
     data = settings.data
     if data.packing:
         check_packing(config, settings.model.attn_implementation)
@@ -100,14 +102,14 @@ def load_inputs(settings: Settings) -> Inputs:
     general = None
     if data.general_file:
         general = load_general(data.general_file, tokenizer, data.cutoff, max_rows=data.max_eval_samples, images=data)
-    general_importance = None
-    if data.general_importance_file:
-        general_importance = load_general(data.general_importance_file, tokenizer, data.cutoff, images=data)
-    others = {"--general_file": general, "--general_importance_file": general_importance}
+    general_text = read_general_text(settings, tokenizer)
+    others = {"--general_file": general, "--general_text": general_text}
     check_rows_fit(config, tasks, others, tokenizer_of(tokenizer).pad_token_id)
     check_prompts_fit(config, tasks, scorers, (data.max_new_tokens, settings.evaluation.max_new_tokens_text))
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
+    if general_text is None:
+        general_text = write_general_text(settings, tokenizer, dtype)
     return Inputs(
         settings=settings,
         config=config,
@@ -116,7 +118,7 @@ def load_inputs(settings: Settings) -> Inputs:
         tasks=tasks,
         scorers=scorers,
         general=general,
-        general_importance=general_importance,
+        general_importance=general_text,
         arguments=settings.training_arguments(),
     )
 

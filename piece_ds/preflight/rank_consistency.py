@@ -75,7 +75,7 @@ def _fingerprints(inputs: Inputs) -> dict[str, str]:
     for task in inputs.tasks:
         for split in ("train", "eval", "test"):
             found[f"the {split} rows of task {task.name}"] = _digest_of_rows(getattr(task, split))
-    for name, rows in (("general text", inputs.general), ("text for piece-ratio", inputs.general_importance)):
+    for name, rows in (("general text", inputs.general), ("text of --general_text", inputs.general_importance)):
         if rows is not None:
             found[f"the {name}"] = _digest_of_rows(rows)
     return found

@@ -67,7 +67,7 @@ CASES = {
     "mask-is-no-mask": Case("--mask_file {base}/model/model.safetensors", r"expected 'piece-mask' version '1'"),
     "mask-with-seqft": Case("--mask_file {base}/mask.safetensors --method seqft", r"no meaning with --method seqft"),
     "mask-with-lora": Case("--mask_file {base}/mask.safetensors --method lora", r"no meaning with --method lora"),
-    "ratio-without-text": Case("--method piece-ratio", r"needs text .*--general_importance_file F"),
+    "ratio-without-text": Case("--method piece-ratio", r"needs text .*--general_text self"),
     "text-without-ratio": Case("--general_importance_file {base}/tasks/letter/train.json", r"belong to --method"),
     "disjoint-without-stream": Case("--method piece-s-disjoint", r"needs a stream"),
     "statistics-of-lift": Case("--method lift --statistics_file {base}/s", r"no meaning with --method lift"),

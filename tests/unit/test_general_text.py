@@ -8,6 +8,7 @@ import torch
 from support.launches import make_model_folder
 from transformers import AutoModelForCausalLM
 
+from piece_ds.config.settings import parse
 from piece_ds.data import general_text
 from piece_ds.data.files import load_rows
 from piece_ds.data.general_text import builtin_rows, rows_of_tokens
@@ -16,7 +17,10 @@ from piece_ds.data.tokenize import Encoder
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.evaluation.self_written import MIN_TOKENS, SelfWriting, self_written_file, write_rows
 from piece_ds.models.fingerprint import model_digest, weights_digests
-from piece_ds.runtime.errors import MachineError
+from piece_ds.models.loading import load_config
+from piece_ds.plan.shapes import known_config
+from piece_ds.preflight.general_text import check_general_text, read_general_text, write_general_text
+from piece_ds.runtime.errors import MachineError, UserError
 
 TOKENIZER = make_tokenizer(256)
 WRITING = SelfWriting(num_rows=6, num_tokens=20, batch_size=3)
@@ -104,3 +108,38 @@ def test_a_model_is_told_by_its_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "same" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     assert weights_digests(str(tmp_path / "same")) == weights_digests(str(folder))
     assert model_digest(str(tmp_path / "same")) != model_digest(str(folder))
+
+
+def test_the_flag_names_a_file_or_a_kind_and_its_older_name_means_it() -> None:
+    assert parse(["--general_text", "self"]).data.general_text == "self"
+    assert parse(["--general_importance_file", "f.json"]).data.general_text == "f.json"
+    assert parse(["--general_importance_file", "f.json", "--general_text", "f.json"]).data.general_text == "f.json"
+    with pytest.raises(UserError, match="given as self: give one of them"):
+        parse(["--general_importance_file", "f.json", "--general_text", "self"])
+
+
+def test_rows_of_every_kind_are_encoded_like_those_of_a_task(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIECE_DS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "own.jsonl").write_text('{"text": "A text of its own."}\n')
+    found = {}
+    for named in (None, "self", "builtin", str(tmp_path / "own.jsonl")):
+        flags = ["--model_name_or_path", str(folder), *(["--general_text", named] if named else [])]
+        settings = parse(flags)
+        config = load_config(settings.model)
+        check_general_text(settings, config)
+        read = read_general_text(settings, TOKENIZER)
+        found[named] = read if read is not None else write_general_text(settings, TOKENIZER, torch.float32)
+    assert found.pop(None) is None
+    for rows in found.values():
+        assert rows is not None
+        assert set(rows.column_names) == {"input_ids", "labels"}
+        assert all(labels[0] == IGNORED_LABEL for labels in rows["labels"])
+    assert [len(rows) > 100 for rows in found.values()] == [True, True, False]
+
+
+def test_a_model_too_large_to_write_on_each_rank_is_refused() -> None:
+    settings = parse(["--model_name_or_path", "some/model", "--general_text", "self"])
+    with pytest.raises(UserError, match=r"some/model has \d+ GB of weights.*limit 20 GB"):
+        check_general_text(settings, known_config("70B"))

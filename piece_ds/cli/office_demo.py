@@ -1,0 +1,201 @@
+"""The embedded default on a real model: three office tasks, the recommended recipe beside what it is to beat.
+
+All contenders learn the same rows in the same order for as many steps; rates are those at which they learn about as
+much. What differs is what each does to the rest of the model: the loss on text that none of them has seen.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from piece_ds.cli.run import train
+from piece_ds.config.settings import Settings
+from piece_ds.data.general_text import SELF
+from piece_ds.demo.office.recipe import OfficeRecipe
+from piece_ds.demo.office.write import OfficePaths, write_office
+from piece_ds.evaluation.predictions import read_predictions
+from piece_ds.models.pretrained import model_source
+from piece_ds.report.frontier import FrontierPoint, frontier_figure
+from piece_ds.report.grids import Grid, percent, signed_nats
+from piece_ds.report.results import RunResults
+from piece_ds.report.table import print_grids
+from piece_ds.runtime.distributed import broadcast_object, is_main, world_size
+from piece_ds.runtime.files import write_whole
+from piece_ds.training.run_folder import RunFolder
+
+MODEL = "smollm2-135m"
+# What the model writes ends where a line does, in the examples shown.
+SHOWN_CHARACTERS = 100
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One run of the comparison.
+
+    Attributes:
+        name: in tables and figures.
+        folder: below the output folder; empty for the output folder itself.
+        flags: what it has of its own.
+    """
+
+    name: str
+    folder: str
+    flags: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the contenders found.
+
+    Attributes:
+        runs: in the order of the comparison, each by the name of its contender.
+        folders: their output folders.
+        tasks: of the stream, in order.
+    """
+
+    runs: list[RunResults]
+    folders: list[Path]
+    tasks: tuple[str, ...]
+
+
+def contenders(recipe: OfficeRecipe, material: Path) -> list[Contender]:
+    """The recommended recipe first.
+
+    Args:
+        recipe: the settings.
+        material: folder where the base model's statistics of general text are kept for all of them.
+    """
+    mask = {
+        "method": "piece-ratio",
+        "mask_ratio": recipe.mask_ratio,
+        "learning_rate": recipe.mask_learning_rate,
+        "importance_rows": recipe.importance_rows,
+        "general_text": SELF,
+        "general_statistics": material / "general_statistics",
+    }
+    return [
+        Contender("recommended", "", mask),
+        Contender("seqft", "seqft", {"method": "seqft", "learning_rate": recipe.full_learning_rate}),
+        Contender("lora", "lora", {"method": "lora", "learning_rate": recipe.lora_learning_rate}),
+    ]
+
+
+def run_office(settings: Settings, model: str, folder: RunFolder, recipe: OfficeRecipe | None = None) -> Comparison:
+    """Run every contender over the stream, or only the user's own method and seqft where --method is given.
+
+    Args:
+        settings: the user's, which win over the recipe's.
+        model: name or folder of the pretrained model.
+        folder: free, or of the run to resume.
+        recipe: the settings; None means the defaults.
+    """
+    recipe = recipe or OfficeRecipe()
+    seed = settings.training_arguments().seed
+    paths = _write(folder.root / "material", seed, model, recipe)
+    common = _common_flags(paths, model, recipe, folder)
+    chosen = _chosen(settings, contenders(recipe, folder.root / "material"), recipe)
+    runs = []
+    for contender in chosen:
+        where = folder.root / contender.folder
+        own = {**contender.flags, "output_dir": where}
+        if contender.folder:  # what the user gives is for the first run
+            results = train(settings.rebuilt(common, own))[0]
+        else:
+            results = train(settings.rebuilt({**common, **own}))[0]
+        runs.append(replace(results, name=contender.name))
+    return Comparison(runs, [folder.root / contender.folder for contender in chosen], recipe.tasks)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print what was learned and forgotten, draw it, and print some answers in words. Rank 0 alone does something."""
+    if is_main():
+        first = RunFolder(comparison.folders[0])
+        print_grids([frontier_grid(comparison)])
+        picture = first.root / "figures" / "frontier.png"
+        write_whole(picture, lambda temporary: temporary.write_bytes(_frontier_picture(comparison)))
+        print(f"figure: {picture}\n")
+        print("\n".join(answers_before_and_after(comparison.runs[0].name, first, comparison.tasks)))
+
+
+def _chosen(settings: Settings, known: list[Contender], recipe: OfficeRecipe) -> list[Contender]:
+    """All of them; with --method, the user's own and seqft."""
+    own = settings.method.method
+    if "method" not in settings.given:
+        return known
+    flags = next((c.flags for c in known if c.flags["method"] == own), {"learning_rate": recipe.full_learning_rate})
+    return [Contender(own, "", flags), *(c for c in known if c.name == "seqft" != own)]
+
+
+def _write(material: Path, seed: int, model: str, recipe: OfficeRecipe) -> OfficePaths:
+    paths = (
+        write_office(material, seed, AutoTokenizer.from_pretrained(model_source(model)), recipe) if is_main() else None
+    )
+    paths = broadcast_object(paths)
+    assert isinstance(paths, OfficePaths)
+    return paths
+
+
+def _common_flags(paths: OfficePaths, model: str, recipe: OfficeRecipe, folder: RunFolder) -> dict[str, Any]:
+    return {
+        "model_name_or_path": model,
+        "task_dir": paths.task_dir,
+        "tasks": ",".join(recipe.tasks),
+        "scorers": ",".join(f"{name}=exact" for name in recipe.tasks),
+        "general_file": paths.general_file,
+        "max_steps": recipe.task_steps,
+        "per_device_train_batch_size": max(1, recipe.task_batch_size // world_size()),
+        "per_device_eval_batch_size": 16,
+        "importance_batch_size": recipe.importance_batch_size,
+        "max_new_tokens_text": recipe.max_new_tokens,
+        "lr_scheduler_type": "linear",
+        "adam_beta2": recipe.adam_beta2,
+        "save_model": "never",
+    }
+
+
+def frontier_grid(comparison: Comparison) -> Grid:
+    """What each run learned, what it did to the rest of the model, and how much it left on the disk."""
+    rows = []
+    for run, folder in zip(comparison.runs, comparison.folders, strict=True):
+        summary = run.matrix.summary()
+        deltas = [path.stat().st_size for path in folder.glob("[0-9][0-9]-*/delta.safetensors")]
+        rows.append(
+            (
+                run.name,
+                percent(summary["score_learning"]),
+                percent(summary["score_overall"]),
+                signed_nats(summary["general_loss_change"]),
+                f"{sum(deltas) / len(deltas) / 1e6:.1f} MB" if deltas else "-",
+            )
+        )
+    header = ("run", "learned", "kept to the end", "general loss", "delta of a task")
+    return Grid("Learned against forgotten", header, tuple(rows))
+
+
+def _frontier_picture(comparison: Comparison) -> bytes:
+    """PNG bytes: a point a run, accuracy right after each task against the rise of the loss on general text."""
+    summaries = [(run.name, run.matrix.summary()) for run in comparison.runs]
+    points = [
+        FrontierPoint(name, "", summary["score_learning"] or 0.0, (summary["general_loss_change"],))
+        for name, summary in summaries
+    ]
+    return frontier_figure(points, "learned", ["change of general loss (nats)"], y_are_losses=[True])
+
+
+def answers_before_and_after(name: str, folder: RunFolder, tasks: tuple[str, ...]) -> list[str]:
+    """The first held-out row of each task, answered before the stream and after all of it."""
+    lines = [f"What the model answers, before the stream and after all of it ({name}):"]
+    last = f"{len(tasks) - 1:02d}-{tasks[-1]}"
+    for task in tasks:
+        prompts, golds, before = read_predictions(folder.predictions("before") / f"{task}.jsonl")
+        after = read_predictions(folder.predictions(last) / f"{task}.jsonl")[2]
+        lines += ["", f"  {prompts[0]}".replace("\n", "\n  ")]
+        lines += [f"    before  {_shown(before[0])}", f"    after   {_shown(after[0])}", f"    right   {golds[0]}"]
+    return lines
+
+
+def _shown(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]} ..."

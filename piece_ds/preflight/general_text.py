@@ -1,0 +1,86 @@
+"""The rows of --general_text, whoever brings them: a file, the Python installation, or the base model itself."""
+
+from typing import Any
+
+import datasets
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from piece_ds.config.settings import Settings
+from piece_ds.data.general_text import BUILTIN, SELF, builtin_rows
+from piece_ds.data.tasks import load_general
+from piece_ds.data.tokenize import Encoder
+from piece_ds.evaluation.self_written import SelfWriting, self_written_file
+from piece_ds.models.fingerprint import model_digest
+from piece_ds.models.loading import empty_model, load_model, reads_images
+from piece_ds.models.pretrained import model_source
+from piece_ds.models.processor import Processing, tokenizer_of
+from piece_ds.runtime.errors import UserError
+
+# The same for every run on a base model, so that they share what is kept of it.
+SEED = 0
+BUILTIN_ROWS, BUILTIN_TOKENS = 128, 96
+# Each rank writes with the whole model: partitioned, every token would gather it.
+MAX_WHOLE_BYTES = 20e9
+
+
+def read_general_text(settings: Settings, processing: Processing) -> datasets.Dataset | None:
+    """The encoded rows of --general_text where a file or the Python installation has them; None where neither does.
+
+    Args:
+        settings: the run's.
+        processing: the model's tokenizer or processor.
+    Raises:
+        UserError: the file cannot be used.
+        MachineError: this Python installation carries too little prose.
+    """
+    named, data = settings.data.general_text, settings.data
+    if named in (None, SELF):
+        return None
+    if named == BUILTIN:
+        encoder = Encoder(tokenizer_of(processing), data.cutoff)
+        return builtin_rows(encoder, BUILTIN_ROWS, min(BUILTIN_TOKENS, data.cutoff), SEED)
+    return load_general(str(named), processing, data.cutoff, images=data)
+
+
+def write_general_text(settings: Settings, processing: Processing, dtype: torch.dtype) -> datasets.Dataset | None:
+    """The encoded rows that the base model writes for --general_text self; None without it. A collective.
+
+    Args:
+        settings, processing: as in read_general_text().
+        dtype: to load the model in.
+    Raises:
+        UserError: the model's files are not here.
+    Cost: once per base model, see write_rows().
+    """
+    if settings.data.general_text != SELF:
+        return None
+    digest = model_digest(model_source(str(settings.model.model_name_or_path)))
+    if digest is None:
+        raise UserError(
+            f"--general_text self: the weights of {settings.model.model_name_or_path} are not in files here, so the "
+            "text could not be told from another model's; give a model folder"
+        )
+    device = get_accelerator().current_device_name()
+
+    def open_model() -> nn.Module:
+        return load_model(settings.model, dtype, whole=True).to(device).eval()
+
+    path = self_written_file(digest, open_model, tokenizer_of(processing), SelfWriting(seed=SEED), device)
+    return load_general(str(path), processing, settings.data.cutoff)
+
+
+def check_general_text(settings: Settings, config: Any) -> None:
+    """Raise UserError where the model cannot write text of its own, before anything is read."""
+    if settings.data.general_text != SELF:
+        return
+    source = settings.model.model_name_or_path
+    if reads_images(config):
+        raise UserError(f"--general_text self: {source} reads images; give builtin or a file")
+    size = sum(parameter.numel() * parameter.element_size() for parameter in empty_model(config).parameters())
+    if size > MAX_WHOLE_BYTES:
+        raise UserError(
+            f"--general_text self: {source} has {size / 1e9:.0f} GB of weights, and each rank would load all of them "
+            f"to write with (limit {MAX_WHOLE_BYTES / 1e9:.0f} GB); give builtin or a file"
+        )
