@@ -96,7 +96,7 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.description = "Bytes per rank and traffic per optimizer step, computed from shapes; nothing is loaded."
-    plan.add_argument("--model", help="a local model folder, or 1.5B, 8B, 70B, 405B")
+    plan.add_argument("--model", help="a model folder, its config.json, a Hub id, or 1.5B, 8B, 70B, 405B")
     plan.add_argument("--world", type=int, default=1, help="ranks")
     plan.add_argument("--zero", type=int, default=3, choices=[0, 1, 2, 3], help="ZeRO stage")
     plan.add_argument("--update_mode", default="compact", choices=["compact", "masked", "full", "lora"])

@@ -1,22 +1,21 @@
 """What `piece_ds plan` does: shapes of a model, then tables of memory and traffic."""
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.models.loading import empty_model, load_config
-from piece_ds.models.pretrained import PRETRAINED, model_source
+from piece_ds.models.pretrained import PRETRAINED, NotFetched
+from piece_ds.plan.cards import CARDS, YES, card_verdicts
 from piece_ds.plan.memory import MOMENTS, Term, memory_terms, peak, total
 from piece_ds.plan.setting import Setting
 from piece_ds.plan.shapes import KNOWN, ModelShape, known_config, shape_of
 from piece_ds.plan.traffic import transfers
+from piece_ds.report.grids import Grid
+from piece_ds.report.table import print_grids
 from piece_ds.runtime.errors import UserError, nearest
+from piece_ds.runtime.text import printable
 
 TABLE_RANKS = (1, 8, 64, 512)
 TABLE_MODES = ("full", "lora", "masked", "compact")
@@ -30,13 +29,20 @@ def plan(arguments: argparse.Namespace) -> None:
         print("\n".join(markdown_table(setting, [arguments.model] if arguments.model else list(KNOWN))))
         return
     if arguments.model is None:
-        raise UserError(f"plan needs --model (a local folder, or {', '.join(KNOWN)}) or --table")
+        raise UserError(f"plan needs --model ({_expected()}) or --table")
     shape = _shape(arguments.model)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    terms = memory_terms(shape, setting)
-    console.print(_memory_table(terms, f"{arguments.model}: {shape.total} parameters, per rank of {setting.world}"))
-    console.print(_totals(terms))
-    console.print(_traffic_table(shape, setting))
+
+    print(printable(f"{arguments.model}: {shape.total} parameters"))
+    print(_setting_line(shape, setting))
+    print(_verdict_line(shape, setting) + "\n")
+    print_grids(
+        [
+            _cards_grid(shape, setting),
+            _memory_grid(memory_terms(shape, setting)),
+            _sums_grid(memory_terms(shape, setting)),
+            *([_traffic_grid(shape, setting)] if setting.world > 1 else []),
+        ]
+    )
 
 
 def markdown_table(setting: Setting, models: list[str]) -> Iterator[str]:
@@ -69,51 +75,91 @@ def _step_traffic(shape: ModelShape, setting: Setting) -> float:
     return sum(t.received for t in transfers(shape, setting) if t.collective != "all-to-all")
 
 
+def _expected() -> str:
+    return f"a model folder, its config.json, a Hub id, or one of {', '.join([*KNOWN, *PRETRAINED])}"
+
+
 def _shape(name: str) -> ModelShape:
+    """The shape of a model by its name; nothing but a configuration is read, and from the Hub fetched."""
     if name in KNOWN:
         return shape_of(empty_model(known_config(name)))
-    if not Path(model_source(name)).is_dir():
-        known = [*KNOWN, *PRETRAINED]
-        raise UserError(
-            f"--model {name}: expected a local model folder or one of {', '.join(known)}.{nearest(name, known)}"
-        )
-    return shape_of(empty_model(load_config(ModelArguments(model_name_or_path=name))))
+    try:
+        return shape_of(empty_model(load_config(ModelArguments(model_name_or_path=name))))
+    except NotFetched:
+        raise
+    except Exception as error:
+        # A configuration is data from outside, and nothing else is at work here: whatever reading it or building the
+        # model from it raises, in transformers or torch, says that it describes no model.
+        reason = " ".join(str(error).removeprefix(f"--model_name_or_path {name}: ").split())
+        hint = nearest(name, [*KNOWN, *PRETRAINED])
+        raise UserError(f"--model {name}: expected {_expected()}; {reason[:300]}.{hint}") from error
 
 
-def _memory_table(terms: list[Term], title: str) -> Table:
-    table = Table("what", "formula", "GB", "where", "when", title=title, title_justify="left")
-    for term in terms:
-        when = "always" if term.moments == MOMENTS else ", ".join(term.moments)
-        table.add_row(
+def _setting_line(shape: ModelShape, setting: Setting) -> str:
+    """What is planned, in words."""
+    selects = setting.selected(shape)
+    parts = [
+        f"{setting.world} rank{'s' * (setting.world > 1)}",
+        f"ZeRO-{setting.zero}",
+        setting.dtype,
+        f"update_mode {setting.update_mode}",
+        *([f"{selects} selected ({100 * setting.ratio:g} %, {setting.method})"] if selects else []),
+        *(["optimizer on the CPU"] if setting.offload_optimizer else []),
+        *(["parameters on the CPU"] if setting.offload_param else []),
+        f"{setting.tokens} tokens x {setting.accumulation} a step and rank",
+    ]
+    return ", ".join(parts)
+
+
+def _verdict_line(shape: ModelShape, setting: Setting) -> str:
+    """The smallest card that bears it, and what it needs."""
+    most, moment = peak(memory_terms(shape, setting))
+    need = f"needs {most / GB:.2f} GB of a device at most ({moment}, with estimates)"
+    card = next((found.gigabytes for found in card_verdicts(shape, setting) if found.fits == YES), None)
+    verdict = f"fits {card} GB cards" if card else f"fits no card of up to {max(CARDS)} GB"
+    return f"{verdict}: {need}"
+
+
+def _cards_grid(shape: ModelShape, setting: Setting) -> Grid:
+    rows = []
+    for found in card_verdicts(shape, setting):
+        lowest = "none" if found.lowest_stage is None else f"ZeRO-{found.lowest_stage}"
+        if found.lowest_stage is None and found.lowest_stage_offloaded is not None:
+            lowest = f"ZeRO-{found.lowest_stage_offloaded} with --offload_optimizer"
+        name = f"{found.gigabytes} GB ({CARDS[found.gigabytes]})"
+        rows.append((name, found.fits, lowest, f"{found.usable_bytes / GB:.1f}"))
+    header = ("card", f"fits at ZeRO-{setting.zero}", "lowest stage that fits", "usable GB")
+    return Grid("cards (perhaps: fits without what is only estimated)", header, tuple(rows), num_text_columns=3)
+
+
+def _memory_grid(terms: list[Term]) -> Grid:
+    rows = [
+        (
             term.name + (" (estimate)" if term.is_estimate else ""),
             term.formula,
-            f"{term.size / GB:.3f}",
             "CPU" if term.on_host else "device",
-            when,
+            "always" if term.moments == MOMENTS else ", ".join(term.moments),
+            f"{term.size / GB:.3f}",
         )
-    table.columns[2].justify = "right"
-    return table
+        for term in terms
+    ]
+    return Grid("memory of a rank", ("what", "formula", "where", "when", "GB"), tuple(rows), num_text_columns=4)
 
 
-def _totals(terms: list[Term]) -> Table:
-    table = Table("GB", *MOMENTS, "most", title="sums", title_justify="left")
+def _sums_grid(terms: list[Term]) -> Grid:
     sums = [term for term in terms if not term.is_estimate]
-    rows = (("device, without estimates", sums, False), ("device", terms, False), ("CPU", terms, True))
-    for name, chosen, on_host in rows:
+    rows = []
+    for name, chosen, on_host in (
+        ("device, without estimates", sums, False),
+        ("device", terms, False),
+        ("CPU", terms, True),
+    ):
         sizes = [f"{total(chosen, moment, on_host) / GB:.3f}" for moment in MOMENTS]
-        table.add_row(name, *sizes, f"{peak(chosen, on_host)[0] / GB:.3f}")
-    return table
+        rows.append((name, *sizes, f"{peak(chosen, on_host)[0] / GB:.3f}"))
+    return Grid("sums, in GB", ("", *MOMENTS, "most"), tuple(rows))
 
 
-def _traffic_table(shape: ModelShape, setting: Setting) -> Table:
-    table = Table(
-        "what",
-        "collective",
-        "elements",
-        "GB received",
-        title="traffic per optimizer step and rank",
-        title_justify="left",
-    )
-    for transfer in transfers(shape, setting):
-        table.add_row(transfer.name, transfer.collective, f"{transfer.elements:.4g}", f"{transfer.received / GB:.3f}")
-    return table
+def _traffic_grid(shape: ModelShape, setting: Setting) -> Grid:
+    rows = [(t.name, t.collective, f"{t.elements:.4g}", f"{t.received / GB:.3f}") for t in transfers(shape, setting)]
+    header = ("what", "collective", "elements", "GB received")
+    return Grid("traffic of an optimizer step and rank", header, tuple(rows), num_text_columns=2)

@@ -1,13 +1,20 @@
 """The planner's shapes are the published models', its arithmetic is that of hand sums, and bad settings are refused."""
 
+import json
 import math
+import re
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.models import make_model
 
 from piece_ds.__main__ import main
+from piece_ds.cli.main import _parser
+from piece_ds.config.arguments import MethodArguments
 from piece_ds.models.loading import empty_model
+from piece_ds.plan.cards import CARDS, card_verdicts, fits
 from piece_ds.plan.memory import MOMENTS, memory_terms, peak, total
 from piece_ds.plan.setting import Setting
 from piece_ds.plan.shapes import KNOWN, ModelShape, known_config, shape_of
@@ -99,6 +106,82 @@ def test_a_local_folder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "reduce-scatter" in printed
 
 
+def test_a_config_json_alone_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_model("llama").config.save_pretrained(tmp_path)
+    main(["plan", "--model", str(tmp_path / "config.json")])
+    whole = capsys.readouterr().out
+    main(["plan", "--model", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[1:] == whole.splitlines()[1:]
+
+
+def test_a_plan_says_what_it_is_of_and_what_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its defaults are the trainer's; every card has a verdict."""
+    main(["plan", "--model", "8B", "--world", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == (
+        "8 ranks, ZeRO-3, bf16, update_mode compact, 8030261 selected (0.1 %, piece-s), 2048 tokens x 1 a step and rank"
+    )
+    assert lines[2].startswith("fits 24 GB cards: needs 16.6")
+    assert sum(bool(re.match(r"\d+ GB \(.* (yes|perhaps|no) ", line)) for line in lines) == len(CARDS)
+
+
+def test_update_mode_and_ratio_are_those_of_training() -> None:
+    method = MethodArguments()
+    assert (Setting().update_mode, Setting().ratio) == (method.update_mode, method.mask_ratio)
+    parsed = _parser().parse_args(["plan"])
+    assert {name: getattr(parsed, name) for name in ("update_mode", "ratio", "dtype")} == {
+        "update_mode": method.update_mode,
+        "ratio": method.mask_ratio,
+        "dtype": Setting().dtype,
+    }
+
+
+def test_verdicts_follow_the_sums() -> None:
+    """At the edge of what is needed: one byte less and only the sums without estimates fit, then nothing does."""
+    setting = Setting(world=2, zero=2, update_mode="masked")
+    terms = memory_terms(ROUND, setting)
+    most = peak(terms)[0]
+    certain = peak([term for term in terms if not term.is_estimate])[0]
+    assert fits(ROUND, setting, most) == "yes"
+    assert fits(ROUND, setting, most - 1) == "perhaps"
+    assert fits(ROUND, setting, certain - 1) == "no"
+
+
+def test_the_lowest_stage_fits_and_the_one_below_does_not() -> None:
+    shape = shape_of(empty_model(known_config("8B")))
+    for setting in (
+        Setting(world=8),
+        Setting(world=8, update_mode="full"),
+        Setting(world=64, update_mode="masked", offload_optimizer=True),
+        Setting(world=8, update_mode="full", offload_optimizer=True, offload_param=True),
+    ):
+        for verdict in card_verdicts(shape, setting):
+            stage, usable = verdict.lowest_stage, verdict.usable_bytes
+            if stage is None:
+                assert fits(shape, replace(setting, zero=3), usable) != "yes"
+            else:
+                assert fits(shape, replace(setting, zero=stage), usable) == "yes"
+                lowest = 3 if setting.offload_param else int(setting.offload_optimizer)
+                for below in range(lowest, stage):
+                    assert fits(shape, replace(setting, zero=below), usable) != "yes"
+            if verdict.fits == "yes":
+                assert stage is not None
+                assert stage <= setting.zero
+
+
+def test_configurations_that_describe_no_model_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_model("llama").config.save_pretrained(tmp_path)
+    good = json.loads((tmp_path / "config.json").read_text())
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "model_type"):
+        for value in ("x", None, 0, -1, [], 10**5000):
+            text = json.dumps({**good, name: value if value != 10**5000 else "big"}).replace('"big"', "9" * 5000)
+            (tmp_path / "config.json").write_text(text)
+            with suppress(SystemExit):
+                main(["plan", "--model", str(tmp_path)])
+            printed = capsys.readouterr()
+            assert len(printed.err.splitlines()) == (0 if printed.out else 1)
+
+
 def test_the_table_has_every_model_at_every_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--table"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
@@ -110,7 +193,7 @@ def test_the_table_has_every_model_at_every_number_of_ranks(capsys: pytest.Captu
     ("flags", "message"),
     [
         ([], "plan needs --model"),
-        (["--model", "8b"], "expected a local model folder or one of 1.5B, 8B, 70B, 405B"),
+        (["--model", "8b"], "Did you mean '8B'?"),
         (["--model", "8B", "--world", "0"], "--world must be positive"),
         (["--model", "8B", "--ratio", "0"], "--ratio must be in (0, 1]"),
         (["--model", "8B", "--zero", "2", "--offload_param"], "--offload_param needs --zero 3"),
