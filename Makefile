@@ -63,6 +63,15 @@ bench-gpu: $(VENV)/.ready
 	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no GPU here that torch can use")'
 	PYTHON=$(CURDIR)/$(BIN)/python OUT=$(or $(OUT),$(CURDIR)/runs/gpu) bench/gpu.sh $(GPU_ARGS)
 
+# The pages and the API as a site, in site/. The builder is installed into an environment of its own, once; then it needs no network.
+docs: $(VENV)-docs/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet --site-dir site
+
+$(VENV)-docs/.ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
 venv: $(VENV)/.ready
 
 # An installed CUDA torch is kept, with the Triton it came with: the environment sees it, and nothing may replace it.
@@ -79,4 +88,4 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs site runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
