@@ -60,16 +60,11 @@ def test_every_stage_is_in_both_diagrams(stage: str) -> None:
     assert {"mask_gradients_", "set_gradient"} <= boxes
 
 
-def test_the_api_page_has_every_public_name_once() -> None:
-    listed = re.findall(r"^::: piece_ds\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(listed) == sorted(set(piece_ds.__all__) - {"__version__"})
-
-
-def test_every_page_is_in_the_site() -> None:
-    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
-    assert sorted(re.findall(r"- ([\w-]+\.md)$", nav, re.MULTILINE)) == sorted(
-        p.name for p in (ROOT / "docs").glob("*.md")
-    )
+def test_the_api_page_shows_every_public_name() -> None:
+    """It is made from __all__; a name without a docstring would be left out."""
+    assert "::: piece_ds\n" in (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in set(piece_ds.__all__) - {"__version__"}:
+        assert (getattr(piece_ds, name).__doc__ or "").strip(), name
 
 
 def test_types_travel_with_the_package() -> None:
