@@ -73,7 +73,8 @@ def run_grids(run: RunResults) -> list[Grid]:
 def page_grids(run: RunResults) -> list[Grid]:
     """Every grid of one run but its costs: what a page has room for."""
     kinds = kinds_grid(f"{run.name}: selected, of all weights of a kind", run.masks)
-    return [*run_grids(run), *([kinds] if kinds.rows else [])]
+    changes = changes_grid(f"{run.name}: selected values that changed", run)
+    return [*run_grids(run), *(grid for grid in (kinds, changes) if grid.rows)]
 
 
 def measures_grid(run: RunResults) -> Grid:
@@ -120,6 +121,21 @@ def has_scores(measure: Measure) -> bool:
     """Whether any task was scored at any moment."""
     rows = [*measure.after, *([measure.before] if measure.before else [])]
     return any(value is not None for row in rows for value in row)
+
+
+def changes_grid(title: str, run: RunResults) -> Grid:
+    """What share of the selected values of each kind changed in a task; of many tasks, extremes and mean."""
+    kinds = list(dict.fromkeys(kind for counts in run.changes.values() for kind in counts))
+    rows = []
+    for kind in kinds:
+        cells = [counts.get(kind) for counts in run.changes.values()]
+        shares = [cell["changed"] / max(cell["values"], 1) if cell else None for cell in cells]
+        if len(shares) > MAX_MASKS:
+            known = [value for value in shares if value is not None]
+            shares = [min(known), fmean(known), max(known)]
+        rows.append((kind, *map(percent, shares)))
+    tasks = tuple(run.changes) if len(run.changes) <= MAX_MASKS else ("lowest", "mean", "highest")
+    return Grid(title, ("kind", *tasks), tuple(rows))
 
 
 COST_LABELS = {

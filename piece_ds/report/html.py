@@ -33,6 +33,8 @@ DEFINITIONS = {
     "±": "half of the 95 % confidence interval over seeds (Student's t); it says nothing of the choice of test rows.",
     "95 % interval": "of the last row's scores over the choice of test rows: Wilson's for a share of n rows, an upper "
     "bound for means of other scores in [0, 1]; of the mean of tasks, from theirs (MOVER). It says nothing of seeds.",
+    "selected values that changed": "in 16 bits a value changes only if it is moved by half of its last place; weights "
+    "near 1, as of norms, need the largest moves. A low share asks for a larger learning rate.",
     "tokens/s": "training: tokens of the task's micro-batches a second of optimizer steps, over all ranks; generated: "
     "new tokens a second of evaluation.",
     "BWT": "backward transfer: mean over i < T of R[T][i] - R[i][i]. Negative (for a loss, positive) is forgetting.",

@@ -32,6 +32,7 @@ class RunResults:
         logs: task -> the trainer's log; entries with "step" and "loss" make the training curve.
         cost: task -> what was measured, by a name that says the unit ("train_seconds", "peak_bytes").
         settings: flags worth showing, as JSON values.
+        changes: task -> kind of tensor -> selected values, and those of them with another value after the task.
         rows: task -> number of rows that it is judged on.
         notes: what a reader must know, a sentence each ("X was judged on its training rows").
     """
@@ -49,6 +50,7 @@ class RunResults:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -94,6 +96,7 @@ class RunResults:
             "settings": self.settings,
             "notes": self.notes,
             "rows": self.rows,
+            "changes": self.changes,
         }
 
     @classmethod
@@ -101,14 +104,14 @@ class RunResults:
         """The results in the content of a results.json.
 
         Args:
-            values: as to_json gives them; name, measures, ability, settings, notes and rows may be absent.
+            values: as to_json gives them; name, measures, ability, settings, notes, rows and changes may be absent.
             name: what to call the run; None means its own name, or else its method.
         Raises:
             UserError: values are not of this format and version, or a part is missing or of the wrong form.
         """
         content = checked(values, Results, "results", "run again", strict=True).model_dump(exclude_unset=True)
         parts = {part: content[part] for part in ("method", "ratio", "masks", "overlaps", "logs", "cost")}
-        known = ("measures", "ability", "settings", "notes", "rows")
+        known = ("measures", "ability", "settings", "notes", "rows", "changes")
         optional = {part: content[part] for part in known if part in content}
         name = name or content.get("name") or str(content["method"])
         return cls(name=name, matrix=ResultMatrix.from_json(content["matrix"]), **parts, **optional)

@@ -61,6 +61,13 @@ class Cell(BaseModel):
     total: Count
 
 
+class Changed(BaseModel):
+    """Selected values of one kind of tensor, and those of them that changed."""
+
+    values: Count
+    changed: Count
+
+
 class LogEntry(BaseModel, extra="allow"):
     """A row of the trainer's log."""
 
@@ -86,3 +93,4 @@ class Results(BaseModel):
     settings: dict[str, Any] = {}
     notes: list[str] = []
     rows: dict[str, Count] = {}
+    changes: dict[str, dict[str, Changed]] = {}

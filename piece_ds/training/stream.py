@@ -33,6 +33,7 @@ from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.rank_status import report_status
 from piece_ds.runtime.signals import signal_handling
+from piece_ds.training.changes import with_changes
 from piece_ds.training.claim import Claim
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.progress import duration, scores_line, time_left
@@ -203,6 +204,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
     cost = {**asdict(trained.cost), **written_bytes(folder)}
     results = with_task(results, task.name, scores[0], cost=cost, index=trained.index, numel=numel, log=trained.log)
     results = with_overlaps(results, _mask_files(stream, index + 1))
+    results = with_changes(results, task.name, folder / "delta.safetensors")
     write_results(results, stream.folder.results_file)
     stream.reporters.log_results(results)
     _tidy(stream, index)
