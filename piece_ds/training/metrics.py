@@ -35,6 +35,7 @@ class MetricsLog(TrainerCallback):
         self._path, self._trainer = path, trainer
         self._begin = 0.0
         self._seconds_logged = 0.0
+        self._num_tokens = 0
 
     def open(self, last_step: int | None) -> None:
         """Begin the file, or go on with it after last_step: its later lines, and one that was cut short, go."""
@@ -75,7 +76,7 @@ class MetricsLog(TrainerCallback):
 
     def _cost(self) -> Row:
         """Return the cost of the steps since the last log. A collective of one number."""
-        tokens = int(all_reduce_sum_(self._trainer.take_num_tokens().view(1).to(collective_device())))
+        tokens = self._take_num_tokens()
         seconds, self._seconds_logged = self.train_seconds - self._seconds_logged, self.train_seconds
         cost = {
             "train_seconds": seconds,
@@ -84,6 +85,20 @@ class MetricsLog(TrainerCallback):
             "peak_bytes": peak_bytes(),
         }
         return {name: value for name, value in cost.items() if value is not None}
+
+    def tokens_per_second(self) -> float | None:
+        """Return tokens of the task's micro-batches, over all ranks, per second of optimizer steps. A collective.
+
+        Only steps of this process count; None if it took none.
+        """
+        self._take_num_tokens()
+        return self._num_tokens / self.train_seconds if self.train_seconds else None
+
+    def _take_num_tokens(self) -> int:
+        """Tokens of all ranks since the last call. A collective of one number."""
+        tokens = int(all_reduce_sum_(self._trainer.take_num_tokens().view(1).to(collective_device())))
+        self._num_tokens += tokens
+        return tokens
 
     def _append(self, row: Row) -> None:
         if not is_main():

@@ -167,6 +167,7 @@ def _cost(
         select_seconds=(mask.select_seconds or 0.0) if mask is not None else 0.0,
         train_seconds=metrics.train_seconds,
         num_steps=trainer.state.global_step,
+        trained_tokens_per_second=metrics.tokens_per_second(),
         nonfinite_steps=metrics.count(NONFINITE),
         overflow_steps=metrics.count(OVERFLOW),
         peak_bytes=peak_bytes(),

@@ -29,6 +29,7 @@ class TaskCost:
         select_seconds: statistics and selection; 0 where there was nothing to select.
         train_seconds: optimizer steps.
         num_steps: optimizer steps.
+        trained_tokens_per_second: over all ranks, of the steps of this process; None if it took none.
         nonfinite_steps: of these, not taken because a loss or gradient was NaN or infinite.
         overflow_steps: of these, not taken because fp16's loss scale was too large.
         peak_bytes: most memory allocated on the accelerator; None on the CPU.
@@ -39,6 +40,7 @@ class TaskCost:
     select_seconds: float
     train_seconds: float
     num_steps: int
+    trained_tokens_per_second: float | None
     nonfinite_steps: int
     overflow_steps: int
     peak_bytes: int | None

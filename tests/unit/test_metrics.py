@@ -112,3 +112,12 @@ def test_a_disk_that_fails_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(MachineError, match="No space left"):
         run.log.note("training")
+
+
+def test_speed_of_training_counts_all_tokens_also_those_after_the_last_log(run: Run) -> None:
+    """96 each time they are taken: at three logs and at the end."""
+    run.steps(1, 3)
+    run.log.train_seconds = 2.0
+    assert run.log.tokens_per_second() == 4 * 96 / 2.0
+    untrained = Run(run.path.with_name("none"))
+    assert untrained.log.tokens_per_second() is None

@@ -12,7 +12,7 @@ from support.models import make_model
 
 from piece_ds.__main__ import main
 from piece_ds.cli.main import _parser
-from piece_ds.config.arguments import MethodArguments
+from piece_ds.config.piece import PieceConfig
 from piece_ds.models.loading import empty_model
 from piece_ds.plan.cards import CARDS, card_verdicts, fits
 from piece_ds.plan.memory import MOMENTS, memory_terms, peak, total
@@ -126,12 +126,12 @@ def test_a_plan_says_what_it_is_of_and_what_it_fits(capsys: pytest.CaptureFixtur
 
 
 def test_update_mode_and_ratio_are_those_of_training() -> None:
-    method = MethodArguments()
-    assert (Setting().update_mode, Setting().ratio) == (method.update_mode, method.mask_ratio)
+    method = PieceConfig()
+    assert (Setting().update_mode, Setting().ratio) == (method.update_mode, method.ratio)
     parsed = _parser().parse_args(["plan"])
     assert {name: getattr(parsed, name) for name in ("update_mode", "ratio", "dtype")} == {
         "update_mode": method.update_mode,
-        "ratio": method.mask_ratio,
+        "ratio": method.ratio,
         "dtype": Setting().dtype,
     }
 
