@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import prose
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "piece_ds"
@@ -146,3 +147,65 @@ def test_importing_starts_nothing(path: Path) -> None:
             if isinstance(call, ast.Call):
                 text = ast.unparse(call.func)
                 assert not text.startswith(("logging.basicConfig", "torch.cuda", "dist.init", "torch.set_"))
+
+
+def test_nothing_stands_loose_in_the_package() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+    for path in PACKAGE.iterdir():
+        if path.is_dir() and path.name not in ("kernels", "csrc", "__pycache__"):
+            assert level_of(path.name) < len(LEVELS), f"{path.name}: no floor of LEVELS has it"
+
+
+# Private names of the libraries below us, where no public one does the same: a new version may take them away.
+PRIVATE_NAMES = {
+    # Plain models are made although a TrainingArguments with ZeRO-3 is alive.
+    "piece_ds/models/loading.py": {"transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref"},
+    # Ranks say where they are through the store that torch.distributed has open already.
+    "piece_ds/runtime/rank_status.py": {"torch.distributed.distributed_c10d._get_default_store"},
+}
+
+
+def test_private_names_of_other_libraries_are_on_a_list() -> None:
+    for file, names in prose.private_names().items():
+        assert names <= PRIVATE_NAMES.get(file, set()), f"{file}: use a public name, or add it here with its reason"
+
+
+# Calls of our own functions with more than five positional arguments, by file. Numbers may only fall.
+LONG_CALLS = {
+    "piece_ds/checkpoint/artifact.py": 1,
+    "piece_ds/deltas/delta.py": 1,
+    "piece_ds/deltas/record.py": 1,
+    "piece_ds/demo/vision/drawings.py": 2,
+    "piece_ds/evaluation/benchmarks.py": 3,
+    "piece_ds/evaluation/evaluate.py": 4,
+    "piece_ds/evaluation/generate.py": 1,
+    "piece_ds/evaluation/self_written.py": 1,
+    "piece_ds/ops/reference.py": 2,
+    "piece_ds/ops/scores.py": 3,
+    "piece_ds/preflight/inputs.py": 1,
+    "piece_ds/report/frontier.py": 1,
+    "piece_ds/report/run_figures.py": 1,
+    "piece_ds/selection/candidates.py": 3,
+    "piece_ds/selection/top_k.py": 2,
+    "piece_ds/update/compact.py": 1,
+    "piece_ds/update/sparse_adamw.py": 1,
+}
+
+
+def test_calls_name_their_arguments() -> None:
+    counts: dict[str, int] = {}
+    for call in prose.long_calls():
+        counts[call.file] = counts.get(call.file, 0) + 1
+        assert counts[call.file] <= LONG_CALLS.get(call.file, 0), (
+            f"{call.file}:{call.line}: {call.name}() gets {call.num_positional} arguments by position: name them"
+        )
+
+
+def test_figures_of_the_house_are_printed() -> None:
+    """What was brought to 0 stays there; the other numbers are for comparison over time."""
+    figures = prose.figures()
+    assert figures["modules loose"] == figures["fmt: skip"] == 0
+    assert figures["comments per 100 lines"] > 0
+    assert prose.is_imperative("Return the sum.")
+    assert not prose.is_imperative("The sum.")
+    assert not prose.is_imperative("results with one more task")

@@ -20,8 +20,7 @@ from piece_ds.checkpoint.metadata import Metadata
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_whole
 from piece_ds.runtime.schema import checked, require_file
-
-INT32_MAX = 2**31 - 1
+from piece_ds.state.partition import index_dtype
 
 # What the library and torch raise for a header or a tensor that is no good.
 _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
@@ -153,7 +152,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def index_tensor(index: Tensor, numel: int) -> Tensor:
     """Return flat positions as files keep them: int32, or int64 for a parameter that int32 cannot count."""
-    return index.to(torch.int64 if numel > INT32_MAX else torch.int32)
+    return index.to(index_dtype(numel))
 
 
 def check_index(artifact: Artifact, name: str, index: Tensor, numel: int | None) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from piece_ds.checkpoint.artifact import INT32_MAX, write_tensors
+from piece_ds.checkpoint.artifact import write_tensors
 from piece_ds.deltas.delta import Change, Delta
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
+from piece_ds.state.partition import INT32_MAX
 
 
 def export_vllm(

@@ -120,12 +120,13 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all of the model's own weights, whole, flat, fp32. A collective."""
     import deepspeed
 
+    from piece_ds.state.partition import is_partitioned
     from piece_ds.state.selected_values import PARAMETER_NAME
 
     found = {}
     for name, param in model.named_parameters():
         if name != PARAMETER_NAME:
-            with deepspeed.zero.GatheredParameters([param], enabled=hasattr(param, "ds_id")):
+            with deepspeed.zero.GatheredParameters([param], enabled=is_partitioned(param)):
                 found[name] = param.detach().float().cpu().reshape(-1).clone()
     return found
 

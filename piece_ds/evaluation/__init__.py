@@ -1,6 +1,6 @@
 """How well a model does: its loss, its answers, and what both say about a whole stream of tasks."""
 
-from piece_ds.evaluation.generate import Decoding, Generated, generate_texts, is_partitioned
+from piece_ds.evaluation.generate import Decoding, Generated, generate_texts
 from piece_ds.evaluation.loss import LossResult, count_labels, evaluate_loss
 from piece_ds.evaluation.matrix import Measure, ResultMatrix
 from piece_ds.evaluation.scorers import Scorer, choose_scorers, get_scorer, scorer_names
@@ -17,6 +17,5 @@ __all__ = [
     "evaluate_loss",
     "generate_texts",
     "get_scorer",
-    "is_partitioned",
     "scorer_names",
 ]

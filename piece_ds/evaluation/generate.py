@@ -16,6 +16,7 @@ from piece_ds.evaluation.padding import answers_alone
 from piece_ds.runtime.distributed import all_gather_objects, world_size
 from piece_ds.runtime.progress import progress_bar
 from piece_ds.runtime.signals import exit_if_signalled
+from piece_ds.state.partition import is_partitioned
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def generate_texts(
         raise ValueError("a prompt to generate from needs at least one token id")
     begin = time.perf_counter()
     module = getattr(model, "module", model)
-    synced = is_partitioned(module) if synced_gpus is None else synced_gpus
+    synced = is_partitioned(*module.parameters()) if synced_gpus is None else synced_gpus
     config = generation_config(module, tokenizer, max_new_tokens, decoding)
     found: list[tuple[int, str, list[int]]] = []
     lengths = [len(prompt) for prompt in prompts]
@@ -149,11 +150,6 @@ def _drawing_from(seed: int, device: torch.device, sample: bool) -> Iterator[Non
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed)
         yield
-
-
-def is_partitioned(module: nn.Module) -> bool:
-    """Whether DeepSpeed has partitioned the parameters (ZeRO-3), so that a forward pass needs every rank."""
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def generation_config(

@@ -8,6 +8,20 @@ order (that of named_parameters()), so a position is named by (parameter index, 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+INT32_MAX = 2**31 - 1
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """Return the dtype of flat positions in numel elements: int32, or int64 if that cannot count them."""
+    return torch.int64 if numel > INT32_MAX else torch.int32
+
+
+def is_partitioned(*params: torch.Tensor) -> bool:
+    """Return whether ZeRO-3 has partitioned any of these parameters: then a rank holds only its chunk of them."""
+    return any(hasattr(param, "ds_id") for param in params)
+
 
 @dataclass(frozen=True)
 class Partition:

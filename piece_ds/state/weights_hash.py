@@ -10,8 +10,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-# Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014), as signed integers.
-_GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+from piece_ds.state.splitmix import GAMMA, mix
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,8 +59,5 @@ def _seed(name: str) -> int:
 
 
 def _hash(positions: Tensor, bits: Tensor) -> Tensor:
-    """SplitMix64's finalizer of position and bits; int64 arithmetic wraps around."""
-    mixed = positions * _GAMMA + bits.long()
-    mixed = (mixed ^ ((mixed >> 30) & ((1 << 34) - 1))) * _MIX_1
-    mixed = (mixed ^ ((mixed >> 27) & ((1 << 37) - 1))) * _MIX_2
-    return mixed ^ ((mixed >> 31) & ((1 << 33) - 1))
+    """splitmix64's finalizer of position and bits; int64 arithmetic wraps around."""
+    return mix(positions * GAMMA + bits.long())

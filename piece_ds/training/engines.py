@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from piece_ds.state.partition import is_partitioned
 from piece_ds.update.attach import prepare_compact
 
 
@@ -24,7 +25,7 @@ def inference_model(model: nn.Module, arguments: TrainingArguments) -> Any:
 
     An engine without optimizer if ZeRO-3 has partitioned the model, else the model itself on this rank's device.
     """
-    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+    if not is_partitioned(*model.parameters()):
         return model.to(arguments.device).eval()
     config = _filled(model, arguments)
     config["zero_optimization"].pop("offload_optimizer", None)

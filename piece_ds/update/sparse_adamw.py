@@ -11,6 +11,7 @@ from piece_ds import ops
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
+from piece_ds.state.partition import is_partitioned
 from piece_ds.update.gradients import GradientCollection
 from piece_ds.update.step_scale import StepScale
 from piece_ds.zero.scaled_update import scaled
@@ -56,7 +57,7 @@ class SparseAdamW(torch.optim.Optimizer):
         Cost: 16 bytes per selected weight for values, gradient and moments, 8 for its position.
         """
         params = dict(model.named_parameters())
-        if world_size() > 1 or any(hasattr(param, "ds_id") for param in params.values()):
+        if world_size() > 1 or is_partitioned(*params.values()):
             raise UserError("SparseAdamW expected one process and a whole model: use attach() with a DeepSpeed engine")
         self._trainable = [name for name, param in params.items() if param.requires_grad]
         self._model = model.requires_grad_(False)

@@ -196,8 +196,7 @@ class Adapter(ABC):
 
     def step_gradients(self) -> list[tuple[Tensor, list[Piece]]]:
         """gradients() also with optimizer offload, where the masters have them; to be read only."""
-        offload = self.engine._config.zero_config.offload_optimizer
-        if offload is None or str(getattr(offload.device, "value", offload.device)) == "none":
+        if offload_device(self.engine._config.zero_config.offload_optimizer) == "none":
             return self.gradients()
         return [(master.grad, pieces) for master, pieces in self.masters() if master.grad is not None]
 
@@ -212,6 +211,11 @@ class Adapter(ABC):
     def abandon_backward(self) -> None:
         """forget_backward() after an error has ended a forward or a backward in its middle, on every rank."""
         self.forget_backward()
+
+
+def offload_device(offload: Any) -> str:
+    """Return where a part of zero_optimization's offloading puts things: "none", "cpu" or "nvme"."""
+    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
 
 
 class BoundGradients:

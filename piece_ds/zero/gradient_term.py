@@ -13,7 +13,7 @@ from torch import Tensor
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout, ParameterInfo, partition_of
-from piece_ds.zero.adapter import Piece
+from piece_ds.zero.adapter import Piece, offload_device
 from piece_ds.zero.supported import adapter_for
 
 # Parameter name -> (flat index of the first element, values): one range of each parameter.
@@ -32,8 +32,7 @@ class GradientTerm:
         Raises:
             UserError: the optimizer is offloaded: norms are then taken while gradients arrive, before a term is added.
         """
-        offload = engine._config.zero_config.offload_optimizer
-        if offload is not None and str(getattr(offload.device, "value", offload.device)) != "none":
+        if offload_device(engine._config.zero_config.offload_optimizer) != "none":
             raise UserError(
                 "this method changes the reduced gradient, which is not proven with optimizer offload: use "
                 "a DeepSpeed configuration without zero_optimization.offload_optimizer"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from piece_ds.runtime.errors import UserError
-from piece_ds.zero.adapter import Adapter
+from piece_ds.zero.adapter import Adapter, offload_device
 from piece_ds.zero.stage0 import Stage0
 from piece_ds.zero.stage1_bf16 import Stage1BF16
 from piece_ds.zero.stage3 import Stage3
@@ -65,8 +65,7 @@ def _refusal(engine: Any) -> str | None:
         if getattr(zero, key, False):
             return f"zero_optimization.{key}: weights or gradients are rounded; set it to false"
     for key in ("offload_optimizer", "offload_param"):
-        offload = getattr(zero, key, None)
-        if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+        if offload_device(getattr(zero, key, None)) == "nvme":
             return f"zero_optimization.{key}.device 'nvme': not proven yet; use 'cpu'"
     if zero.offload_optimizer is not None and getattr(zero.offload_optimizer, "super_offload", False):
         return "SuperOffload: it replaces the step; remove super_offload"

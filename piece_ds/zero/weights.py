@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from piece_ds import ops
 from piece_ds.runtime.distributed import all_reduce_sum_
 from piece_ds.state.mask import Mask, collective_device
+from piece_ds.state.partition import index_dtype, is_partitioned
 from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range
-
-INT32_MAX = 2**31 - 1
 
 
 def read_weight(param: nn.Parameter, start: int, numel: int) -> Tensor:
@@ -24,7 +23,7 @@ def read_weight(param: nn.Parameter, start: int, numel: int) -> Tensor:
     Raises:
         RuntimeError: under ZeRO-3, the range is not held here.
     """
-    if not hasattr(param, "ds_id"):
+    if not is_partitioned(param):
         return param.detach().reshape(-1)[start : start + numel]
     shard, chunk = param.ds_tensor, param.partition_numel()
     offset = start - chunk * dist.get_rank(group=param.ds_process_group)
@@ -41,7 +40,7 @@ def read_whole(param: nn.Parameter, device: torch.device) -> Tensor:
 
     Cost: under ZeRO-3, one all-gather of the parameter, past DeepSpeed's bookkeeping of what is gathered.
     """
-    if not hasattr(param, "ds_id"):
+    if not is_partitioned(param):
         return param.detach()
     shard = param.ds_tensor.detach().to(device)
     num_ranks = dist.get_world_size(group=param.ds_process_group)
@@ -89,7 +88,7 @@ class SelectedWeights:
     def _copies(self) -> Iterator[tuple[Tensor, int]]:
         """(flat tensor, position of its first element in the whole parameter)."""
         param = self.param
-        if not hasattr(param, "ds_id"):
+        if not is_partitioned(param):
             yield param.data.view(-1), 0
             return
         yield param.ds_tensor.data.view(-1), param.partition_numel() * dist.get_rank(group=param.ds_process_group)
@@ -107,8 +106,7 @@ class SelectedWeights:
         key = (start, numel, device)
         if key not in self._ranges:
             low, high = torch.searchsorted(self.index, torch.tensor([start, start + numel])).tolist()
-            dtype = torch.int32 if numel <= INT32_MAX else torch.int64
-            self._ranges[key] = low, high, (self.index[low:high] - start).to(device, dtype)
+            self._ranges[key] = low, high, (self.index[low:high] - start).to(device, index_dtype(numel))
         return self._ranges[key]
 
 
