@@ -124,7 +124,7 @@ def open_deltas(paths: list[str]) -> list[Delta]:
 
 
 def open_model(arguments: argparse.Namespace) -> ModelFolder:
-    """The model folder with what its configuration says of its parameters."""
+    """Return the model folder with what its configuration says of its parameters."""
     model = _empty_model(arguments)
     return open_folder(model_source(arguments.model), layout_of(model), names_in_files(model))
 
@@ -138,7 +138,7 @@ def _empty_model(arguments: argparse.Namespace) -> nn.Module:
 
 
 def _linear_weights(arguments: argparse.Namespace) -> set[str]:
-    """Names of the weights of Linear modules, input embeddings tied to a head left out."""
+    """Return names of the weights of Linear modules, input embeddings tied to a head left out."""
     model = _empty_model(arguments)
     embedding = input_embedding(model)
     modules = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}

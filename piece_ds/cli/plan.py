@@ -80,7 +80,7 @@ def _expected() -> str:
 
 
 def _shape(name: str) -> ModelShape:
-    """The shape of a model by its name; nothing but a configuration is read, and from the Hub fetched."""
+    """Return the shape of a model by its name; nothing but a configuration is read, and from the Hub fetched."""
     if name in KNOWN:
         return shape_of(empty_model(known_config(name)))
     try:
@@ -96,7 +96,7 @@ def _shape(name: str) -> ModelShape:
 
 
 def _setting_line(shape: ModelShape, setting: Setting) -> str:
-    """What is planned, in words."""
+    """Return what is planned, in words."""
     selects = setting.selected(shape)
     parts = [
         f"{setting.world} rank{'s' * (setting.world > 1)}",
@@ -112,7 +112,7 @@ def _setting_line(shape: ModelShape, setting: Setting) -> str:
 
 
 def _verdict_line(shape: ModelShape, setting: Setting) -> str:
-    """The smallest card that bears it, and what it needs."""
+    """Return the smallest card that bears it, and what it needs."""
     most, moment = peak(memory_terms(shape, setting))
     need = f"needs {most / GB:.2f} GB of a device at most ({moment}, with estimates)"
     card = next((found.gigabytes for found in card_verdicts(shape, setting) if found.fits == YES), None)

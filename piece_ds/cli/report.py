@@ -53,7 +53,7 @@ def read_runs(folders: Sequence[Path]) -> list[tuple[str, RunResults]]:
 
 
 def _settings(folder: Path, from_results: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a run, flat: those of run.json, else what results.json shows of them."""
+    """Return all settings of a run, flat: those of run.json, else what results.json shows of them."""
     path = folder / RUN_NAME
     if not path.exists() and not path.is_symlink():
         return dict(from_results)
@@ -67,13 +67,13 @@ def _settings(folder: Path, from_results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_root(folder: Path) -> Path:
-    """The folder, or the run that it is part of: the embedded default has its baseline inside."""
+    """Return the folder, or the run that it is part of: the embedded default has its baseline inside."""
     folder = folder.resolve()
     return folder.parent if (folder.parent / RESULTS_NAME).is_file() else folder
 
 
 def _within(value: Any, root: Path) -> Any:
-    """A path inside of the run's own folder without the folder, so that runs made alike have like settings."""
+    """Return a path inside of the run's own folder without the folder, so that runs made alike have like settings."""
     if not isinstance(value, str) or not Path(value).is_absolute():
         return value
     path = Path(value)

@@ -65,7 +65,7 @@ def _programs() -> Iterator[Finding]:
 
 
 def _backends() -> Iterator[Finding]:
-    """Each device's chosen provider, as a run would load it; it is compiled where it has to be."""
+    """Yield each device's chosen provider, as a run would load it; it is compiled where it has to be."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         works, found = _tried(lambda device=device: backends.load(device))  # type: ignore[misc]
         others = [name for name in backends.providers(device) if name != found]
@@ -94,7 +94,7 @@ def _is_built(builder: object) -> bool:
 
 
 def _folder(what: str, place: Path) -> Finding:
-    """Whether a file can be written and read back there, and what is free."""
+    """Return whether a file can be written and read back there, and what is free."""
 
     def look() -> str:
         inside = next(parent for parent in (place, *place.absolute().parents) if parent.exists())

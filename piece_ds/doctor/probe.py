@@ -31,7 +31,7 @@ def _finding(wrong: list[str], right: str) -> dict[str, str]:
 
 
 def _try_collectives() -> tuple[list[str], str]:
-    """The ones that a run calls, with numbers that are known."""
+    """Return the ones that a run calls, with numbers that are known."""
     size, own, device = world_size(), rank(), collective_device()
     mine = torch.arange(4.0, device=device) + 10 * own
     total = mine.clone()
@@ -53,7 +53,7 @@ def _try_collectives() -> tuple[list[str], str]:
 
 
 def _try_training() -> tuple[list[str], str]:
-    """Statistics, a mask and a step at ZeRO-3; exactly the selected weights may change."""
+    """Take statistics, select a mask and step at ZeRO-3; exactly the selected weights may change."""
     import deepspeed
 
     from piece_ds.methods.estimate import estimate_mask
@@ -88,7 +88,7 @@ def _try_training() -> tuple[list[str], str]:
 
 
 def moved_outside(before: dict[str, Tensor], after: dict[str, Tensor], selected: dict[str, Tensor]) -> list[str]:
-    """Parameters in which an element has changed its bits that is not among the selected positions."""
+    """Return parameters in which an element has changed its bits that is not among the selected positions."""
     return [
         name
         for name, old in before.items()
@@ -117,7 +117,7 @@ def _tiny_model() -> nn.Module:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all of the model's own weights, whole, flat, fp32. A collective."""
+    """Return copies of all of the model's own weights, whole, flat, fp32. A collective."""
     import deepspeed
 
     from piece_ds.state.partition import is_partitioned

@@ -18,7 +18,7 @@ _WHAT = "collectives", "statistics, mask, step"
 
 
 def run_self_test(num_ranks: int) -> Iterator[Finding]:
-    """A finding for the collectives and one for the tiny run.
+    """Yield a finding for the collectives and one for the tiny run.
 
     Cost: some ten seconds, most of it imports; on a new machine also what DeepSpeed compiles.
     """
@@ -77,7 +77,7 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float) -> list[i
 
 
 def _last_words(folder: Path, codes: list[int]) -> str:
-    """The last line of the first process that failed by itself, else of any that was ended."""
+    """Return the last line of the first process that failed by itself, else of any that was ended."""
     failed = [rank for rank, code in enumerate(codes) if code > 0] or [rank for rank, code in enumerate(codes) if code]
     for rank in failed:
         lines = (folder / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()

@@ -24,7 +24,7 @@ _ADDED, _EXCLUDED = "_piece_ds_eligible", "_piece_ds_excluded"
 
 
 def input_embedding(model: nn.Module) -> nn.Parameter | None:
-    """The input embedding's weight, or None for a model without get_input_embeddings()."""
+    """Return the input embedding's weight, or None for a model without get_input_embeddings()."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
         module = getter() if getter is not None else None
@@ -46,13 +46,13 @@ def towers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _takes_modality(getter: Any) -> bool:
-    """Whether get_encoder is the one of transformers' models: another one may mean the text encoder."""
+    """Return whether get_encoder is the one of transformers' models: another one may mean the text encoder."""
     code = getattr(getter, "__code__", None)
     return code is not None and "modality" in code.co_varnames[: code.co_argcount]
 
 
 def in_towers(model: nn.Module) -> set[str]:
-    """Names of the parameters in towers(), without what maps into the language model's space."""
+    """Return names of the parameters in towers(), without what maps into the language model's space."""
     found = set()
     for tower, module in towers(model).items():
         for name, _ in module.named_parameters():
@@ -168,7 +168,7 @@ def let_gradients_in(model: nn.Module) -> None:
 
 
 def _requiring_gradients(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A tower's inputs, of which those that are no indices require a gradient."""
+    """Return a tower's inputs, of which those that are no indices require a gradient."""
 
     def require(value: Any) -> Any:
         is_float = isinstance(value, Tensor) and value.is_floating_point()

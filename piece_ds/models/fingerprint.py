@@ -12,7 +12,7 @@ NUM_SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
 def weights_digests(source: str) -> dict[str, str]:
-    """File of weights -> a short digest of samples of it; empty where the files are not here.
+    """Return file of weights -> a short digest of samples of it; empty if the files are not here.
 
     Args:
         source: a model folder, or a name whose files the hub's cache holds.
@@ -25,7 +25,7 @@ def weights_digests(source: str) -> dict[str, str]:
 
 
 def model_digest(source: str) -> str | None:
-    """One short digest of configuration and weights together; None where the files are not here."""
+    """Return one short digest of configuration and weights together; None if the files are not here."""
     digests = weights_digests(source)
     folder = _folder(source)
     if folder is None or not digests:

@@ -111,7 +111,7 @@ def _name_of(name: str, source: Path) -> str:
 
 
 def _dequantized(tensor: Any) -> np.ndarray:
-    """fp32, in the tensor's shape; GGUF lists dimensions from the fastest."""
+    """Return fp32, in the tensor's shape; GGUF lists dimensions from the fastest."""
     from gguf import dequantize
 
     shape = [int(size) for size in reversed(tensor.shape)]
@@ -119,7 +119,7 @@ def _dequantized(tensor: Any) -> np.ndarray:
 
 
 def _half_by_half(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of a query or key matrix from llama.cpp's order (pairs that rotate together are neighbours) to
+    """Return rows of a query or key matrix from llama.cpp's order (pairs that rotate together are neighbours) to
     transformers' (their first members, then their second)."""
     num_rows, num_columns = weight.shape
     pairs = weight.reshape(num_heads, num_rows // num_heads // 2, 2, num_columns)

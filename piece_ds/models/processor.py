@@ -13,12 +13,12 @@ Processing: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
 
 def tokenizer_of(processing: Processing) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or the one in a processor."""
+    """Return the tokenizer itself, or the one in a processor."""
     return processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
 
 
 def load_processor(source: str, config: Any, trust_remote_code: bool = False) -> ProcessorMixin:
-    """The processor of a model that reads images.
+    """Return the processor of a model that reads images.
 
     Processors of video need torchvision. Without it one is loaded that reads images alone, and a model folder written
     with it describes images alone.
@@ -36,7 +36,7 @@ def load_processor(source: str, config: Any, trust_remote_code: bool = False) ->
 
 
 def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """A processor class like this one without the part for video; saved under the same name."""
+    """Return a processor class like this one without the part for video; saved under the same name."""
 
     def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
         return [name for name in processor.get_attributes() if "video" not in name]

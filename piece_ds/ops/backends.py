@@ -97,12 +97,12 @@ def _chosen(device_type: str) -> str:
 
 
 def providers(device_type: str) -> list[str]:
-    """Names of what can serve a device ('cpu', 'cuda'), the default first."""
+    """Return names of what can serve a device ('cpu', 'cuda'), the default first."""
     return list(_PROVIDERS[device_type])
 
 
 def report() -> str:
-    """A line per op: its provider on every device of this machine."""
+    """Return a line per op: its provider on every device of this machine."""
     devices = [device for device in _PROVIDERS if device == "cpu" or torch.cuda.is_available()]
     names = {device: load(device) for device in devices}
     lines = [f"{'op':<20}" + "".join(f"{device:<14}" for device in devices)]

@@ -72,7 +72,7 @@ def _digest(parts: list[str]) -> str:
 
 
 def compiler_version() -> str:
-    """Command and version of the C++ compiler, empty where there is none."""
+    """Command and version of the C++ compiler, empty if there is none."""
     command = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(command[0]) is None:
         return ""

@@ -109,7 +109,7 @@ class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
 
 
 def toolkit_of_nvcc() -> str | None:
-    """Folder of the toolkit that nvcc belongs to, as it says itself; None where there is no nvcc on the path.
+    """Folder of the toolkit that nvcc belongs to, as it says itself; None if there is no nvcc on the path.
 
     The nvcc on the path may be a wrapper that lies elsewhere, where no header stands beside it.
     """
@@ -133,7 +133,7 @@ def use_toolkit_of_nvcc() -> None:
 
 
 def _first_error(text: str) -> str:
-    """The first line of a compiler's output that says what is wrong, or the first line of anything else."""
+    """Return the first line of a compiler's output that says what is wrong, or the first line of anything else."""
     lines = text.splitlines() or ["no message"]
     return next((line for line in lines if " error: " in line), lines[0])
 

@@ -68,7 +68,7 @@ def load_extension(device_type: str) -> Path:
 
 
 def _environment(device_type: str) -> list[str]:
-    """What a binary depends on besides its sources and its compiler."""
+    """Return what a binary depends on besides its sources and its compiler."""
     parts = [torch.__version__, platform.machine(), sys.implementation.cache_tag or ""]
     if device_type == "cuda":
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -77,7 +77,7 @@ def _environment(device_type: str) -> list[str]:
 
 
 def _cache_folder() -> Path:
-    """Where torch keeps extensions, in a folder of our own."""
+    """Return where torch keeps extensions, in a folder of our own."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not root:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions")

@@ -13,6 +13,6 @@ def index_to_mask(index: Tensor, n: int) -> Tensor:
 
 
 def mask_to_index(bits: Tensor) -> Tensor:
-    """Ascending positions (int64) of the ones in packed bits (uint8)."""
+    """Return ascending positions (int64) of the ones in packed bits (uint8)."""
     load_for(bits)
     return torch.ops.piece_ds.mask_to_index(bits)

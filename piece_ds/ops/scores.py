@@ -18,7 +18,7 @@ def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale
 
     Args:
         grad: bf16, fp16 or fp32, 1-D, contiguous. Not modified.
-        grad_sum: fp32, as long as grad, or None where only squares are needed.
+        grad_sum: fp32, as long as grad, or None if only squares are needed.
         square_sum: fp32, as long as grad.
         scale: factor applied in fp32 before both sums; the inverse of a loss scale.
         num_nonfinite: int64, one element; receives the number of NaN and infinite entries, which count as 0.
@@ -54,7 +54,7 @@ class Candidates:
     num_found: Tensor
 
     def count(self) -> int:
-        """Elements found, with or without room for them. Waits for the device."""
+        """Return elements found, with or without room for them. Waits for the device."""
         return int(self.num_found)
 
     @property

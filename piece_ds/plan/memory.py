@@ -42,7 +42,7 @@ class Term:
 
 
 def memory_terms(shape: ModelShape, setting: Setting) -> list[Term]:
-    """Every term for one rank."""
+    """Return every term for one rank."""
     terms = [
         *_state(shape, setting),
         *_gradients(shape, setting),
@@ -60,12 +60,12 @@ def peak(terms: list[Term], on_host: bool = False) -> tuple[float, str]:
 
 
 def total(terms: list[Term], moment: str, on_host: bool = False) -> float:
-    """Bytes of all terms that are there at one moment."""
+    """Return bytes of all terms that are there at one moment."""
     return sum(term.size for term in terms if moment in term.moments and term.on_host == on_host)
 
 
 def _state(shape: ModelShape, setting: Setting) -> list[Term]:
-    """Parameters, fp32 masters and Adam's two moments.
+    """Return parameters, fp32 masters and Adam's two moments.
 
     Stage 0 in fp32 steps the parameters themselves; every other way keeps masters, also in fp32. Moments appear with
     the first step, after the statistics, except at stage 0 in 16 bits.
@@ -129,7 +129,7 @@ def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
 
 
 def _offloaded_gradients(shape: ModelShape, setting: Setting, part: float) -> list[Term]:
-    """What the CPU keeps besides masters and moments.
+    """Return what the CPU keeps besides masters and moments.
 
     Stages 1 and 2: the masters' gradients, a copy of the updated parameters, sums over micro-batches where there are
     several, and a buffer of the largest parameter on either side. Stage 3: its flat buffer and the masters' gradients.
@@ -151,7 +151,7 @@ def _offloaded_gradients(shape: ModelShape, setting: Setting, part: float) -> li
 
 
 def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
-    """Statistics, candidates, and where the selected elements are.
+    """Return statistics, candidates, and where the selected elements are.
 
     Masked: int64 positions in gradients and in masters, on the device and on the CPU, and the mask's own. Compact:
     int32 positions in the weights and int64 ones in the masters on the device, all of them and the mask's on the CPU.

@@ -68,9 +68,9 @@ class Setting:
         return max(1, int(self.ratio * shape.total)) if self.update_mode in ("masked", "compact") else 0
 
     def added(self, shape: ModelShape) -> int:
-        """Elements of parameters that the update mode adds to the model's."""
+        """Return elements of parameters that the update mode adds to the model's."""
         return {"lora": self.lora_rank * shape.linear_edges, "compact": self.selected(shape)}.get(self.update_mode, 0)
 
     def optimised(self, shape: ModelShape) -> int:
-        """Elements of the parameters that DeepSpeed optimises."""
+        """Return elements of the parameters that DeepSpeed optimises."""
         return {"masked": shape.eligible, "full": shape.total}.get(self.update_mode, self.added(shape))

@@ -42,7 +42,7 @@ class Transfer:
 
 
 def transfers(shape: ModelShape, setting: Setting) -> list[Transfer]:
-    """Collectives of one optimizer step, and of one round of the statistics pass (a micro-batch on each rank).
+    """Return the collectives of an optimizer step, and of one round of the statistics pass (a micro-batch a rank).
 
     Gradients go in fp32 (communication_data_type). Stage 0 and 1 reduce once a step, stages 2 and 3 at every
     micro-batch. Stages 1 and 2 all-reduce their buckets although each rank keeps a part: DeepSpeed's

@@ -20,7 +20,7 @@ def comparison_figures(groups: Sequence[Group]) -> list[ReportFigure]:
 
 
 def _matrices(groups: Sequence[Group]) -> list[ReportFigure]:
-    """Result matrices side by side, on one colour scale."""
+    """Return result matrices side by side, on one colour scale."""
     score = measured_by_score(groups)
     shown = some_of([group.label for group in groups])
     measures = {
@@ -82,7 +82,7 @@ def _frontier(groups: Sequence[Group]) -> list[ReportFigure]:
 
 
 def _point(group: Group, groups: Sequence[Group], learned: Figure, kept: Sequence[Figure]) -> FrontierPoint | None:
-    """Where a group lies; None where it learned nothing that was measured."""
+    """Return where a group lies; None if it learned nothing that was measured."""
     x = _mean([learned(run) for run in group.runs])
     if x is None:
         return None
@@ -118,6 +118,6 @@ def _along_lines(groups: Sequence[Group]) -> list[Group]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the finite values; None without any."""
+    """Return the mean of the finite values; None without any."""
     known = [value for value in values if value is not None and isfinite(value)]
     return fmean(known) if known else None

@@ -42,7 +42,7 @@ def write_comparison(path: Path | str, groups: Sequence[Group], title: str = "Co
 
 
 def _by_name(groups: Sequence[Group]) -> dict[str, RunResults]:
-    """Runs under their group's label, with the folder where the group has several."""
+    """Return runs under their group's label, with the folder where the group has several."""
     return {
         group.label if len(group.runs) == 1 else f"{group.label} ({folder})": run
         for group in groups

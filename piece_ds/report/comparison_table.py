@@ -53,7 +53,7 @@ def _settings_grid(labels: Sequence[str], cells: Sequence[Sequence[str]], names:
 
 
 def measured_by_score(groups: Sequence[Group]) -> bool:
-    """Whether learning is told by scores; else by losses."""
+    """Return whether learning is told by scores; else by losses."""
     return all(has_scores(run.matrix.score) for group in groups for run in group.runs)
 
 
@@ -113,7 +113,7 @@ def _with_interval(values: Sequence[float | None], form: Callable[[float | None]
 
 
 def _mean_total(group: Group, counts: Callable[[str], bool], unit: str) -> str:
-    """Mean over runs of the sum over tasks of the costs that count."""
+    """Return the mean over runs of the sum over tasks of the costs that count."""
     totals = []
     for run in group.runs:
         costs = [

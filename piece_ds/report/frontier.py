@@ -26,7 +26,7 @@ class FrontierPoint:
         method: points of one method are joined by a line, in their order.
         label: what sets the point apart from the others of its method, such as a learning rate.
         learned: mean result on each task right after it was trained.
-        kept: value for each panel, such as the result on all tasks after the stream; None where not evaluated.
+        kept: value for each panel, such as the result on all tasks after the stream; None if not evaluated.
         repetitions: for each seed, (learned, values of the panels).
     """
 

@@ -30,7 +30,7 @@ class Grid:
 
 
 def result_grids(run: RunResults) -> list[Grid]:
-    """The result matrix of a run: one grid of scores, where any task has them, and one of losses.
+    """Return the result matrix of a run: one grid of scores, where any task has them, and one of losses.
 
     A row is a moment of the stream (before it, after each task), a column a task; the last columns are the overall
     performance at that moment and the loss on general text.
@@ -44,7 +44,7 @@ def result_grids(run: RunResults) -> list[Grid]:
 
 
 def summary_grid(runs: Sequence[RunResults]) -> Grid:
-    """Runs in rows, the derived figures in columns; figures that no run has are left out."""
+    """Return runs in rows, the derived figures in columns; figures that no run has are left out."""
     columns: list[tuple[str, str, Callable[[float | None], str]]] = [
         ("OP", "score_overall", percent),
         ("learned", "score_learning", percent),
@@ -65,20 +65,20 @@ def summary_grid(runs: Sequence[RunResults]) -> Grid:
 
 
 def run_grids(run: RunResults) -> list[Grid]:
-    """What one run found: its matrices, and what was measured beside the scores."""
+    """Return what one run found: its matrices, and what was measured beside the scores."""
     beside = measures_grid(run)
     return [*result_grids(run), *([beside] if beside.rows else [])]
 
 
 def page_grids(run: RunResults) -> list[Grid]:
-    """Every grid of one run but its costs: what a page has room for."""
+    """Return every grid of one run but its costs: what a page has room for."""
     kinds = kinds_grid(f"{run.name}: selected, of all weights of a kind", run.masks)
     changes = changes_grid(f"{run.name}: selected values that changed", run)
     return [*run_grids(run), *(grid for grid in (kinds, changes) if grid.rows)]
 
 
 def measures_grid(run: RunResults) -> Grid:
-    """What was measured beside the scores: parts of a score, SARI, general ability; a row a moment and task.
+    """Return what was measured beside the scores: parts of a score, SARI, general ability; a row a moment and task.
 
     Plain numbers, since the harness also has measures that are no shares, such as a perplexity.
     """
@@ -92,7 +92,7 @@ def measures_grid(run: RunResults) -> Grid:
 
 
 def kinds_grid(title: str, masks: Mapping[str, Counts]) -> Grid:
-    """What share of the weights of each kind of module a mask selects, most selected weights first.
+    """Return what share of the weights of each kind of module a mask selects, most selected weights first.
 
     Args:
         masks: title, as a task -> layer -> kind -> {"selected", "total"}. Of more than MAX_MASKS the lowest, mean and
@@ -118,13 +118,13 @@ def kinds_grid(title: str, masks: Mapping[str, Counts]) -> Grid:
 
 
 def has_scores(measure: Measure) -> bool:
-    """Whether any task was scored at any moment."""
+    """Return whether any task was scored at any moment."""
     rows = [*measure.after, *([measure.before] if measure.before else [])]
     return any(value is not None for row in rows for value in row)
 
 
 def changes_grid(title: str, run: RunResults) -> Grid:
-    """What share of the selected values of each kind changed in a task; of many tasks, extremes and mean."""
+    """Return what share of the selected values of each kind changed in a task; of many tasks, extremes and mean."""
     kinds = list(dict.fromkeys(kind for counts in run.changes.values() for kind in counts))
     rows = []
     for kind in kinds:
@@ -188,32 +188,32 @@ def _cost_label(key: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage: 62.5 %."""
+    """Return a share as a percentage: 62.5 %."""
     return ABSENT if value is None else f"{100 * value:.1f} %"
 
 
 def share(value: float) -> str:
-    """A share that may be very small, as a percentage of three digits: 60 %, 0.1 %, 0.00123 %."""
+    """Return a share that may be very small, as a percentage of three digits: 60 %, 0.1 %, 0.00123 %."""
     return f"{100 * value:.3g} %"
 
 
 def points(value: float | None) -> str:
-    """A difference of shares in percentage points, with its sign."""
+    """Return a difference of shares in percentage points, with its sign."""
     return ABSENT if value is None else f"{100 * value:+.1f}"
 
 
 def nats(value: float | None) -> str:
-    """A loss, or another plain number."""
+    """Return a loss, or another plain number."""
     return ABSENT if value is None else f"{value:.3f}"
 
 
 def signed_nats(value: float | None) -> str:
-    """A difference of losses, with its sign."""
+    """Return a difference of losses, with its sign."""
     return ABSENT if value is None else f"{value:+.3f}"
 
 
 def quantity(name: str, value: object) -> str:
-    """A measured value in the unit that its name says: 12.3 s, 5.0 min, 1.50 GiB, 4,007."""
+    """Return a measured value in the unit that its name says: 12.3 s, 5.0 min, 1.50 GiB, 4,007."""
     if not isinstance(value, int | float):
         return ABSENT if value is None else str(value)
     if name.endswith("_seconds"):

@@ -39,7 +39,7 @@ class Group:
         label: unique among the groups: the name, and what sets it apart from others of that name.
         runs: one a seed.
         folders: where each run lies, as it was given.
-        settings: what differs between the groups, with this group's values; None where it has none.
+        settings: what differs between the groups, with this group's values; None if it has none.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[tuple[str, RunResults]]) -> list[Group]:
-    """Groups, those of one name together, in the order of their first runs and then of their settings.
+    """Return groups, those of one name together, in the order of their first runs and then of their settings.
 
     Two runs are repetitions if they agree in method, ratio, number of finished tasks and every setting but seeds and
     where they lie. Runs of the same seeds repeat nothing: where a group has two, each of its runs stands alone.
@@ -112,7 +112,7 @@ def _require_one_stream(runs: Sequence[tuple[str, RunResults]]) -> None:
 
 
 def _differing(runs: Sequence[RunResults]) -> list[str]:
-    """Settings that all runs record and that are not the same in all, by name, without seeds and places."""
+    """Return settings that all runs record and that are not the same in all, by name, without seeds and places."""
     names = [name for name in runs[0].settings if all(name in run.settings for run in runs)]
     kept = [name for name in names if name not in FREE and name not in SEEDS]
     return [name for name in kept if len({repr(run.settings.get(name)) for run in runs}) > 1]
@@ -148,5 +148,5 @@ def _labelled(groups: list[Group]) -> list[Group]:
 
 
 def shown(value: object) -> str:
-    """A setting's value, short."""
+    """Return a setting's value, short."""
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -43,10 +43,10 @@ def result_heat_maps(
     color_range: tuple[float | None, float | None] = (None, None),
     form: Callable[[float], str] = "{:.2f}".format,
 ) -> bytes:
-    """Results on every task (columns) at every moment of the stream (rows); what was not evaluated stays grey.
+    """Draw results on every task (columns) at every moment of the stream (rows); what was not evaluated stays grey.
 
     Args:
-        panels: title -> one measure; None where not evaluated. Panels stand side by side and share one colour scale;
+        panels: title -> one measure; None if not evaluated. Panels stand side by side and share one colour scale;
             one that has come less far than the others has fewer rows.
         row_names: "before", "after X"; those of the longest panel.
         tasks: names of the columns.
@@ -78,7 +78,7 @@ def result_heat_maps(
 
 
 def mask_heat_maps(masks: Mapping[str, Counts]) -> bytes:
-    """How densely masks lie: for each layer and module type the share of its own weights that the mask selected.
+    """Draw how densely masks lie: for each layer and module type the share of its own weights that the mask selected.
 
     The colour scale is logarithmic, so that a norm of which half is selected and a matrix of which a thousandth is can
     both be read.
@@ -136,7 +136,7 @@ def _any_selected(masks: Mapping[str, Counts], module: str) -> bool:
 
 
 def overlap_heat_map(overlaps: Sequence[Sequence[float]], tasks: Sequence[str], title: str) -> bytes:
-    """How much two tasks' masks share: the Jaccard index, shared / united selected weights.
+    """Draw how much two tasks' masks share: the Jaccard index, shared / united selected weights.
 
     Args:
         overlaps: symmetric, in [0, 1].

@@ -83,7 +83,7 @@ def render_page(
     notes: Sequence[str] = (),
     details: Mapping[str, Sequence[Grid]] | None = None,
 ) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
         title: its heading.
@@ -120,5 +120,5 @@ def _template() -> jinja2.Template:
 
 
 def _fit(value: Any) -> Any:
-    """A value of the template, with unprintable characters escaped if it is no markup of the template's own."""
+    """Return a value of the template, with unprintable characters escaped if it is no markup of the template's own."""
     return value if isinstance(value, Markup) else printable(value, keep="\n")

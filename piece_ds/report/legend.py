@@ -12,7 +12,7 @@ ROW_INCHES = 0.19
 
 
 def legend_height(names: Sequence[str]) -> float:
-    """Inches below the panels."""
+    """Return inches below the panels."""
     return ROW_INCHES * (1 + -(-len(names) // _num_columns(names))) if len(names) > 1 else 0.0
 
 

@@ -110,7 +110,7 @@ def training_figure(
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Mean over a window centred on each point, narrower at the ends, so that a trend is not shown late."""
+    """Return the mean over a window centred on each point, narrower at the ends, so that a trend is not shown late."""
     reach = max(1, len(values) // SMOOTHING_PARTS)
     averages = []
     for index in range(len(values)):
@@ -124,7 +124,7 @@ Band = list[tuple[int, float, float]]  # place, lowest, highest
 
 
 def _mean_and_band(several: Sequence[Sequence[tuple[int, float | None]]]) -> tuple[list[tuple[int, float]], Band]:
-    """The mean of repeated curves where any has a finite value; the band is empty without repetitions."""
+    """Return the mean of repeated curves where any has a finite value; the band is empty without repetitions."""
     at: dict[int, list[float]] = {}
     for curve in several:
         for place, value in curve:

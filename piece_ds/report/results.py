@@ -101,7 +101,7 @@ class RunResults:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], name: str | None = None) -> "RunResults":
-        """The results in the content of a results.json.
+        """Return the results in the content of a results.json.
 
         Args:
             values: as to_json gives them; name, measures, ability, settings, notes, rows and changes may be absent.
@@ -118,7 +118,7 @@ class RunResults:
 
 
 def read_results(path: Path | str, name: str | None = None) -> RunResults:
-    """The results in a results.json.
+    """Return the results in a results.json.
 
     Raises:
         UserError: the file is missing, no JSON, or of another format; it is named.

@@ -15,7 +15,7 @@ GENERAL_PANEL = "loss on general text"
 
 
 def make_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
-    """All figures that runs have data for: comparisons of the runs first, then those of each run.
+    """Return all figures that runs have data for: comparisons of the runs first, then those of each run.
 
     Comparisons show the runs whose tasks are the first run's.
     """
@@ -27,7 +27,7 @@ def make_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
 
 
 def line_figures(runs: Mapping[str, Sequence[RunResults]], families: Sequence[str] = ()) -> list[ReportFigure]:
-    """What changes along the stream, and training loss; a line for each name, of one run or of several seeds.
+    """Return what changes along the stream, and training loss; a line for each name, of one run or of several seeds.
 
     Args:
         runs: of the same tasks.
@@ -91,7 +91,7 @@ def _of_seeds(runs: Mapping[str, Sequence[RunResults]]) -> str:
 
 
 def run_figures(run: RunResults, stem: str) -> list[ReportFigure]:
-    """Result matrices and masks of one run; stem begins the files' names."""
+    """Return result matrices and masks of one run; stem begins the files' names."""
     matrix, figures = run.matrix, []
     for name, measure, ends, form in (
         (matrix.score_name, matrix.score, (0.0, 1.0), lambda value: f"{100 * value:.0f}"),

@@ -134,7 +134,7 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
 
 
 def new_axes(width: float, height: float, num_panels: int = 1, num_columns: int = 0) -> tuple[Figure, list[Axes]]:
-    """A figure of width x height inches, as far as a page has room, with panels row by row.
+    """Return a figure of width x height inches, as far as a page has room, with panels row by row.
 
     Draw inside `with figure_style():`.
 

@@ -12,7 +12,7 @@ def is_distributed() -> bool:
 
 
 def world_size() -> int:
-    """Ranks in the default process group; 1 without one."""
+    """Return ranks in the default process group; 1 without one."""
     return dist.get_world_size() if is_distributed() else 1
 
 
@@ -40,21 +40,21 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max_(tensor: torch.Tensor) -> torch.Tensor:
-    """The largest of all ranks' values, element by element, in place; returns tensor."""
+    """Reduce to the largest of all ranks' values, element by element, in place; return tensor."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def collective_device() -> torch.device:
-    """Where tensors must live for the default group's collectives: the accelerator under NCCL, else the CPU."""
+    """Return where tensors must live for the default group's collectives: the accelerator under NCCL, else the CPU."""
     if dist.is_initialized() and "nccl" in dist.get_backend():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def all_gather_objects(value: object) -> list[object]:
-    """Every rank's picklable value, in rank order. For small values: it goes through pickle."""
+    """Return every rank's picklable value, in rank order. For small values: it goes through pickle."""
     if world_size() == 1:
         return [value]
     gathered: list[object] = [None] * world_size()

@@ -63,7 +63,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def not_written(path: Path | str, error: BaseException) -> MachineError:
-    """What to raise when writing to path failed."""
+    """Return what to raise when writing to path failed."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     return MachineError(
         f"{path} could not be written ({error}; {shutil.disk_usage(folder).free} bytes are free there): what was there "
@@ -73,12 +73,12 @@ def not_written(path: Path | str, error: BaseException) -> MachineError:
 
 
 def temporary_of(path: Path) -> Path:
-    """Where this process writes what will stand at path."""
+    """Return where this process writes what will stand at path."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def temporaries(folder: Path) -> Iterator[Path]:
-    """What killed processes left under folder, at any depth, of what they were writing."""
+    """Yield what killed processes left under folder, at any depth, of what they were writing."""
     yield from [path for path in folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
 
 

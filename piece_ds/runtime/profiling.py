@@ -24,12 +24,12 @@ def reset_peaks() -> bool:
 
 
 def peak_bytes() -> int | None:
-    """Most bytes of tensors on the accelerator since reset_peaks(); None on the CPU."""
+    """Return the most bytes of tensors on the accelerator since reset_peaks(); None on the CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def host_peak_bytes() -> int | None:
-    """Most resident bytes of this process since reset_peaks(); None where /proc does not tell."""
+    """Return the most resident bytes of this process since reset_peaks(); None if /proc does not tell."""
     try:
         found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     except OSError:
@@ -51,5 +51,5 @@ def timed(phase: str) -> Iterator[None]:
 
 
 def take_seconds(phase: str) -> float:
-    """A phase's seconds since they were last taken."""
+    """Return a phase's seconds since they were last taken."""
     return _seconds.pop(phase, 0.0)

@@ -43,12 +43,12 @@ def report_status(place: str) -> None:
 
 
 def is_late(error: BaseException) -> bool:
-    """Whether a collective ended because a rank did not come in time."""
+    """Return whether a collective ended because a rank did not come in time."""
     return _is_of_group(error) and any(text in str(error).lower() for text in _LATE)
 
 
 def is_gone(error: BaseException) -> bool:
-    """Whether a collective ended because a rank's process has ended."""
+    """Return whether a collective ended because a rank's process has ended."""
     return _is_of_group(error) and any(text in str(error).lower() for text in _GONE)
 
 
@@ -100,7 +100,7 @@ def _read(other: int) -> dict[str, Any] | None:
 
 
 def _store() -> Any:
-    """The store that the default group was made with; None in one process."""
+    """Return the store that the default group was made with; None in one process."""
     if not is_distributed() or world_size() == 1:
         return None
     from torch.distributed.distributed_c10d import _get_default_store

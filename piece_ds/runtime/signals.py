@@ -58,7 +58,7 @@ def _note(signum: int, frame: Any) -> None:
 
 
 def stop_asked() -> bool:
-    """Whether any rank has noted a signal; the same answer on all ranks. A collective of one number.
+    """Return whether any rank has noted a signal; the same answer on all ranks. A collective of one number.
 
     False, without communication, outside signal_handling().
     """
@@ -71,7 +71,7 @@ def stop_asked() -> bool:
 
 
 def _largest_of_ranks(number: int) -> int:
-    """The largest of all ranks' numbers. One rank asks nobody, and does not wait for its device."""
+    """Return the largest of all ranks' numbers. One rank asks nobody, and does not wait for its device."""
     if world_size() == 1:
         return number
     return int(all_reduce_max_(torch.tensor([number], device=collective_device())))

@@ -17,14 +17,14 @@ from piece_ds.state.partition import Layout
 
 
 def decides_alone(layout: Layout, device: torch.device) -> bool:
-    """Whether this rank has every score, on a device that the host would have to wait for."""
+    """Return whether this rank has every score, on a device that the host would have to wait for."""
     return layout.num_ranks == 1 and device.type != "cpu"
 
 
 def first_in_order(
     candidates: ops.Candidates, layout: Layout, group_of: dict[str, int], num_to_take: list[int]
 ) -> Tensor:
-    """The k highest scores of each group, ties to the smaller position.
+    """Return the k highest scores of each group, ties to the smaller position.
 
     Args:
         candidates: proven to contain the selection; all of their room is taken.
@@ -65,13 +65,13 @@ def fragments(position_K: Tensor, layout: Layout) -> dict[str, Tensor]:
 
 
 def _groups(index_C: Tensor, layout: Layout, group_of: dict[str, int]) -> Tensor:
-    """The group of each position in the flat buffer."""
+    """Return the group of each position in the flat buffer."""
     owned = [(offset, group_of.get(info.name, -1)) for info, part, offset in layout.owned() if part.numel]
     begins, groups = (on_device(list(column), index_C.device) for column in zip(*owned, strict=True))
     return groups[torch.searchsorted(begins, index_C, right=True) - 1]
 
 
 def _compacted(value_C: Tensor, is_taken_C: Tensor, num_taken: int) -> Tensor:
-    """The taken ones, in order. Their number is known, so that nobody has to wait for it."""
+    """Return the taken ones, in order. Their number is known, so that nobody has to wait for it."""
     place_C = torch.where(is_taken_C, is_taken_C.cumsum(0) - 1, num_taken)  # the others share a place past the end
     return value_C.new_empty(num_taken + 1).scatter_(0, place_C, value_C)[:num_taken]

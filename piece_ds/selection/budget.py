@@ -14,7 +14,7 @@ def num_to_select(ratio: float, numel: int) -> int:
 
 
 def num_selected(layout: Layout, ratio: float) -> int:
-    """How many elements select() will select: k, or every eligible element where there are fewer."""
+    """Return how many elements select() will select: k, or every eligible element where there are fewer."""
     return min(num_to_select(ratio, layout.total), layout.num_eligible)
 
 

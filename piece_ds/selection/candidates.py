@@ -97,7 +97,7 @@ def room_for(k: int, num_owned: int) -> int:
 
 
 def sampled_bound(runs: Runs, k: int, num_elements: int, device: torch.device) -> float:
-    """A score that k elements or a few more of a single group probably reach, over all ranks.
+    """Return a score that k elements or a few more of a single group probably reach, over all ranks.
 
     Args:
         num_elements: of the group, over all ranks.
@@ -127,7 +127,7 @@ def certain_bounds(runs: Runs, num_to_take: list[int], device: torch.device) -> 
 
 
 def find_candidates(runs: Runs, num_to_take: list[int], layout: Layout, device: torch.device) -> ops.Candidates | None:
-    """Elements of this rank among which the selection of every group must be, or None where there are too many.
+    """Return elements of this rank among which the selection of every group must be, or None if there are too many.
 
     Args:
         runs: as in find_thresholds(); names are not looked at.
@@ -197,7 +197,7 @@ def _score_of(key: int) -> float:
 
 
 def runs_of(runs: list[Run]) -> Runs:
-    """A list of runs as something that can be passed over again."""
+    """Return a list of runs as something that can be passed over again."""
 
     def again() -> Iterator[Run]:
         return iter(runs)

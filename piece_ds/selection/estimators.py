@@ -24,7 +24,7 @@ class Fragment:
         start: flat row-major index of the first element in the whole parameter.
         numel: elements in the run.
         device: where scores are wanted.
-        square_sum, grad_sum: statistics of these elements, fp32, or None where the method needs none.
+        square_sum, grad_sum: statistics of these elements, fp32, or None if the method needs none.
         weight: returns the current values of these elements, fp32 (read only when called).
         lam: lambda of the second-order normalization.
         seed: of methods that draw.
@@ -57,12 +57,12 @@ _NUM_FINITE_KEYS = 0x7F800000  # bit patterns of non-negative finite fp32 number
 
 
 def magnitude(fragment: Fragment) -> Tensor:
-    """The absolute weight."""
+    """Return the absolute weight."""
     return fragment.weight().to(fragment.device).abs().nan_to_num_(nan=0.0, posinf=float("inf")).add_(0.0)
 
 
 def random_score(fragment: Fragment) -> Tensor:
-    """A counter-based hash of (seed, parameter, element), uniform over the keys of non-negative fp32 numbers.
+    """Return a counter-based hash of (seed, parameter, element), uniform over the keys of non-negative fp32 numbers.
 
     A generator's stream would depend on where ranges begin; a hash of the position does not.
     """

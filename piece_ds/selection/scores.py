@@ -54,7 +54,7 @@ class Run:
     position: Tensor | int
 
     def positions(self, element: Tensor) -> Tensor:
-        """Flat indices in the whole parameter (int64, CPU) of elements of the run."""
+        """Return flat indices in the whole parameter (int64, CPU) of elements of the run."""
         found = element + self.position if isinstance(self.position, int) else self.position[element]
         return found.cpu()
 

@@ -52,7 +52,7 @@ def find_thresholds(runs: Runs, num_to_take: list[int], device: torch.device) ->
 
 
 def digit_counts(runs: Iterable[Run], shift: int, bits: int, prefix_G: list[int], device: torch.device) -> Tensor:
-    """How often each digit at `shift` occurs over all ranks among a group's keys that start with its prefix.
+    """Return how often each digit at `shift` occurs over all ranks among a group's keys that start with its prefix.
 
     Returns:
         int64 [G, 2**bits], on device, or with several ranks where their collectives are.

@@ -84,7 +84,7 @@ def _take(
     owner: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Ascending positions of what is above its group's threshold, and of this rank's share of the ties.
+    """Return ascending positions of what is above its group's threshold, and of this rank's share of the ties.
 
     Legend: R runs, P parameters.
     """

@@ -34,7 +34,7 @@ class Mask:
     extra: dict[str, str] = field(default_factory=dict)
 
     def whole(self) -> dict[str, Tensor]:
-        """Parameter name -> ascending positions over all ranks, on every rank. A collective.
+        """Return parameter name -> ascending positions over all ranks, on every rank. A collective.
 
         Cost: 8 bytes per selected element received by every rank, one exchange for the whole model.
         """

@@ -25,7 +25,7 @@ def is_partitioned(*params: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Partition:
-    """The flat range [start, stop) of one parameter that one rank owns; empty where start == stop."""
+    """The flat range [start, stop) of one parameter that one rank owns; empty if start == stop."""
 
     start: int
     stop: int
@@ -36,7 +36,7 @@ class Partition:
 
 
 def partition_of(numel: int, owner: int, num_ranks: int) -> Partition:
-    """The range that rank `owner` of `num_ranks` owns in a parameter of numel elements."""
+    """Return the range that rank `owner` of `num_ranks` owns in a parameter of numel elements."""
     chunk = -(-numel // num_ranks)
     return Partition(min(owner * chunk, numel), min((owner + 1) * chunk, numel))
 

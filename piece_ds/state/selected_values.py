@@ -81,7 +81,7 @@ class SelectedValues(nn.Module):
 
 
 def selected_values(model: nn.Module) -> SelectedValues | None:
-    """The model's SelectedValues, or None where it was not prepared for compact mode."""
+    """Return the model's SelectedValues, or None if it was not prepared for compact mode."""
     found = getattr(model, NAME, None)
     return found if isinstance(found, SelectedValues) else None
 
@@ -109,10 +109,10 @@ def _excuse_missing(model: nn.Module, incompatible: Any) -> None:
 
 
 def _whole(values: SelectedValues) -> bool:
-    """Whether the model's own parameters belong into the checkpoint at hand, or no checkpoint is."""
+    """Return whether the model's own parameters belong into the checkpoint at hand, or no checkpoint is."""
     return values.checkpoint is None or bool(values.checkpoint["whole"])
 
 
 def _own_parameters(model: nn.Module) -> set[str]:
-    """Names of the model's parameters, tied ones under every name, without SelectedValues'."""
+    """Return names of the model's parameters, tied ones under every name, without SelectedValues'."""
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - {PARAMETER_NAME}

@@ -15,7 +15,7 @@ class GradientStats:
     Attributes:
         layout: whose elements, and which of them are here.
         square_sum: sum over micro-batches of g * g, fp32, layout.num_owned elements.
-        grad_sum: sum over micro-batches of g, same shape, or None where only squares were asked for.
+        grad_sum: sum over micro-batches of g, same shape, or None if only squares were asked for.
         num_micro_batches: micro-batches in the sums, over all ranks.
         num_nonfinite: NaN and infinite gradient entries that counted as 0, over all ranks.
         first_nonfinite: (micro-batch, parameter name) of the first of them that this pass met; None without one.
