@@ -104,7 +104,7 @@ CASES = {
         r"6 rows make 6 micro-batches .* on 1 rank|6 rows make 3 micro-batches .* 2 ranks",
     ),
     "model-missing": Case("--model_name_or_path {base}/gone", r"gone: no model can be loaded from there"),
-    "model-without-tokenizer": Case("--model_name_or_path {base}/silent", r"silent: no tokenizer can be loaded"),
+    "model-without-tokenizer": Case("--model_name_or_path {base}/silent", r"silent: the folder holds no tokenizer"),
     "model-without-weights": Case("--model_name_or_path {base}/light", r"light: the folder holds no weights"),
     "model-config-broken": Case("--model_name_or_path {base}/odd", r"odd: no model can be loaded from there"),
     "deepspeed-missing": Case("--deepspeed {base}/gone.json", r"gone\.json: no such file; ds_configs/ has one"),
@@ -161,7 +161,7 @@ def make_material(base: Path) -> None:
         (base / f"{name}.json").write_text(json.dumps(config))
     (base / "taken").mkdir()
     (base / "taken" / "run.json").write_text('{"MethodArguments": {"mask_ratio": 0.5}}')
-    (base / "foreign" / "00-old").mkdir(parents=True)
+    (base / "foreign" / "00-old" / "model").mkdir(parents=True)
 
 
 def _make_masks(base: Path) -> None:
