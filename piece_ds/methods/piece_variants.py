@@ -14,7 +14,7 @@ from piece_ds.runtime.distributed import all_reduce_sum_
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected
 from piece_ds.selection.estimators import PIECE_S
-from piece_ds.selection.median import median_above_zero
+from piece_ds.selection.median import median_of_importance
 from piece_ds.selection.top_k import select_by
 from piece_ds.state.mask import Mask, collective_device
 from piece_ds.state.statistics import GradientStats
@@ -24,8 +24,8 @@ from piece_ds.zero.statistics import collect_statistics
 def select_ratio(request: SelectionRequest) -> Mask:
     """Return the highest f / (g + d), where f and g are mean squared gradients: of the task and of general text.
 
-    d, which keeps weights that neither uses from winning by a division by nothing, is the median of g's entries above
-    zero: an order statistic, so the same bits for every number of ranks.
+    d, which keeps weights that neither uses from winning by a division by nothing, is the median of g's entries; of
+    those above zero, if it would be 0. An order statistic: the same bits for every number of ranks.
 
     Raises:
         UserError: there is no general text, or it gives no gradient.
@@ -37,7 +37,7 @@ def select_ratio(request: SelectionRequest) -> Mask:
     stats = collect_statistics(request.engine, request.micro_batches, False, request.device, request.layout)
     f = stats.square_sum.div_(stats.num_micro_batches)
     g = general.square_sum.to(f.device) / general.num_micro_batches
-    score_N = ratio_score(f, g, median_above_zero(g, request.layout))
+    score_N = ratio_score(f, g, median_of_importance(g, request.layout))
     return request.select(score_N, {info.name for info in request.layout.eligible()}, "model")
 
 

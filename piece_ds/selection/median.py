@@ -12,23 +12,27 @@ from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
 
 
-def median_above_zero(value_N: Tensor, layout: Layout) -> float:
-    """Return the (lower) median of the positive numbers among all ranks' values >= 0. A collective.
+def median_of_importance(value_N: Tensor, layout: Layout) -> float:
+    """Return the (lower) median of all ranks' values >= 0; of the positive ones if it would be 0. A collective.
 
-    An order statistic: the same bits for every number of ranks. Zeros are left out, since a model whose general text
-    leaves more than half of its weights without a gradient would have the median 0, which damps nothing.
+    An order statistic: the same bits for every number of ranks. A model whose general text leaves more than half of
+    its weights without a gradient has the median 0, which damps nothing: zeros are left out then.
 
     Args:
         value_N: fp32, >= 0, laid out by layout.owned().
         layout: of the model.
     Raises:
-        UserError: there is none.
+        UserError: no value is positive.
     Cost: four reads of value_N; 32 KiB of communication.
     """
     positive = torch.tensor([int((value_N > 0).sum())])
-    count = int(all_reduce_sum_(positive.to(collective_device())))
-    if count == 0:
+    num_positive = int(all_reduce_sum_(positive.to(collective_device())))
+    if num_positive == 0:
         raise UserError("the text that stands for general ability gives no gradient: is every answer empty?")
+    num_values = layout.num_eligible
+    from_above = num_values // 2 + 1  # the lower median is this many values from the highest
+    if from_above > num_positive:
+        from_above = num_positive // 2 + 1
     group_of = {info.name: 0 for info in layout.eligible()}
     stats = GradientStats(layout, value_N, None)
     runs = ScoreSource(
@@ -41,5 +45,5 @@ def median_above_zero(value_N: Tensor, layout: Layout) -> float:
         lam=1.0,
         seed=0,
     )
-    (threshold,) = find_thresholds(runs, [count // 2 + 1], value_N.device)
+    (threshold,) = find_thresholds(runs, [from_above], value_N.device)
     return float(torch.tensor(threshold.key, dtype=torch.int32).view(torch.float32))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from piece_ds.runtime.errors import UserError
-from piece_ds.selection.median import median_above_zero
+from piece_ds.selection.median import median_of_importance
 from piece_ds.state.mask import Mask, gather_fragments
 from piece_ds.state.partition import Layout
 from piece_ds.state.selected_values import selected_values
@@ -71,7 +71,7 @@ def general_step_scale(general: GradientStats) -> StepScale:
     Cost: 4 bytes per owned element, where the statistics lie.
     """
     mean_square = general.square_sum / general.num_micro_batches
-    damping = median_above_zero(mean_square, general.layout)
+    damping = median_of_importance(mean_square, general.layout)
     return StepScale(general.layout, (damping / mean_square.add_(damping)).sqrt_(), damping)
 
 

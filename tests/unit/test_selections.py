@@ -23,7 +23,7 @@ from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_to_select, share_out
-from piece_ds.selection.median import median_above_zero
+from piece_ds.selection.median import median_of_importance
 from piece_ds.state.statistics import GradientStats
 
 ALONE = ("lift", "hft", "layernorm", "migu", "shira")  # no DeepSpeed needed
@@ -210,14 +210,16 @@ def layout_and_stats() -> tuple[SelectionRequest, GradientStats]:
     return request, GradientStats(request.layout, sums[0].square(), sums[1], 1)
 
 
-def test_median_is_that_of_the_positive_values() -> None:
+@pytest.mark.parametrize("num_zeros", [0, 1, 2])
+def test_median_counts_every_value_unless_it_would_be_zero(num_zeros: int) -> None:
     request, stats = layout_and_stats()
     values = stats.square_sum.clone()
-    values[::3] = 0.0
-    positive = np.sort(values[values > 0].numpy())
-    assert median_above_zero(values, request.layout) == positive[len(positive) - 1 - len(positive) // 2]
+    for offset in range(num_zeros):
+        values[offset::3] = 0.0
+    counted = values if num_zeros < 2 else values[values > 0]
+    assert median_of_importance(values, request.layout) == counted.median().item()
     with pytest.raises(UserError, match="gives no gradient"):
-        median_above_zero(torch.zeros_like(values), request.layout)
+        median_of_importance(torch.zeros_like(values), request.layout)
 
 
 def test_ratio_prefers_what_the_task_needs_and_general_text_does_not() -> None:
