@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.causal_classes import PAD, VOCAB, model_types, tiny_model
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from piece_ds.data.collate import Collator
 from piece_ds.demo.model import make_tokenizer
@@ -117,3 +117,16 @@ def test_rounding_is_not_taken_for_padding() -> None:
     for model_type in ("llama", "gpt2", "mixtral", "qwen3_moe", "gemma2", "bloom", "falcon_mamba"):
         for dtype in (torch.bfloat16, torch.float16):
             check_rows(tiny_model(model_type).to(dtype), list(range(5, 16)), PAD, one_row_at_a_time=False)
+
+
+def test_rounding_of_many_layers_is_measured_not_guessed() -> None:
+    """In bf16, kernels for a batch with a mask differ from those for a row alone by more than any fixed bound."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=30, initializer_range=0.2, **shape)
+    check_rows(LlamaForCausalLM(config).to(torch.bfloat16).eval(), list(range(5, 16)), PAD, one_row_at_a_time=False)
+    # generate() gives logits in fp32 whatever the model computes in.
+    prompts = [row["input_ids"] for row in rows()]
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    generate_texts(model, prompts, make_tokenizer(64), 2, 3, "cpu")
+    assert model._piece_ds_answers_alone is False
