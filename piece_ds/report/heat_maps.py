@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from piece_ds.report.style import MAX_WIDTH, figure_style, label_ticks, new_axes, png, wrapped
+from piece_ds.report.style import MAX_WIDTH, MIN_SPAN, figure_style, label_ticks, new_axes, png, wrapped
 
 # cividis is made to look the same with and without colour blindness, and its lightness grows evenly.
 COLORS = "cividis"
@@ -57,6 +57,8 @@ def result_heat_maps(
     """
     values = {title: _array(rows, len(tasks), len(row_names)) for title, rows in panels.items()}
     low, high = _range(np.concatenate([part.flatten() for part in values.values()]), *color_range)
+    if color_range == (None, None) and high - low < MIN_SPAN:  # colours would show noise
+        low, high = (low + high - MIN_SPAN) / 2, (low + high + MIN_SPAN) / 2
     width, height = 0.4 + 0.6 * max(len(tasks), 4), 0.6 + 0.34 * max(len(row_names), 2)
     num_columns = max(1, min(len(values), int((MAX_WIDTH - 1.8) // width)))
     num_rows = -(-len(values) // num_columns)
@@ -118,7 +120,7 @@ def mask_heat_maps(masks: Mapping[str, Counts]) -> bytes:
 
 def _add_scale_of_shares(figure: Figure, all_axes: list[Axes], image: AxesImage, aspect: float) -> None:
     """The colour scale of shares, named in percent at every decade; its lower end is "none"."""
-    label = "% of the cell's weights that are selected (log scale; white: none)"
+    label = "% selected"  # short: a figure of few layers is low; the caption says the rest
     bar = figure.colorbar(image, ax=all_axes, label=label, pad=0.02, aspect=aspect, extend="min")
     bar.ax.yaxis.set_major_locator(MultipleLocator(1.0))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda power, _: f"{10**power:.3g}"))
