@@ -20,7 +20,14 @@ from piece_ds.zero.weights import read_selected, weights_fingerprint
 
 
 def save_delta(
-    path: Path | str, model: nn.Module, mask: Mask, previous: dict[str, Tensor], with_previous: bool = True
+    path: Path | str,
+    model: nn.Module,
+    mask: Mask,
+    previous: dict[str, Tensor],
+    with_previous: bool = True,
+    *,
+    unscaled: dict[str, Tensor] | None = None,
+    scale: float = 1.0,
 ) -> None:
     """Write a task's delta from all ranks' shares. A collective; rank 0 writes, all return when the file is there.
 
@@ -28,6 +35,8 @@ def save_delta(
         model: after the task.
         mask: the task's mask.
         previous: read_selected(model, mask) before the task.
+        unscaled: read_selected(model, mask) before the task's changes were multiplied by scale; None at scale 1.
+        scale: what they were multiplied by.
         with_previous: keep the previous values in the file; without them it is smaller and cannot be reverted.
     Cost: reads this rank's share of the weights once, for the fingerprints.
     """
@@ -35,6 +44,7 @@ def save_delta(
     whole = mask.whole()
     all_values = gather_fragments(mask.layout, read_selected(model, mask), dtype_of)
     all_previous = gather_fragments(mask.layout, previous, dtype_of)
+    all_unscaled = gather_fragments(mask.layout, unscaled, dtype_of) if unscaled is not None else {}
     surroundings = int(weights_fingerprint(model, mask))
     if is_main():
         tensors: dict[str, Tensor] = {}
@@ -44,7 +54,9 @@ def save_delta(
             tensors[f"{name}.values"] = all_values[name]
             if with_previous:
                 tensors[f"{name}.previous"] = all_previous[name]
-        metadata = describe(mask, whole)
+            if scale != 1.0:
+                tensors[f"{name}.unscaled"] = all_unscaled[name]
+        metadata = describe(mask, whole) | ({} if scale == 1.0 else {"scale": repr(scale)})
         for key, values in (("base_fingerprint", all_previous), ("result_fingerprint", all_values)):
             selected = sum(hash_elements(name, index, bits_of(values[name])) for name, index in whole.items())
             metadata[key] = hexadecimal(surroundings + selected)

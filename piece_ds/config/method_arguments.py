@@ -1,6 +1,7 @@
 """Flags of the methods: how weights are chosen and updated, and what the methods without a mask need."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 from piece_ds.config.piece import FieldError, PieceConfig, split_patterns
 from piece_ds.config.ranges import require_positive
@@ -65,7 +66,18 @@ class MethodArguments:
         },
     )
 
+    forgetting_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "nats: scale each task's change down until the loss on one half of --general_file rises no more; "
+            "results.json reports both halves"
+        },
+    )
+
     def __post_init__(self) -> None:
+        budget = self.forgetting_budget
+        if budget is not None and not (isfinite(budget) and budget >= 0):
+            raise UserError(f"--forgetting_budget must be 0 or more nats, got {budget}")
         try:
             self.config()
         except FieldError as error:

@@ -1,6 +1,6 @@
 """A delta on a model in memory: as many writes as it has elements, any alpha, and back to the bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,19 +14,23 @@ from piece_ds.zero.weights import SelectedWeights, forget_secondary
 
 
 class LiveDelta:
-    """A delta and the model it is put on; set_() may be called again and again."""
+    """Changes and the model they are put on; set_() may be called again and again."""
 
-    def __init__(self, model: nn.Module, delta: Delta) -> None:
+    def __init__(self, model: nn.Module, changes: Mapping[str, Change]) -> None:
         """
         Args:
             model: on any device, of any dtype; whole, partitioned by ZeRO-3, or with DTensor parameters (each rank
                 writes what it holds).
-        Raises:
-            UserError: a parameter is not there, or has another shape.
+            changes: parameter name -> its whole change, the same on every rank.
         """
         self.model = model
         params = dict(model.named_parameters())
-        self._writers: list[tuple[Change, Callable[[Tensor], None]]] = []
+        self._writers = [(change, _writer(params[name], change.index)) for name, change in changes.items()]
+
+    @classmethod
+    def of(cls, model: nn.Module, delta: Delta) -> "LiveDelta":
+        """Return a delta file's. Raises UserError unless the model has its parameters, of the same shapes."""
+        params = dict(model.named_parameters())
         for name, shape in delta.shapes.items():
             if name not in params:
                 raise UserError(f"delta {delta.path} changes {name!r}, which this model does not have")
@@ -36,8 +40,7 @@ class LiveDelta:
                 raise UserError(
                     f"delta {delta.path} changes {name!r} of shape {list(shape)}, this model's is {list(found)}"
                 )
-            change = delta.change(name)
-            self._writers.append((change, _writer(param, change.index)))
+        return cls(model, {name: delta.change(name) for name in delta.shapes})
 
     @torch.no_grad()
     def set_(self, alpha: float = 1.0) -> None:
@@ -64,7 +67,7 @@ def apply_delta_(model: nn.Module, delta_file: Path | str, alpha: float = 1.0) -
         UserError: the file is damaged, or of another model.
     Cost: reads the file twice, then one write per element.
     """
-    live = LiveDelta(model, open_delta(delta_file))
+    live = LiveDelta.of(model, open_delta(delta_file))
     live.set_(alpha)
     return live
 

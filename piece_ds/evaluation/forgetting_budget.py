@@ -5,12 +5,10 @@ what alpha costs. A few values are tried, from the task downwards, then halfway 
 that does not; the curve need not be monotone, and only what was measured is ever returned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite, nan
-from typing import Any, TypeVar
-
-Row = TypeVar("Row")
+from typing import Any
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 MAX_TRIALS = 6
@@ -111,8 +109,3 @@ def search_scale(
 def _preference(trial: Trial) -> tuple[float, float]:
     """By score, then by alpha; what was not scored counts last."""
     return (-float("inf") if trial.score is None else trial.score, trial.alpha)
-
-
-def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return (rows to search on, rows to report), every second one each; a single row is in both."""
-    return list(rows[::2]), list(rows[1::2] or rows)

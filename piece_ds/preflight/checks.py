@@ -163,6 +163,13 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
             f"--method {method.name} avoids earlier tasks' weights: it needs a stream (--task_dir, --tasks)"
         )
 
+    if flags.forgetting_budget is not None and not method.has_mask:
+        raise UserError(f"--forgetting_budget has no meaning with --method {method.name}, which has no delta to scale")
+    if flags.forgetting_budget is not None and not (data.general_file or data.general_text):
+        raise UserError(
+            "--forgetting_budget needs text that stands for general ability: --general_file or --general_text"
+        )
+
     # What it would ignore.
     if method.has_mask and method.estimator is None and flags.statistics_file:
         raise UserError(
@@ -171,8 +178,12 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         )
     if method.has_mask and method.estimator is None and flags.budget != "model":
         raise UserError(f"--budget {flags.budget} has no meaning with --method {method.name}, which has its own")
-    if not needs_general and (data.general_text or flags.general_statistics):
-        raise UserError("--general_text and --general_statistics belong to --method piece-ratio")
+    judges = flags.forgetting_budget is not None and not data.general_file
+    if not needs_general and ((data.general_text and not judges) or flags.general_statistics):
+        raise UserError(
+            "--general_text and --general_statistics belong to --method piece-ratio; --general_text also to "
+            "--forgetting_budget without --general_file"
+        )
     if flags.importance_rows and not (method.has_mask and flags.mask_file is None):
         raise UserError(
             f"--importance_rows has no meaning with {'--mask_file' if flags.mask_file else f'--method {method.name}'}: "

@@ -110,6 +110,9 @@ def load_inputs(settings: Settings) -> Inputs:
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     if general_text is None:
         general_text = write_general_text(settings, tokenizer, dtype)
+    judged = general if general is not None else general_text
+    if settings.method.forgetting_budget is not None and (judged is None or len(judged) < 2):
+        raise UserError("--forgetting_budget needs two rows of general text or more: it searches on every second one")
     return Inputs(
         settings=settings,
         config=config,

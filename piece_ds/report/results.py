@@ -34,6 +34,7 @@ class RunResults:
         settings: flags worth showing, as JSON values.
         changes: task -> kind of tensor -> selected values, and those of them with another value after the task.
         rows: task -> number of rows that it is judged on.
+        forgetting: task -> "delta_scale", the "curve" it was chosen on, and losses of both halves of the general text.
         notes: what a reader must know, a sentence each ("X was judged on its training rows").
     """
 
@@ -48,6 +49,7 @@ class RunResults:
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    forgetting: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class RunResults:
             "cost": self.cost,
             "logs": self.logs,
             "settings": self.settings,
+            **({"forgetting": self.forgetting} if self.forgetting else {}),
             "notes": self.notes,
             "rows": self.rows,
             "changes": self.changes,
@@ -111,7 +114,7 @@ class RunResults:
         """
         content = checked(values, Results, "results", "run again", strict=True).model_dump(exclude_unset=True)
         parts = {part: content[part] for part in ("method", "ratio", "masks", "overlaps", "logs", "cost")}
-        known = ("measures", "ability", "settings", "notes", "rows", "changes")
+        known = ("measures", "ability", "settings", "notes", "rows", "changes", "forgetting")
         optional = {part: content[part] for part in known if part in content}
         name = name or content.get("name") or str(content["method"])
         return cls(name=name, matrix=ResultMatrix.from_json(content["matrix"]), **parts, **optional)

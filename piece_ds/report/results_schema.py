@@ -75,6 +75,13 @@ class LogEntry(BaseModel, extra="allow"):
     loss: Number | None = None
 
 
+class Forgetting(BaseModel, extra="allow"):
+    """What --forgetting_budget found for one task; see training/forgetting.py."""
+
+    delta_scale: Number
+    curve: dict[str, Any]
+
+
 class Results(BaseModel):
     """The content of results.json; see RunResults."""
 
@@ -92,5 +99,6 @@ class Results(BaseModel):
     ability: dict[str, dict[str, Number]] = {}
     settings: dict[str, Any] = {}
     notes: list[str] = []
+    forgetting: dict[str, Forgetting] = {}
     rows: dict[str, Count] = {}
     changes: dict[str, dict[str, Changed]] = {}

@@ -1,7 +1,7 @@
 """The mask of a task as the settings ask for it, with what a stream knows besides the task's own data."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ class MaskSource:
         general: rows that stand for general ability, or None.
         general_folder: where their statistics on the base model are, or will be after the first task's selection.
         is_base: whether the model is still the base model: no task has been trained.
+        limit_forgetting: called with engine and TaskMask after training; scales the task's changes, says what it found.
     """
 
     config: PieceConfig
@@ -47,6 +48,7 @@ class MaskSource:
     general: Sequence[Any] | None = None
     general_folder: Path | None = None
     is_base: bool = True
+    limit_forgetting: Callable[[Any, Any], dict[str, Any]] | None = None
 
     def count(self, model: nn.Module) -> int:
         """Return how many weights will be selected."""

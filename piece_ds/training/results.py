@@ -100,6 +100,11 @@ def with_task(
     return _with_details(results, f"after {task}", scores)
 
 
+def with_forgetting(results: RunResults, task: str, found: dict[str, Any] | None) -> RunResults:
+    """results with what --forgetting_budget found for a task."""
+    return results if found is None else replace(results, forgetting={**results.forgetting, task: found})
+
+
 def _with_details(results: RunResults, moment: str, scores: EvalResult) -> RunResults:
     """Return results with what was measured beside the scores at moment."""
     measures = {**results.measures, moment: scores.measures} if scores.measures else results.measures

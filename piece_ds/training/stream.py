@@ -35,6 +35,7 @@ from piece_ds.runtime.rank_status import report_status
 from piece_ds.runtime.signals import signal_handling
 from piece_ds.training.changes import with_changes
 from piece_ds.training.claim import Claim
+from piece_ds.training.forgetting import budget_of
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.progress import duration, scores_line, time_left
 from piece_ds.training.reporters import StreamReporters
@@ -44,6 +45,7 @@ from piece_ds.training.results import (
     num_steps_before,
     open_results,
     with_before,
+    with_forgetting,
     with_overlaps,
     with_task,
     write_results,
@@ -203,6 +205,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
     numel = {info.name: info.numel for info in layout_of(model).parameters}
     cost = {**asdict(trained.cost), **written_bytes(folder)}
     results = with_task(results, task.name, scores[0], cost=cost, index=trained.index, numel=numel, log=trained.log)
+    results = with_forgetting(results, task.name, trained.forgetting)
     results = with_overlaps(results, _mask_files(stream, index + 1))
     results = with_changes(results, task.name, folder / "delta.safetensors")
     write_results(results, stream.folder.results_file)
@@ -222,6 +225,12 @@ def _mask_source(stream: Stream, index: int) -> MaskSource:
         general=stream.general_importance,
         general_folder=Path(settings.method.general_statistics or stream.folder.root / "general_statistics"),
         is_base=index == 0,
+        limit_forgetting=budget_of(
+            settings,
+            stream.tokenizer,
+            stream.general if stream.general is not None else stream.general_importance,
+            stream.eval_batch_size,
+        ),
     )
 
 

@@ -133,6 +133,7 @@ def train_task(
         cost=_cost(trainer, metrics, mask, save_seconds=save_seconds, knows_host_peak=knows_host_peak),
         index=mask.mask.whole() if mask is not None else None,
         log=[finite(row) for row in trainer.state.log_history],
+        forgetting=mask.forgetting if mask is not None else None,
     )
     release(trainer)
     barrier()

@@ -34,11 +34,17 @@ class TaskMask:
     Attributes:
         mask: once selected.
         previous: what the selected weights were before the task, by parameter.
+        forgetting: what --forgetting_budget found; None without it.
+        scale: what the task's changes were multiplied by after training.
+        unscaled: the selected weights before that; None at scale 1.
         select_seconds: wall time of statistics and selection; None if the mask was there already.
     """
 
     mask: Mask
     previous: dict[str, Tensor]
+    forgetting: dict[str, Any] | None = None
+    scale: float = 1.0
+    unscaled: dict[str, Tensor] | None = None
     select_seconds: float | None = None
 
     def __init__(self, trainer: TaskTrainer, source: MaskSource, folder: Path, resume: bool) -> None:
@@ -88,14 +94,18 @@ class TaskMask:
         return update
 
     def end_training(self) -> None:
-        """Leave engine and model as they were, with the trained weights in them."""
+        """Leave engine and model as they were, with the trained weights in them, within the forgetting budget."""
         if self._trainer.update is not None:
             self._trainer.update.detach()
         self._save_whole_again()
+        if self._source.limit_forgetting is not None:
+            self.forgetting = self._source.limit_forgetting(engine_of(self._trainer), self)
 
     def save_delta(self) -> None:
         """Write what the task changed. A collective."""
-        save_delta(self._folder / DELTA_NAME, self._trainer.model_wrapped.module, self.mask, self.previous)
+        module = self._trainer.model_wrapped.module
+        unscaled, scale = self.unscaled, self.scale
+        save_delta(self._folder / DELTA_NAME, module, self.mask, self.previous, unscaled=unscaled, scale=scale)
 
     def _count(self, model: nn.Module) -> int:
         mask_file = self._source.files.mask_file

@@ -14,11 +14,13 @@ class TaskResult:
         cost: wall time and memory.
         index: selected positions of the whole model per parameter; None without a mask.
         log: the trainer's log.
+        forgetting: what --forgetting_budget found, see limit_forgetting(); None without it.
     """
 
     cost: "TaskCost"
     index: dict[str, Tensor] | None
     log: list[dict[str, Any]]
+    forgetting: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

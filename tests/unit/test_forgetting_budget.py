@@ -2,10 +2,19 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import datasets
 import pytest
+import torch
+from torch import nn
 
-from piece_ds.evaluation.forgetting_budget import MAX_TRIALS, halves, search_scale
+from piece_ds.evaluation.forgetting_budget import MAX_TRIALS, search_scale
+from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
+from piece_ds.state.mask import Mask
+from piece_ds.training.forgetting import limit_forgetting
+from piece_ds.zero.weights import read_selected
 
 
 def curve(loss: Callable[[float], float], score: Callable[[float], float | None] = lambda alpha: None) -> Callable:
@@ -74,6 +83,39 @@ def test_what_is_no_budget_is_refused() -> None:
             search_scale(curve(lambda alpha: 1.0), before, budget)
 
 
-def test_halves_share_no_row() -> None:
-    assert halves(list(range(5))) == ([0, 2, 4], [1, 3])
-    assert halves([7]) == ([7], [7])
+def trained() -> tuple[nn.Linear, SimpleNamespace]:
+    """A model whose selected weights have moved from 1 to 3, and its mask as a task leaves it."""
+    model = nn.Linear(4, 3, bias=False)
+    model.weight.data.fill_(1.0)
+    mask = Mask(layout_of(model), {"weight": torch.tensor([0, 5, 11])}, 3)
+    task = SimpleNamespace(mask=mask, previous=read_selected(model, mask), scale=1.0, unscaled=None)
+    model.weight.data.view(-1)[[0, 5, 11]] = 3.0
+    return model, task
+
+
+@pytest.mark.parametrize(("budget", "alpha"), [(0.0, 0.0), (0.3, 0.125), (1.2, 0.59375), (5.0, 1.0)])
+def test_a_live_model_is_scaled_and_the_whole_task_kept_beside_it(budget: float, alpha: float) -> None:
+    model, task = trained()
+    rows = datasets.Dataset.from_list([{"row": row} for row in range(5)])
+    seen = []
+
+    def loss(text: datasets.Dataset) -> float:
+        seen.append(tuple(text["row"]))
+        return float(model.weight.data.view(-1)[5])  # 1 + 2 alpha
+
+    found = limit_forgetting(SimpleNamespace(module=model), task, rows=rows, loss=loss, budget=budget)
+    assert set(seen) == {(0, 2, 4), (1, 3)}  # no row is in both
+    assert found["delta_scale"] == task.scale == alpha
+    expected = [1 + 2 * alpha if i in (0, 5, 11) else 1.0 for i in range(12)]
+    assert model.weight.data.view(-1).tolist() == expected
+    assert (task.unscaled is None) == (alpha == 1.0)
+    assert alpha == 1.0 or task.unscaled["weight"].tolist() == [3.0, 3.0, 3.0]
+    for half in ("search", "report"):
+        assert found[half] == {"before": 1.0, "after": pytest.approx(1 + 2 * alpha), "unscaled": 3.0}
+
+
+def test_text_without_a_finite_loss_is_refused() -> None:
+    model, task = trained()
+    rows = datasets.Dataset.from_list([{"row": row} for row in range(2)])
+    with pytest.raises(UserError, match="--forgetting_budget"):
+        limit_forgetting(SimpleNamespace(module=model), task, rows=rows, loss=lambda text: None, budget=0.1)
