@@ -8,8 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from piece_ds.cli.select import main
-from piece_ds.runtime.process import run_command
+from piece_ds.cli.commands import run_launched
 
 if __name__ == "__main__":
-    run_command(main)
+    run_launched("select", ["select", *sys.argv[1:]])

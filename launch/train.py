@@ -10,8 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from piece_ds.cli.train import main
-from piece_ds.runtime.process import run_command
+from piece_ds.cli.commands import run_launched
 
 if __name__ == "__main__":
-    run_command(main)
+    run_launched("train", ["train", *sys.argv[1:]])

@@ -37,6 +37,7 @@ _HOME = {
     "scale_delta": "piece_ds.deltas",
     "scale_steps": "piece_ds.update",
     "select": "piece_ds.methods.estimate",
+    "train": "piece_ds.cli.notebook",
     "SparseAdamW": "piece_ds.update.sparse_adamw",
     "StepScale": "piece_ds.update",
 }
@@ -66,11 +67,13 @@ __all__ = [
     "scale_delta",
     "scale_steps",
     "select",
+    "train",
 ]
 
 if TYPE_CHECKING:
     from piece_ds.checkpoint.mask_file import load_mask, save_mask
     from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+    from piece_ds.cli.notebook import train
     from piece_ds.config.piece import PieceConfig
     from piece_ds.data.collate import MicroBatches
     from piece_ds.deltas import apply_delta_, scale_delta

@@ -1,9 +1,10 @@
-"""`piece_ds` and `python -m piece_ds`: commands that need no launcher. Their work is imported when they run."""
+"""`piece_ds`, `python -m piece_ds`, `deepspeed --module piece_ds`: every command, imported when it runs."""
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from piece_ds.cli.commands import launched_command, run_launched
 from piece_ds.cli.main import _parser
 from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.runtime.text import printable
@@ -11,6 +12,10 @@ from piece_ds.runtime.text import printable
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. A UserError becomes one line on stderr and exit code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    launched = launched_command(words)
+    if launched is not None:
+        run_launched(launched, words)
     try:
         arguments = _parser().parse_args(argv)
         module, function = arguments.run.split(":")

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from piece_ds import __version__
+from piece_ds.cli.commands import LAUNCHED
 from piece_ds.runtime.errors import UserError
 
 
@@ -16,7 +18,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="piece_ds", description="Task deltas as files, what a run needs, and runs compared.")
+    parser.add_argument("--version", action="version", version=f"piece_ds {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (_, meaning) in LAUNCHED.items():
+        commands.add_parser(name, help=meaning, add_help=False)
     delta = commands.add_parser("delta", help="task deltas: list, apply, revert, scale, merge, export ...")
     _add_delta_commands(delta.add_subparsers(metavar="COMMAND", required=True))
     _add_plan(commands.add_parser("plan", help="memory and traffic of a run, from a model's shapes alone"))

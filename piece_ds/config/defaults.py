@@ -2,15 +2,15 @@
 
 import sys
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
+from piece_ds.config.deepspeed_configs import FOLDER
 from piece_ds.runtime.errors import UserError
 
 # If TrainingArguments' own defaults do not suit: a log line is cheap and a checkpoint of an 8B model is 100 GB.
 DEFAULTS = {"logging_steps": 10, "save_strategy": "no", "report_to": "none"}
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json"
+DEFAULT_CONFIG = FOLDER / "zero3.json"
 
 
 def machine_defaults(given: Collection[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from piece_ds.config.arguments import DataArguments, EvaluationArguments, ModelArguments, OutputArguments
+from piece_ds.config.deepspeed_configs import with_config_paths
 from piece_ds.config.defaults import machine_defaults
 from piece_ds.config.method_arguments import BaselineArguments, MethodArguments
 from piece_ds.runtime.errors import UserError, nearest
@@ -151,6 +152,7 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
     # The parser lets the last of a repeated flag win: defaults, then YAML, then the command line.
     filled = {**source.defaults, **source.config}
     flags = [item for name, value in filled.items() for item in _as_flags(name, value)] + list(source.command)
+    flags = with_config_paths(flags)
     ours = _parser(OURS)
     *parsed, rest = ours.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     for item in rest:

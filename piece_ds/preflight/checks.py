@@ -9,11 +9,12 @@ from transformers import TrainingArguments
 
 from piece_ds import ops
 from piece_ds.checkpoint.mask_file import check_mask_file
+from piece_ds.config.deepspeed_configs import config_names
 from piece_ds.config.settings import Settings
 from piece_ds.methods.registry import GENERAL, find_method
 from piece_ds.models.loading import empty_layout, reads_images
 from piece_ds.runtime.distributed import world_size
-from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,10 @@ def check_method_reads_images(method: str, config: Any) -> None:
 def check_deepspeed_file(path: str | None) -> None:
     """Raise UserError unless path is a readable DeepSpeed configuration without what the engine would refuse later."""
     if path is None or not (path.startswith("{") or Path(path).is_file()):
-        raise UserError(f"--deepspeed {path}: no such file; ds_configs/ has one for every ZeRO stage")
+        raise UserError(
+            f"--deepspeed {path}: no such file; ds_configs/ has one for every ZeRO stage, and their names do too: "
+            f"{', '.join(config_names())}.{nearest(str(path), config_names())}"
+        )
     try:
         content = json.loads(path if path.startswith("{") else Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -24,13 +24,18 @@ OTHER_RANKS_WAIT_SECONDS = 5.0
 DEFAULT_TIMEOUT_SECONDS = 1800.0  # transformers' default of --ddp_timeout
 
 
-def run_command(main: Callable[[list[str]], None]) -> NoReturn:
+def run_command(main: Callable[[list[str]], None], words: list[str] | None = None) -> NoReturn:
     """Run main(argv) as a program and leave with exit_code().
 
     deepspeed's launcher adds --local_rank=N to the arguments; ranks come from the environment.
+
+    Args:
+        main: the program.
+        words: its command line without its name; None means that of this process.
     """
-    argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
-    _one_process_environment()
+    given = sys.argv[1:] if words is None else words
+    argv = [a for a in given if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
+    one_process_environment()
     _own_programs_first()
     set_cublas_workspace()
     _quiet()
@@ -116,7 +121,7 @@ def start_distributed(seconds: float | None = None) -> None:
     deepspeed.init_distributed(timeout=timeout)
 
 
-def _one_process_environment() -> None:
+def one_process_environment() -> None:
     """Started with plain python, a script is rank 0 of 1."""
     if "RANK" in os.environ:
         return

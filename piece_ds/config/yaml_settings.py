@@ -1,0 +1,51 @@
+"""Every setting as YAML that --config reads back: what `--print_config` prints."""
+
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from piece_ds.config.settings import Settings
+
+
+def settings_yaml(settings: Settings) -> str:
+    """Return all settings with the values in force and what they mean, ours first, then TrainingArguments'."""
+    lines = []
+    for part in (
+        settings.model,
+        settings.data,
+        settings.method,
+        settings.output,
+        settings.evaluation,
+        settings.baseline,
+    ):
+        lines += ["", f"# {type(part).__name__}: {_first_line(type(part).__doc__)}"]
+        lines += [_entry(field.name, getattr(part, field.name), field.metadata.get("help")) for field in fields(part)]
+    given = HfArgumentParser((TrainingArguments,), allow_abbrev=False).parse_args(list(settings.flags))
+    lines += ["", "# TrainingArguments: transformers' own; see its page for what they mean"]
+    lines += [
+        _entry(field.name, getattr(given, field.name))
+        for field in fields(TrainingArguments)
+        if hasattr(given, field.name)
+    ]
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def _entry(name: str, value: Any, meaning: str | None = None) -> str:
+    line = yaml.safe_dump({name: _plain(value)}, default_flow_style=False, width=10_000, allow_unicode=True).strip()
+    return f"{line}  # {meaning}" if meaning and "\n" not in line else line
+
+
+def _plain(value: Any) -> Any:
+    """Return value as YAML has it; what is empty is not given."""
+    if isinstance(value, Enum):
+        return value.value
+    if value in ([], {}, ()):
+        return None
+    return value if isinstance(value, bool | int | float | str | list | dict | None) else str(value)
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().split("\n")[0]
