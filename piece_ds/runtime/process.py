@@ -9,8 +9,10 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from piece_ds.runtime.deterministic import set_cublas_workspace
 from piece_ds.runtime.errors import MachineError, UserError
@@ -129,6 +131,28 @@ def one_process_environment() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def without_mpi() -> None:
+    """Let DeepSpeed start one process where no launcher has named ranks and there is no MPI to ask.
+
+    Without the ranks' environment it asks mpi4py, and a script started with plain python ends in ModuleNotFoundError.
+    """
+    from deepspeed.comm import comm
+
+    if getattr(comm.mpi_discovery, "asks_first", False):
+        return
+    ask_mpi = comm.mpi_discovery
+
+    @wraps(ask_mpi)
+    def discover(*args: Any, **kwargs: Any) -> None:
+        if find_spec("mpi4py") is None:
+            one_process_environment()
+        else:
+            ask_mpi(*args, **kwargs)
+
+    discover.asks_first = True  # type: ignore[attr-defined]
+    comm.mpi_discovery = discover
 
 
 def _own_programs_first() -> None:

@@ -14,35 +14,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from piece_ds.checkpoint.delta_file import load_previous, save_delta
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.config.piece import PieceConfig, config_of
-from piece_ds.data.collate import MicroBatches
 from piece_ds.methods.estimate import count_selected, estimate_mask
 from piece_ds.models.eligible import without
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.distributed import barrier
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.process import without_mpi
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.selected_values import selected_values
 from piece_ds.training.compact_trainer import engine_of, prepare_trainer
 from piece_ds.training.progress import selection_line
+from piece_ds.training.run_folder import PREVIOUS_NAME
+from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
 from piece_ds.update.attach import attach
 from piece_ds.update.compact import CompactUpdate
 from piece_ds.update.masked import MaskedUpdate
+from piece_ds.zero.weights import read_selected
 
 logger = logging.getLogger(__name__)
 
-MASK_NAME = "mask.safetensors"
+MASK_NAME, DELTA_NAME = "mask.safetensors", "delta.safetensors"
+
+# TrainingArguments(deepspeed=...) starts torch.distributed before a callback exists: a script that was started by no
+# launcher must work from here on.
+without_mpi()
 
 
 class PieceCallback(TrainerCallback):
-    """Selects weights when training begins, trains only them, and writes OUTPUT_DIR/mask.safetensors.
+    """Selects weights when training begins, trains only them, and writes mask and delta.safetensors to OUTPUT_DIR.
 
-    A run resumed from a checkpoint uses the mask that it began with, from the same file.
+    Importance is that of the trainer's own loss over its own batches: TRL's SFTTrainer, DPOTrainer, RewardTrainer and
+    GRPOTrainer work as transformers' Trainer does. A run resumed from a checkpoint uses the mask that it began with,
+    from the same file; previous.safetensors, which its delta needs, lies beside it.
 
     Attributes:
         config: settings of the method.
@@ -77,6 +87,7 @@ class PieceCallback(TrainerCallback):
         self.mask: Mask | None = None
         self.update: MaskedUpdate | CompactUpdate | None = None
         self.select_seconds: float | None = None
+        self._previous: dict[str, Tensor] = {}
         self._save_whole_again: Callable[[], None] | None = None
         if self.config.update_mode == "compact":
             self._save_whole_again = prepare_trainer(trainer, self._count, self.config.save_full)
@@ -97,12 +108,20 @@ class PieceCallback(TrainerCallback):
             save_mask(path, self.mask)
         logger.info("%s", selection_line(self.mask, self.select_seconds))
 
+        # What the selected weights were, for the delta.
+        previous = Path(args.output_dir) / PREVIOUS_NAME
+        self._previous = load_previous(previous, self.mask) if is_resumed else read_selected(engine.module, self.mask)
+        if not is_resumed:
+            save_delta(previous, engine.module, self.mask, self._previous)
+
         # Attach.
         self.update = attach(engine, self.mask, self.config.save_full, self.config.selected_gradient)
         barrier()
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.update is not None:
+    def on_train_end(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
+        if self.update is not None and self.mask is not None:
+            module = self.trainer.model_wrapped.module
+            save_delta(Path(args.output_dir) / DELTA_NAME, module, self.mask, self._previous)
             self.update.detach()
             self.update = None
         if self._save_whole_again is not None:
@@ -116,8 +135,8 @@ class PieceCallback(TrainerCallback):
 
     def _select(self, engine: Any, layout: Layout) -> Mask:
         begin = time.perf_counter()
-        rows, collate = self.trainer.train_dataset, self.trainer.data_collator
-        batches = MicroBatches(rows, collate, self.config.importance_batch_size)
-        mask = estimate_mask(engine, batches, self.config, layout=layout)
+        batches = trainer_micro_batches(self.trainer, self.config.importance_batch_size)
+        with notes_kept(self.trainer):
+            mask = estimate_mask(engine, batches, self.config, layout=layout)
         self.select_seconds = time.perf_counter() - begin
         return mask

@@ -180,7 +180,7 @@ def _pass(
             if first == rounds[0] and may_come_in_parts(loss):
                 with receiver.finding_parts():
                     backward(loss)
-                loss = engine(**batch).loss
+                loss = loss_of(micro_batches, engine, batch)
             backward(loss)
             receiver.end_round()
             nonfinite.end_round(first)

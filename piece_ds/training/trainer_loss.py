@@ -1,0 +1,84 @@
+"""A trainer's own micro-batches and loss, for the statistics pass: importance is that of the loss that is trained.
+
+A trainer of transformers or TRL may shape its batches (preference pairs, packed rows, generated completions) and its
+loss (DFT, DPO, label smoothing) as it likes; what it notes down meanwhile for its log is put back afterwards.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+from torch import Tensor
+from transformers import Trainer
+
+from piece_ds.data.collate import MicroBatches
+from piece_ds.runtime.errors import UserError
+
+# What TRL's trainers keep between steps.
+_NOTES = (
+    "_metrics",
+    "_logs",
+    "_total_train_tokens",
+    "_step",
+    "_buffered_inputs",
+    "_pending_metrics",
+    "_pending_extra_logs",
+)
+
+
+def trainer_micro_batches(trainer: Trainer, batch_size: int) -> MicroBatches:
+    """Return the trainer's training rows as micro-batches, as its own data loader would collate them, with its loss.
+
+    Args:
+        trainer: of transformers or TRL.
+        batch_size: rows in a micro-batch. Where completions are generated, a row is a prompt, and all completions of
+            a group that the trainer makes for it belong to the micro-batch.
+    Raises:
+        UserError: rows without a length, which cannot be dealt to ranks.
+    """
+    rows, collate = trainer.train_dataset, trainer.data_collator
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise UserError(
+            f"PieceCallback expected training rows with a length, got {type(rows).__name__}: importance is summed over "
+            "all of them; load the data set without streaming"
+        )
+    if isinstance(rows, datasets.Dataset):
+        rows = trainer._remove_unused_columns(rows, description="importance")
+    else:
+        collate = trainer._get_collator_with_removed_columns(collate, description="importance")
+    return MicroBatches(rows, collate, batch_size, _loss_of(trainer))
+
+
+def _loss_of(trainer: Trainer) -> Callable[[Any, Any], Tensor] | None:
+    """Return (engine, micro-batch) -> the trainer's mean loss; None where that is the model's own."""
+    is_plain = type(trainer).compute_loss is Trainer.compute_loss
+    if is_plain and trainer.compute_loss_func is None and trainer.label_smoother is None:
+        return None
+    generate = getattr(trainer, "_generate_and_score_completions", None)
+
+    def loss_of(engine: Any, batch: Any) -> Tensor:
+        if generate is not None:
+            batch = generate([row for row in batch for _ in range(trainer.num_generations)])
+        # `* 1.0`: DeepSpeed 0.19 would divide the very tensor that forward returned by the accumulation steps.
+        loss: Tensor = trainer.compute_loss(engine, batch) * 1.0
+        return loss
+
+    return loss_of
+
+
+@contextmanager
+def notes_kept(trainer: Trainer) -> Iterator[None]:
+    """Inside, the trainer may note down what it likes for its log; afterwards its notes are as they were."""
+    kept = {name: copy.deepcopy(vars(trainer)[name]) for name in _NOTES if name in vars(trainer)}
+    steps = vars(trainer).get("current_gradient_accumulation_steps")
+    trainer.current_gradient_accumulation_steps = 1  # GRPO's loss is divided by it
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+        if steps is None:
+            del trainer.current_gradient_accumulation_steps
+        else:
+            trainer.current_gradient_accumulation_steps = steps

@@ -1,0 +1,50 @@
+"""TRL's trainers with PieceCallback, from a script that no launcher started: masked and compact."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from support.launches import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: its trainers are what is tried"),
+]
+
+
+def run(kind: str, mode: str, folder: Path) -> dict[str, Any]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "support.trl_job", kind, mode, str(folder)]
+    folder.mkdir(parents=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("mode", ["masked", "compact"])
+@pytest.mark.parametrize("kind", ["assistant-only", "completion-only", "packing", "dpo", "reward", "grpo"])
+def test_only_selected_weights_move_and_the_delta_holds_them(kind: str, mode: str, tmp_path: Path) -> None:
+    found = run(kind, mode, tmp_path / "out")
+    assert found["outside"] == 0
+    assert found["inside"] > 0
+    delta = load_file(tmp_path / "out" / "delta.safetensors")
+    indices = {
+        name.removesuffix(".indices"): value.tolist() for name, value in delta.items() if name.endswith(".indices")
+    }
+    assert all(set(indices[name]) <= set(found["index"][name]) for name in indices)
+    moved = sum(int((delta[f"{name}.values"] != delta[f"{name}.previous"]).sum()) for name in indices)
+    assert moved == found["inside"]
+
+
+def test_importance_is_that_of_the_loss_that_is_trained(tmp_path: Path) -> None:
+    """DFT weighs each token by its probability; with the plain loss' importance the masks would be the same."""
+    plain, dft = (run(kind, "masked", tmp_path / kind)["index"] for kind in ("assistant-only", "dft"))
+    assert plain != dft

@@ -1,0 +1,107 @@
+"""A script as a TRL user writes it, started with plain python: one trainer with PieceCallback, two steps."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import trl
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from piece_ds import PieceCallback
+from piece_ds.demo.model import make_tokenizer, model_config
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHAT = [
+    {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
+    for i in range(8)
+]
+PAIRS = [{"prompt": f"say {i}: ", "completion": f"it is {i}"} for i in range(8)]
+PREFERENCES = [{"prompt": f"say {i}: ", "chosen": f"it is {i}", "rejected": "no"} for i in range(8)]
+PROMPTS = [{"prompt": f"say {i}: "} for i in range(8)]
+
+# kind -> rows and options of SFTConfig.
+SFT: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "assistant-only": (CHAT, {"assistant_only_loss": True}),
+    "completion-only": (PAIRS, {"completion_only_loss": True}),
+    "packing": (PAIRS, {"packing": True, "max_length": 64}),
+    "dft": (CHAT, {"assistant_only_loss": True, "loss_type": "dft"}),
+}
+
+
+def main() -> None:
+    kind, mode, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    trainer = make_trainer(kind, folder)
+    before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+    callback = PieceCallback(trainer, ratio=0.01, update_mode=mode, importance_batch_size=2)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.mask is not None
+    index = callback.mask.whole()
+    inside = outside = 0
+    for name, param in trainer.model.named_parameters():
+        if name in before:  # compact mode has one parameter more
+            moved = (param.detach() != before[name]).reshape(-1)
+            selected = torch.zeros_like(moved)
+            selected[index.get(name, torch.empty(0, dtype=torch.int64)).long()] = True
+            inside, outside = inside + int((moved & selected).sum()), outside + int((moved & ~selected).sum())
+    positions = {name: found.tolist() for name, found in index.items() if len(found)}
+    (folder / "found.json").write_text(json.dumps({"inside": inside, "outside": outside, "index": positions}))
+
+
+def make_trainer(kind: str, folder: Path) -> Any:
+    """The trainer of a kind, with a tiny model."""
+    tokenizer = make_tokenizer(256)
+    tokenizer.chat_template = TEMPLATE
+    config = model_config()
+    config.hidden_size, config.intermediate_size, config.head_dim, config.num_labels = 32, 48, 8, 1
+    torch.manual_seed(0)
+    model = (LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM)(config)
+    common: dict[str, Any] = {
+        "output_dir": str(folder),
+        "deepspeed": {
+            "zero_optimization": {"stage": 2},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+        },
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    of_list = datasets.Dataset.from_list
+    if kind in SFT:
+        rows, options = SFT[kind]
+        arguments = trl.SFTConfig(**common, **options)
+        return trl.SFTTrainer(model=model, args=arguments, train_dataset=of_list(rows), processing_class=tokenizer)
+    shared: dict[str, Any] = {"model": model, "processing_class": tokenizer}
+    if kind == "dpo":
+        reference = copy.deepcopy(model)
+        arguments = trl.DPOConfig(**common)
+        return trl.DPOTrainer(ref_model=reference, args=arguments, train_dataset=of_list(PREFERENCES), **shared)
+    if kind == "reward":
+        return trl.RewardTrainer(args=trl.RewardConfig(**common), train_dataset=of_list(PREFERENCES), **shared)
+    arguments = trl.GRPOConfig(**common, num_generations=2, max_completion_length=6)
+    return trl.GRPOTrainer(args=arguments, reward_funcs=length_reward, train_dataset=of_list(PROMPTS), **shared)
+
+
+def length_reward(completions: list[str], **options: Any) -> list[float]:
+    return [float(len(completion)) for completion in completions]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""A trainer's micro-batches for the statistics pass: its own collator, columns and loss, and its notes as they were."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from support.models import make_model
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from piece_ds.runtime.errors import UserError
+from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
+
+ROWS = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "note": 3}] * 5
+
+
+def trainer_of(folder: Path, rows: Any, kind: type[Trainer] = Trainer, **options: Any) -> Trainer:
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[])
+    model = make_model("llama")
+    return kind(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator, **options)
+
+
+class Doubled(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * model(**inputs).loss
+
+
+def test_rows_are_collated_as_the_trainers_own_loader_does(tmp_path: Path) -> None:
+    for rows in (ROWS, datasets.Dataset.from_list(ROWS)):
+        batches = trainer_micro_batches(trainer_of(tmp_path, rows), 2)
+        assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
+        assert set(batches[0]) == {"input_ids", "labels"}
+        assert batches.loss_of is None
+
+
+def test_a_trainers_own_loss_is_the_one_taken(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, ROWS, Doubled)
+    batches = trainer_micro_batches(trainer, 2)
+    assert batches.loss_of is not None
+    plain = trainer.model(**batches[0]).loss
+    assert torch.equal(batches.loss_of(trainer.model, batches[0]), 2 * plain)
+    own = trainer_of(
+        tmp_path, ROWS, compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum()
+    )
+    batches = trainer_micro_batches(own, 2)
+    assert batches.loss_of is not None
+    assert torch.equal(batches.loss_of(own.model, batches[0]), own.model(**batches[0]).logits.sum())
+
+
+def test_rows_without_a_length_are_refused(tmp_path: Path) -> None:
+    stream = SimpleNamespace(train_dataset=iter(ROWS), data_collator=default_data_collator)
+    with pytest.raises(UserError, match="expected training rows with a length, got list_iterator"):
+        trainer_micro_batches(stream, 2)  # type: ignore[arg-type]
+
+
+def test_notes_are_as_they_were(tmp_path: Path) -> None:
+    trainer: Any = trainer_of(tmp_path, ROWS)
+    trainer._metrics = {"train": {"entropy": [1.0]}}
+    with notes_kept(trainer):
+        trainer._metrics["train"]["entropy"].append(2.0)
+        assert trainer.current_gradient_accumulation_steps == 1
+    assert trainer._metrics == {"train": {"entropy": [1.0]}}
+    assert not hasattr(trainer, "current_gradient_accumulation_steps")
