@@ -6,6 +6,7 @@ from piece_ds.checkpoint.mask_file import save_mask
 from piece_ds.config.piece import split_patterns
 from piece_ds.config.settings import Settings, load_settings, print_help
 from piece_ds.data.collate import pad_id
+from piece_ds.data.image_collate import make_collator
 from piece_ds.data.packing import training_collator
 from piece_ds.evaluation.padding import answer_tokens, check_rows
 from piece_ds.methods.registry import methods_help
@@ -16,6 +17,7 @@ from piece_ds.preflight.preflight import SELECT, preflight
 from piece_ds.runtime.distributed import is_main
 from piece_ds.state.mask import Mask
 from piece_ds.training.engines import statistics_engine
+from piece_ds.training.general_statistics import general_statistics_of
 from piece_ds.training.mask_source import MaskSource
 
 
@@ -48,13 +50,13 @@ def select_mask(settings: Settings) -> Mask:
         one_row_at_a_time = settings.method.importance_batch_size == 1
         padding = pad_id(tokenizer_of(inputs.tokenizer))
         check_rows(engine, answer_tokens(task.train), padding, one_row_at_a_time)
-    general = Path(settings.method.general_statistics or f"{output_file}.general_statistics")
+    folder, collate = Path(f"{inputs.output_file}.general_statistics"), make_collator(inputs.tokenizer)
+    general = general_statistics_of(settings.method, inputs.general_importance, collate, folder, True)
     source = MaskSource(
         config=settings.method.config(arguments.seed, settings.model.exclude),
         files=settings.method,
         task=task.name,
-        general=inputs.general_importance,
-        general_folder=general,
+        general=general,
     )
     batches = source.batches(task.train, training_collator(inputs.tokenizer, settings.data.packing))
     mask = source.estimate(engine, batches, layout_of(engine.module))

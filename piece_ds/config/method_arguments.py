@@ -55,6 +55,20 @@ class MethodArguments:
         metadata={"help": "keep the sums every N rounds of micro-batches, to resume from; 0: only upon a signal"},
     )
 
+    step_scale: str = field(
+        default=_DEFAULT.step_scale,
+        metadata={
+            "help": "none, or general: weight i moves by sqrt(d / (F + d)) of its step, F its mean squared gradient on "
+            "general text and d the median of F; every method that trains the model's own weights"
+        },
+    )
+    general_replay: float = field(
+        default=0.0,
+        metadata={
+            "help": "S in [0, 1]: round(S * rows) rows of general text, at least one, join each micro-batch; the loss "
+            "is the task's mean plus S times theirs; 0: none"
+        },
+    )
     lift_rank: int | None = field(
         default=None, metadata={"help": "lift: rank of the approximation; without it 1/32 of a matrix's shorter side"}
     )
@@ -82,6 +96,8 @@ class MethodArguments:
             self.config()
         except FieldError as error:
             raise UserError(f"--{_FLAG_OF.get(error.field, error.field)} {error.reason}") from None
+        if not 0.0 <= self.general_replay <= 1.0:
+            raise UserError(f"--general_replay must be in [0, 1], got {self.general_replay}")
         if self.statistics_save_steps < 0:
             raise UserError(f"--statistics_save_steps must be 0 or more, got {self.statistics_save_steps}")
 
@@ -99,6 +115,7 @@ class MethodArguments:
             exclude=split_patterns(exclude),
             update_mode=self.update_mode,
             selected_gradient=self.selected_gradient,
+            step_scale=self.step_scale,
             save_full=save_full,
             seed=seed,
         )

@@ -10,12 +10,14 @@ UPDATE_MODES = ["compact", "masked"]
 SELECTED_GRADIENTS = ["auto", "dense"]
 BUDGETS = ["model", "layer", "tensor"]
 STATISTICS_DEVICES = ["auto", "cpu"]
+STEP_SCALES = ["none", "general"]
 
 _CHOICES = {
     "update_mode": UPDATE_MODES,
     "selected_gradient": SELECTED_GRADIENTS,
     "budget": BUDGETS,
     "statistics_device": STATISTICS_DEVICES,
+    "step_scale": STEP_SCALES,
 }
 _POSITIVE = ("importance_batch_size", "importance_rows", "importance_lambda", "lift_rank")
 
@@ -50,6 +52,8 @@ class PieceConfig:
         update_mode: 'compact' (DeepSpeed optimises only the selected values) or 'masked' (every weight; the gradient is
             masked).
         selected_gradient: in compact mode, 'auto' (linear layers form only their selected gradients) or 'dense'.
+        step_scale: 'none', or 'general': the update of weight i is multiplied by sqrt(d / (F_i + d)), where F is the
+            mean squared gradient of general text and d its median.
         save_full: in compact mode, training checkpoints hold the whole model.
         seed: of everything that is drawn.
     """
@@ -65,6 +69,7 @@ class PieceConfig:
     exclude: tuple[str, ...] = ()
     update_mode: str = "compact"
     selected_gradient: str = "auto"
+    step_scale: str = "none"
     save_full: bool = False
     seed: int = 42
 

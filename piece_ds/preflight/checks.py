@@ -155,12 +155,12 @@ def check_mask(settings: Settings, config: Any) -> None:
 def check_sources(settings: Settings, num_tasks: int) -> None:
     """Raise UserError if a method lacks what it selects by, or a setting is given that it would ignore."""
     flags, data, method = settings.method, settings.data, find_method(settings.method.method)
-    needs_general = method.needs == GENERAL
+    needing = _needing_general_text(settings)
 
     # What the method needs.
-    if needs_general and not data.general_text:
+    if needing and not data.general_text:
         raise UserError(
-            f"--method {method.name} needs text that stands for general ability: --general_text self, builtin or a file"
+            f"{needing[0]} needs text that stands for general ability: --general_text self, builtin or a file"
         )
     if method.needs_earlier_tasks and num_tasks < 2:
         raise UserError(
@@ -183,10 +183,15 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
     if method.has_mask and method.estimator is None and flags.budget != "model":
         raise UserError(f"--budget {flags.budget} has no meaning with --method {method.name}, which has its own")
     judges = flags.forgetting_budget is not None and not data.general_file
-    if not needs_general and ((data.general_text and not judges) or flags.general_statistics):
+    if not needing and ((data.general_text and not judges) or flags.general_statistics):
         raise UserError(
-            "--general_text and --general_statistics belong to --method piece-ratio; --general_text also to "
-            "--forgetting_budget without --general_file"
+            "--general_text and --general_statistics belong to --method piece-ratio, --step_scale general and "
+            "--general_replay; --general_text also to --forgetting_budget without --general_file"
+        )
+    if flags.step_scale != "none" and method.baseline is not None and method.baseline.saves_itself:
+        raise UserError(
+            f"--step_scale {flags.step_scale} has no meaning with --method {method.name}: general text has no "
+            "importance for adapters that begin with the task"
         )
     if flags.importance_rows and not (method.has_mask and flags.mask_file is None):
         raise UserError(
@@ -197,6 +202,17 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         raise UserError("--exclude has no meaning with --mask_file, which says what is selected")
     if settings.model.exclude and method.baseline is not None and method.baseline.saves_itself:
         raise UserError(f"--exclude has no meaning with --method {method.name}, which trains adapters")
+
+
+def _needing_general_text(settings: Settings) -> list[str]:
+    """Return the flags that use text which stands for general ability."""
+    flags, method = settings.method, find_method(settings.method.method)
+    asked = {
+        f"--method {method.name}": method.needs == GENERAL,
+        f"--step_scale {flags.step_scale}": flags.step_scale != "none",
+        f"--general_replay {flags.general_replay:g}": flags.general_replay > 0,
+    }
+    return [flag for flag, needs in asked.items() if needs]
 
 
 def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow_smaller: bool) -> None:

@@ -74,7 +74,7 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
         check_sources(settings, len(inputs.tasks))
     if job == TRAIN:
         inputs = replace(inputs, baseline=method.baseline(settings.baseline) if method.baseline is not None else None)
-        check_training(arguments, masked=method.has_mask)
+        check_training(arguments, masked=method.has_mask or settings.method.step_scale != "none")
         _check_accumulation(inputs)
         check_offload(method.name, arguments)
     if job != EVALUATE:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from piece_ds.runtime.distributed import all_reduce_sum_, collective_device, is_main
@@ -75,30 +76,33 @@ class MetricsLog(TrainerCallback):
         self._append(row)
 
     def _cost(self) -> Row:
-        """Return the cost of the steps since the last log. A collective of one number."""
-        tokens = self._take_num_tokens()
+        """Return the cost of the steps since the last log. A collective of two numbers."""
+        own, replayed = self._take_num_tokens()
         seconds, self._seconds_logged = self.train_seconds - self._seconds_logged, self.train_seconds
         cost = {
             "train_seconds": seconds,
-            "tokens_per_second": tokens / seconds if seconds else None,
+            "tokens": own,
+            "general_tokens": replayed if self._trainer.replay is not None else None,
+            "tokens_per_second": (own + replayed) / seconds if seconds else None,
             "host_peak_bytes": host_peak_bytes(),
             "peak_bytes": peak_bytes(),
         }
         return {name: value for name, value in cost.items() if value is not None}
 
     def tokens_per_second(self) -> float | None:
-        """Return tokens of the task's micro-batches, over all ranks, per second of optimizer steps. A collective.
+        """Return tokens trained on, replayed ones too, over all ranks, per second of steps. A collective.
 
         Only steps of this process count; None if it took none.
         """
         self._take_num_tokens()
         return self._num_tokens / self.train_seconds if self.train_seconds else None
 
-    def _take_num_tokens(self) -> int:
-        """Tokens of all ranks since the last call. A collective of one number."""
-        tokens = int(all_reduce_sum_(self._trainer.take_num_tokens().view(1).to(collective_device())))
-        self._num_tokens += tokens
-        return tokens
+    def _take_num_tokens(self) -> tuple[int, int]:
+        """Return the tokens of all ranks since the last call: the task's, and general text's. A collective."""
+        taken = (self._trainer.take_num_tokens(), self._trainer.take_num_replayed_tokens())
+        own, replayed = all_reduce_sum_(torch.stack([number.to(collective_device()) for number in taken])).tolist()
+        self._num_tokens += own + replayed
+        return own, replayed
 
     def _append(self, row: Row) -> None:
         if not is_main():

@@ -20,6 +20,7 @@ from piece_ds.checkpoint.manifest import verify_manifest
 from piece_ds.checkpoint.mask_file import mask_names
 from piece_ds.config.piece import split_patterns
 from piece_ds.config.settings import Settings
+from piece_ds.data.image_collate import make_collator
 from piece_ds.data.packing import training_collator
 from piece_ds.data.tasks import Task
 from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
@@ -36,6 +37,8 @@ from piece_ds.runtime.signals import signal_handling
 from piece_ds.training.changes import with_changes
 from piece_ds.training.claim import Claim
 from piece_ds.training.forgetting import budget_of
+from piece_ds.training.general_replay import replay_of
+from piece_ds.training.general_statistics import GeneralStatistics, general_statistics_of
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.progress import duration, scores_line, time_left
 from piece_ds.training.reporters import StreamReporters
@@ -193,6 +196,8 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         settings=settings,
         method=_mask_source(stream, index) if stream.baseline is None else stream.baseline,
         context=_context(stream, index),
+        general=_general(stream, index),
+        replay=replay_of(settings, stream.general_importance, make_collator(stream.tokenizer), stream.seed + index),
         claim=stream.claim,
         resume=resume,
         evaluate_before=before if index == 0 and not is_judged_before(results) else None,
@@ -222,9 +227,7 @@ def _mask_source(stream: Stream, index: int) -> MaskSource:
         files=settings.method,
         task=stream.tasks[index].name,
         earlier=_mask_files(stream, index) if find_method(config.method).needs_earlier_tasks else (),
-        general=stream.general_importance,
-        general_folder=Path(settings.method.general_statistics or stream.folder.root / "general_statistics"),
-        is_base=index == 0,
+        general=_general(stream, index),
         limit_forgetting=budget_of(
             settings,
             stream.tokenizer,
@@ -232,6 +235,11 @@ def _mask_source(stream: Stream, index: int) -> MaskSource:
             stream.eval_batch_size,
         ),
     )
+
+
+def _general(stream: Stream, index: int) -> GeneralStatistics | None:
+    collate, folder = make_collator(stream.tokenizer), stream.folder.root / "general_statistics"
+    return general_statistics_of(stream.settings.method, stream.general_importance, collate, folder, index == 0)
 
 
 def _context(stream: Stream, index: int) -> TaskContext:

@@ -15,7 +15,8 @@ from piece_ds.config.settings import Settings
 from piece_ds.data.collate import pad_id
 from piece_ds.deltas.delta import DELTA_NAME
 from piece_ds.evaluation.padding import answer_tokens, check_rows
-from piece_ds.methods.baseline import Baseline, TaskContext
+from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
+from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import reads_images
 from piece_ds.models.processor import Processing, tokenizer_of
 from piece_ds.runtime.distributed import barrier
@@ -25,6 +26,8 @@ from piece_ds.runtime.signals import exit_if_signalled
 from piece_ds.training.callback import MASK_NAME
 from piece_ds.training.checkpoints import last_checkpoint, needs_resharding, restore_resharded, step_of
 from piece_ds.training.claim import Claim
+from piece_ds.training.general_replay import GeneralReplay
+from piece_ds.training.general_statistics import GeneralStatistics
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.metrics import METRICS_NAME, MetricsLog, finite
 from piece_ds.training.nonfinite import NONFINITE, OVERFLOW, NonfiniteCallback
@@ -32,6 +35,7 @@ from piece_ds.training.saving import save_baseline, save_model
 from piece_ds.training.task_mask import TaskMask
 from piece_ds.training.task_result import TaskCost, TaskResult
 from piece_ds.training.trainer import BeforeFirstStep, OnEngine, StopAtStep, make_trainer
+from piece_ds.update.step_scale import general_step_scale, scale_steps
 from piece_ds.zero.whole_state import whole_state
 
 # What a task leaves behind, under checksums once it is all there.
@@ -45,6 +49,8 @@ def train_task(
     settings: Settings,
     method: MaskSource | Baseline,
     context: TaskContext,
+    general: GeneralStatistics | None,
+    replay: GeneralReplay | None,
     claim: Claim,
     resume: bool,
     evaluate_before: Callable[[Any], None] | None,
@@ -57,19 +63,20 @@ def train_task(
     Args:
         method: where the task's mask comes from, or a method without a mask.
         context: the task in its stream, and its folder, where the trainer's checkpoints go too.
+        general: statistics of general text; replay: rows of it that join every micro-batch; None without.
         claim: on the run's folder; made here, where the engine is there and nothing has been written yet.
         resume: start from what an interrupted run of the task has left there.
-        evaluate_before: called with the engine before anything is estimated (not if a checkpoint is resumed).
-        evaluate_after: called with the engine after the last step.
+        evaluate_before, evaluate_after: called with the engine before anything is estimated (not if a checkpoint is
+            resumed), and after the last step.
         save_model_to: transformers folder for the trained model, or None.
-        reporter: takes the place of the Trainer's own reporters.
+        reporter: in place of the Trainer's own.
     Raises:
         Preempted: a signal asked the run to end; the task can be resumed.
         UserError: what an interrupted run has left is damaged.
     """
     knows_host_peak = reset_peaks()
     use_cache = getattr(model.config, "use_cache", None)
-    baseline = method if isinstance(method, Baseline) else None
+    baseline, is_scaled = method if isinstance(method, Baseline) else None, settings.method.step_scale == "general"
     task, folder = context.task, context.folder
 
     # The trainer, and in compact mode room for the selected values: before there is an engine.
@@ -78,6 +85,7 @@ def train_task(
     checkpoint = last_checkpoint(folder) if resume else None
     trainer = make_trainer(model, arguments, tokenizer, baseline, context)
     trainer.portable = checkpoint is not None and needs_resharding(checkpoint, arguments, masked=baseline is None)
+    trainer.replay = replay
     metrics = MetricsLog(folder / METRICS_NAME, trainer)
     guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)
     acts = baseline.engine_callback(context) if baseline is not None else None
@@ -102,9 +110,7 @@ def train_task(
                 restore_resharded(trainer.update, checkpoint)
             _note_selection(mask, metrics)
         else:
-            guard.watch_engine()
-            if acts is not None:
-                acts.begin(engine)
+            _begin_baseline(engine, guard, acts, general if is_scaled else None, has_moved=checkpoint is not None)
         claim.is_begun = True
 
     # 3. Train: the Trainer calls before_first_step() as soon as there is an engine. The guard must see a step's
@@ -116,9 +122,8 @@ def train_task(
     if mask is not None:
         mask.end_training()
     exit_if_signalled(f"after step {trainer.state.global_step} of {trainer.state.max_steps} of task {task.name}")
-    engine = trainer.model_wrapped
     if baseline is not None:
-        baseline.end_task(engine, context)
+        baseline.end_task(trainer.model_wrapped, context)
 
     # 4. Save and evaluate.
     report_status(f"saving task {task.name}")
@@ -126,9 +131,8 @@ def train_task(
     model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
     save_seconds = _save(trainer, mask, baseline, context=context, tokenizer=tokenizer, folder=save_model_to)
     metrics.note("saving", seconds=save_seconds)
-    _evaluate(evaluate_after, engine, metrics, "evaluation after")
+    _evaluate(evaluate_after, trainer.model_wrapped, metrics, "evaluation after")
     write_manifest(folder, [name for name in COMPLETE if (folder / name).exists()])
-
     result = TaskResult(
         cost=_cost(trainer, metrics, mask, save_seconds=save_seconds, knows_host_peak=knows_host_peak),
         index=mask.mask.whole() if mask is not None else None,
@@ -138,6 +142,21 @@ def train_task(
     release(trainer)
     barrier()
     return result
+
+
+def _begin_baseline(
+    engine: Any,
+    guard: NonfiniteCallback,
+    acts: EngineCallback | None,
+    general: GeneralStatistics | None,
+    has_moved: bool,
+) -> None:
+    """Put a method without a mask in force; general: scale its steps by these statistics. A collective."""
+    guard.watch_engine()
+    if general is not None:
+        scale_steps(engine, general_step_scale(general.take(engine, layout_of(engine.module), has_moved)))
+    if acts is not None:
+        acts.begin(engine)
 
 
 def _save(

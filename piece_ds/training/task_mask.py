@@ -88,8 +88,10 @@ class TaskMask:
 
     def attach(self) -> Update:
         """Put the mask in force. A collective."""
-        config = self._source.config
-        update = attach(self._trainer.model_wrapped, self.mask, config.save_full, config.selected_gradient)
+        config, engine = self._source.config, engine_of(self._trainer)
+        layout = without(layout_of(engine.module), config.exclude)
+        step_scale = self._source.step_scale(engine, layout, has_moved=self._trainer.state.global_step > 0)
+        update = attach(engine, self.mask, config.save_full, config.selected_gradient, step_scale)
         barrier()
         return update
 

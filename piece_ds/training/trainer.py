@@ -16,7 +16,7 @@ from piece_ds.checkpoint.selected_file import save_selected_state
 from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
 from piece_ds.models.processor import Processing
-from piece_ds.runtime.distributed import barrier, is_main
+from piece_ds.runtime.distributed import barrier, is_main, rank, world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
 from piece_ds.runtime.profiling import timed
@@ -29,6 +29,7 @@ from piece_ds.training.checkpoints import (
     without_rotation,
     writing,
 )
+from piece_ds.training.general_replay import GeneralReplay
 
 
 class _EpochOrder(Sampler[int]):
@@ -85,31 +86,65 @@ class TaskTrainer(Trainer):
         update: the mask in force, once training has begun; checkpoints then hold the portable form of it too.
         portable: training resumes from a checkpoint of another cut: DeepSpeed's part of it is not read.
         seconds_before_first_step: of evaluation, statistics and selection between the engine and the first step.
+        replay: rows of general text that join every micro-batch; the loss is the task's mean plus S times theirs.
         losses: of the micro-batches since this was last cleared; on the device, nobody has waited for them.
     """
 
     update: Update | None = None
     portable = False
     seconds_before_first_step = 0.0
+    replay: GeneralReplay | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: list[Tensor] = []
         self._num_tokens = torch.zeros((), dtype=torch.int64)
+        self._num_replayed_tokens = torch.zeros((), dtype=torch.int64)
+        self._micro_batch = (-1, 0)  # (step, micro-batches of it so far)
 
     def take_num_tokens(self) -> Tensor:
         """Return the tokens that this rank has trained on since last taken, without padding (int64, not read)."""
         taken, self._num_tokens = self._num_tokens, torch.zeros_like(self._num_tokens)
         return taken
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def take_num_replayed_tokens(self) -> Tensor:
+        """The same of the rows of general text beside them."""
+        taken, self._num_replayed_tokens = self._num_replayed_tokens, torch.zeros_like(self._num_replayed_tokens)
+        return taken
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        # Packed rows are one row of tensors.
+        num_rows = self.args.per_device_train_batch_size if "position_ids" in inputs else len(inputs["input_ids"])
         if model.training:
-            tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self._num_tokens = tokens + self._num_tokens.to(inputs["input_ids"].device)
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        if isinstance(result, tuple):
-            return (self._noted(result[0], model.training), *result[1:])
-        return self._noted(result, model.training)
+            self._num_tokens = _num_tokens(inputs) + self._num_tokens.to(inputs["input_ids"].device)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and self.replay is not None:
+            loss = loss + self._replayed_loss(model, self.replay, num_rows, num_items_in_batch)
+        loss = self._noted(loss, model.training)
+        return (loss, outputs) if return_outputs else loss
+
+    def _replayed_loss(self, model: nn.Module, replay: GeneralReplay, num_rows: int, num_items_in_batch: Any) -> Tensor:
+        """Return S times the mean loss of the rows that join this micro-batch, as the Trainer expects it."""
+        batch: dict[str, Any] = self._prepare_inputs(replay.batch(self._next_micro_batch(), num_rows))
+        self._num_replayed_tokens = _num_tokens(batch) + self._num_replayed_tokens.to(batch["input_ids"].device)
+        loss: Tensor = model(**batch).loss * replay.share
+        # A loss that the model has divided by the tokens of the whole step, the Trainer adds up; any other it averages.
+        is_summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return loss / self.current_gradient_accumulation_steps if is_summed else loss
+
+    def _next_micro_batch(self) -> int:
+        """Return the number of the micro-batch at hand over all ranks and steps of the task, and count it."""
+        step, in_step = self._micro_batch
+        in_step = in_step if step == self.state.global_step else 0
+        self._micro_batch = (self.state.global_step, in_step + 1)
+        number = self.state.global_step * self.args.gradient_accumulation_steps + in_step
+        return number * world_size() + rank()
 
     def _noted(self, loss: Tensor, training: bool) -> Tensor:
         """Return loss * 1.0; NaN if it is infinite, so that every rank sees it in the norm of the reduced gradient."""
@@ -224,3 +259,10 @@ class StopAtStep(TrainerCallback):
         if stop_asked():
             control.should_save = control.should_training_stop = True
         return control
+
+
+def _num_tokens(inputs: dict[str, Any]) -> Tensor:
+    """Return how many tokens are not padding (int64, on the device, no element read)."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum()
+    return torch.tensor(inputs["input_ids"].numel())

@@ -18,7 +18,12 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.state = TrainerState()
-        trainer: Any = SimpleNamespace(state=self.state, take_num_tokens=lambda: torch.tensor(96))
+        trainer: Any = SimpleNamespace(
+            state=self.state,
+            replay=None,
+            take_num_tokens=lambda: torch.tensor(96),
+            take_num_replayed_tokens=lambda: torch.tensor(0),
+        )
         self.path, self.log = path, MetricsLog(path, trainer)
 
     def steps(self, first: int, last: int) -> None:

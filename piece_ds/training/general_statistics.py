@@ -1,0 +1,100 @@
+"""Statistics of general text on the base model: taken once, kept in a folder, read by whatever needs them."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from piece_ds.checkpoint.statistics_file import has_statistics, load_statistics, save_statistics
+from piece_ds.config.method_arguments import MethodArguments
+from piece_ds.data.collate import MicroBatches
+from piece_ds.runtime.errors import UserError
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import Layout
+from piece_ds.state.statistics import GradientStats
+from piece_ds.state.weights_hash import hexadecimal
+from piece_ds.zero.statistics import collect_statistics
+from piece_ds.zero.weights import weights_fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralStatistics:
+    """Where the statistics of general text are, or will be.
+
+    Attributes:
+        rows: text that stands for general ability.
+        collate: rows -> batch.
+        batch_size: rows of a micro-batch.
+        folder: where they are kept.
+        is_base: whether the model is still the base model: no task has been trained.
+        device: where the sums live; None means where gradients are.
+    """
+
+    rows: Sequence[Any]
+    collate: Callable[[list[Any]], dict[str, Tensor]]
+    batch_size: int
+    folder: Path
+    is_base: bool
+    device: str | None = None
+
+    def take(self, engine: Any, layout: Layout, has_moved: bool = False) -> GradientStats:
+        """Return them, taken now if they are not in the folder. A collective.
+
+        Args:
+            has_moved: the weights are those of a checkpoint inside a task.
+        Raises:
+            UserError: those in the folder are of another model, other weights, other text or another batch size; or
+                there are none, and the base model is no longer at hand.
+        """
+        is_base = self.is_base and not has_moved
+        if not is_base and not has_statistics(self.folder):
+            raise UserError(
+                f"no statistics of the base model in {self.folder}, and the model is no longer the base model: begin "
+                "the stream again in another folder"
+            )
+        batches = MicroBatches(self.rows, self.collate, self.batch_size)
+        source: dict[str, object] = {"rows": len(self.rows), "batch_size": self.batch_size, "text": _digest(batches)}
+        if is_base:
+            source["weights"] = _fingerprint(engine.module, layout)
+        if not has_statistics(self.folder):
+            stats = collect_statistics(
+                engine, batches, needs_sum=False, device=self.device, layout=layout, description="general statistics"
+            )
+            save_statistics(self.folder, stats, source)
+        known = source if is_base else None  # later, the weights that it was taken of are not at hand
+        return load_statistics(self.folder, layout, False, self.device or engine.device, known)
+
+
+def general_statistics_of(
+    flags: MethodArguments,
+    rows: Sequence[Any] | None,
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    folder: Path,
+    is_base: bool,
+) -> GeneralStatistics | None:
+    """Return the statistics of general text that flags ask for, or None without rows; in folder if flags name none."""
+    if rows is None:
+        return None
+    return GeneralStatistics(
+        rows=rows,
+        collate=collate,
+        batch_size=flags.importance_batch_size,
+        folder=Path(flags.general_statistics or folder),
+        is_base=is_base,
+        device="cpu" if flags.statistics_device == "cpu" else None,
+    )
+
+
+def _digest(batches: MicroBatches) -> str:
+    """Return a digest of the tokens, in order."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(batch["input_ids"].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint(model: nn.Module, layout: Layout) -> str:
+    return hexadecimal(int(weights_fingerprint(model, Mask(layout, {}, 0))))
