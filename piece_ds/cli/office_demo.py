@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoTokenizer
 
 from piece_ds.cli.run import train
@@ -60,29 +61,44 @@ class Comparison:
     tasks: tuple[str, ...]
 
 
-def contenders(recipe: OfficeRecipe, material: Path) -> list[Contender]:
+def contenders(recipe: OfficeRecipe, material: Path, with_replay: bool) -> list[Contender]:
     """The recommended recipe first.
 
     Args:
         recipe: the settings.
         material: folder where the base model's statistics of general text are kept for all of them.
+        with_replay: each once more, with rows of the self-written text beside every batch.
     """
     mask = {
         "method": "piece-ratio",
         "mask_ratio": recipe.mask_ratio,
         "learning_rate": recipe.mask_learning_rate,
         "importance_rows": recipe.importance_rows,
+        "step_scale": "general",
         "general_text": SELF,
         "general_statistics": material / "general_statistics",
     }
-    return [
+    plain = [
         Contender("recommended", "", mask),
         Contender("seqft", "seqft", {"method": "seqft", "learning_rate": recipe.full_learning_rate}),
         Contender("lora", "lora", {"method": "lora", "learning_rate": recipe.lora_learning_rate}),
     ]
+    if not with_replay:
+        return plain
+    replay = {"general_text": SELF, "general_replay": recipe.replay_weight}
+    return plain + [
+        Contender(f"{one.name} + replay", f"{one.folder or 'recommended'}-replay", {**one.flags, **replay})
+        for one in plain
+    ]
 
 
-def run_office(settings: Settings, model: str, folder: RunFolder, recipe: OfficeRecipe | None = None) -> Comparison:
+def run_office(
+    settings: Settings,
+    model: str,
+    folder: RunFolder,
+    recipe: OfficeRecipe | None = None,
+    with_replay: bool | None = None,
+) -> Comparison:
     """Run every contender over the stream, or only the user's own method and seqft where --method is given.
 
     Args:
@@ -90,12 +106,16 @@ def run_office(settings: Settings, model: str, folder: RunFolder, recipe: Office
         model: name or folder of the pretrained model.
         folder: free, or of the run to resume.
         recipe: the settings; None means the defaults.
+        with_replay: each contender once more with replay; None means on a GPU, as on a CPU three more runs would take
+            the whole past ten minutes.
     """
     recipe = recipe or OfficeRecipe()
+    if with_replay is None:
+        with_replay = get_accelerator().device_name() != "cpu"
     seed = settings.training_arguments().seed
     paths = _write(folder.root / "material", seed, model, recipe)
     common = _common_flags(paths, model, recipe, folder)
-    chosen = _chosen(settings, contenders(recipe, folder.root / "material"), recipe)
+    chosen = _chosen(settings, contenders(recipe, folder.root / "material", with_replay), recipe)
     runs = []
     for contender in chosen:
         where = folder.root / contender.folder

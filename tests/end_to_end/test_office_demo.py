@@ -10,7 +10,7 @@ from support.launches import CONFIGS, ROOT, environment, make_model_folder, succ
 
 
 def test_the_comparison_ends_with_its_table_and_answers_in_words(tmp_path: Path) -> None:
-    """One process, three runs: the figures of the table are those of the result files."""
+    """One process, six runs: the figures of the table are those of the result files."""
     model, out = make_model_folder(tmp_path / "model"), tmp_path / "out"
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests"))
     run = subprocess.run(
@@ -23,7 +23,12 @@ def test_the_comparison_ends_with_its_table_and_answers_in_words(tmp_path: Path)
     text = succeeded(run).stdout
     table, answers = text.split("Learned against forgotten")[1].split("What the model answers")
     rows = {line.split("  ")[0]: line for line in table.splitlines()}
-    for name, folder in (("recommended", out), ("seqft", out / "seqft"), ("lora", out / "lora")):
+    folders = {"recommended": out, "seqft": out / "seqft", "lora": out / "lora"}
+    folders |= {
+        f"{name} + replay": out / f"{'recommended' if folder == out else name}-replay"
+        for name, folder in folders.items()
+    }
+    for name, folder in folders.items():
         summary = json.loads((folder / "results.json").read_text())["matrix"]["summary"]
         assert f"{summary['general_loss_change']:+.3f}" in rows[name]
         assert f"{100 * summary['score_learning']:.1f} %" in rows[name]
