@@ -1,7 +1,7 @@
-"""The door to DeepSpeed: the only room that reads DeepSpeed's private names.
+"""Connect piece_ds to DeepSpeed. This is the only package that reads DeepSpeed's private names.
 
-DeepSpeed stays unpatched in memory and on disk; every hook is installed on one engine instance and can be removed.
-What has not been proven is refused at the door, with the reason.
+DeepSpeed stays unpatched in memory and on disk. Every hook is installed on one engine instance and can be removed.
+A configuration with which piece_ds has not been proven is refused, with the reason.
 """
 
 from piece_ds.zero.batch_feed import MicroBatchSource

@@ -1,4 +1,4 @@
-"""Micro-batches on their way to the device: the next one is read while the device computes, and nobody waits for it."""
+"""Feed micro-batches to the device: the next one is read while the device computes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class MicroBatchSource(Protocol):
-    """Anything with a length whose item b is micro-batch b: model inputs with labels. A list does.
+    """Anything with a length whose item b is micro-batch b: model inputs with labels. A list of dicts is one.
 
-    It may have an attribute `loss_of`, called with the engine and a micro-batch, which gives the mean loss to take the
-    gradient of; without one that is engine(**micro_batch).loss. A micro-batch then holds whatever loss_of takes.
+    It may have an attribute `loss_of`, called with the engine and a micro-batch. It returns the mean loss to
+    differentiate. Without it, that loss is engine(**micro_batch).loss. With it, a micro-batch holds whatever loss_of
+    takes.
     """
 
     def __len__(self) -> int: ...
@@ -20,7 +21,7 @@ class MicroBatchSource(Protocol):
 
 
 def loss_of(source: MicroBatchSource, engine: Any, batch: Any) -> Tensor:
-    """Return the mean loss of a micro-batch as its source has it."""
+    """Return the mean loss of a micro-batch, as its source defines it."""
     own = getattr(source, "loss_of", None)
     loss: Tensor = engine(**batch).loss if own is None else own(engine, batch)
     return loss
@@ -35,14 +36,17 @@ class BatchFeed:
         self._ahead: Any = None
 
     def take(self) -> Any:
-        """The next micro-batch."""
+        """Return the next micro-batch."""
         batch = self._ahead if self._ahead is not None else self._read()
         self._ahead = None
         assert batch is not None
         return batch
 
     def read_ahead(self) -> None:
-        """Read the one after it now, if there is one: between forward and backward the host has nothing to do."""
+        """Read the micro-batch after it, if there is one.
+
+        Call it between forward and backward, while the host is idle.
+        """
         if self._ahead is None and self._next < len(self._numbers):
             self._ahead = self._read()
 
@@ -53,11 +57,16 @@ class BatchFeed:
 
 
 def all_to_device(value: Any, device: torch.device) -> Any:
-    """Return value with its tensors on device, inside mappings, lists and tuples too; anything else as it is."""
+    """Return value with its tensors on device, inside mappings, lists and tuples too.
+
+    Other objects stay as they are.
+    """
     if isinstance(value, Tensor):
         return to_device(value, device)
     if isinstance(value, Mapping):
         return {key: all_to_device(item, device) for key, item in value.items()}
+
+    # A named tuple takes its items as arguments, not as one iterable.
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(all_to_device(item, device) for item in value))
     if isinstance(value, list | tuple):
@@ -66,7 +75,10 @@ def all_to_device(value: Any, device: torch.device) -> Any:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on device. From the host to CUDA through pinned memory: a copy from other memory stops the stream."""
+    """Return tensor on device.
+
+    Copies from the host to CUDA go through pinned memory, since a copy from pageable memory blocks the stream.
+    """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

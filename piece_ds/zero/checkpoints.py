@@ -1,4 +1,4 @@
-"""Training checkpoints that DeepSpeed writes and reads, where the model has a parameter that its user never sees."""
+"""Wrap the training checkpoints that DeepSpeed writes and reads, for a model with a parameter its user never sees."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,17 +14,19 @@ def install_checkpoints(
     save_full: bool,
     hidden: str,
 ) -> list[Callable[[], None]]:
-    """Surround an engine's save_checkpoint() and load_checkpoint(); returns functions that remove it.
+    """Wrap an engine's save_checkpoint() and load_checkpoint(); return functions that remove the wrappers.
 
     Args:
-        saving, loading: around either call.
+        engine: deepspeed.DeepSpeedEngine.
+        saving, loading: contexts entered around either call.
         after_load: called when a checkpoint has been loaded.
-        save_full: False: checkpoints leave out parameters that require no gradient.
+        save_full: if False, checkpoints leave out parameters that require no gradient.
         hidden: name of a parameter that consolidated state dicts (save_model() under ZeRO-3) leave out.
     """
     save, load = engine.save_checkpoint, engine.load_checkpoint
     consolidate = engine._zero3_consolidated_16bit_state_dict
 
+    # The caller's own exclude_frozen_parameters is overruled: save_full decides.
     @wraps(save)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
         with saving():
@@ -34,6 +36,8 @@ def install_checkpoints(
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         with loading():
             result = load(*args, **kwargs)
+
+        # DeepSpeed returns (None, ...) if it found no checkpoint.
         if result[0] is not None:
             after_load()
         return result
@@ -45,6 +49,7 @@ def install_checkpoints(
             state.pop(hidden, None)
         return state
 
+    # Set on the instance, so that removal restores the class's methods.
     wrapped = {
         "save_checkpoint": save_checkpoint,
         "load_checkpoint": load_checkpoint,

@@ -1,6 +1,6 @@
-"""A term added to the reduced gradient at every accumulation boundary, before overflow check, norm, clip and step.
+"""Add a term to the reduced gradient at every accumulation boundary, before overflow check, norm, clip and step.
 
-What a penalty in the loss would add, once per step and on the elements whose gradient this rank holds.
+It is what a penalty in the loss would add, but once per step and only on the elements whose gradient this rank holds.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,17 @@ Ranges = dict[str, tuple[int, Tensor]]
 
 
 class GradientTerm:
-    """Reads weights and gradients where they lie and adds to the gradients.
+    """Read weights and gradients where they lie, and add to the gradients.
 
     Attributes:
-        replicated: whether every rank holds all of them; else each holds its share.
+        replicated: whether every rank holds all of them; if not, each holds its share.
     """
 
     def __init__(self, engine: Any) -> None:
-        """
+        """Find where the engine keeps its gradients.
+
+        Args:
+            engine: deepspeed.DeepSpeedEngine without optimizer offload.
         Raises:
             UserError: the optimizer is offloaded: norms are then taken while gradients arrive, before a term is added.
         """
@@ -41,11 +44,11 @@ class GradientTerm:
         self.replicated = self._adapter.replicated or engine.dp_world_size == 1
 
     def weights(self) -> Ranges:
-        """fp32 values of the trained elements here. A collective."""
+        """Return fp32 values of the trained elements on this rank. A collective."""
         return _ranges(self._adapter.weights())
 
     def gradients(self) -> Ranges:
-        """The reduced gradient here, without DeepSpeed's loss scale, fp32; copies."""
+        """Return copies of the reduced gradient on this rank, fp32, without DeepSpeed's loss scale."""
         scale = self.loss_scale
         return {
             name: (start, grad.float() / scale) for name, (start, grad) in _ranges(self._adapter.gradients()).items()
@@ -53,11 +56,16 @@ class GradientTerm:
 
     @property
     def loss_scale(self) -> float:
-        """What DeepSpeed will divide the gradient by."""
+        """The number by which DeepSpeed will divide the gradient."""
         return float(self._adapter.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
 
     def add_(self, term: Ranges) -> None:
-        """Add term to the reduced gradient; ranges must cover what they are added to, other parameters stay."""
+        """Add term to the reduced gradient.
+
+        Args:
+            term: name -> range that covers what it is added to, fp32, unscaled. Parameters not in it keep their
+                gradient.
+        """
         for grad, pieces in self._adapter.gradients():
             for piece in pieces:
                 if piece.name in term:
@@ -65,18 +73,26 @@ class GradientTerm:
                     part = values[piece.start - start : piece.start - start + piece.numel].to(
                         grad.device, torch.float32
                     )
+
+                    # Gradients are scaled by the loss scale, so the term is as well. The sum is rounded once, from
+                    # fp32.
                     place = grad[piece.offset : piece.offset + piece.numel]
                     place.copy_(place.float() + part * self.loss_scale)
+
+        # Some stages have taken the norm already.
         self._adapter.refresh_norm()
 
     def install(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Call function at every accumulation boundary; returns remove."""
+        """Call function at every accumulation boundary; return remove."""
         return self._adapter.around_step(function)
 
     def ranges_of(self, layout: Layout, flat_N: Tensor) -> Ranges:
-        """What the canonical layout holds (Layout.owned()), where this rank's gradients lie. A collective.
+        """Return values of the canonical layout as ranges where this rank's gradients lie. A collective.
 
-        Cost: where ZeRO deals parameters out otherwise (stages 0 to 2, several ranks), 4 bytes per element received.
+        Args:
+            layout: of the model.
+            flat_N: fp32, laid out by layout.owned().
+        Cost: at stages 0 to 2 with several ranks, which shard otherwise, 4 bytes received for each eligible element.
         """
         found: Ranges = {}
         offset_of = {info.name: (part, offset) for info, part, offset in layout.owned()}
@@ -84,6 +100,8 @@ class GradientTerm:
         for info in layout.eligible():
             part, offset = offset_of[info.name]
             own, place = flat_N[offset : offset + part.numel], places.get(info.name)
+
+            # ZeRO-3 shards as the layout does. Other stages need the whole parameter first.
             if type(self._adapter).__name__ == "Stage3" or layout.num_ranks == 1:
                 start, whole = part.start, own
             else:
@@ -107,7 +125,14 @@ def _ranges(flats: list[tuple[Tensor, list[Piece]]]) -> Ranges:
 
 
 def gather_parameter(info: ParameterInfo, own: Tensor, layout: Layout) -> Tensor:
-    """All elements of one parameter, fp32, from every rank's chunk. A collective."""
+    """Return all elements of one parameter, fp32, gathered from every rank's chunk. A collective.
+
+    Args:
+        info: the parameter.
+        own: this rank's chunk, 1-D.
+        layout: of the model.
+    """
+    # all_gather needs equal sizes, so the last rank's chunk is padded.
     chunk = partition_of(info.numel, 0, layout.num_ranks).numel
     padded = torch.zeros(chunk, dtype=torch.float32, device=collective_device())
     padded[: own.numel()] = own

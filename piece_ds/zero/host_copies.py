@@ -1,7 +1,7 @@
-"""Gradients on their way to sums in host memory: one is copied by the accelerator while the one before it is added.
+"""Copy gradients to sums in host memory: the accelerator copies one while the host adds the one before it.
 
-A plain copy to the host goes through a buffer of the driver's, at a fraction of the bus's rate, and both sides wait for
-it. Two pinned buffers and a stream of their own let the copy, the addition and backward go on at the same time.
+A plain copy to the host goes through a buffer of the driver, at a fraction of the bus's rate, and both sides wait for
+it. Two pinned buffers and a separate stream let copy, addition and backward overlap.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NUM_BUFFERS = 2
+NUM_BUFFERS = 2  # one is filled while the other is added
 
 Use = Callable[[Tensor], None]
 
 
 @dataclass
 class _Copy:
-    """A copy that has been asked for: `host` is valid once `done` has passed; `source` must live until then."""
+    """A started copy. `host` is valid once `done` has passed; `source` must live until then."""
 
     host: Tensor
     source: Tensor
@@ -27,13 +27,14 @@ class _Copy:
 
 
 class HostCopies:
-    """Hands tensors to functions in the order they came, each in host memory.
+    """Hand tensors to functions in the order they came, each in the target's memory.
 
     The order is kept, so sums have the same bits as if every tensor were copied and added at once.
     """
 
     def __init__(self, source: torch.device, target: torch.device) -> None:
-        """
+        """Make the copying stream, if copies go from CUDA to the host.
+
         Args:
             source, target: where tensors are and where functions want them.
         """
@@ -49,6 +50,8 @@ class HostCopies:
         if not self._is_needed:
             use(tensor.to(self._target))
             return
+
+        # The copy runs in the background. `use` follows when its buffer is needed again.
         host = self._buffer(tensor)
         self._waiting.append(_Copy(host, tensor, self._start(tensor, host), use))
         if len(self._waiting) == NUM_BUFFERS:  # this frees the buffer that the next copy takes
@@ -60,13 +63,13 @@ class HostCopies:
             self._use_oldest()
 
     def forget(self) -> None:
-        """Drop what is waiting, unused."""
+        """Drop what is waiting, unused. It waits for the copies, since they still write to the buffers."""
         for copy in self._waiting:
             copy.done.synchronize()
         self._waiting.clear()
 
     def _buffer(self, tensor: Tensor) -> Tensor:
-        """The next of the pinned buffers, of tensor's dtype and length; grown to the longest tensor so far."""
+        """Return the next pinned buffer as tensor's dtype and length. It grows to the longest tensor so far."""
         number, num_bytes = self._num_copies % NUM_BUFFERS, tensor.numel() * tensor.element_size()
         self._num_copies += 1
         buffer = self._buffers[number]
@@ -75,7 +78,7 @@ class HostCopies:
         return buffer[:num_bytes].view(tensor.dtype)
 
     def _start(self, tensor: Tensor, host: Tensor) -> Any:
-        """Begin the copy once what computes tensor is done; returns the event of its end."""
+        """Begin the copy once tensor is computed; return the event of its end."""
         stream = self._stream
         assert stream is not None
         stream.wait_stream(torch.cuda.current_stream(tensor.device))

@@ -1,7 +1,7 @@
-"""NaN and infinite gradient entries of a statistics pass: how many, and where the first came from.
+"""Count NaN and infinite gradient entries of a statistics pass, and remember where the first came from.
 
-They are counted by parameter and sending rank while gradients are added, on the device and without waiting for it.
-After the first round that has any, a copy of the counts is kept: it tells parameter and micro-batch.
+They are counted by parameter and sending rank while gradients are added, on the device and without waiting for it. A
+copy of the counts is kept after the first round that has any. It tells parameter and micro-batch.
 """
 
 import torch
@@ -22,25 +22,38 @@ class NonfiniteCounts:
         self._micro_batch = torch.full((), -1, dtype=torch.int64, device=device)
 
     def slot(self, name: str, source: int) -> Tensor:
-        """Where ops.accumulate_() counts a parameter's entries that rank `source` has sent: one int64."""
+        """Return the counter (one int64) for the entries of a parameter that rank `source` has sent.
+
+        ops.accumulate_() adds to it.
+        """
         return self._counts[self._row_of[name], source : source + 1]
 
     def end_round(self, first: int) -> None:
-        """A round is over; its first micro-batch was number `first`, of rank 0."""
+        """Keep the counts if this round was the first with any.
+
+        Args:
+            first: number of the round's first micro-batch, which is rank 0's.
+        """
+        # torch.where instead of an if: reading the flag would make the host wait.
         is_new = (self._micro_batch < 0) & (self._counts > 0).any()
         self._first = torch.where(is_new, self._counts, self._first)
         self._micro_batch = torch.where(is_new, first, self._micro_batch)
 
     def total(self) -> int:
-        """Entries on all ranks. A collective."""
+        """Return the number of entries on all ranks. A collective."""
         return int(all_reduce_sum_(self._counts.sum().view(1).to(collective_device(), copy=True)))
 
     def first(self) -> tuple[int, str] | None:
-        """(micro-batch, parameter) of the first entry: earliest micro-batch, then the model's order. A collective."""
+        """Return (micro-batch, parameter) of the first entry, or None. A collective.
+
+        Earlier micro-batches come first, then the model's order of parameters.
+        """
         places = []
         if int(self._micro_batch) >= 0:
             row, source = min(self._first.nonzero().tolist(), key=lambda place: (place[1], place[0]))
             places.append((int(self._micro_batch) + source, row))
+
+        # Ranks own different elements, so the earliest of all ranks' answers counts.
         found = [place for places_of_rank in all_gather_objects(places) for place in places_of_rank]  # type: ignore[attr-defined]
         if not found:
             return None

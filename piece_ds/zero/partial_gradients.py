@@ -1,9 +1,9 @@
-"""Parameters whose gradient one backward hands over in several parts.
+"""Handle parameters whose gradient one backward hands over in several parts.
 
 autograd finishes the gradient of a parameter once in a backward, with all of its uses in it. Reentrant checkpointing
-runs a backward of its own inside for every block that it wraps: a parameter that several blocks use (a module called
-twice, layers that share a weight) is then "finished" once for every block. Whoever takes the first part for the whole
-is wrong without a word.
+runs a backward of its own inside, for every block that it wraps. A parameter that several blocks use (a module called
+twice, layers that share a weight) is then "finished" once for every block. Code that takes the first part for the whole
+gradient would be silently wrong.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,11 @@ _KNOWN = ("deepspeed.runtime.zero", "piece_ds.")
 
 
 def may_come_in_parts(loss: Tensor) -> bool:
-    """Whether a backward from loss runs Python code that may run another backward inside. A collective.
+    """Return whether a backward from loss runs Python code that may run another backward inside. A collective.
 
     Cost: a walk over the graph of one micro-batch, and an all-reduce of one number.
     """
+    # Look for a custom autograd function that is not known to be harmless.
     seen: set[Any] = set()
     waiting = [loss.grad_fn]
     found = False
@@ -35,24 +36,28 @@ def may_come_in_parts(loss: Tensor) -> bool:
         function = getattr(type(node), "_forward_cls", None)
         found = function is not None and not function.__module__.startswith(_KNOWN)
         waiting += [following for following, _ in node.next_functions]
+
+    # Ranks may have taken different paths through the model; all of them must decide alike.
     flag = torch.tensor(int(found), dtype=torch.int32, device=collective_device())
     return bool(all_reduce_max_(flag))
 
 
 def largest_counts(counts: dict[str, int]) -> dict[str, int]:
-    """Every name's largest count over the ranks, whose names are the same. A collective."""
+    """Return every name's largest count over the ranks, whose names are the same. A collective."""
     numbers = torch.tensor([*counts.values()], dtype=torch.int32, device=collective_device())
     return dict(zip(counts, all_reduce_max_(numbers).tolist(), strict=True))
 
 
 def refuse_parts(engine: Any) -> Callable[[], None]:
-    """Raise UserError, inside the backward, if a gradient is finished for the second time in it; return undo.
+    """Raise UserError inside the backward if a gradient is finished twice in it; return undo.
 
-    For steps whose gradients DeepSpeed reduces: at stages 1 to 3 it takes the first part for the whole, and ends in an
-    assertion at the second. At stage 0 parts are added, and nothing is refused.
+    For steps whose gradients DeepSpeed reduces. At stages 1 to 3 it takes the first part for the whole, and fails with
+    an assertion at the second. At stage 0 parts are added, so nothing is refused.
     """
     if engine.zero_optimization_stage() == 0:
         return lambda: None
+
+    # Names seen since the backward began.
     seen: set[str] = set()
     model, backward = engine.module, engine.backward
 
@@ -83,7 +88,7 @@ def refuse_parts(engine: Any) -> Callable[[], None]:
 
 
 def came_in_parts(name: str) -> str:
-    """The refusal, for the parameter of that name."""
+    """Return the message that refuses the parameter of that name."""
     return (
         f"the gradient of {name!r} comes in several parts, as reentrant checkpointing of blocks that share a weight "
         "makes it: use non-reentrant checkpointing (--gradient_checkpointing_kwargs '{\"use_reentrant\": false}')"

@@ -1,4 +1,4 @@
-"""The receiving end of a statistics pass: gradients off the parameters, to their owners, into the sums."""
+"""Receive the gradients of a statistics pass: take them off the parameters, send them to their owners, add them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from piece_ds.zero.partial_gradients import came_in_parts, largest_counts
 
 
 class LastPass(Protocol):
-    """Adds the last round's gradients and finds candidates in the same pass (selection.LastPassFilter)."""
+    """Adds the last round's gradients and finds candidates in the same pass (selection.candidates.LastPassFilter)."""
 
     def begin(self, stats: GradientStats) -> None: ...
 
@@ -33,7 +33,7 @@ class LastPass(Protocol):
 
 
 class GradientReceiver:
-    """Takes finished gradients off the parameters, exchanges them in a fixed order and adds what this rank owns."""
+    """Take finished gradients off the parameters, exchange them in a fixed order and add what this rank owns."""
 
     def __init__(
         self,
@@ -43,15 +43,18 @@ class GradientReceiver:
         scale: float,
         bucket_elements: int,
     ) -> None:
-        """
+        """Plan the exchange. Nothing is hooked until hooks() is entered.
+
         Args:
             engine: whose backward finishes the gradients.
-            stats: what they are added to.
-            nonfinite: where their NaN and infinite entries are counted.
-            scale: what every gradient is multiplied by.
-            bucket_elements: of gradients alive for exchange at a time, over all ranks.
+            stats: sums to which they are added.
+            nonfinite: counter of their NaN and infinite entries.
+            scale: factor on every gradient.
+            bucket_elements: elements of gradients in exchange at a time, over all ranks.
         """
         self.model, self.device = engine.module, engine.device
+
+        # What is added to, and in which order.
         self.stats, self.nonfinite, self.scale = stats, nonfinite, scale
         self.layout = stats.layout
         self.buckets = plan_buckets(self.layout, bucket_elements)
@@ -61,6 +64,8 @@ class GradientReceiver:
         # Ranks may use different parts of a ZeRO-3 leaf module (experts). To exchange as soon as one rank has its
         # gradients would wait for a rank that waits for the next gather, so these wait for the end of backward.
         self.late = {name for name, p in self.model.named_parameters() if hasattr(p, "ds_z3_leaf_module")}
+
+        # State of the current round.
         self.in_backward = False
         self.part_counts: dict[str, int] | None = None  # set for the backward in which parts are counted
         self.grads: dict[str, Tensor] = {}
@@ -71,12 +76,14 @@ class GradientReceiver:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """While open, every parameter's gradient comes here as soon as backward has finished it."""
+        """Enter a context in which every gradient comes here as soon as backward has finished it."""
         eligible = {info.name for info in self.layout.eligible()}
         # Under compact mode, the parameters are frozen for DeepSpeed.
         frozen = [p for name, p in self.model.named_parameters() if name in eligible and not p.requires_grad]
         for param in frozen:
             param.requires_grad_(True)
+
+        # Ineligible parameters are hooked as well: their gradients are freed at once.
         handles = [
             param.register_post_accumulate_grad_hook(self._hook(name, name in eligible))
             for name, param in self.model.named_parameters()
@@ -85,7 +92,7 @@ class GradientReceiver:
         try:
             yield
         finally:
-            self.copies.forget()  # there are some only where the pass has failed
+            self.copies.forget()  # some wait only if the pass has failed
             for handle in handles:
                 handle.remove()
             for param in frozen:
@@ -93,6 +100,7 @@ class GradientReceiver:
 
     def _hook(self, name: str, eligible: bool) -> Callable[[nn.Parameter], None]:
         def take(param: nn.Parameter) -> None:
+            # Freed from the parameter, so that DeepSpeed never sees it.
             grad, param.grad = param.grad, None
             if self.part_counts is not None:
                 self.part_counts[name] += 1
@@ -113,9 +121,9 @@ class GradientReceiver:
 
     @contextmanager
     def finding_parts(self) -> Iterator[None]:
-        """The backward inside is not added: it shows whose gradients come in parts; they wait for the end of backward.
+        """Find parameters whose gradients come in parts, in the backward inside, which is not added. A collective.
 
-        A collective.
+        In later rounds these parameters wait for the end of backward.
         """
         self.part_counts = dict.fromkeys(self.dtype_of, 0)
         yield
@@ -123,7 +131,11 @@ class GradientReceiver:
         self.late |= {name for name, count in largest_counts(counts).items() if count > 1}
 
     def begin_round(self, num_valid: int) -> None:
-        """The next backward is of a new micro-batch on every rank; only the first num_valid ranks' count."""
+        """Prepare for the backward of a new micro-batch on every rank.
+
+        Args:
+            num_valid: the gradients of the first num_valid ranks count; the others repeat a micro-batch.
+        """
         self.grads.clear()
         self.taken.clear()
         self.next_bucket = 0
@@ -148,17 +160,22 @@ class GradientReceiver:
         while self.next_bucket < len(self.buckets):
             bucket = self.buckets[self.next_bucket]
             names = {part.info.name for part in bucket}
+
+            # Stop at the first incomplete bucket, even if a later one is complete.
             if not names <= self.grads.keys() or (self.in_backward and names & self.late):
                 return
             for source, part, grad in exchange(bucket, self.grads, self.layout):
                 if source < self.num_valid:
                     self._add(part, grad, source, is_last=source == self.num_valid - 1)
+
+            # A gradient is freed once its last slice has been sent.
             for part in bucket:
                 if part.last:
                     del self.grads[part.info.name]
             self.next_bucket += 1
 
     def _add(self, part: Slice, grad: Tensor, source: int, is_last: bool) -> None:
+        # Find the sums and the counter of this slice.
         offset, first = self.offset_of[part.info.name]
         start, stop = slice_range(part, self.layout.rank, self.layout.num_ranks)
         place = offset + start - first
@@ -166,6 +183,7 @@ class GradientReceiver:
         count = self.nonfinite.slot(part.info.name, source)
         last_pass = self.last_pass if is_last else None
 
+        # Bound now, called when the gradient has reached the sums' device.
         def add(own: Tensor) -> None:
             if last_pass is not None:
                 last_pass.accumulate_(own, *sums, self.scale, count, place)

@@ -1,7 +1,7 @@
-"""What the optimizer knows of the selected weights, taken off one engine and put into another.
+"""Read the optimizer's state of the selected weights off one engine, and write it into another.
 
-A checkpoint of DeepSpeed is cut for one number of ranks, one ZeRO stage and one placement. Selected values, their
-moments and a handful of counters say the same for any of them, because every other weight is as the task began.
+A checkpoint of DeepSpeed is sharded for one number of ranks, one ZeRO stage and one placement. Selected values, their
+moments and a few counters are the same for all of them, because no other weight has changed since the task began.
 """
 
 from dataclasses import dataclass, field
@@ -27,8 +27,8 @@ class SelectedState:
 
     Attributes:
         tensors: 'values' (fp32 masters), 'exp_avg' and 'exp_avg_sq', fp32, K elements each.
-        step: optimizer steps in the moments.
-        counters: of the engine, and of its loss scaler where it has one.
+        step: number of optimizer steps in the moments.
+        counters: of the engine, and of its loss scaler if it has one.
     """
 
     tensors: dict[str, Tensor]
@@ -37,12 +37,14 @@ class SelectedState:
 
 
 def read_selected_state(adapter: Adapter, index: dict[str, Tensor]) -> SelectedState:
-    """All ranks' share of the state, on every rank. A collective.
+    """Return the state of all selected elements on every rank. A collective.
 
     Args:
+        adapter: of the engine.
         index: name of a parameter that DeepSpeed optimises -> ascending flat positions (int64, CPU), in order.
     Cost: four all-reduces of K numbers.
     """
+    # Each rank fills in what its masters hold.
     starts, num_selected = _starts(index)
     found = {name: torch.zeros(num_selected) for name in ("values", *MOMENTS)}
     holders = torch.zeros(num_selected)
@@ -57,6 +59,8 @@ def read_selected_state(adapter: Adapter, index: dict[str, Tensor]) -> SelectedS
             for name in MOMENTS:
                 if name in state:
                     found[name][place] += state[name].view(-1)[where].float().cpu()
+
+    # Several ranks may hold an element (stage 0), so sums are divided by the number of holders.
     device = collective_device()
     num_holders = all_reduce_sum_(holders.to(device))
     tensors = {name: (all_reduce_sum_(part.to(device)) / num_holders).cpu() for name, part in found.items()}
@@ -65,10 +69,14 @@ def read_selected_state(adapter: Adapter, index: dict[str, Tensor]) -> SelectedS
 
 
 def write_selected_state_(adapter: Adapter, index: dict[str, Tensor], state: SelectedState) -> None:
-    """Set masters, moments and counters of this rank; not the model's weights.
+    """Set masters, moments and counters of this rank. The model's weights are not written.
 
+    Args:
+        adapter: of the engine.
+        index: as in read_selected_state().
+        state: what read_selected_state() returned, perhaps on another number of ranks or at another stage.
     Raises:
-        UserError: the DeepSpeed configuration has a scheduler, whose state is not among these.
+        UserError: the DeepSpeed configuration has a scheduler. Its state is not part of SelectedState.
     """
     if adapter.engine.lr_scheduler is not None:
         raise UserError(
@@ -76,6 +84,8 @@ def write_selected_state_(adapter: Adapter, index: dict[str, Tensor], state: Sel
             "--lr_scheduler_type makes the schedule: take 'scheduler' out of the DeepSpeed configuration, "
             "or go on as it was begun"
         )
+
+    # Masters and moments. Unselected elements have moments of zero.
     starts, _ = _starts(index)
     for master, pieces in adapter.masters():
         moments = {name: torch.zeros_like(master, dtype=torch.float32) for name in MOMENTS}
@@ -85,6 +95,8 @@ def write_selected_state_(adapter: Adapter, index: dict[str, Tensor], state: Sel
             for name in MOMENTS:
                 moments[name].view(-1)[where] = state.tensors[name][place].to(master.device)
         adapter.engine.basic_optimizer.state[master] = {"step": _step_as_kept(adapter, state.step), **moments}
+
+    # Some of DeepSpeed's optimizers count steps in the group, not in an element's state.
     for group in adapter.engine.basic_optimizer.param_groups:
         if "step" in group:
             group["step"] = state.step
@@ -92,7 +104,7 @@ def write_selected_state_(adapter: Adapter, index: dict[str, Tensor], state: Sel
 
 
 def _starts(index: dict[str, Tensor]) -> tuple[dict[str, int], int]:
-    """Where every parameter's elements begin among all selected ones, and how many there are."""
+    """Return where every parameter's elements begin among all selected ones, and how many there are."""
     starts, total = {}, 0
     for name, positions in index.items():
         starts[name] = total
@@ -101,7 +113,7 @@ def _starts(index: dict[str, Tensor]) -> tuple[dict[str, int], int]:
 
 
 def _places(pieces: list[Piece], index: dict[str, Tensor], starts: dict[str, int]) -> list[tuple[Tensor, slice]]:
-    """(positions in the master, range among all selected elements) for every piece that has any."""
+    """Return (positions in the master, range among all selected elements) for every piece that has any."""
     places = []
     for piece in pieces:
         if piece.name in index:
@@ -119,7 +131,7 @@ def _group_step(adapter: Adapter, master: Tensor) -> int:
 
 
 def _step_as_kept(adapter: Adapter, step: int) -> Any:
-    """torch's optimizers keep the step as a tensor, DeepSpeed's as a number."""
+    """Return step as the optimizer stores it: torch's optimizers keep a tensor, DeepSpeed's a number."""
     optimizer = adapter.engine.basic_optimizer
     return torch.tensor(float(step)) if type(optimizer).__module__.startswith("torch.optim") else step
 

@@ -1,4 +1,4 @@
-"""Stage 0: whole gradients on every rank, in p.grad, whether DeepSpeed wraps the optimizer or not."""
+"""Adapt stage 0: every rank has whole gradients in p.grad, whether DeepSpeed wraps the optimizer or not."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +13,11 @@ from piece_ds.zero.adapter import Adapter, BoundGradients, Piece
 
 
 class Stage0(Adapter):
-    """fp32: the bare optimizer steps the parameters themselves. bf16: FP16_Optimizer (one flat master a group) or
-    FP16_UnfusedOptimizer (one master a parameter)."""
+    """Adapter for stage 0.
+
+    In fp32 the bare optimizer steps the parameters themselves. In bf16 DeepSpeed wraps it: FP16_Optimizer keeps one
+    flat master a group, FP16_UnfusedOptimizer one master a parameter.
+    """
 
     replicated = True
     _has_norm = False  # of the gradient as it will be applied
@@ -34,14 +37,17 @@ class Stage0(Adapter):
         return pieces
 
     def _unfused_pairs(self) -> list[tuple[Tensor, torch.nn.Parameter]]:
-        """(master, parameter); in fp32 they are the same tensor."""
+        """Return (master, parameter) pairs; in fp32 they are the same tensor."""
         if hasattr(self.optimizer, "fp32_groups"):
             groups = zip(self.optimizer.fp32_groups, self.optimizer.fp16_groups, strict=True)
             return [pair for masters, params in groups for pair in zip(masters, params, strict=True)]
         return [(p, p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def prepare(self) -> None:
-        """FP16_(Unfused)Optimizer steps once with zero gradients when built: with weight decay masters have moved."""
+        """Reset masters and moments: FP16_(Unfused)Optimizer steps once with zero gradients when it is built.
+
+        With weight decay that step has moved the masters.
+        """
         if hasattr(self.optimizer, "fp32_groups_flat"):
             self.optimizer.refresh_fp32_params()
         elif hasattr(self.optimizer, "fp32_groups"):
@@ -55,10 +61,14 @@ class Stage0(Adapter):
         self._params = [p for p in self.engine.module.parameters() if p.requires_grad]
         self._bound = BoundGradients()
         self._by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+
+        # One selection a parameter, for a boundary at which some have no gradient.
         for param in self._params:
             name = self.name_of[id(param)]
             self._bound.bind(name, [Piece(name, 0, param.numel(), 0)], index)
             self._by_dtype.setdefault(param.dtype, []).append(param)
+
+        # One selection a dtype, for the usual boundary: one call masks all gradients.
         for dtype, params in self._by_dtype.items():
             pieces, offset = [], 0
             for param in params:
@@ -98,7 +108,7 @@ class Stage0(Adapter):
         return lambda: optimizer.__dict__.pop("_skip_invalid_grad_norm", None)
 
     def _skip_bare(self) -> Callable[[], None]:
-        """DeepSpeed calls the torch optimizer itself: it gets the flag that the engine reads of its wrappers."""
+        """Skip steps of a bare torch optimizer. It gets the flag `overflow` that the engine reads on its wrappers."""
         optimizer, step = self.optimizer, self.optimizer.step
         optimizer.overflow = False
 
@@ -114,7 +124,10 @@ class Stage0(Adapter):
         return undo
 
     def check_norm(self) -> None:
-        """Without a wrapper, clipping comes next: by a NaN norm it makes every entry NaN, so the norm is read here."""
+        """Read the norm here if there is no wrapper.
+
+        DeepSpeed clips next, and a NaN norm would make every entry NaN.
+        """
         if self.optimizer is not self.engine.basic_optimizer:
             return
         if not self._has_norm:  # no mask has acted on the gradient and taken it

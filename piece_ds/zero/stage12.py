@@ -1,7 +1,7 @@
-"""Stages 1 and 2 (DeepSpeedZeroOptimizer): this rank's flat partition of the reduced gradient of each group.
+"""Adapt stages 1 and 2 (DeepSpeedZeroOptimizer): each rank has a flat partition of each group's reduced gradient.
 
-Without offload the partition is a list of tensors, padding included; with optimizer offload it is the fp32 gradient
-of the master on the CPU, and per-parameter norms were already taken during backward, so they are taken again.
+Without offload the partition is a list of tensors, padding included. With optimizer offload it is the fp32 gradient of
+the master on the CPU. DeepSpeed took per-parameter norms of it during backward, so masking takes them again.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,8 @@ from piece_ds.zero.adapter import Adapter, BoundGradients, Piece, cut
 
 
 class Stage12(Adapter):
+    """Adapter for DeepSpeedZeroOptimizer."""
+
     private_names = (
         "averaged_gradients",
         "all_grad_tensors",
@@ -31,7 +33,7 @@ class Stage12(Adapter):
     )
 
     def _partition(self, group: int) -> list[Piece]:
-        """The parameters' places in this rank's partition of a group."""
+        """Return the parameters' places in this rank's partition of a group."""
         params = self.optimizer.round_robin_bit16_groups[group]
         offsets = self.optimizer.round_robin_bit16_offsets[group]
         pieces = [Piece(self.name_of[id(p)], 0, p.numel(), o) for p, o in zip(params, offsets, strict=True)]
@@ -67,6 +69,8 @@ class Stage12(Adapter):
         self.optimizer._wait_for_offload_copies()
         grad = self.optimizer.single_partition_of_fp32_groups[group].grad
         self._bound.mask_(group, grad)
+
+        # The norms of backward included unselected entries.
         for param in self.optimizer.params_in_partition[group]:
             param_id = self.optimizer.get_param_id(param)
             if param_id in self.optimizer.norm_for_param_grads:
@@ -76,23 +80,32 @@ class Stage12(Adapter):
 
     def set_gradient(self, grad: Tensor) -> None:
         optimizer = self.optimizer
+
+        # This rank's part, zeros in the padding. The values are the only parameter, hence group 0.
         own = torch.zeros(int(optimizer.partition_size[0]), dtype=grad.dtype, device=grad.device)
         for piece in self._partition(0):
             own[piece.offset : piece.offset + piece.numel] = grad[piece.start : piece.start + piece.numel]
         if not optimizer.cpu_offload:
             optimizer.averaged_gradients[0] = [own]
             return
+
+        # Offload: the gradient lies with the master.
         optimizer.single_partition_of_fp32_groups[0].grad.view(-1).copy_(own)
         optimizer.local_overflow = not bool(own.isfinite().all())  # found during backward otherwise, as is the norm
         for param in optimizer.params_in_partition[0]:
             optimizer.norm_for_param_grads[optimizer.get_param_id(param)] = own.double().norm(2)
 
     def skip_nonfinite(self, note: Callable[[], None]) -> Callable[[], None]:
-        """In bf16 DeepSpeed looks at no norm unless it checks for overflow, which is a pass over the gradient: here it
-        looks, without the pass. Where it is told to take no norm, the pass is what is left."""
+        """Skip nonfinite steps; return undo.
+
+        In bf16 DeepSpeed does not look at the norm unless it checks for overflow, which is a pass over the gradient.
+        Here it looks at the norm without that pass. If it is told to take no norm, the pass stays.
+        """
         optimizer, undo = self.optimizer, super().skip_nonfinite(note)
         if getattr(optimizer, "check_grad_overflow", True):  # there has not always been a choice
             return undo
+
+        # Ask for the check, and leave out its pass over the gradient if there is a norm to look at.
         optimizer.check_grad_overflow = True
         if getattr(optimizer, "compute_grad_norm", True):
             optimizer.check_overflow = lambda **kwargs: None

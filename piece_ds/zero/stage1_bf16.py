@@ -1,6 +1,6 @@
-"""Stage 1 with bf16 parameters and fp32 gradient accumulation: DeepSpeed's BF16_Optimizer.
+"""Adapt stage 1 with bf16 parameters and fp32 gradient accumulation: DeepSpeed's BF16_Optimizer.
 
-It keeps the whole reduced gradient of a group, in fp32, on every rank and takes norm and clip over all of it; only the
+It keeps the whole reduced gradient of a group, in fp32, on every rank. Norm and clip are over all of it, and only the
 step is partitioned. So the whole buffer is masked.
 """
 
@@ -15,6 +15,8 @@ from piece_ds.zero.adapter import Adapter, BoundGradients, Piece, cut
 
 
 class Stage1BF16(Adapter):
+    """Adapter for BF16_Optimizer."""
+
     private_names = (
         "fp32_groups_gradients_flat",
         "fp32_groups_has_gradients",
@@ -54,7 +56,7 @@ class Stage1BF16(Adapter):
         return [(grad, self._pieces(group)) for group, grad in enumerate(flats)]
 
     def weights(self) -> list[tuple[Tensor, list[Piece]]]:
-        """Masters are partitioned here: each group is gathered."""
+        """Return whole groups, gathered, because masters are partitioned here but gradients are not. A collective."""
         result = []
         for group, master in enumerate(self.optimizer.fp32_groups_flat_partition):
             ranks = self.optimizer.real_dp_process_group[group]

@@ -1,7 +1,7 @@
-"""Stage 3: each rank holds the chunk [r c, (r + 1) c) of every parameter's reduced gradient.
+"""Adapt stage 3: each rank r holds the chunk [r c, (r + 1) c) of every parameter's reduced gradient.
 
 Without optimizer offload the chunks wait, side by side, until the step. With it, norms are taken while chunks are
-copied out during backward, so each chunk is masked on arrival instead.
+copied out during backward. So each chunk is masked on arrival instead.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from piece_ds.zero.adapter import Adapter, BoundGradients, Piece
 
 
 class Stage3(Adapter):
+    """Adapter for DeepSpeedZeroOptimizer_Stage3."""
+
     private_names = (
         "averaged_gradients",
         "fp16_groups",
@@ -32,6 +34,8 @@ class Stage3(Adapter):
     def _piece(self, param: nn.Parameter, offset: int = 0) -> Piece:
         owner = self.optimizer._get_param_partition_rank(param)
         num_ranks = -(-param.ds_numel // param.partition_numel())
+
+        # A rank beyond the parameter's last chunk owns nothing.
         part = partition_of(param.ds_numel, owner, num_ranks) if owner < num_ranks else partition_of(0, 0, 1)
         return Piece(self.name_of[id(param)], part.start, part.numel, offset)
 
@@ -49,6 +53,8 @@ class Stage3(Adapter):
         self._bound = BoundGradients()
         for group, (_, pieces) in enumerate(self.masters()):
             self._bound.bind(group, pieces, index)
+
+        # With offload, chunks are masked one by one, so each parameter has a selection of its own.
         for params in self.optimizer.fp16_groups if self.optimizer.offload_optimizer else ():
             for param in params:
                 self._bound.bind(self.name_of[id(param)], [self._piece(param)], index)
@@ -69,6 +75,8 @@ class Stage3(Adapter):
     def install_mask(self) -> Callable[[], None]:
         if not self.optimizer.offload_optimizer:
             return super().install_mask()
+
+        # Mask each chunk before DeepSpeed takes its norm.
         original = self.optimizer.partition_grads
 
         def partition_grads(params: list[nn.Parameter], grads: list[Tensor]) -> Any:
@@ -83,6 +91,7 @@ class Stage3(Adapter):
         from deepspeed.accelerator import get_accelerator
         from deepspeed.utils import safe_set_local_grad
 
+        # The values are the only parameter.
         ((param, *_), *_) = self.optimizer.fp16_groups
         piece = self._piece(param)
         own = torch.zeros(param.partition_numel(), dtype=grad.dtype, device=grad.device)
@@ -94,7 +103,7 @@ class Stage3(Adapter):
             self.optimizer.reduce_and_partition_stream.wait_stream(get_accelerator().current_stream())
 
     def bypass_reduction(self) -> Callable[[], None]:
-        """Nothing to do: stage 3 reduces what its own hooks have seen, and its epilogue makes what the step needs."""
+        """Do nothing. Stage 3 reduces what its own hooks have seen, and its epilogue makes what the step needs."""
         return lambda: None
 
     def local_backward(self) -> AbstractContextManager[None]:
@@ -103,6 +112,8 @@ class Stage3(Adapter):
     def forget_backward(self) -> None:
         optimizer = self.optimizer
         optimizer.zero_grad()
+
+        # Everything that a backward leaves behind: gradients, buckets, and offload's copies.
         optimizer.averaged_gradients = {}
         optimizer._offload_boundary_param_ids = set()
         for bucket in optimizer.ipg_buckets.values():
@@ -112,7 +123,10 @@ class Stage3(Adapter):
         optimizer.grad_partitions_flat_buffer.zero_()
 
     def abandon_backward(self) -> None:
-        """Also give back what is gathered, and let DeepSpeed find the order of modules anew."""
+        """Restore the state as forget_backward() does, also if a forward or backward broke off.
+
+        Gathered parameters are released, and DeepSpeed traces the order of modules anew.
+        """
         self.engine.empty_partition_cache()
         coordinator = self.optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():

@@ -1,8 +1,8 @@
-"""The statistics pass: sums of micro-batch gradients and of their squares, sharded, under any ZeRO stage.
+"""Run the statistics pass: sums of micro-batch gradients and of their squares, sharded, under any ZeRO stage.
 
-Micro-batch b is computed by rank b mod W without reduction; its gradient goes to the owners of its elements as soon
-as backward has finished a bucket of parameters, and is freed. Owners add in micro-batch order. The engine is left as
-it was found: no step, no gradient, no random number drawn, no mode changed.
+Rank b mod W computes micro-batch b without reduction. Its gradient goes to the owners of its elements as soon as
+backward has finished a bucket of parameters, and is freed. Owners add in micro-batch order. The engine is left as it
+was: no step, no gradient, no random number drawn, no mode changed.
 """
 
 import logging
@@ -40,16 +40,16 @@ FP16_LOSS_SCALE = 1024.0
 
 
 class StatisticsCheckpoint(Protocol):
-    """Keeps the sums of an unfinished pass, so that another pass can go on from them."""
+    """Keeps the sums of an unfinished pass, so that another pass can resume from them."""
 
     def begin(self, stats: GradientStats) -> None:
         """Fill empty sums with those kept, and both counts with what is in them. A collective."""
 
     def is_due(self, num_done: int) -> bool:
-        """Whether the sums are to be kept now that they hold num_done micro-batches; the same on all ranks."""
+        """Return whether to keep the sums now that they hold num_done micro-batches; the same on all ranks."""
 
     def keep(self, stats: GradientStats) -> None:
-        """Keep them. A collective."""
+        """Keep the sums. A collective."""
 
 
 @timed("statistics")
@@ -63,29 +63,30 @@ def collect_statistics(
     last_pass: LastPass | None = None,
     keeper: StatisticsCheckpoint | None = None,
 ) -> GradientStats:
-    """Sum of g and of g * g over micro-batches, where g is the gradient of the model's mean loss. A collective.
+    """Return the sums of g and g * g over micro-batches, where g is the gradient of the mean loss. A collective.
 
     Args:
-        engine: deepspeed.DeepSpeedEngine at ZeRO 0-3, fp32, bf16 or fp16, whose model returns an output with `.loss`,
-            unless micro_batches have a loss of their own.
+        engine: deepspeed.DeepSpeedEngine at ZeRO 0-3, in fp32, bf16 or fp16. Its model returns an output with `.loss`,
+            unless micro_batches define a loss of their own.
         micro_batches: all micro-batches of the data, the same on every rank, on the CPU; item b is read by one rank.
             See MicroBatchSource.
-        needs_sum: also keep the sum of g (4 bytes per owned element more).
-        device: where the sums live; None means where the gradients are.
+        needs_sum: also keep the sum of g (4 bytes more per owned element).
+        device: device of the sums; None means the engine's device.
         layout: of the model; None means layout_of(engine.module).
         description: of the progress bar.
-        last_pass: finds candidates for selection while the last round is added; not used where there is one round.
-        keeper: goes on from the sums of an unfinished pass, and keeps those of this one. The sums have the same bits.
+        last_pass: finds candidates for selection while the last round is added; not used if there is only one round.
+        keeper: resumes from the sums of an unfinished pass, and keeps those of this one. The sums have the same bits.
     Returns:
-        GradientStats of this rank's elements, in fp32, without loss scaling, clipping or division. The same bits in
-        every run on the same machine: on CUDA torch's deterministic algorithms are on during the pass. An operation
-        that has none is named in a warning, and the pass begins again without.
+        GradientStats of this rank's elements, in fp32, without loss scaling, clipping or division. Every run on the
+        same machine gives the same bits, because on CUDA torch's deterministic algorithms are on during the pass. If an
+        operation has none, a warning names it and the pass begins again without them.
     Raises:
-        UserError: DeepSpeed features that have not been proven; a compact update is attached.
-        ValueError: no micro-batch.
+        UserError: the engine uses DeepSpeed features that have not been proven, or a compact update is attached.
+        ValueError: there is no micro-batch.
     Cost: one forward and backward per micro-batch; 4 or 8 bytes per owned element, and two buckets of gradients.
     Source: arXiv 2511.15375, section on importance estimation.
     """
+    # Refuse what has no statistics.
     if len(micro_batches) == 0:
         raise ValueError("no micro-batch to take statistics of: the data is empty")
     values = selected_values(engine.module)
@@ -94,6 +95,8 @@ def collect_statistics(
             "statistics were asked for while a compact update is attached, which takes the gradients of "
             "every backward: take them before attach(), or after detach()"
         )
+
+    # One pass, which may have to run twice.
     adapter = adapter_for(engine)
     layout = layout or layout_of(engine.module)
     one_pass = partial(
@@ -108,6 +111,8 @@ def collect_statistics(
         last_pass=last_pass,
         keeper=keeper,
     )
+
+    # Prefer deterministic operations.
     if not _may_vary(engine.device):
         return one_pass()
     try:
@@ -129,7 +134,7 @@ def collect_statistics(
 
 
 def _may_vary(device: torch.device) -> bool:
-    """Whether torch's operations may give other bits on device in every run unless asked not to."""
+    """Return whether torch's operations may give different bits on device in every run unless asked not to."""
     return torch.device(device).type == "cuda"
 
 
@@ -145,7 +150,7 @@ def _pass(
     last_pass: LastPass | None,
     keeper: StatisticsCheckpoint | None,
 ) -> GradientStats:
-    """collect_statistics() with everything found and checked."""
+    """Run collect_statistics() once everything has been found and checked."""
     # Sums: empty, or those of an unfinished pass.
     stats = empty_stats(layout, needs_sum, device)
     if keeper is not None:
@@ -177,6 +182,8 @@ def _pass(
             receiver.begin_round(num_valid=min(layout.num_ranks, len(micro_batches) - first))
             loss = loss_of(micro_batches, engine, batch)
             feed.read_ahead()
+
+            # Only the first backward can tell. It is repeated, since it was not added.
             if first == rounds[0] and may_come_in_parts(loss):
                 with receiver.finding_parts():
                     backward(loss)
@@ -211,7 +218,7 @@ def _shown(first: tuple[int, str] | None, num_ranks: int) -> str:
 
 
 def _engine_loss_scale(engine: Any) -> float:
-    """What engine.backward multiplies the loss by."""
+    """Return the number by which engine.backward multiplies the loss."""
     if not hasattr(engine.optimizer, "scale_if_loss"):
         return 1.0
     one = torch.ones((), requires_grad=True) * 1.0  # a number it takes for a loss

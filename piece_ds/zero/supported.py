@@ -1,4 +1,4 @@
-"""adapter_for(engine): the adapter for the way this engine keeps its gradients, or a refusal that says why."""
+"""Find the adapter for the way an engine keeps its gradients, or refuse the engine with a reason."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ PROVEN_OPTIMIZERS = ("AdamW", "Adam", "DeepSpeedCPUAdam", "FusedAdam")
 
 
 def adapter_for(engine: Any) -> Adapter:
-    """The adapter of a deepspeed.DeepSpeedEngine.
+    """Return the adapter of a deepspeed.DeepSpeedEngine.
 
     Raises:
         UserError: the engine uses a feature with which masked updates have not been proven to be exact.
@@ -33,6 +33,8 @@ def adapter_for(engine: Any) -> Adapter:
     reason = _refusal(engine)
     if reason:
         raise UserError(f"piece_ds does not work with {reason}")
+
+    # In fp32 at stage 0 there is no wrapper: the optimizer is the user's own.
     wrapper = type(engine.optimizer).__name__
     adapter = _ADAPTERS.get(wrapper)
     if adapter is None and engine.optimizer is engine.basic_optimizer and engine.zero_optimization_stage() == 0:
@@ -46,9 +48,11 @@ def adapter_for(engine: Any) -> Adapter:
 
 
 def _refusal(engine: Any) -> str | None:
-    """Why this engine is refused, or None."""
+    """Return why this engine is refused, or None."""
     config = engine._config
     zero = config.zero_config
+
+    # Other kinds of parallelism.
     if type(engine).__name__ != "DeepSpeedEngine":
         return f"{type(engine).__name__}: pipeline parallel training has not been proven; use ZeRO-3 instead"
     if getattr(engine, "has_moe_layers", False):
@@ -61,6 +65,8 @@ def _refusal(engine: Any) -> str | None:
         return "sequence parallelism: gradients are summed over another group; set its size to 1"
     if engine.autotp_size() > 0:
         return "AutoTP: parameters are split before ZeRO sees them; set tensor_parallel.autotp_size to 0"
+
+    # Quantization and offload.
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if getattr(zero, key, False):
             return f"zero_optimization.{key}: weights or gradients are rounded; set it to false"
@@ -77,7 +83,7 @@ def _refusal(engine: Any) -> str | None:
 
 
 def require_trainable(engine: Any) -> None:
-    """Raise UserError where statistics can be taken but masked steps would not be exact with this optimizer."""
+    """Raise UserError if masked steps would not be exact with this optimizer, though statistics can be taken."""
     reason = _optimizer_refusal(engine)
     if reason:
         raise UserError(f"piece_ds cannot train with {reason}")

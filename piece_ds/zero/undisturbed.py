@@ -1,4 +1,4 @@
-"""A pass over data that leaves a training run as if it had not happened."""
+"""Run a pass over data that leaves a training run as if it had not happened."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,12 @@ from torch import nn
 
 @contextmanager
 def undisturbed(engine: Any) -> Iterator[None]:
-    """Training mode without dropout, so that gradient checkpointing works and nothing is random; then as it was."""
+    """Enter training mode without dropout, and restore everything on exit.
+
+    Training mode keeps gradient checkpointing working. Without dropout, nothing is random.
+
+    Restored: every module's mode and dropout rates, and the states of Python's, NumPy's and torch's generators.
+    """
     module = engine.module
     was_training = {m: m.training for m in module.modules()}
     # Functional dropout reads its rate from attributes such as attention_dropout, layer dropout from layerdrop.
@@ -22,6 +27,8 @@ def undisturbed(engine: Any) -> Iterator[None]:
         for name, value in vars(m).items()
         if isinstance(value, float) and ("drop" in name or (isinstance(m, nn.Dropout) and name == "p"))
     }
+
+    # Random states. fork_rng() below restores torch's.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     device = torch.device(engine.device)
     accelerators = [device] if device.type == "cuda" else []  # not all that this process can see

@@ -1,4 +1,4 @@
-"""Reading and writing a parameter's elements, wherever ZeRO keeps them."""
+"""Read and write a parameter's elements, wherever ZeRO keeps them."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,13 +15,13 @@ from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range
 
 
 def read_weight(param: nn.Parameter, start: int, numel: int) -> Tensor:
-    """Elements [start, start + numel) of a parameter, in its dtype; a view or a copy, not to be written.
+    """Return elements [start, start + numel) of a parameter, in its dtype. A view or a copy: do not write it.
 
     Args:
         param: whole, or partitioned by ZeRO-3.
         start, numel: flat range; under ZeRO-3 it must lie in the range this rank owns.
     Raises:
-        RuntimeError: under ZeRO-3, the range is not held here.
+        RuntimeError: under ZeRO-3, the range is not held on this rank.
     """
     if not is_partitioned(param):
         return param.detach().reshape(-1)[start : start + numel]
@@ -36,9 +36,9 @@ def read_weight(param: nn.Parameter, start: int, numel: int) -> Tensor:
 
 
 def read_whole(param: nn.Parameter, device: torch.device) -> Tensor:
-    """All elements of a parameter on every rank, on device: 1-D under ZeRO-3, else as it is. A collective.
+    """Return all elements of a parameter on every rank, on device. 1-D under ZeRO-3, else as it is. A collective.
 
-    Cost: under ZeRO-3, one all-gather of the parameter, past DeepSpeed's bookkeeping of what is gathered.
+    Cost: under ZeRO-3, one all-gather of the parameter, without changing DeepSpeed's record of what is gathered.
     """
     if not is_partitioned(param):
         return param.detach()
@@ -53,7 +53,7 @@ def read_whole(param: nn.Parameter, device: torch.device) -> Tensor:
 def forget_secondary(model: nn.Module) -> None:
     """Drop the secondary shards of hierarchical partitioning (hpZ), after the primary ones were overwritten.
 
-    DeepSpeed makes them again at the next gather; of its own accord it drops only those of parameters it optimises.
+    DeepSpeed makes them again at the next gather. By itself it drops only those of parameters it optimises.
     """
     for param in model.parameters():
         if getattr(param, "ds_secondary_tensor", None) is not None:
@@ -63,8 +63,9 @@ def forget_secondary(model: nn.Module) -> None:
 class SelectedWeights:
     """Selected elements of one parameter, in every copy that this rank holds of them.
 
-    Under ZeRO-3 these are the shard, the gathered parameter where it is resident (small ones stay so), and the
-    secondary shard of hierarchical partitioning, which DeepSpeed never renews for a parameter it does not optimise.
+    Under ZeRO-3 there may be three copies: the shard, the gathered parameter if it is resident (small ones stay so),
+    and the secondary shard of hierarchical partitioning. DeepSpeed never renews the last for a parameter it does not
+    optimise.
 
     Attributes:
         param: whole, or partitioned by ZeRO-3.
@@ -76,7 +77,7 @@ class SelectedWeights:
         self._ranges: dict[tuple[int, int, torch.device], tuple[int, int, Tensor]] = {}
 
     def read(self, whole: Tensor) -> Tensor:
-        """The selected elements of a tensor of the whole parameter's shape, such as its gradient; 1-D."""
+        """Return the selected elements of a tensor of the whole parameter's shape, such as its gradient; 1-D."""
         return whole.reshape(-1)[self._inside(0, whole.numel(), whole.device)[2]]
 
     def write_(self, values: Tensor) -> None:
@@ -86,11 +87,13 @@ class SelectedWeights:
             flat[where] = values[low:high].to(flat.device)
 
     def _copies(self) -> Iterator[tuple[Tensor, int]]:
-        """(flat tensor, position of its first element in the whole parameter)."""
+        """Yield (flat tensor, position of its first element in the whole parameter) for every copy."""
         param = self.param
         if not is_partitioned(param):
             yield param.data.view(-1), 0
             return
+
+        # ZeRO-3: the shard, the gathered parameter, and hpZ's secondary shard.
         yield param.ds_tensor.data.view(-1), param.partition_numel() * dist.get_rank(group=param.ds_process_group)
         if param.ds_status.name == "AVAILABLE":
             yield param.data.view(-1), 0
@@ -99,9 +102,10 @@ class SelectedWeights:
             yield secondary.data.view(-1), secondary.numel() * dist.get_rank(group=param.ds_zero_param_process_group)
 
     def _inside(self, start: int, numel: int, device: torch.device) -> tuple[int, int, Tensor]:
-        """(first, past the last, positions counted from start) of the selected elements in [start, start + numel).
+        """Return (first, past the last, positions counted from start) of the selected elements in a range.
 
-        Found once and kept on the device, 4 bytes an element: a step does not wait for the host.
+        The range is [start, start + numel). The positions are found once and kept on the device, in 4 or 8 bytes an
+        element, so a step does not wait for the host.
         """
         key = (start, numel, device)
         if key not in self._ranges:
@@ -118,18 +122,21 @@ class SelectedWeightList:
         self._plans: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
 
     def write_(self, values_K: Tensor) -> None:
-        """Set the selected elements of all of them, in order.
+        """Set the selected elements of all parameters, in order.
 
         Args:
-            values_K: of the first parameter first; 1-D.
-        Cost: one scatter for the copies of a dtype on a device; the host waits for nothing once their places are known.
+            values_K: values of the first parameter first; 1-D.
+        Cost: one scatter for the copies of a dtype on a device. The host waits for nothing once their places are known.
         """
+        # Group the copies, since one kernel call takes one dtype on one device.
         copies: dict[tuple[torch.device, torch.dtype], list[tuple[SelectedWeights, Tensor, int, int]]] = {}
         first = 0
         for weight in self.weights:
             for flat, start in weight._copies():
                 copies.setdefault((flat.device, flat.dtype), []).append((weight, flat, start, first))
             first += weight.index.numel()
+
+        # Write each group.
         for (device, dtype), places in copies.items():
             index, source = self._plan(places, values_K.numel(), device)
             values = values_K if source is None else values_K[source.to(values_K.device)]
@@ -139,9 +146,9 @@ class SelectedWeightList:
     def _plan(
         self, places: list[tuple[SelectedWeights, Tensor, int, int]], num_values: int, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        """(positions in the copies one after the other, which values go there or None for all of them in order).
+        """Return (positions in the concatenated copies, which values go there; None means all of them in order).
 
-        Found once for each set of copies: 8 bytes an element on the device, 16 where it is not all of them.
+        Found once for each set of copies. It takes 8 bytes an element on the device, or 16 if not all values go there.
         """
         key = (device, *((start, flat.numel(), first) for _, flat, start, first in places))
         if key not in self._plans:
@@ -158,7 +165,7 @@ class SelectedWeightList:
 
 
 def read_selected(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
-    """Copies of the selected weights that this rank owns: name -> values on the CPU in the parameter's dtype."""
+    """Return copies of the selected weights that this rank owns: name -> values on the CPU in the parameter's dtype."""
     params = dict(model.named_parameters())
     values = {}
     for info in mask.layout.parameters:
@@ -171,9 +178,9 @@ def read_selected(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
 
 
 def weights_fingerprint(model: nn.Module, mask: Mask) -> Tensor:
-    """Sum of the hashes of all weights outside mask (int64, one element, CPU). A collective.
+    """Return the sum of the hashes of all weights outside mask (int64, one element, CPU). A collective.
 
-    The same for any number of ranks.
+    It is the same for any number of ranks.
 
     Cost: reads this rank's share of the weights once; 8 bytes of communication.
     """
@@ -183,10 +190,14 @@ def weights_fingerprint(model: nn.Module, mask: Mask) -> Tensor:
         part = mask.layout.partition(info)
         if part.numel == 0:  # its start may lie outside of what ZeRO-3 keeps here
             continue
+
+        # Hash the whole range, then take the selected elements out again.
         bits = bits_of(read_weight(params[info.name], part.start, part.numel))
         total += hash_range(info.name, bits, part.start)
         if info.name in mask.index:
             index = mask.index[info.name].to(bits.device)
             total -= hash_elements(info.name, index, bits[index - part.start])
+
+    # Python's sum is unbounded: bring it into int64, as the all-reduce wraps too.
     signed = (total + 2**63) % 2**64 - 2**63
     return all_reduce_sum_(torch.tensor([signed], device=collective_device())).cpu()

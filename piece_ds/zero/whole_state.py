@@ -1,4 +1,4 @@
-"""The whole model's state on rank 0, as save_pretrained() wants it, under any ZeRO stage and configuration."""
+"""Collect the whole model's state on rank 0, as save_pretrained() wants it, under any ZeRO stage and configuration."""
 
 from typing import Any
 
@@ -9,17 +9,18 @@ from piece_ds.zero.weights import read_whole
 
 
 def whole_state(engine: Any) -> dict[str, Tensor]:
-    """Return every tensor of the model's state_dict() once, whole and on the CPU, on rank 0; {} elsewhere.
+    """Return every tensor of the model's state_dict() once, whole, on rank 0's CPU; {} elsewhere. A collective.
 
     Tied weights are in it under the one name that is not tied to another, as in transformers' own files. DeepSpeed's
     setting stage3_gather_16bit_weights_on_model_save is not needed.
-    A collective.
 
-    Cost: under ZeRO-3 one all-gather a parameter, one of them at a time on the device; the model on rank 0's host.
+    Cost: under ZeRO-3 one all-gather a parameter, with one of them at a time on the device. Rank 0's host holds the
+    model.
     """
     model: nn.Module = engine.module
     state: dict[str, Tensor] = {}
     for name, tensor in _once(model).items():
+        # Buffers and parameters that ZeRO-3 has not partitioned are whole already.
         whole = tensor
         if hasattr(tensor, "ds_id"):
             whole = read_whole(tensor, engine.device).view(tensor.ds_shape)
@@ -29,7 +30,7 @@ def whole_state(engine: Any) -> dict[str, Tensor]:
 
 
 def _once(model: nn.Module) -> dict[str, Any]:
-    """state_dict() with each tensor under one name."""
+    """Return the model's state_dict() with each tensor under one name."""
     every = model.state_dict(keep_vars=True)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     found: dict[str, Any] = {}
