@@ -98,7 +98,10 @@ class SelectedAdamW:
 
 
 def step_factors(squares: Arrays) -> dict[str, Tensor]:
-    """sqrt(d / (F + d)) per parameter, flat; d is the lower median of the entries above 0."""
-    positive = np.sort(np.concatenate([array[array > 0] for array in squares.values()]))
-    d = positive[len(positive) - 1 - len(positive) // 2]
+    """sqrt(d / (F + d)) per parameter, flat; d: the lower median of all, of those above 0 if it would be 0."""
+    every = np.sort(np.concatenate(list(squares.values())))
+    d = every[len(every) - 1 - len(every) // 2]
+    if d == 0:
+        every = every[every > 0]
+        d = every[len(every) - 1 - len(every) // 2]
     return {name: torch.from_numpy(np.sqrt(d / (array + d))) for name, array in squares.items()}
