@@ -1,1 +1,1 @@
-"""What piece_ds knows of a transformers model: loading it, what may train, its layout."""
+"""What piece_ds knows of a transformers model: how to load it, which parameters may train, and its layout."""

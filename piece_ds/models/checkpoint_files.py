@@ -1,4 +1,4 @@
-"""What a model folder's safetensors files hold, from their headers: no weight is read."""
+"""What the safetensors files of a model folder hold. Only headers are read; weights are read only to compare two."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from piece_ds.runtime.errors import UserError
 
 WHOLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
-# safetensors' names of dtypes that a model can train in; others are of quantized weights and of indices.
+# safetensors' names of the dtypes that a model can train in. The others hold quantized weights and indices.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OTHER_DTYPES = {
     "BOOL": torch.bool,
@@ -27,18 +27,18 @@ _OTHER_DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _MOST_NAMED = 3  # tensors in a message
-# Compared at a time, of two tensors that should be one.
+# Rows compared at a time. Two embeddings of a large vocabulary need not fit into memory at once.
 _ROWS = 4096
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint.
+    """A tensor of a checkpoint, as the header of its file describes it.
 
     Attributes:
-        path: of its file.
+        path: file that holds it.
         shape: of the tensor.
-        dtype: as safetensors names it.
+        dtype: as safetensors names it, such as "BF16".
     """
 
     path: Path
@@ -50,22 +50,25 @@ class StoredTensor:
         return prod(self.shape)
 
     def empty(self) -> Tensor:
-        """A tensor of this shape and dtype on the meta device."""
+        """Return a tensor of this shape and dtype on the meta device. An unknown dtype becomes uint8."""
         dtype = FLOAT_DTYPES.get(self.dtype) or _OTHER_DTYPES.get(self.dtype) or torch.uint8
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return name -> tensor of the files that transformers would load; empty if folder holds no safetensors.
+    """Return name -> stored tensor of the safetensors files that transformers would load; empty if there are none.
 
+    Args:
+        folder: a model folder.
     Raises:
-        UserError: a shard is missing, a file is damaged, or a tensor is not where the index says.
-    Cost: reads the headers.
+        UserError: a shard is missing, a file is damaged, or a tensor is not in the file that the index names.
+    Cost: reads headers only.
     """
     if (folder / WHOLE_NAME).is_file():  # wins over an index, as in transformers
         return _headers(folder / WHOLE_NAME)
     if not (folder / INDEX_NAME).is_file():
         return {}
+    # The index and the shards may come from different downloads: each name is looked up.
     where = _weight_map(folder / INDEX_NAME)
     found: dict[str, StoredTensor] = {}
     for file in sorted(set(where.values())):
@@ -82,7 +85,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def require_weight_files(source: str, folder: Path) -> None:
-    """Raise UserError unless folder holds files that transformers would load; of pickled ones, all that are named."""
+    """Raise UserError unless folder holds weights that transformers would load.
+
+    Pickled weights with an index count only if every file that the index names is there.
+    """
     if (folder / WHOLE_NAME).is_file() or (folder / INDEX_NAME).is_file() or (folder / "pytorch_model.bin").is_file():
         return
     index = folder / "pytorch_model.bin.index.json"
@@ -99,6 +105,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         is_map = isinstance(where, dict) and all(isinstance(file, str) for file in where.values())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+    # A name with a folder in it ("../x") would make us read a file that is not the model's.
     outside = [] if not is_map else [file for file in where.values() if Path(file).name != file]
     if not is_map or outside:
         what = f"names {outside[0]!r}, outside the folder" if outside else "has no weight_map of tensor to file"
@@ -116,7 +123,7 @@ def _headers(path: Path) -> dict[str, StoredTensor]:
 
 
 def main_dtype(stored: dict[str, StoredTensor]) -> torch.dtype | None:
-    """Return the floating dtype of most stored elements, the wider one of a tie; None if none is floating."""
+    """Return the floating dtype of most stored elements; None if no tensor is floating. The wider dtype wins a tie."""
     sizes: dict[str, int] = {}
     for tensor in stored.values():
         if tensor.dtype in FLOAT_DTYPES:
@@ -127,7 +134,13 @@ def main_dtype(stored: dict[str, StoredTensor]) -> torch.dtype | None:
 
 
 def hold_the_same(one: tuple[str, StoredTensor], other: tuple[str, StoredTensor]) -> bool:
-    """Whether two named stored tensors have the same bits. Cost: reads both, 4096 rows at a time."""
+    """Return whether two stored tensors have the same shape, dtype and bits.
+
+    Args:
+        one: name in its file, and the tensor.
+        other: likewise.
+    Cost: reads both tensors, 4096 rows at a time.
+    """
     (name, first), (other_name, second) = one, other
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
@@ -139,12 +152,20 @@ def hold_the_same(one: tuple[str, StoredTensor], other: tuple[str, StoredTensor]
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    # As bytes, a NaN equals itself and 0.0 differs from -0.0.
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
 
 def refuse_incomplete(source: str, model: nn.Module, info: dict[str, Any]) -> None:
-    """Raise UserError if transformers' loading info names parameters that files lack or hold in another shape."""
+    """Raise UserError if transformers' loading report names missing or mismatched parameters.
+
+    Args:
+        source: what was loaded, for the message.
+        model: the loaded model.
+        info: from from_pretrained(output_loading_info=True); names of buffers in it are ignored.
+    """
     params = dict(model.named_parameters(remove_duplicate=False))
+    # Entries are names, or tuples of name and shapes, by the release of transformers.
     mismatched = sorted(entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ()))
     missing = sorted(params.keys() & set(info.get("missing_keys", ())) - set(mismatched))
     if mismatched:

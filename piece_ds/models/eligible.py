@@ -1,9 +1,13 @@
-"""Which parameters may be selected: the rule for the input embeddings and for towers that encode images or sound.
+"""Which parameters may be selected.
 
-Not eligible, unless named: the input embeddings (and a head tied to them) and an encoder of another modality than text
-with all that stands in it (patch and position embeddings, blocks, norms), except the merger or projector by which it
-enters the language model. Parameters that are excluded by name never are. The encoder is where transformers says that
-it is (get_encoder()), not at one model's names.
+The rule leaves out, unless the user names them:
+
+- the input embeddings, and an output head tied to them;
+- the encoder of images, video or sound, with everything in it: patch and position embeddings, blocks, norms. The merger
+  or projector that feeds the language model stays eligible.
+
+Parameters that the user excludes by name are never eligible. The encoder is found by transformers' get_encoder(), not
+by the names of any one model.
 """
 
 from collections.abc import Iterable
@@ -17,7 +21,7 @@ from piece_ds.runtime.errors import UserError, nearest
 from piece_ds.state.partition import Layout
 
 _MODALITIES = ("image", "video", "audio")
-# Parts that stand inside a tower but map into the language model's space. transformers marks them by name alone:
+# Parts inside a tower that map into the language model's space. transformers marks them only by name:
 # `merger` and `deepstack_merger_list` of the Qwen-VL and GLM-V families, `multi_modal_projector`, `aligner`, ...
 _INTO_TEXT = ("merger", "projector", "connector", "aligner", "resampler")
 _ADDED, _EXCLUDED = "_piece_ds_eligible", "_piece_ds_excluded"
@@ -34,9 +38,10 @@ def input_embedding(model: nn.Module) -> nn.Parameter | None:
 
 
 def towers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> encoder of images, video or sound inside a model that also has text; empty for a text model."""
+    """Return name -> encoder of images, video or sound, if the model also reads text; empty for a text model."""
     getter: Any = getattr(model, "get_encoder", None)
     found = {id(getter(modality=modality)) for modality in _MODALITIES} if _takes_modality(getter) else set()
+    # A model without an encoder of its own returns itself: then nothing is a tower.
     whole = (model, getattr(model, "base_model", model))
     return {
         name: module
@@ -46,13 +51,13 @@ def towers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _takes_modality(getter: Any) -> bool:
-    """Return whether get_encoder is the one of transformers' models: another one may mean the text encoder."""
+    """Return whether get_encoder() takes `modality`, as transformers' own does; others may return a text encoder."""
     code = getattr(getter, "__code__", None)
     return code is not None and "modality" in code.co_varnames[: code.co_argcount]
 
 
 def in_towers(model: nn.Module) -> set[str]:
-    """Return names of the parameters in towers(), without what maps into the language model's space."""
+    """Return names of the parameters in towers(), except those of parts that map into the language model's space."""
     found = set()
     for tower, module in towers(model).items():
         for name, _ in module.named_parameters():
@@ -62,31 +67,34 @@ def in_towers(model: nn.Module) -> set[str]:
 
 
 def embedding_names(model: nn.Module) -> set[str]:
-    """Return the input embedding's name in named_parameters(); a head tied to it has no name of its own there."""
+    """Return the input embedding's name in named_parameters(). A head tied to it has no name of its own there."""
     embedding = input_embedding(model)
     return {name for name, param in model.named_parameters() if param is embedding}
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Return whether the input embedding is the output head too."""
+    """Return whether the input embedding and the output head are one parameter."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = input_embedding(model)
     return embedding is not None and getattr(head, "weight", None) is embedding
 
 
 def ineligible(model: nn.Module) -> set[str]:
-    """Return the names, as in named_parameters(), of what may not be selected whatever its gradients."""
+    """Return names, as in named_parameters(), of the parameters that may not be selected, whatever their gradients."""
     by_rule = embedding_names(model) | in_towers(model)
     return (by_rule - getattr(model, _ADDED, frozenset())) | getattr(model, _EXCLUDED, frozenset())
 
 
 def make_eligible(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Let model's parameters be selected that the rule leaves out, if their names match; return those names.
+    """Make parameters eligible that the rule leaves out, if their names match; return their names in the model's order.
+
+    A second call replaces the choice of the first.
 
     Args:
-        patterns: of fnmatch, for whole names of named_parameters(): '*' matches anything, dots too.
+        model: a model of transformers, or any module.
+        patterns: fnmatch patterns for whole names of named_parameters(); '*' also matches dots.
     Raises:
-        UserError: a pattern that makes nothing eligible, with the reason.
+        UserError: a pattern makes nothing eligible; the message says why.
     """
     names = [name for name, _ in model.named_parameters()]
     left_out = in_towers(model) | embedding_names(model)
@@ -110,10 +118,15 @@ def _reason(matching: set[str], left_out: set[str]) -> str:
 
 
 def exclude(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Keep model's parameters with matching names from being selected; return those names.
+    """Make parameters with matching names ineligible; return their names in the model's order.
 
+    A second call replaces the choice of the first.
+
+    Args:
+        model: a model of transformers, or any module.
+        patterns: fnmatch patterns, as in make_eligible().
     Raises:
-        UserError: a pattern that names nothing.
+        UserError: a pattern matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     excluded = matching_names(names, patterns)
@@ -122,10 +135,10 @@ def exclude(model: nn.Module, patterns: Iterable[str]) -> list[str]:
 
 
 def without(layout: Layout, patterns: Iterable[str]) -> Layout:
-    """Return layout with the parameters that match patterns not eligible.
+    """Return layout with the parameters that match patterns marked ineligible.
 
     Raises:
-        UserError: a pattern that names nothing.
+        UserError: a pattern matches no parameter.
     """
     excluded = matching_names([info.name for info in layout.parameters], patterns)
     infos = (replace(info, eligible=info.eligible and info.name not in excluded) for info in layout.parameters)
@@ -133,10 +146,10 @@ def without(layout: Layout, patterns: Iterable[str]) -> Layout:
 
 
 def matching_names(names: list[str], patterns: Iterable[str]) -> set[str]:
-    """Return those of names that any of the fnmatch patterns of `exclude` matches.
+    """Return those of names that any of the fnmatch patterns matches.
 
     Raises:
-        UserError: a pattern that matches none.
+        UserError: a pattern matches no name.
     """
     found: set[str] = set()
     for pattern in patterns:
@@ -148,10 +161,11 @@ def matching_names(names: list[str], patterns: Iterable[str]) -> set[str]:
 
 
 def let_gradients_in(model: nn.Module) -> None:
-    """Make gradients reach the blocks under reentrant checkpointing, which passes them through inputs alone.
+    """Make gradients reach the blocks under reentrant checkpointing.
 
-    Where the input embeddings are frozen no input of a block requires a gradient, so the blocks would get none. Only
-    towers that train are treated so too: else backward would run through all of a frozen one for nothing.
+    Reentrant checkpointing computes gradients only if an input of the block requires one. With frozen input embeddings
+    no input does, so the blocks would get no gradient. A tower gets the same treatment only if some of it trains;
+    otherwise backward would run through a frozen tower for nothing.
     """
     if not hasattr(model, "enable_input_require_grads"):
         return
@@ -159,6 +173,7 @@ def let_gradients_in(model: nn.Module) -> None:
     if not encoders:
         model.enable_input_require_grads()
         return
+    # transformers' own hook would also open every tower: hook the text embedding only.
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     inside = in_towers(model)
     training = [name for name, param in model.named_parameters() if name in inside and param.requires_grad]
@@ -168,7 +183,7 @@ def let_gradients_in(model: nn.Module) -> None:
 
 
 def _requiring_gradients(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a tower's inputs, of which those that are no indices require a gradient."""
+    """Return a tower's inputs with every floating tensor made to require a gradient. Indices stay as they are."""
 
     def require(value: Any) -> Any:
         is_float = isinstance(value, Tensor) and value.is_floating_point()

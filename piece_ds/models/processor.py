@@ -1,4 +1,4 @@
-"""What turns texts, and images where a model reads them, into its inputs: a tokenizer, or a processor around one."""
+"""Tokenizers, and processors around a tokenizer for models that read images."""
 
 import logging
 from typing import Any, TypeAlias
@@ -13,15 +13,15 @@ Processing: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
 
 def tokenizer_of(processing: Processing) -> PreTrainedTokenizerBase:
-    """Return the tokenizer itself, or the one in a processor."""
+    """Return the tokenizer itself, or the one inside a processor."""
     return processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
 
 
 def load_processor(source: str, config: Any, trust_remote_code: bool = False) -> ProcessorMixin:
     """Return the processor of a model that reads images.
 
-    Processors of video need torchvision. Without it one is loaded that reads images alone, and a model folder written
-    with it describes images alone.
+    A processor's video part needs torchvision. Without torchvision only the image part is loaded, and model folders
+    written from it describe only images.
 
     Args:
         source: a local folder or a Hub id.
@@ -36,7 +36,7 @@ def load_processor(source: str, config: Any, trust_remote_code: bool = False) ->
 
 
 def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """Return a processor class like this one without the part for video; saved under the same name."""
+    """Return a processor class like this one without its video part. It is saved under the same class name."""
 
     def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
         return [name for name in processor.get_attributes() if "video" not in name]

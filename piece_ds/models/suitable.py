@@ -1,4 +1,4 @@
-"""Which checkpoints are refused before a weight is read: those that are not the causal model that would be trained."""
+"""Refuse, before any weight is read, checkpoints that are not the causal model that would be trained."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ from piece_ds.runtime.errors import UserError
 def check_checkpoint(arguments: ModelArguments, config: Any) -> None:
     """Raise UserError unless model_name_or_path holds a whole causal model in a floating dtype.
 
-    Pickled files (*.bin), and those of a Hub id that are not in the cache yet, are checked when they are loaded.
+    Pickled files (*.bin), and files of a Hub id that are not in the cache yet, are checked when they are loaded.
 
-    Cost: reads headers; both of an embedding and a head that are stored twice.
+    Cost: reads headers. An embedding and a head that are stored twice are read whole, to compare them.
     """
     source = f"--model_name_or_path {arguments.model_name_or_path}"
     _check_config(source, config, arguments.trust_remote_code)
@@ -39,7 +39,7 @@ def check_checkpoint(arguments: ModelArguments, config: Any) -> None:
 
 
 def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
-    """What config.json says of the model's kind."""
+    """Raise UserError if config.json describes a quantized model, an encoder-decoder, or no causal language model."""
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         known = quantization if isinstance(quantization, dict) else vars(quantization)
@@ -63,8 +63,9 @@ def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
 
 
 def _check_causal(source: str, config: Any, model: nn.Module) -> None:
-    """That no token sees those behind it, as far as config and modules say; a forward pass asks again, later."""
+    """Raise UserError if config or modules tell that a token sees later ones. A forward pass checks again, later."""
     encoders = tuple(towers(model))
+    # Encoders of images see everything, rightly; so do cross-attentions.
     known = [
         module.is_causal
         for name, module in model.named_modules()
@@ -81,7 +82,7 @@ def _check_causal(source: str, config: Any, model: nn.Module) -> None:
 
 
 def _check_dtypes(source: str, stored: dict[str, StoredTensor]) -> None:
-    """That matrices are stored in floating point: quantized ones may come without a word in config.json."""
+    """Raise UserError if a matrix is not stored in floating point. Not every quantized model says so in config.json."""
     for name, tensor in stored.items():
         if tensor.dtype not in FLOAT_DTYPES and name.endswith("weight") and len(tensor.shape) > 1:
             raise UserError(
@@ -91,10 +92,11 @@ def _check_dtypes(source: str, stored: dict[str, StoredTensor]) -> None:
 
 
 def _check_names(source: str, config: Any, model: nn.Module, stored: dict[str, StoredTensor]) -> None:
-    """That every parameter is in the files, in its shape: transformers would draw the others at random.
+    """Raise UserError unless the files hold every parameter in its shape. transformers would draw the others at random.
 
-    transformers itself is asked, by loading tensors without content: it knows what it renames and stacks.
+    transformers itself is asked, by loading tensors without content: only it knows what it renames and stacks.
     """
+    # Its own report of missing tensors would come before ours, and twice.
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -116,7 +118,7 @@ def _check_names(source: str, config: Any, model: nn.Module, stored: dict[str, S
 
 
 def _check_ties(source: str, model: nn.Module, stored: dict[str, StoredTensor]) -> None:
-    """That weights which config.json ties are stored once, or with the same bits."""
+    """Raise UserError unless weights that config.json ties are stored once, or twice with the same bits."""
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)

@@ -1,4 +1,4 @@
-"""A stand-in for the tokenizer of a model that has none, for rows that are token ids already: text is the numbers."""
+"""A stand-in for a missing tokenizer, for rows that are token ids already. Its text is the numbers themselves."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-# What any tokenizer's files are called; without one of them transformers makes some classes an empty vocabulary.
+# Names of any tokenizer's files. If none is there, transformers gives some tokenizer classes an empty vocabulary.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken*", "*.tokenizer")
 
 
@@ -16,7 +16,7 @@ def has_tokenizer_files(folder: Path) -> bool:
 
 
 class TokenIds(PreTrainedTokenizerFast):
-    """Writes token ids as numbers with spaces between them; never saved, since the model has no tokenizer."""
+    """Tokenizer that writes token ids as numbers separated by spaces. It is never saved: the model has no tokenizer."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         return ()
@@ -25,8 +25,8 @@ class TokenIds(PreTrainedTokenizerFast):
 def token_ids_tokenizer(config: Any) -> TokenIds:
     """Return the stand-in for a model with this configuration.
 
-    EOS and padding are the model's own where its configuration names them; else the last id ends an answer, and
-    padding, which is masked, is the first id.
+    EOS and padding are the model's own if its configuration names them. Otherwise the last id is EOS and the first id
+    is padding, which is masked.
     """
     text = config.get_text_config()
     vocabulary = {str(token): token for token in range(text.vocab_size)}
