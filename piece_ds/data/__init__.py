@@ -1,4 +1,4 @@
-"""The task stream: data files become checked rows, rows become token ids, and tasks come one after another."""
+"""The task stream: data files become checked rows, rows become token ids, and tasks follow one another."""
 
 from piece_ds.data.collate import Collator, MicroBatches, pad_id
 from piece_ds.data.files import load_rows

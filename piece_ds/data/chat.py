@@ -1,8 +1,8 @@
-"""Conversations as token ids with loss on the assistant's turns only.
+"""Conversations as token ids, with loss on the assistant's turns only.
 
-The ids are those of transformers' apply_chat_template(). Which of them give loss is said by the template, where it
-marks what the assistant generates ({% generation %}); else the conversation is rendered turn by turn: a turn begins
-where the template, asked to, lets the assistant begin, and ends where the conversation cut after it ends.
+The ids are those of transformers' apply_chat_template(). A template may mark what the assistant generates ({%
+generation %}); then those tokens give loss. Otherwise the conversation is rendered turn by turn. A turn begins where
+the template's generation prompt ends, and ends where the conversation up to and including it ends.
 """
 
 import re
@@ -26,8 +26,10 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Attributes:
-        tokenizer: a fast one (offsets of tokens are needed).
-        source: the template's text; None means the tokenizer's own.
+        tokenizer: a fast tokenizer; offsets of tokens are needed.
+        source: text of the template; None means the tokenizer's own.
+    Raises:
+        UserError: the tokenizer is not a fast one.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,7 +52,7 @@ class ChatTemplate:
         Args:
             messages: turns of role and content.
             where: file and row, for the message.
-            generation_prompt: end with what the assistant's turn begins with.
+            generation_prompt: end with what begins the assistant's next turn.
         Raises:
             UserError: the template is broken, needs a variable, or refuses the conversation.
         """
@@ -62,7 +64,7 @@ class ChatTemplate:
             raise _refused(where, error) from None
 
     def prompt_ids(self, messages: Messages, where: str) -> list[int]:
-        """Return the token ids that the assistant's next turn follows."""
+        """Return the token ids that come before the assistant's next turn."""
         return self._encoded(self.text(messages, where, generation_prompt=True))["input_ids"]
 
     def encode(self, messages: Messages, where: str, num_context: int = 0) -> dict[str, list[int]]:
@@ -73,7 +75,7 @@ class ChatTemplate:
             where: file and row, for messages.
             num_context: turns at the beginning that give no loss.
         Raises:
-            UserError: the template fails, or no token of an assistant's turn is left to learn.
+            UserError: the template fails, drops an answer, or leaves no token of an assistant's turn to learn.
         """
         text = self.text(messages, where)
         for index, message in enumerate(messages, start=1):
@@ -82,13 +84,19 @@ class ChatTemplate:
                     f"{where}: the chat template leaves out what turn {index} says (one for images may expect parts "
                     "in place of text); use a template for text"
                 )
+
+        # Find the assistant's characters, then the tokens that hold any of them.
         encoding = self._encoded(text)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         spans = self._marked(messages, where) if self.marks_generation else self._turns(messages, text, where)
         counted = _covered(offsets, spans)
+
+        # Leave out turns that only serve as context. The generation prompt behind them is still context.
         if num_context:
             begin = _common_length(self.text(messages[:num_context], where, generation_prompt=True), text)
             counted = [is_counted and stop > begin for is_counted, (_, stop) in zip(counted, offsets, strict=True)]
+
+        # What is left is learned.
         labels = [token if is_counted else IGNORED_LABEL for token, is_counted in zip(ids, counted, strict=True)]
         if not has_counted_label(labels):
             raise UserError(f"{where}: the chat template leaves no token of the assistant's turns to learn")
@@ -102,8 +110,11 @@ class ChatTemplate:
         return encoding
 
     def _marked(self, messages: Messages, where: str) -> list[Span]:
-        """Return the characters that the template marks. (transformers' own mask of tokens misses the last ones of a
-        turn that ends inside a character of several tokens.)"""
+        """Return the spans of characters that the template marks as generated.
+
+        transformers' own mask of tokens is not used: it misses the last tokens of a turn that ends inside a character
+        of several tokens.
+        """
         try:
             _, marked = render_jinja_template(
                 [messages],
@@ -117,7 +128,7 @@ class ChatTemplate:
         return spans
 
     def _turns(self, messages: Messages, text: str, where: str) -> list[Span]:
-        """Return the characters of text that are the assistant's turns, with what ends each of them."""
+        """Return the spans of characters that are the assistant's turns, each with what ends it."""
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -129,8 +140,8 @@ class ChatTemplate:
             if text.startswith(until):
                 spans.append((begin, len(until)))
                 continue
-            # The template writes a last turn otherwise than an earlier one (empty thoughts before it, say): find the
-            # content itself, and behind it what the shorter conversation ends with.
+            # The template writes a last turn differently from an earlier one (say, with empty thoughts before it). Find
+            # the content itself, and after it what the shorter conversation ends with.
             content = _answer(message)
             tail = until.rpartition(content)[2]
             stop = text.find(content, begin) + len(content) + len(tail)
@@ -140,24 +151,24 @@ class ChatTemplate:
         return spans
 
     def _prefix(self, before: Messages, text: str, where: str, index: int) -> str:
-        """Return what stands before an assistant's turn: what the model is given when it is to write it."""
+        """Return the text before an assistant's turn: what the model is given when it is to write that turn."""
         if not before:
             return ""  # its turn begins the conversation
         without, prompt = (self.text(before, where, asked) for asked in (False, True))
         if text.startswith(prompt):
             return prompt
-        if text.startswith(without):  # the prompt opens thoughts, say, which the row closes at once: to where they part
+        if text.startswith(without):  # the prompt may open thoughts that the row closes at once: stop where they differ
             return text[: _common_length(prompt, text)]
         raise _not_by_turns(where, index)
 
 
 def _answer(message: dict[str, str]) -> str:
-    """Return what an assistant says, without thoughts before it: templates leave those of earlier turns out."""
+    """Return what an assistant says, without the thoughts before it. Templates drop the thoughts of earlier turns."""
     return message["content"].rpartition("</think>")[2].strip()
 
 
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Return for each token whether a span holds any character of it."""
+    """Return, for each token, whether any span holds a character of it."""
     return [any(start < stop_of and stop > start_of for start_of, stop_of in spans) for start, stop in offsets]
 
 

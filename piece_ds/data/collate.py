@@ -1,4 +1,4 @@
-"""Encoded rows of different lengths as one batch of tensors."""
+"""Collate encoded rows of different lengths into one batch of tensors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +14,16 @@ from piece_ds.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Item b is rows [b B, (b + 1) B), collated; the last has what is left. Collated when asked for, not kept.
+    """Micro-batches of a dataset as a sequence.
+
+    Item b is rows [b B, (b + 1) B), collated; the last item may be smaller. A micro-batch is collated when it is asked
+    for and is not kept.
 
     Attributes:
         rows: a dataset with length and integer access.
         collate: rows -> model inputs with labels.
-        batch_size: B.
-        loss_of: (engine, micro-batch) -> mean loss, in place of engine(**micro_batch).loss: a trainer's own.
+        batch_size: B, in rows.
+        loss_of: (engine, micro-batch) -> mean loss; a trainer's own, in place of engine(**micro_batch).loss.
     """
 
     rows: Sequence[Any]
@@ -38,7 +41,7 @@ class MicroBatches:
         return self.collate([self.rows[i] for i in range(b * self.batch_size, stop)])
 
     def first(self, num_rows: int) -> "MicroBatches":
-        """Return the micro-batches of the first num_rows rows."""
+        """Return the micro-batches of the first num_rows rows only."""
         if num_rows >= len(self.rows):
             return self
         rows: Any = self.rows
@@ -49,7 +52,7 @@ class MicroBatches:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Token id to pad with."""
+    """Return the token id to pad with: the pad token, or else EOS. Raise UserError if the tokenizer has neither."""
     chosen = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if chosen is None:
         raise UserError("the tokenizer has neither a pad_token nor an eos_token to pad with; set one in its files")
@@ -58,17 +61,18 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads to the longest row, rounded up to a multiple, as a callable for DataLoader and Trainer.
+    """Pads rows to the longest one, rounded up to a multiple; a callable for DataLoader and Trainer.
 
-    A causal model never sees what stands behind a token: padded on the right, a row has the loss that it has alone,
-    whatever the model does with positions, recurrences, convolutions or the attention mask. Of the causal classes of
-    transformers, one in five gives a row padded on the left another loss. Padding on the left is for generation.
-    A row's first token is never a label, as nothing stands before it: the loss does not depend on the padding.
+    Training pads on the right. A causal model never sees later tokens, so a row keeps the loss that it has without
+    padding, whatever the model does with positions, recurrences, convolutions or the attention mask. With padding on
+    the left, one in five of transformers' causal classes gives another loss. Padding on the left is for generation.
+
+    A row's first token is never a label: no token comes before it. So the loss does not depend on the padding.
 
     Attributes:
-        pad_id: token id of padding; it is masked from attention and from the loss.
-        multiple: lengths are rounded up to it; 8 suits tensor cores and is what the method's authors use. A single
-            row is not padded: one row at a time is right whatever a model makes of padding.
+        pad_id: token id of padding. It is masked from attention and from the loss.
+        multiple: padded lengths are multiples of it; 8 suits tensor cores and is what the method's authors use. A
+            single row is not padded, so one row at a time is right whatever a model makes of padding.
         side: of the padding, 'right' or 'left'.
     """
 
@@ -77,10 +81,10 @@ class Collator:
     side: str = "right"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Batch of rows.
+        """Collate rows into one batch.
 
         Args:
-            rows: at least one mapping with input_ids and labels, equally long; other keys are ignored.
+            rows: at least one mapping with input_ids and labels of equal length; other keys are ignored.
         Returns:
             input_ids, labels and attention_mask, int64, (len(rows), padded length), on the CPU.
         """
@@ -94,10 +98,10 @@ class Collator:
             where = self.place(len(row["input_ids"]), shape[1])
             input_ids[index, where] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
             labels[index, where] = torch.as_tensor(row["labels"], dtype=torch.int64)
-            labels[index, where.start] = IGNORED_LABEL  # else padding would predict it, in padded rows only
+            labels[index, where.start] = IGNORED_LABEL  # else padding would predict it, but only in padded rows
             attention_mask[index, where] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
     def place(self, length: int, padded: int) -> slice:
-        """Where a row of length tokens lies in one of padded tokens."""
+        """Return where a row of length tokens lies in a row of padded tokens."""
         return slice(0, length) if self.side == "right" else slice(padded - length, padded)

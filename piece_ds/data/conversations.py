@@ -1,4 +1,4 @@
-"""Conversations of any tool as one form: turns of role and content, in OpenAI's words for the roles."""
+"""Convert conversations of any tool to one form: turns of role and content, with OpenAI's names for the roles."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from piece_ds.runtime.errors import UserError, nearest
 
 Messages = list[dict[str, str]]
 
-# Each tool's word -> ours. Roles of tools and functions are left out: what is loss there is not settled.
+# Each tool's word -> ours. Tool and function roles are left out: it is not settled which of their tokens give loss.
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -23,14 +23,14 @@ _IGNORED_KEYS = {"role", "content", "from", "value", "name", "id"}
 
 
 def from_messages(messages: Messages, where: str, num_context: int = 0) -> dict[str, Any]:
-    """Return the row of a conversation.
+    """Return the row of a conversation: its messages and num_context.
 
     Args:
-        messages: of checked_messages().
+        messages: from checked_messages().
         where: file and row, for the message.
         num_context: turns at the beginning that give no loss.
     Raises:
-        UserError: no turn that gives loss, or a system turn that is not the first.
+        UserError: no turn gives loss, or a system turn is not the first.
     """
     roles = [message["role"] for message in messages]
     if "assistant" not in roles[num_context:]:
@@ -41,10 +41,14 @@ def from_messages(messages: Messages, where: str, num_context: int = 0) -> dict[
 
 
 def checked_messages(value: Any, key: str, where: str) -> Messages:
-    """Return the turns of a list of {role, content} or {from, value}; an empty system turn is none.
+    """Return the turns of a list of {role, content} or {from, value}. An empty system turn is dropped.
 
+    Args:
+        value: what the row holds.
+        key: its name in the row, for the message.
+        where: file and row, for the message.
     Raises:
-        UserError: no list of turns; an unknown role, an empty turn, images, or calls of tools.
+        UserError: value is no list of turns, or a turn has an unknown role, is empty, or holds images or tool calls.
     """
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: {key} must be a list of turns with role and content, got {type_name(value)}")
@@ -74,7 +78,7 @@ def _checked_turn(turn: Any, where: str) -> dict[str, str]:
 
 
 def _joined(content: Any, where: str) -> Any:
-    """Return the texts of a list of parts as one; anything else as it is."""
+    """Return the texts of a list of parts as one text; return anything else as it is."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -85,14 +89,16 @@ def _joined(content: Any, where: str) -> Any:
 
 
 def from_sharegpt(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the conversation of a ShareGPT row, its system text first."""
+    """Return the conversation of a ShareGPT row, with its system text first."""
     turns = checked_messages(row["conversations"], "conversations", where)
     return from_messages([*_system(row, where), *turns], where)
 
 
 def from_alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return an Alpaca row as a conversation: the input under the instruction on a line of its own, as
-    LLaMA-Factory's README says; before it the pairs of `history`, and `system`."""
+    """Return an Alpaca row as a conversation: `system`, the pairs of `history`, then instruction and output.
+
+    `input` follows the instruction on a line of its own, as LLaMA-Factory's README says.
+    """
     question = text_of(row["instruction"], "instruction", where)
     given = row.get("input")
     if given not in (None, ""):

@@ -1,4 +1,4 @@
-"""A data file, or a data set of the Hub, as a datasets.Dataset of checked rows."""
+"""Read a data file, or a data set of the Hub, as a datasets.Dataset of checked rows."""
 
 import re
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from piece_ds.data.readers import READERS, ROWS_PER_BATCH, read_rows
 from piece_ds.data.rows import CHAT, features_of
 from piece_ds.runtime.errors import UserError, nearest
 
-# Up to this size each rank holds the rows in memory and touches no cache. Larger files go through the datasets
-# library's cache on disk, which its file locks keep safe between ranks, and are memory-mapped by all of them.
+# Up to this size, each rank holds the rows in memory and touches no cache. Larger files go through the datasets
+# library's disk cache. Its file locks keep the cache safe between ranks, and all ranks map the same files.
 IN_MEMORY_BYTES = 2**30
 READER_VERSION = 2  # part of the cache key: raise it when the readers or the checks change
 Columns = dict[str, str] | None
@@ -28,8 +28,8 @@ class DataFile:
     """A data file that has been read.
 
     Attributes:
-        rows: checked, in the file's order, with the columns of their kind.
-        format: how its rows were written.
+        rows: checked rows in the file's order, with the columns of their kind.
+        format: how the file writes its rows.
     """
 
     rows: datasets.Dataset
@@ -37,7 +37,7 @@ class DataFile:
 
 
 def load_rows(path_or_name: str, images: bool = False, columns: Columns = None) -> datasets.Dataset:
-    """Return the rows of read_data_file()."""
+    """Return the rows of a data file or a Hub data set; see read_data_file()."""
     return read_data_file(path_or_name, images, columns).rows
 
 
@@ -45,14 +45,15 @@ def read_data_file(path_or_name: str, images: bool = False, columns: Columns = N
     """Read a JSON, JSONL, CSV or Parquet file, or a Hub data set, and check every row of it.
 
     Args:
-        path_or_name: a file, or NAME or NAME:SPLIT of the Hub (split train unless given; offline from its cache).
-        images: keep what only a model that reads images needs of a pair.
+        path_or_name: a file, or NAME or NAME:SPLIT of the Hub. The split is train unless given; offline, the Hub's
+            cache serves.
+        images: keep the columns of a pair that only a model that reads images needs.
         columns: name in the file -> known name; see formats.parse_columns().
     Returns:
-        Its rows, with the columns of their kind (rows.FEATURES; pairs with images also answers, a list, and image, a
-        path or None), and their format. Other columns are dropped.
+        The rows and their format. Rows have the columns of their kind (rows.FEATURES). With images, pairs also have
+        answers (a list) and image (a path or None). Other columns are dropped.
     Raises:
-        UserError: what cannot be read or used, naming the file and the line or row.
+        UserError: something cannot be read or used; the message names the file and the line or row.
     """
     path = Path(path_or_name)
     if _is_hub_name(path_or_name, path):
@@ -66,12 +67,12 @@ def read_data_file(path_or_name: str, images: bool = False, columns: Columns = N
 
 
 def first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """The first limit rows; all of them where there are fewer or limit is None."""
+    """Return the first limit rows; all rows if there are fewer or limit is None."""
     return rows if limit is None or len(rows) <= limit else rows.select(range(limit))
 
 
 def _is_hub_name(name: str, path: Path) -> bool:
-    """A Hub name is no existing path, has no data suffix, and at most one slash."""
+    """Return whether name means a Hub data set: no existing path, no data suffix, and at most one slash."""
     looks_local = path.exists() or path.suffix.lower() in READERS or name.startswith((".", "/", "~"))
     return not looks_local and HUB_NAME.fullmatch(name) is not None
 
@@ -91,14 +92,14 @@ def _check_file(path: Path) -> None:
 
 
 def first_format(path: Path, columns: Columns) -> RowFormat:
-    """Return the format of a file's first row. Raise UserError where there is none."""
+    """Return the format of a file's first row. Raise UserError if the file has no rows."""
     for row in read_rows(path):
         return format_of(renamed_row(row, columns or {}, f"{path} row 1"), f"{path} row 1")
     raise UserError(f"{path} has no rows; expected rows of prompt and answer")
 
 
 def _in_memory(rows: Iterator[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
-    """rows as one Arrow table in this process's memory, built a batch at a time."""
+    """Return rows as one Arrow table in this process's memory, built a batch at a time."""
     schema = features.arrow_schema
     batches, pending = [], []
     for row in rows:
@@ -111,7 +112,7 @@ def _in_memory(rows: Iterator[dict[str, Any]], features: datasets.Features) -> d
 
 
 def _through_cache(path: Path, features: datasets.Features, images: bool, columns: Columns) -> datasets.Dataset:
-    """rows through the datasets library's disk cache, keyed by the file's place, size and time of change."""
+    """Return rows through the datasets library's disk cache. The key is the file's path, size and time of change."""
     status = path.stat()
     key = {
         "path": str(path.resolve()),
@@ -144,6 +145,7 @@ def _from_hub(name: str, images: bool, columns: Columns) -> DataFile:
     form = format_of(renamed_row(rows[0], columns or {}, f"{name} row 1"), f"{name} row 1")
     features = features_of(form.kind, images)
     is_small = rows.dataset_size is None or rows.dataset_size <= IN_MEMORY_BYTES
+    # Rows that change in any way are converted in memory. Large ones that stay as they are keep the Hub's own files.
     if is_small or columns or form.kind == CHAT or not set(features) <= set(rows.column_names):
         return DataFile(_in_memory(checked_rows(rows, name, images, columns), features), form)
     for _ in checked_rows(rows, name, images):

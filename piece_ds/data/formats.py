@@ -1,4 +1,4 @@
-"""The data formats that people have: which keys tell them, and what their rows become.
+"""The data formats that people have: which keys tell a format, and what its rows become.
 
 | name | keys | becomes |
 |---|---|---|
@@ -11,7 +11,7 @@
 | Alpaca | instruction, output; input, system, history | CHAT of one question and answer, after the history |
 | text | text | TEXT, loss on all of it |
 
-A file's first row decides; a row that could be two of them is the one further up.
+The first row of a file decides its format. If a row fits two formats, the upper one in FORMATS wins.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -42,11 +42,11 @@ class RowFormat:
     """One way to write a row.
 
     Attributes:
-        name: as it is shown.
-        keys: what every row of it has.
-        kind: what its rows become.
-        convert: (row, file and row for messages) -> checked row with the columns of its kind.
-        optional: keys that mean something when they are there.
+        name: for messages.
+        keys: keys that every row of the format has.
+        kind: what its rows become; see rows.FEATURES.
+        convert: (row, file and row number for messages) -> checked row with the columns of its kind.
+        optional: keys that mean something if a row has them.
     """
 
     name: str
@@ -94,10 +94,13 @@ KNOWN_COLUMNS = tuple(dict.fromkeys(key for form in FORMATS for key in (*form.ke
 
 
 def format_of(row: Any, where: str) -> RowFormat:
-    """Return the format of a row, by its keys.
+    """Return the format of a row, judged by its keys.
 
+    Args:
+        row: as read.
+        where: file and row, for the message.
     Raises:
-        UserError: the row is no object, or of no known format; the nearest one is named.
+        UserError: the row is no object, or of no known format; the message names the nearest format.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with prompt and answer, got {type_name(row)}")
@@ -105,6 +108,8 @@ def format_of(row: Any, where: str) -> RowFormat:
         is_of_messages = form.convert is not _completion_messages or isinstance(row.get("completion"), list)
         if all(key in row for key in form.keys) and is_of_messages:
             return form
+
+    # No format fits: name the nearest one, and guess which column is meant by which key.
     names = sorted(map(str, row))
     form = max(FORMATS[1:], key=lambda form: _likeness(form, names))
     if _likeness(form, names) < _LEAST_LIKENESS:
@@ -119,7 +124,7 @@ def format_of(row: Any, where: str) -> RowFormat:
 
 
 def _paired(missing: list[str], free: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield each missing key with the most similar of the free names, else with the first, else with NAME."""
+    """Yield each missing key with the most similar free name, else with the first one, else with NAME."""
     for key in missing:
         name = (get_close_matches(key, free, n=1) or free or ["NAME"])[0]
         free = [other for other in free if other != name]
@@ -130,16 +135,16 @@ _LEAST_LIKENESS = 0.4
 
 
 def _likeness(form: RowFormat, names: list[str]) -> float:
-    """Return how well the nearest of names fits each key of form, 0 to 1, on average."""
+    """Return how well the keys of form match names: the mean over keys of the best match, 0 to 1."""
     best = [max((SequenceMatcher(None, key, name).ratio() for name in names), default=0.0) for key in form.keys]
     return sum(score if score > 0.6 else 0.0 for score in best) / len(best)
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """Return name in the file -> name that this project knows, of --columns prompt=question,answer=target.
+    """Return name in the file -> known name, parsed from --columns such as prompt=question,answer=target.
 
     Raises:
-        UserError: a part that is no KNOWN=NAME, a known name that is none, or a name given twice.
+        UserError: a part is not KNOWN=NAME, names an unknown key, or gives a name twice.
     """
     renamed: dict[str, str] = {}
     for part in (text or "").split(",") if text else ():
@@ -160,7 +165,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 def renamed_row(row: Any, columns: dict[str, str], where: str) -> Any:
-    """Return row under the names of --columns. Raise UserError where a column is missing, or would hide another."""
+    """Return row under the names of --columns. Raise UserError if a named column is missing."""
     if not columns or not isinstance(row, dict):
         return row
     missing = [name for name in columns if name not in row]
@@ -176,15 +181,15 @@ def renamed_row(row: Any, columns: dict[str, str], where: str) -> Any:
 def checked_rows(
     rows: Iterable[Any], source: str, images: bool = False, columns: dict[str, str] | None = None
 ) -> Iterator[Row]:
-    """Yield rows with exactly the columns of their kind, each checked; other columns are dropped.
+    """Yield rows with exactly the columns of their kind, each checked. Other columns are dropped.
 
     Args:
         rows: rows as read; row numbers in messages count from 1.
-        source: the file or data set, for messages.
+        source: file or data set, for messages.
         images: a pair may name an image, as image or pic_path, and its answer may be a list of gold answers.
-        columns: of parse_columns().
+        columns: from parse_columns().
     Raises:
-        UserError: a row that cannot be used, or one of another format than the first.
+        UserError: a row cannot be used, or has another format than the first row.
     """
     first = None
     for number, raw in enumerate(rows, start=1):

@@ -1,8 +1,8 @@
-"""General text that nobody has to bring: rows that stand for what a model could do before the first task.
+"""General text that nobody has to supply: rows that stand for what a model could do before the first task.
 
-Three kinds serve: `self`, what the base model writes (evaluation.self_written makes it), `builtin`, the English prose
-that every Python installation carries, and any file. Whatever the kind, rows are encoded as those of a task are
-(input_ids and labels), so that statistics, replay and a KL term take them like any other rows.
+There are three kinds: `self`, which the base model writes (evaluation.self_written); `builtin`, the English prose that
+every Python installation carries; and any file. Rows of every kind are encoded like those of a task (input_ids and
+labels). So statistics, replay and a KL term use them like any other rows.
 """
 
 import ast
@@ -21,15 +21,15 @@ SELF, BUILTIN = "self", "builtin"
 
 # A docstring shorter than this is a label, not prose.
 MIN_CHARACTERS = 200
-# Third-party code, tests and generated tables: not the installation's own prose, or not there everywhere.
+# Third-party code, tests and generated tables: not the library's own prose, or not in every installation.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "lib2to3", "pydoc_data"}
 
 
 def rows_of_tokens(token_ids: Sequence[Sequence[int]]) -> datasets.Dataset:
-    """Rows whose loss is that of every token but the first, which nothing predicts.
+    """Return rows with loss on every token but the first, which nothing predicts.
 
     Args:
-        token_ids: of each row, its first token (BOS or a prompt's) included; at least two.
+        token_ids: of each row, with its first token (BOS or a prompt's); at least two tokens a row.
     Returns:
         Dataset of columns input_ids and labels.
     """
@@ -39,16 +39,16 @@ def rows_of_tokens(token_ids: Sequence[Sequence[int]]) -> datasets.Dataset:
 
 
 def builtin_rows(encoder: Encoder, num_rows: int, num_tokens: int, seed: int) -> datasets.Dataset:
-    """Pieces of the language's documentation and of the standard library's docstrings, drawn by seed.
+    """Return pieces of Python's documentation and of the standard library's docstrings, drawn by seed.
 
     Args:
-        encoder: its tokenizer makes the tokens, and BOS stands before each piece.
+        encoder: its tokenizer makes the tokens; BOS comes first in each piece.
         num_rows: rows wanted; each is a piece of another text.
-        num_tokens: of every row, BOS included; shorter texts are left out.
-        seed: of the draw: the same rows for the same seed, tokenizer and Python installation.
+        num_tokens: of every row, BOS included. Shorter texts are left out.
+        seed: of the draw. The rows are the same for the same seed, tokenizer and Python installation.
     Raises:
         MachineError: this installation carries too little prose.
-    Cost: a few seconds, reading about a tenth of the library's sources.
+    Cost: a few seconds; about a tenth of the library's sources are read.
     """
     random = Random(f"{seed}/general text")
     rows: list[list[int]] = []
@@ -65,13 +65,13 @@ def builtin_rows(encoder: Encoder, num_rows: int, num_tokens: int, seed: int) ->
 
 
 def _prose(random: Random) -> Iterator[str]:
-    """Topics of Python's help() and docstrings, shuffled together, as long as there are any."""
+    """Yield topics of Python's help() and docstrings in random order, until none is left."""
     topics = _topics()
     files = _source_files()
     random.shuffle(topics)
     random.shuffle(files)
     while topics or files:
-        # In turn: the topics are fewer, and prose about syntax alone would be one kind of text.
+        # Alternate: there are fewer topics, and topics are all about syntax.
         if topics:
             yield topics.pop()
         if files:
@@ -92,7 +92,7 @@ def _source_files() -> list[Path]:
 
 
 def _docstrings(path: Path) -> list[str]:
-    """The docstring of the module, of its classes and of its functions, where it is long enough to be prose."""
+    """Return the docstrings of a module, its classes and its functions that are long enough to be prose."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
     except (SyntaxError, ValueError):  # the library also keeps sources that are not meant to compile

@@ -1,4 +1,4 @@
-"""Rows of a training file that are held out: drawn by a seed, the same on every rank and in every run."""
+"""Hold out rows of a training file. A seed draws them: the same ones on every rank and in every run."""
 
 import datasets
 import numpy as np
@@ -7,13 +7,15 @@ from piece_ds.runtime.errors import UserError
 
 
 def hold_out(rows: datasets.Dataset, share: float, seed: int, source: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split rows into those that are trained and those that are held out, both in the file's order.
+    """Split rows into training rows and held-out rows. Both keep the file's order.
 
     Args:
-        rows: as read, before they become tokens: pieces of one text stay together.
-        share: of the rows that is held out, in (0, 1); at least one row is, and at least one stays.
-        seed: of the draw, which also depends on the number of rows and on nothing else.
-        source: the file, for the message.
+        rows: as read, before they become tokens, so that pieces of one text stay together.
+        share: of the rows to hold out, in (0, 1). At least one row is held out and at least one stays.
+        seed: of the draw, which depends only on it and on the number of rows.
+        source: file, for the message.
+    Returns:
+        Training rows and held-out rows.
     Raises:
         UserError: fewer than two rows.
     """

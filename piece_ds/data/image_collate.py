@@ -1,4 +1,4 @@
-"""Rows with images as one batch: what the processor makes of prompts and images, answers behind, padded as others."""
+"""Collate rows with images: the processor encodes prompts and images, answers follow, and rows are padded as usual."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,40 +23,42 @@ _STAND_IN = "stand-in"  # no path: the blank image
 
 @dataclass(frozen=True)
 class ImageCollator:
-    """Callable for DataLoader and Trainer; images are read when a batch is made, in whichever process makes it.
+    """Collates rows with images; a callable for DataLoader and Trainer.
 
-    A batch without any image gets one more row: a blank image and no label. It weighs nothing in the loss, and its
-    gradients are zeros; but every rank then runs the vision tower and the projector in every micro-batch. ZeRO-3
-    gathers parameters together: a rank that left them out would wait for the others forever.
+    Images are read when a batch is made, in the process that makes it. A batch without any image gets one more row: a
+    blank image without labels. It adds nothing to the loss, and its gradients are zero. But every rank then runs the
+    vision tower and the projector in every micro-batch. ZeRO-3 gathers parameters on all ranks together, so a rank that
+    skipped them would make the others wait forever.
 
     Attributes:
         processor: the model's.
-        pad: of the token ids.
+        pad: collator for the token ids.
     """
 
     processor: ProcessorMixin
     pad: Collator
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Batch of rows of encode_image_rows(), or of any with input_ids and labels.
+        """Collate rows of encode_image_rows(), or any rows with input_ids and labels.
 
         Returns:
-            input_ids, labels, attention_mask and what else the processor gives (pixel_values, image_grid_thw, ...).
-            Tensors that go along with the tokens are padded like them, with 0; all others are as the processor joins
-            them.
+            input_ids, labels, attention_mask and everything else that the processor gives (pixel_values,
+            image_grid_thw, ...). Tensors with one entry per token are padded with 0 like the tokens. All others are as
+            the processor joins them.
         Raises:
-            UserError: an image cannot be read, with its row.
+            UserError: an image cannot be read; the message names its row.
         """
         return self._batch(rows, self.pad)
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The same without answers and labels, padded on the left to the longest: what answers are generated from."""
+        """Collate only the prompts, to generate answers from: without labels, padded on the left to the longest."""
         prompts = [{**row, **_unlabelled(split_prompt(row["input_ids"], row["labels"])[0])} for row in rows]
         batch = self._batch(prompts, Collator(self.pad.pad_id, multiple=1, side="left"))
         del batch["labels"]
         return batch
 
     def _batch(self, rows: Sequence[Row], pad: Collator) -> dict[str, Tensor]:
+        # Every rank must run the vision tower: see the class.
         whole = [*rows] if any(row.get("image") for row in rows) else [*rows, self._stand_in()]
         unfolded, joined = self._unfold([row for row in whole if row.get("image")])
         remaining = iter(unfolded)
@@ -67,7 +69,12 @@ class ImageCollator:
         return batch | joined
 
     def _unfold(self, rows: list[Row]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """(per row what goes along with the tokens of its prompt, without padding; what goes with the images)."""
+        """Return what the processor makes of rows with images.
+
+        Returns:
+            For each row, the tensors with one entry per token of its prompt, without padding. Then the tensors that
+            belong to the images of all rows together.
+        """
         texts = [row["text"] for row in rows]
         options = ImagePrompt(self.processor).options(texts[0])
         encoded = self.processor(
@@ -92,22 +99,22 @@ class ImageCollator:
 
 
 def make_collator(processing: Processing) -> Collator | ImageCollator:
-    """Collator for a tokenizer's or a processor's rows; pads with the pad token, or EOS where there is none."""
+    """Return the collator for rows of a tokenizer or a processor. Raise UserError if there is no token to pad with."""
     pad = Collator(pad_id=pad_id(tokenizer_of(processing)))
     return ImageCollator(processing, pad) if isinstance(processing, ProcessorMixin) else pad
 
 
 def check_processor(processing: Processing) -> None:
-    """Raise UserError unless batches can be made of what a processor gives: it is asked with one blank image."""
+    """Raise UserError unless batches can be made of what a processor gives. One blank image is tried."""
     if isinstance(processing, ProcessorMixin):
         make_collator(processing)([])
 
 
 def _require_marks_of_images(name: str, tensor: Tensor) -> None:
-    """Raise UserError unless it is 0 for the text of a prompt and not for its image: then an answer's is 0 too.
+    """Raise UserError unless a per-token tensor is 0 for text and not 0 for images: then 0 is right for an answer too.
 
-    PaliGemma's token types say which tokens see those behind them, Mllama's cross attention mask which see the image:
-    with zeros, answers would be read from themselves, or without the image.
+    PaliGemma's token types say which tokens see later ones. Mllama's cross-attention mask says which tokens see the
+    image. Zeros there would let answers see themselves, or hide the image from them.
     """
     if tensor[:, -1].any() or not tensor.flatten(1).any(dim=1).all():
         raise UserError(
@@ -125,7 +132,7 @@ def _unlabelled(ids: list[int]) -> Row:
 
 
 def _with_answer(prompt: dict[str, Tensor], labels: Sequence[int]) -> dict[str, Tensor]:
-    """An unfolded prompt and the counted labels behind it; what else goes along with the tokens is 0 there."""
+    """Return an unfolded prompt followed by its counted labels. Other per-token tensors are 0 over the answer."""
     answer = torch.tensor([label for label in labels if label != IGNORED_LABEL], dtype=torch.int64)
     longer = {name: torch.cat([row, row.new_zeros(len(answer), *row.shape[1:])]) for name, row in prompt.items()}
     ids = torch.cat([prompt["input_ids"], answer])
@@ -134,7 +141,7 @@ def _with_answer(prompt: dict[str, Tensor], labels: Sequence[int]) -> dict[str, 
 
 
 def _padded(rows: list[Tensor | None], pad: Collator, length: int) -> Tensor:
-    """Rows beside zeros, as pad lays tokens; a row without the tensor is all zeros."""
+    """Return rows padded with zeros in the places where pad puts tokens. A row without the tensor is all zeros."""
     like = next(row for row in rows if row is not None)
     padded = like.new_zeros(len(rows), length, *like.shape[1:])
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Rows of prompt, answer and image: checked, found on disk, and encoded up to the image, which the collator reads."""
+"""Rows of prompt, answer and image: check them, find their images, and encode all but the image itself."""
 
 import logging
 from dataclasses import dataclass
@@ -17,10 +17,12 @@ from piece_ds.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """Puts a question, and an image before it, into the user's turn.
+    """Puts a question, with an image before it, into the user's turn.
 
     Attributes:
-        processor: of a model that reads images, with a chat template.
+        processor: of a model that reads images; it must have a chat template.
+    Raises:
+        UserError: the processor has no chat template.
     """
 
     processor: ProcessorMixin
@@ -33,7 +35,7 @@ class ImagePrompt:
             )
 
     def text(self, prompt: str, with_image: bool) -> str:
-        """The turn as text, ending where the answer begins; the image is one token, which the processor unfolds."""
+        """Return the turn as text, up to where the answer begins. The image is one token, which the processor expands."""
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
         if with_image:
             content.insert(0, {"type": "image"})
@@ -41,11 +43,11 @@ class ImagePrompt:
         return self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of text() with the image still one token."""
+        """Return the token ids of text(), with the image still one token."""
         return self.processor.tokenizer(text, **self.options(text))["input_ids"]
 
     def options(self, text: str) -> dict[str, bool]:
-        """For the tokenizer: what begins a sequence is added unless the template has done it."""
+        """Return options for the tokenizer: no special tokens if the template has already written BOS."""
         bos = self.processor.tokenizer.bos_token
         return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
@@ -64,21 +66,24 @@ ENCODED = Features(
 
 
 def has_images(rows: datasets.Dataset) -> bool:
-    """Whether any row names an image."""
+    """Return whether any row names an image."""
     return "image" in rows.column_names and any(rows["image"])
 
 
 def find_images(rows: datasets.Dataset, source: str, arguments: DataArguments) -> datasets.Dataset:
-    """rows with the path of every image as it lies on disk, in a column `where` what to call the row.
+    """Return rows with the path of each image on disk, and a column `where` that names the row.
 
     Args:
-        rows: of load_rows(images=True).
+        rows: from load_rows(images=True).
         source: their file.
-        arguments: image_dir, skip_bad_images.
+        arguments: image_dir and skip_bad_images are used.
     Raises:
-        UserError: an image is missing or no image, without skip_bad_images; or no row is left.
-    Cost: opens every image once; with skip_bad_images decodes it too, so that every rank leaves out the same rows.
+        UserError: an image is missing or broken and skip_bad_images is off, or no row is left.
+    Cost: opens every image once. With skip_bad_images it also decodes them, so that every rank leaves out the same
+        rows.
     """
+
+    # Check every image now: a bad one later would stop one of many ranks in the middle of a task.
     folder = ImageFolder(arguments.image_dir, source)
     kept: list[int] = []
     paths: list[str | None] = []
@@ -93,18 +98,22 @@ def find_images(rows: datasets.Dataset, source: str, arguments: DataArguments) -
             continue
         kept.append(index)
         paths.append(found)
+
+    # Say what was left out.
     if first_bad:
         bad = len(rows) - len(kept)
         logger.warning("%s: %d of %d rows left out for their images; the first: %s", source, bad, len(rows), first_bad)
     if not kept:
         raise UserError(f"{source}: no row has an image that can be read; the first: {first_bad}")
+
+    # Row numbers are those of the file, whatever was left out.
     where = [f"{source} row {index + 1}" for index in kept]
     chosen = rows.select(kept).remove_columns("image").add_column("image", paths, feature=Value("string"))
     return chosen.add_column("where", where, feature=Value("string"))
 
 
 def _checked(folder: ImageFolder, path: str | None, where: str, decode: bool) -> str | None:
-    """Where the image of a row lies; None for a row without one."""
+    """Return where the image of a row lies; None if the row has no image."""
     if not path:
         return None
     found = folder.find(path)
@@ -121,12 +130,17 @@ def _checked(folder: ImageFolder, path: str | None, where: str, decode: bool) ->
 
 
 def encode_image_rows(rows: datasets.Dataset, encoder: Encoder, prompt: ImagePrompt) -> datasets.Dataset:
-    """rows of find_images() as token ids of prompt and answer, the image standing as the one token of the template.
+    """Return rows of find_images() as token ids of prompt and answer. The image is the one token of the template.
 
-    The prompt is not cut to the encoder's cutoff: that could cut into the image, whose size the processor bounds.
+    The prompt is not cut to the encoder's cutoff. A cut could fall inside the image, whose size the processor limits.
 
+    Args:
+        rows: from find_images().
+        encoder: encodes the answers.
+        prompt: writes the prompts.
     Returns:
-        Dataset of ENCODED: input_ids and labels as of text rows, the prompt's text in the template, path and row.
+        Dataset with the columns of ENCODED: input_ids and labels as for text rows, the prompt's text, image path and
+            row.
     Raises:
         UserError: an answer without a token.
     """

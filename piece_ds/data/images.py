@@ -1,8 +1,10 @@
-"""The image of a row: where it lies, whether it can be read, and reading it.
+"""Find, check and read the image of a row.
 
-What is looked up and how, in this order, for a path in a row: the path itself where it is absolute and exists; below
---image_dir (without one: below the data file's folder) the path, then ever shorter tails of it ("a/b/c.jpg", "b/c.jpg",
-"c.jpg"); last the file name in any subfolder of --image_dir, if one alone has it.
+A path in a row is looked up in this order:
+
+1. the path itself, if it is absolute and exists; 2. the path below --image_dir (if not given: below the data file's
+folder), then ever shorter tails of it: "a/b/c.jpg", "b/c.jpg", "c.jpg"; 3. the file name in any subfolder of
+--image_dir, if only one subfolder has it.
 """
 
 import os
@@ -12,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from piece_ds.runtime.errors import UserError
 
-# What PIL raises for files that are no images, are cut short, or unfold to more than it deems safe.
+# What PIL raises for files that are no images, are truncated, or decompress to more than it deems safe.
 _BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -20,10 +22,11 @@ class ImageFolder:
     """Finds images by the paths that rows give them."""
 
     def __init__(self, image_dir: str | None, data_file: str) -> None:
-        """
+        """Set where to look.
+
         Args:
             image_dir: --image_dir, or None.
-            data_file: whose rows name the images.
+            data_file: file whose rows name the images.
         Raises:
             UserError: image_dir is no folder.
         """
@@ -34,7 +37,7 @@ class ImageFolder:
         self._by_name: dict[str, list[Path]] | None = None
 
     def find(self, path: str) -> Path | None:
-        """The file that path means, or None where there is none. Raises UserError where two files may be meant."""
+        """Return the file that path means, or None if there is none. Raise UserError if two files may be meant."""
         given = PurePath(path.replace("\\", "/"))
         if given.is_absolute() and os.path.isfile(given):
             return Path(given)
@@ -47,6 +50,7 @@ class ImageFolder:
 
     def _in_subfolder(self, name: str) -> Path | None:
         if self._by_name is None:
+            # One walk serves all rows.
             self._by_name = {}
             for folder, _, files in os.walk(self.root):
                 for file in files:
@@ -61,13 +65,13 @@ class ImageFolder:
 
 
 def read_image(path: str | Path, where: str) -> Image.Image:
-    """The image in RGB, upright as its EXIF data says.
+    """Return the image in RGB, upright as its EXIF data says.
 
     Args:
         path: of the file.
         where: file and row that name it, for the message.
     Raises:
-        UserError: it cannot be decoded.
+        UserError: the image cannot be decoded.
     """
     try:
         with Image.open(path) as image:
@@ -80,7 +84,7 @@ def read_image(path: str | Path, where: str) -> Image.Image:
 
 
 def check_header(path: str | Path, where: str) -> None:
-    """Raise UserError unless the file begins as an image does; its pixels are not decoded."""
+    """Raise UserError unless the file begins like an image. Its pixels are not decoded."""
     try:
         with Image.open(path):
             pass

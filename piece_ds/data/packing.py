@@ -1,9 +1,9 @@
-"""Micro-batches without padding: the rows of one laid end to end, and attention that never crosses from row to row.
+"""Micro-batches without padding: rows are laid end to end, and attention never crosses from one row to another.
 
-transformers tells the rows apart by position ids that begin again at 0, where no attention mask and no cache is given,
-and blocks attention between them (sdpa, eager, flash attention; sliding windows too). A model whose layers carry
-anything else from token to token (state-space layers, convolutions, positions counted from a mask) would let rows see
-each other, so packing is for the families that tests/unit/test_packing.py proves: loss and every gradient equal those
+transformers tells the rows apart by position ids that restart at 0, if neither an attention mask nor a cache is given.
+It then blocks attention between rows (sdpa, eager and flash attention; sliding windows too). Layers that carry anything
+else from token to token (state-space layers, convolutions, positions counted from a mask) would let rows see each
+other. So packing is limited to the families that tests/unit/test_packing.py proves: loss and every gradient equal those
 of the padded batch within rounding.
 """
 
@@ -18,7 +18,7 @@ from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.models.processor import Processing
 from piece_ds.runtime.errors import UserError
 
-# model_type of transformers' configurations.
+# model_type, in transformers' configurations, of the families that are proven.
 PACKS = frozenset(
     (
         *("apertus", "arcee", "bitnet", "cohere", "cohere2", "diffllama", "doge", "ernie4_5", "exaone4", "flex_olmo"),
@@ -33,17 +33,17 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Lays the rows of a micro-batch end to end; a callable for DataLoader and Trainer in place of Collator."""
+    """Lays the rows of a micro-batch end to end; a callable for DataLoader and Trainer, in place of Collator."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the model's inputs for rows.
 
         Args:
-            rows: at least one mapping with input_ids and labels, equally long; other keys are ignored.
+            rows: at least one mapping with input_ids and labels of equal length; other keys are ignored.
         Returns:
-            input_ids, labels and position_ids, int64, (1, tokens of all rows), on the CPU. A row's first label is
-            never counted, as nothing of the row stands before it. And use_cache, False: with a cache transformers
-            would not look for rows.
+            input_ids, labels and position_ids, int64, (1, tokens of all rows), on the CPU. A row's first label is never
+            counted: no token of the row comes before it. Also use_cache=False, since with a cache transformers would
+            not look for rows.
         """
         flatten = DataCollatorWithFlattening(separator_id=IGNORED_LABEL, return_tensors="pt")
         lists = [{name: list(row[name]) for name in ("input_ids", "labels")} for row in rows]
@@ -51,7 +51,7 @@ class PackedCollator:
 
 
 def training_collator(processing: Processing, packing: bool) -> Callable[[Any], Any]:
-    """Return what makes batches for training and statistics; evaluation pads whether they are packed or not."""
+    """Return what makes batches for training and statistics. Evaluation always pads, even for packed training."""
     return PackedCollator() if packing else make_collator(processing)
 
 

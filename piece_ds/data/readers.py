@@ -1,7 +1,7 @@
-"""Data files as rows of plain Python values, one reader a format, each naming the line that cannot be read.
+"""Read data files as rows of plain Python values. Each format has one reader, and errors name the line.
 
-The datasets library's own readers guess types (CSV "11" becomes a number, "NA" a missing value) and report a
-malformed line without its number, so files are read here and handed to datasets as typed rows.
+The readers of the datasets library guess types: "11" in a CSV becomes a number, "NA" a missing value. They also report
+a malformed line without its number. So files are read here and handed to datasets as typed rows.
 """
 
 import csv
@@ -19,7 +19,14 @@ WHITESPACE = " \t\r\n"
 
 
 def list_items(text: str, path: Path) -> Iterator[Any]:
-    """Items of the JSON list in text, decoded one at a time so that only the text itself is held whole."""
+    """Yield the items of the JSON list in text. Items are decoded one at a time, so only the text is held whole.
+
+    Args:
+        text: all of the file.
+        path: of the file, for messages.
+    Raises:
+        UserError: text is not one JSON list; the message names the line.
+    """
     decoder = json.JSONDecoder(object_pairs_hook=_once_each)
     index = _skip_space(text, 0)
     if index == len(text):
@@ -47,14 +54,14 @@ def list_items(text: str, path: Path) -> Iterator[Any]:
 
 
 def _skip_space(text: str, index: int) -> int:
-    """Index of the first character from index on that is not JSON white space, or the length of text."""
+    """Return the index of the first character, from index, that is not JSON white space; or the length of text."""
     while index < len(text) and text[index] in WHITESPACE:
         index += 1
     return index
 
 
 def _malformed(path: Path, text: str, index: int, reason: str) -> UserError:
-    """The error for text[index], with its line number."""
+    """Return the error for text[index], with its line number."""
     return UserError(f"{path} line {text.count(chr(10), 0, index) + 1}: malformed JSON ({reason}); fix the file")
 
 
@@ -62,12 +69,12 @@ ROWS_PER_BATCH = 1000  # rows held as Python objects at once while a Parquet fil
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """The rows of path in file order, as the file spells them: nothing is checked except that the format parses.
+    """Yield the rows of path in file order, as the file writes them. Nothing is checked except that the format parses.
 
     Args:
-        path: an existing .json, .jsonl, .csv or .parquet file; text is UTF-8, with or without a byte order mark.
+        path: an existing .json, .jsonl, .csv or .parquet file. Text is UTF-8, with or without a byte order mark.
     Raises:
-        UserError: unknown suffix, text that is not UTF-8, or a line that does not parse (with its number).
+        UserError: the text is not UTF-8, or a line does not parse; the message names the line.
     """
     try:
         yield from READERS[path.suffix.lower()](path)
@@ -77,7 +84,7 @@ def read_rows(path: Path) -> Iterator[Any]:
 
 
 def read_json(path: Path) -> Iterator[Any]:
-    """A JSON list, or rows one after another when the file starts with an object (JSON lines named .json)."""
+    """Yield the items of a JSON list, or the lines of JSON lines (if the file begins with an object)."""
     with _open_text(path) as file:
         head = file.read(4096).lstrip(WHITESPACE)
         if head.startswith("{"):
@@ -89,7 +96,7 @@ def read_json(path: Path) -> Iterator[Any]:
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
-    """One JSON value a line; blank lines are skipped."""
+    """Yield one JSON value per line. Blank lines are skipped."""
     with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip(WHITESPACE):
@@ -103,7 +110,7 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 
 
 def read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows under a header; every cell is text, exactly as written."""
+    """Yield rows under a header. Every cell is text, exactly as written."""
     with _open_text(path) as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -122,7 +129,7 @@ def read_csv(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file, a batch in memory at a time."""
+    """Yield the rows of a Parquet file, with one batch in memory at a time."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _require_distinct(file.schema_arrow, path)
@@ -144,13 +151,13 @@ READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
 
 
 def _open_text(path: Path) -> TextIO:
-    """Text with its line ends kept: a row may hold a carriage return or U+2028, and only \\n ends a JSON line."""
+    """Open text with its line ends kept: a row may hold a carriage return or U+2028; only \\n ends a JSON line."""
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a long transcript
     return path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() == ".csv" else "\n")
 
 
 def _first_undecodable_line(path: Path) -> int:
-    """Number of the first line of path that is not UTF-8."""
+    """Return the number of the first line of path that is not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -161,7 +168,7 @@ def _first_undecodable_line(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong inside a row, with the column where the decoder knows it."""
+    """Return what is wrong inside a row, with the column if the decoder knows it."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     if isinstance(error, RecursionError):
@@ -171,11 +178,14 @@ def _reason(error: Exception) -> str:
 
 
 class _RepeatedKeyError(ValueError):
-    """An object has a key twice."""
+    """A JSON object that has a key twice."""
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict. Python's own would keep the last of two equal keys and drop the other silently."""
+    """Return a JSON object as a dict. Raise _RepeatedKeyError if a key stands in it twice.
+
+    Python's own decoder would silently keep only the last of two equal keys.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         raise _RepeatedKeyError(f"the key {_first_repeated([key for key, _ in pairs])!r} stands twice in an object")
@@ -187,7 +197,7 @@ def _first_repeated(names: list[str]) -> str | None:
 
 
 def _require_distinct(schema: Any, path: Path) -> None:
-    """Raise UserError where a Parquet schema, or a struct in it, names a column twice."""
+    """Raise UserError if a Parquet schema, or a struct in it, names a column twice."""
     names = [field.name for field in schema]
     repeated = _first_repeated(names)
     if repeated is not None:

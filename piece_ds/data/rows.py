@@ -1,7 +1,7 @@
-"""What one row may be once its file's format is known: a pair, a completion, a conversation, token ids, or text.
+"""What one row may be once its format is known: a pair, a completion, a conversation, token ids, or text.
 
-Every rule about the types and emptiness of a row's parts stands here, so that a file of any format fails with the
-same words. Which keys a file of which tool has stands in formats.py.
+Every rule about the types and emptiness of a row's parts stands here, so that all formats fail with the same words.
+formats.py says which keys the files of which tool have.
 """
 
 import math
@@ -23,14 +23,14 @@ KEYS = {PAIR: ("prompt", "answer"), TOKENS: ("input_ids", "labels"), TEXT: ("tex
 FEATURES = {
     PAIR: Features({"prompt": Value("string"), "answer": Value("string")}),
     COMPLETION: Features({"prompt": Value("string"), "completion": Value("string")}),
-    # Turns before `num_context` give no loss: they are what the row's first answer is given to.
+    # The first `num_context` turns give no loss: the row's first answer replies to them.
     CHAT: Features(
         {"messages": [{"role": Value("string"), "content": Value("string")}], "num_context": Value("int64")}
     ),
     TOKENS: Features({"input_ids": Sequence(Value("int64")), "labels": Sequence(Value("int64"))}),
     TEXT: Features({"text": Value("string")}),
 }
-# A pair as a model reads it that reads images: `answer` is the one that is trained, `answers` are all gold ones.
+# A pair for a model that reads images: `answer` is the one that is trained, `answers` are all gold answers.
 PAIR_WITH_IMAGE = Features({**FEATURES[PAIR], "answers": Sequence(Value("string")), "image": Value("string")})
 IMAGE_KEYS = ("image", "pic_path")
 
@@ -38,17 +38,17 @@ MAX_TOKEN_ID = 2**31 - 1  # no vocabulary is larger; tokenizers decode 32 bits, 
 
 
 def features_of(kind: str, images: bool) -> Features:
-    """Return the columns of checked rows."""
+    """Return the columns of checked rows of a kind; images matters only for pairs."""
     return PAIR_WITH_IMAGE if images and kind == PAIR else FEATURES[kind]
 
 
 def has_counted_label(labels: list[int]) -> bool:
-    """Return whether any label enters the loss: a causal model predicts from the second position on."""
+    """Return whether any label enters the loss. A causal model predicts from the second position on."""
     return any(label != IGNORED_LABEL for label in labels[1:])
 
 
 def checked_texts(row: dict[str, Any], keys: tuple[str, ...], where: str) -> dict[str, str]:
-    """Return the texts of keys. Raise UserError where one is no text, or the one to learn is empty."""
+    """Return the texts of keys. Raise UserError if one is no text, or if the text to learn is empty."""
     texts = {key: text_of(row[key], key, where) for key in keys}
     for key in ("answer", "completion", "text"):
         if key in texts and not texts[key].strip():
@@ -57,7 +57,11 @@ def checked_texts(row: dict[str, Any], keys: tuple[str, ...], where: str) -> dic
 
 
 def checked_pair_with_image(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return prompt, answer, all gold answers and the image's path, or None, of a pair."""
+    """Return prompt, answer, all gold answers and the image's path (or None) of a pair.
+
+    Raises:
+        UserError: no gold answer, an empty one, or an image that is not one path.
+    """
     given = row["answer"]
     if isinstance(given, list) and not given:
         raise UserError(f"{where}: answer is an empty list; give at least one gold answer")
@@ -73,12 +77,15 @@ def checked_pair_with_image(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def chosen_answer(answers: list[str]) -> str:
-    """Return the one of several gold answers that is trained: the most frequent, the first of equals."""
+    """Return the gold answer that is trained: the most frequent one, or the first of equals."""
     return Counter(answers).most_common(1)[0][0]
 
 
 def text_of(value: Any, key: str, where: str) -> str:
-    """Return value as text: strings, and for answers finite numbers as Python writes them (11, 2.5)."""
+    """Return value as text. Raise UserError if it is none.
+
+    Answers may also be finite numbers: they become text as Python writes them (11, 2.5).
+    """
     if key == "answer" and type(value) in (int, float) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
@@ -93,7 +100,7 @@ def text_of(value: Any, key: str, where: str) -> str:
 
 
 def checked_tokens(row: dict[str, Any], where: str) -> dict[str, list[int]]:
-    """Return input_ids and labels. Raise UserError where they are no token ids or give no loss."""
+    """Return input_ids and labels. Raise UserError if they are no token ids or give no loss."""
     columns = {key: _integers(row[key], key, where) for key in KEYS[TOKENS]}
     ids, labels = columns["input_ids"], columns["labels"]
     if len(ids) != len(labels):
@@ -116,7 +123,7 @@ def _integers(value: Any, key: str, where: str) -> list[int]:
 
 
 def type_name(value: Any) -> str:
-    """Return what value is, in a few words, for a message."""
+    """Return in a few words what value is, for a message."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, list):

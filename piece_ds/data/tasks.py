@@ -1,4 +1,4 @@
-"""The task stream: which rows are learned in which order, and which rows each task is judged on."""
+"""The task stream: which rows are learned in which order, and which rows each task is evaluated on."""
 
 import logging
 from collections.abc import Iterable
@@ -32,17 +32,20 @@ def load_general(
     max_rows: int | None = None,
     images: DataArguments | None = None,
 ) -> datasets.Dataset:
-    """Rows whose loss tells how much general ability is left; no task trains them.
+    """Return encoded rows whose loss tells how much general ability is left. No task trains them.
 
     Args:
-        path_or_name: rows of prompt and answer (loss on the answer), of token ids, or of {"text"} (loss on all of
-            it, cut into windows), or a .txt file, which is one long text.
+        path_or_name: rows of prompt and answer (loss on the answer), of token ids, or of text (loss on all of it, in
+            windows), or a .txt file, which is one long text.
         processing: the model's tokenizer or processor.
-        cutoff: as in Encoder.
-        max_rows: keep only the first so many encoded rows.
-        images: where a model that reads images finds those of the rows.
+        cutoff: as in Encoder, in tokens.
+        chat_template: as in Encoder.
+        max_rows: keep only this many encoded rows, from the first.
+        images: settings that say where images are, for a model that reads them.
     Returns:
         Dataset of columns input_ids and labels.
+    Raises:
+        UserError: the file or a row cannot be used.
     """
     encoder = Encoder(tokenizer_of(processing), cutoff, chat_template)
     if path_or_name.lower().endswith(".txt") and Path(path_or_name).is_file():
@@ -67,8 +70,8 @@ def _text_file_rows(path: Path) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": [text]})
 
 
-# A task that comes with training rows alone is judged on its first rows, so that its column is not empty;
-# Task.held_out says so. More of them would only tell the same about rows the model has seen.
+# A task with training rows only is evaluated on its first rows, so that its column is not empty; Task.held_out is
+# then False. More rows would tell nothing new: the model has seen them all.
 NUM_TRAINING_ROWS_JUDGED = 256
 
 
@@ -78,14 +81,15 @@ class Task:
 
     Attributes:
         name: folder name, or the file's stem.
-        train, eval, test: columns input_ids and labels; of rows with images, those of image_rows.ENCODED. eval is for
-            the loss during training, test for the result matrix; where a file is absent the other stands in, and
-            where both are, the first training rows.
-        answers: the gold answers of test, as text, in its order; where a row gives several, the one that is trained.
-        prompt_texts: the prompts of test, as text, in its order.
+        train: columns input_ids and labels; rows with images have those of image_rows.ENCODED.
+        eval: for the loss during training; the test rows if there are no such rows.
+        test: for the result matrix; the eval rows if there is no test file, and the first training rows if there is
+            neither.
+        answers: gold answers of test, as text, in its order; if a row has several, the one that is trained.
+        prompt_texts: prompts of test, as text, in its order.
         held_out: whether test holds rows that are not trained.
-        generates: whether answers can be generated and read: not for plain text, nor without a tokenizer.
-        references: all gold answers of each row of test, where rows may give several; else empty.
+        generates: whether answers can be generated and read; False for plain text and without a tokenizer.
+        references: all gold answers of each row of test, if rows may have several; else empty.
     """
 
     name: str
@@ -104,13 +108,17 @@ class Task:
         return "image" in self.test.column_names
 
     def prompts(self) -> list[list[int]]:
-        """Token ids to generate an answer from, for each row of test, in its order."""
+        """Return the token ids to generate an answer from, for each row of test, in its order."""
         return [split_prompt(row["input_ids"], row["labels"])[0] for row in self.test]
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Files to encoded rows. prompt: how an image stands in a prompt; None for a model that reads none."""
+    """Reads files into encoded rows.
+
+    Attributes:
+        prompt: how an image stands in a prompt; None for a model that reads no images.
+    """
 
     arguments: DataArguments
     encoder: Encoder
@@ -128,7 +136,7 @@ class _Reader:
         return tokenize_rows(rows, self.encoder, path, documents=True)
 
     def show(self, file: DataFile, encoded: datasets.Dataset, path: str) -> None:
-        """Say in one line what a file was taken for."""
+        """Log in one line what a file was taken for."""
         what, encoder = file.format, self.encoder
         has_template = bool(encoder.tokenizer.chat_template)
         if what.kind == CHAT and encoder.templates_conversations:
@@ -154,14 +162,14 @@ class _Reader:
 
 
 def load_task_stream(arguments: DataArguments, processing: Processing, seed: int = 42) -> list[Task]:
-    """The tasks that --train_file, or --task_dir and --tasks, name, in order.
+    """Return the tasks that --train_file, or --task_dir with --tasks, names; in order.
 
     Args:
-        arguments: checked settings; one of train_file and task_dir is set.
+        arguments: checked settings; either train_file or task_dir is set.
         processing: the model's tokenizer or processor.
         seed: of --validation_share.
     Raises:
-        UserError: no data named, an unknown or repeated task, or a file that cannot be used.
+        UserError: no data is named, a task is unknown or repeated, or a file cannot be used.
     """
     mode = arguments.chat_template
     encoder = Encoder(tokenizer_of(processing), arguments.cutoff, mode == "true", mode != "false")
@@ -171,7 +179,7 @@ def load_task_stream(arguments: DataArguments, processing: Processing, seed: int
 
 
 def holds_token_ids(arguments: DataArguments) -> bool:
-    """Return whether all rows are token ids already, by the first row of every file; no tokenizer is needed then."""
+    """Return whether all rows are token ids already, judged by each file's first row. Then no tokenizer is needed."""
     named = [path for files in _task_files(arguments).values() for path in files.values()]
     named += [path for path in (arguments.general_file, arguments.general_text) if path]
     columns = parse_columns(arguments.columns)
@@ -182,7 +190,7 @@ def holds_token_ids(arguments: DataArguments) -> bool:
 
 
 def _task_files(arguments: DataArguments) -> dict[str, dict[str, str]]:
-    """Task name -> split -> path or Hub name, in the order of the stream."""
+    """Return task name -> split -> path or Hub name, in the order of the stream."""
     if arguments.train_file:
         files = {"train": arguments.train_file}
         if arguments.eval_file:
@@ -213,7 +221,7 @@ def _task_names(tasks: str, task_dir: str) -> list[str]:
 
 
 def _files_in(folder: Path) -> dict[str, str]:
-    """Split -> file of a task's folder, the first known suffix that exists; train.json where none does."""
+    """Return split -> file of a task's folder: the first known suffix that exists, or train.json if none does."""
     found = {}
     for split in ("train", "eval", "test"):
         paths = [folder / f"{split}{suffix}" for suffix in READERS]
@@ -228,6 +236,8 @@ def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
     limits = {"train": reader.arguments.max_train_samples, "eval": max_eval_samples, "test": max_eval_samples}
     loaded = {split: reader.load(path, limits[split]) for split, path in files.items()}
     rows = {split: file.rows for split, file in loaded.items()}
+
+    # Hold out rows before they become tokens, so that pieces of one text stay together.
     if share is not None:
         if "eval" in files:
             raise UserError(
@@ -237,13 +247,19 @@ def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
         rows["eval"] = first_rows(held_out_rows, max_eval_samples)
         files = {**files, "eval": files["train"]}
         logger.warning("%s: %d rows are held out (--validation_share)", files["train"], len(held_out_rows))
+
+    # Encode every split, and say what each file was taken for.
     splits = {split: reader.encode(rows[split], path) for split, path in files.items()}
     for split, file in loaded.items():
         reader.show(file, splits[split], files[split])
+
+    # Choose the test rows: test, else eval, else the first training rows.
     held_out = len(splits) > 1
     judged = splits["train"] if held_out else first_rows(splits["train"], max_eval_samples or NUM_TRAINING_ROWS_JUDGED)
     test_split = "test" if "test" in splits else "eval" if "eval" in splits else "train"
     test = splits[test_split] if held_out else judged
+
+    # Keep their texts beside them, for the scores and the records.
     kind = loaded.get(test_split, loaded["train"]).format.kind
     prompt_texts, answers = _texts(first_rows(rows[test_split], len(test)), test, reader.encoder)
     references = rows[test_split]["answers"] if "answers" in rows[test_split].column_names else []
@@ -261,7 +277,7 @@ def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
 
 
 def _texts(rows: datasets.Dataset, encoded: datasets.Dataset, encoder: Encoder) -> tuple[list[str], list[str]]:
-    """Prompts and gold answers as text; where rows do not have them as such, what their token ids decode to."""
+    """Return prompts and gold answers as text. Rows without texts are decoded from their token ids."""
     for answer in ("answer", "completion"):
         if answer in rows.column_names:
             return list(rows["prompt"]), list(rows[answer])

@@ -1,7 +1,7 @@
-"""Rows of text to rows of token ids, a whole data set at a time.
+"""Turn rows of text into rows of token ids, a whole data set at a time.
 
-All rows are tokenized before training starts, so that a row that cannot be used ends the run before the model is
-loaded and not in the middle of a task on one of many ranks.
+All rows are tokenized before training starts. So an unusable row ends the run before the model is loaded, not in the
+middle of a task on one of many ranks.
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,13 @@ class Encoder:
     """Turns texts into token ids.
 
     Attributes:
-        tokenizer: of transformers; without a BOS token its EOS token stands in, as in the authors' code.
-        cutoff: most tokens a prompt, and separately an answer, keeps, from its end; >= 1.
-        chat_template: wrap the prompt of a pair as a user's turn in the tokenizer's chat template. The template then
-            brings its own first token, so no BOS is added; the answer still ends with EOS.
-        conversations: conversations go through the tokenizer's chat template where it has one.
+        tokenizer: of transformers. Without a BOS token, EOS takes its place, as in the authors' code.
+        cutoff: most tokens that a prompt keeps, and most that an answer keeps, counted from the end; >= 1.
+        chat_template: wrap the prompt of a pair as a user's turn in the tokenizer's chat template. The template brings
+            its own first token, so no BOS is added. The answer still ends with EOS.
+        conversations: conversations go through the tokenizer's chat template, if it has one.
+    Raises:
+        UserError: the tokenizer has no EOS, or no chat template although one is asked for.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -42,7 +44,7 @@ class Encoder:
             raise UserError("--chat_template: the tokenizer has no chat template; drop the flag or give it one")
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids the answer follows, in training and in generation alike; at least one."""
+        """Return the token ids before the answer, in training and generation alike; at least one."""
         if self.chat_template:
             turn = [{"role": "user", "content": prompt}]
             prompt = ChatTemplate(self.tokenizer).text(turn, f"prompt {prompt[:40]!r}", generation_prompt=True)
@@ -51,15 +53,15 @@ class Encoder:
         return [self._bos_id(), *ids] if len(ids) < self.cutoff else ids
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Token ids of the answer with EOS where there is room; empty when the answer has no token of its own."""
+        """Return the token ids of the answer, with EOS if there is room; none if the answer has no token of its own."""
         ids = self._ids(answer)[-self.cutoff :]
         return [*ids, self.tokenizer.eos_token_id] if 0 < len(ids) < self.cutoff else ids
 
     def pair(self, prompt: str, answer: str, where: str) -> dict[str, list[int]]:
-        """input_ids and labels of one row; labels are IGNORED_LABEL on the prompt.
+        """Return input_ids and labels of one pair. Labels are IGNORED_LABEL on the prompt.
 
         Raises:
-            UserError: the tokenizer makes nothing of the answer; where (file and row) is named.
+            UserError: the tokenizer makes nothing of the answer; the message names where (file and row).
         """
         prompt_ids, answer_ids = self.prompt_ids(prompt), self.answer_ids(answer)
         if not answer_ids:
@@ -75,12 +77,17 @@ class Encoder:
         return self.conversations and bool(self.tokenizer.chat_template)
 
     def conversation(self, messages: Messages, num_context: int, where: str) -> dict[str, list[int]]:
-        """Return input_ids and labels of one conversation; labels count on the assistant's turns.
+        """Return input_ids and labels of one conversation. Labels count on the assistant's turns.
 
-        Without a chat template one question with its answer is a pair. What is past the cutoff is dropped.
+        Without a chat template, one question with its answer is encoded as a pair. Tokens past the cutoff are dropped.
 
+        Args:
+            messages: turns of role and content.
+            num_context: turns at the beginning that give no loss.
+            where: file and row, for messages.
         Raises:
-            UserError: see ChatTemplate.encode(); no counted label before the cutoff; no template and more turns.
+            UserError: see ChatTemplate.encode(); also no counted label before the cutoff, or several turns without a
+                template.
         """
         if self.templates_conversations:
             row = ChatTemplate(self.tokenizer).encode(messages, where, num_context)
@@ -94,20 +101,21 @@ class Encoder:
         return self.pair(messages[0]["content"], messages[1]["content"], where)
 
     def completion(self, prompt: str, completion: str, where: str) -> dict[str, list[int]]:
-        """Return input_ids and labels of a text and how it goes on, with EOS behind; labels count on the latter.
+        """Return input_ids and labels of a prompt and its completion, with EOS at the end. Labels count on the latter.
 
-        The ids are those of both texts as one, with what the tokenizer itself puts around a text, as TRL has it.
+        Both texts are tokenized as one, with what the tokenizer itself puts around a text, as TRL does.
         """
         if self.chat_template:
             return self.pair(prompt, completion, where)
         eos = self.tokenizer.eos_token
         ids = self._ids(prompt + completion.removesuffix(eos) + eos, special=True)
         before = self._ids(prompt, special=True)
+        # A token that spans the border belongs to the completion.
         start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
         return self._kept({"input_ids": ids, "labels": [IGNORED_LABEL] * start + ids[start:]}, where)
 
     def documents(self, text: str) -> list[dict[str, list[int]]]:
-        """Return plain text with EOS behind, as the tokenizer itself encodes it, cut into pieces of at most cutoff."""
+        """Return plain text with EOS at the end, as the tokenizer encodes it, in pieces of at most cutoff tokens."""
         eos = self.tokenizer.eos_token
         ids = self._ids(text.removesuffix(eos) + eos, special=True)
         pieces = [ids[start : start + self.cutoff] for start in range(0, len(ids), self.cutoff)]
@@ -123,7 +131,7 @@ class Encoder:
         return cut
 
     def windows(self, text: str) -> list[dict[str, list[int]]]:
-        """Plain text cut into pieces of at most cutoff tokens after a BOS; the loss sees every token of the text."""
+        """Return plain text in pieces of at most cutoff tokens, each after a BOS. Every token of the text has loss."""
         ids = self._ids(text)
         pieces = [ids[start : start + self.cutoff] for start in range(0, len(ids), self.cutoff)]
         return [
@@ -141,10 +149,10 @@ class Encoder:
 
 
 def split_prompt(input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of an encoded row: the answer is the last run of counted labels.
+    """Return (prompt ids, answer ids) of an encoded row. The answer is the last run of counted labels.
 
     In a conversation that is the assistant's last turn. Rows that came as token ids are split by the same rule, so they
-    too can be generated from; the first position is always prompt, since a model needs something to continue.
+    can be generated from too. The first position is always prompt: a model needs something to continue.
     """
     stop = next(index for index in range(len(labels), 1, -1) if labels[index - 1] != IGNORED_LABEL)
     start = next((index for index in range(stop, 1, -1) if labels[index - 1] == IGNORED_LABEL), 1)
@@ -155,22 +163,23 @@ ENCODED = FEATURES[TOKENS]
 
 
 def tokenize_rows(rows: datasets.Dataset, encoder: Encoder, source: str, documents: bool = False) -> datasets.Dataset:
-    """rows of any kind as input_ids and labels, in the same order; rows of token ids come back as they are.
+    """Return rows of any kind as input_ids and labels, in the same order. Rows of token ids come back as they are.
 
     Args:
-        rows: what load_rows returned. Plain text becomes one row a window, other rows stay one row each.
-        encoder: how texts become token ids.
-        source: the file or data set, for messages.
-        documents: plain text is to be learned, as Encoder.documents() has it, rather than judged on.
+        rows: from load_rows(). Plain text may become several rows; every other row stays one row.
+        encoder: turns texts into token ids.
+        source: file or data set, for messages.
+        documents: plain text is to be learned (Encoder.documents()) rather than evaluated on (Encoder.windows()).
     Returns:
-        Dataset of columns input_ids and labels (int64 lists), in memory when rows are, else in datasets' disk cache.
+        Dataset of columns input_ids and labels (int64 lists), in memory if rows are, else in datasets' disk cache.
     Raises:
-        UserError: a row without an answer token, naming source and row.
+        UserError: a row without an answer token; the message names source and row.
     """
     columns = set(rows.column_names)
     if columns >= set(ENCODED):
         return rows
 
+    # The columns tell the kind of row.
     def encode(row: dict[str, Any], where: str) -> list[dict[str, list[int]]]:
         if "messages" in columns:
             return [encoder.conversation(row["messages"], row["num_context"], where)]
@@ -185,6 +194,7 @@ def tokenize_rows(rows: datasets.Dataset, encoder: Encoder, source: str, documen
         pairs = zip(given, indices, strict=True)
         return _columns([encoded for row, i in pairs for encoded in encode(row, f"{source} row {i + 1}")])
 
+    # Rows held in memory stay there: a cache would only be written and never found again.
     with no_progress_bars():
         return rows.map(
             encode_batch,
@@ -199,7 +209,7 @@ def tokenize_rows(rows: datasets.Dataset, encoder: Encoder, source: str, documen
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """The datasets library's bars off inside, as they were outside: every rank would draw its own."""
+    """Keep the datasets library's bars off inside: every rank would draw its own."""
     were_off = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
