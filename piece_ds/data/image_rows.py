@@ -35,7 +35,7 @@ class ImagePrompt:
             )
 
     def text(self, prompt: str, with_image: bool) -> str:
-        """Return the turn as text, up to where the answer begins. The image is one token, which the processor expands."""
+        """Return the turn as text, up to where the answer begins. The image is one token; the processor expands it."""
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
         if with_image:
             content.insert(0, {"type": "image"})

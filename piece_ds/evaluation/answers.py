@@ -1,8 +1,8 @@
-"""Which tasks have answers that can be right or wrong, and whether what a model wrote is right.
+"""Decide which tasks have answers that can be right or wrong, and whether an output is right.
 
-Parsers read what a model may write around an answer ("The answer is (B)."); none of them fails on any text. They are
-more forgiving than the parsers of the method's authors, who take FOMC's first A-D anywhere ("Based on" counts as B)
-and compare numbers as text ("11." is not "11").
+Parsers read what a model may write around an answer ("The answer is (B)."). None of them fails on any text. They
+forgive more than the parsers of the method's authors. Those take FOMC's first A-D anywhere ("Based on" counts as B) and
+compare numbers as text ("11." is not "11").
 """
 
 import re
@@ -25,7 +25,7 @@ _LEADING_LETTER = re.compile(rf"{_OPEN}([A-Z]){_CLOSE}(?:$|(?<=\n)|[.,:;)\]。�
 _CUED_LETTER = re.compile(
     rf"(?i:answer|option|choice|stance|答案|选项?|选择)[\s:=]*(?:is|was|为|是)?:?{_OPEN}([A-Z])(?![A-Za-z0-9'])"
 )
-# "A" and "I" are words too: before a lower-case word they count only where that word speaks about an option.
+# "A" and "I" are words too. Before a lower-case word they count only if that word talks about an option.
 _LONE_LETTER = re.compile(r"(?<![A-Za-z0-9'])(?:([B-HJ-Z])|([AI])(?! (?!is\b|because\b|since\b)[a-z]))(?![A-Za-z0-9'])")
 _LISTED_LETTER = re.compile(r"(?<![A-Za-z0-9])([A-Z])[.:)、]")
 _CHINESE_STANCE = {"支持": "A", "反对": "B", "中立": "C"}  # C-STANCE: models write the word for the letter
@@ -41,10 +41,10 @@ _CUED_NUMBER = re.compile(rf"(?:answer|result)\s*(?:is|was|[:=])+\s*{_AHEAD}({_N
 
 
 def answer_kind(golds: Sequence[str]) -> str:
-    """LETTER, NUMBER, WORD or TEXT, from the gold answers alone.
+    """Return LETTER, NUMBER, WORD or TEXT, judged only by the gold answers.
 
-    LETTER: every answer is one capital letter, alone or before punctuation or a new line. NUMBER: at least
-    MIN_NUMBER_SHARE are numbers and the others single words. WORD: all are single words. TEXT: otherwise.
+    LETTER: every answer is one capital letter, bare or followed by punctuation or a new line. NUMBER: at least
+    MIN_NUMBER_SHARE are numbers and the others are single words. WORD: all are single words. TEXT: anything else.
     """
     stripped = [gold.strip() for gold in golds]
     if not stripped or not all(stripped):
@@ -58,14 +58,14 @@ def answer_kind(golds: Sequence[str]) -> str:
 
 
 def is_right(output: str, gold: str, kind: str) -> bool:
-    """Whether output gives the answer gold.
+    """Return whether output gives the answer gold.
 
     Args:
         output: what the model wrote after the prompt.
         gold: the right answer.
         kind: LETTER, NUMBER or WORD.
     Raises:
-        ValueError: TEXT or an unknown kind.
+        ValueError: kind is TEXT or unknown.
     """
     if kind not in _JUDGES:
         raise ValueError(f"answers of kind {kind!r} are not right or wrong; kinds that are: {', '.join(_JUDGES)}")
@@ -73,14 +73,14 @@ def is_right(output: str, gold: str, kind: str) -> bool:
 
 
 def after_thinking(text: str) -> str:
-    """What follows the last </think> of a reasoning model's output."""
+    """Return what follows the last </think> of a reasoning model's output."""
     return text.rsplit("</think>", 1)[-1]
 
 
 def parse_letter(text: str) -> str | None:
-    """The capital letter that text answers with: at its start, after a cue ("answer is"), or alone in it.
+    """Return the capital letter that text answers with: at its start, after a cue ("answer is"), or standing by itself.
 
-    A first line that lists several options is the prompt repeated and answers nothing, unless a cue follows.
+    A first line that lists several options repeats the prompt. It answers nothing, unless a cue follows.
     """
     text = unicodedata.normalize("NFKC", text).strip()
     cued = _CUED_LETTER.search(text)
@@ -95,7 +95,7 @@ def parse_letter(text: str) -> str | None:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The number after "answer is", else the first number of text, commas and currency signs left out."""
+    """Return the number after "answer is", else the first number in text, without commas and currency signs."""
     found = _CUED_NUMBER.search(text) or _FIRST_NUMBER.search(text)
     if not found:
         return None
@@ -118,7 +118,7 @@ def _number_is_right(output: str, gold: str) -> bool:
 
 
 def _word_is_right(output: str, gold: str) -> bool:
-    """The first line of output is gold, but for white space around it and one full stop after it."""
+    """Return whether the first line of output is gold, apart from white space and one full stop at its end."""
     first_line = output.strip().split("\n", 1)[0].strip()
     return gold.strip() in (first_line, first_line.removesuffix("."))
 
@@ -131,6 +131,6 @@ def _is_word(text: str) -> bool:
 
 
 def _is_number(text: str) -> bool:
-    """Whether the whole text is one number, with at most a currency or percent sign."""
+    """Return whether the whole text is one number, with at most a currency or percent sign."""
     found = _FIRST_NUMBER.match(text.strip())
     return found is not None and text.strip()[found.end() :] in ("", "%")

@@ -1,9 +1,10 @@
-"""Parsers and formulas as the method's authors score TRACE, quirks kept, for comparison with their numbers.
+"""Parsers and formulas that score TRACE as the method's authors do, quirks kept, for comparison with their numbers.
 
-Facts from wanglingxiang0717/PIECE @ cc65c01, eval/evaluations, and BeyonderXX/TRACE, which it takes its formulas from:
-any capital A-D counts as a choice ("Based on" is B), numbers are compared as text ("11." is not "11"), BLEU is a mean
-over rows without smoothing, ROUGE-L counts every word once, and the edit similarity is difflib's, in whole percents.
-One thing differs: a text of full stops alone ends their run with an error, and scores 0 here.
+Source: wanglingxiang0717/PIECE @ cc65c01, eval/evaluations, with formulas from BeyonderXX/TRACE. Any capital A-D counts
+    as a choice ("Based on" is B). Numbers are compared as text ("11." is not "11"). BLEU is a mean over rows without
+    smoothing. ROUGE-L counts every word once. The edit similarity is difflib's, in whole percents.
+
+One thing differs: a text of only full stops ends the authors' run with an error, and scores 0 here.
 """
 
 import re
@@ -17,28 +18,28 @@ _LITERAL = re.compile(r"<(STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
 
 
 def first_choice(text: str) -> str | None:
-    """FOMC and ScienceQA: the first capital A-D anywhere in text."""
+    """Return the first capital A-D anywhere in text, as for FOMC and ScienceQA."""
     return next((character for character in text if character in "ABCD"), None)
 
 
 def stance(text: str) -> str | None:
-    """C-STANCE: a capital A-D among the first four characters, else a Chinese stance at the start."""
+    """Return a capital A-D among the first four characters, else a Chinese stance at the start, as for C-STANCE."""
     return first_choice(text[:4]) or _STANCES.get(text[:2])
 
 
 def first_number(text: str) -> str | None:
-    """NumGLUE: the first number as it stands; "1,000" is "1" and "11." keeps its point."""
+    """Return the first number as it is written, as for NumGLUE: "1,000" gives "1", and "11." keeps its point."""
     found = _NUMBER.search(text)
     return found.group(0) if found else None
 
 
 def code_line(text: str) -> str:
-    """Py150: what follows the last <EOL>, with the placeholders of literals filled in."""
+    """Return what follows the last <EOL>, with the placeholders of literals filled in, as for Py150."""
     return with_literals(text.rsplit("<EOL>", 1)[-1])
 
 
 def with_literals(code: str) -> str:
-    """code with <NUM_LIT> as 0, <STR_LIT> and <CHAR_LIT> as nothing, and <STR_LIT:x> as x."""
+    """Return code with <NUM_LIT> as 0, <STR_LIT> and <CHAR_LIT> as nothing, and <STR_LIT:x> as x."""
     for mark, value in (("<NUM_LIT>", "0"), ("<STR_LIT>", ""), ("<CHAR_LIT>", "")):
         code = code.replace(mark, value)
     for kind, value in _LITERAL.findall(code):
@@ -47,12 +48,15 @@ def with_literals(code: str) -> str:
 
 
 def bleu_4(outputs: Sequence[str], golds: Sequence[str]) -> float:
-    """Mean over rows of nltk's sentence BLEU, uniform over 1- to 4-grams, unsmoothed, in [0, 1]; empty texts give 0."""
+    """Return the mean over rows of nltk's sentence BLEU, in [0, 1].
+
+    Weights are uniform over 1- to 4-grams, without smoothing. Empty texts score 0.
+    """
     return _bleu(outputs, golds, 4)
 
 
 def bleu_1(outputs: Sequence[str], golds: Sequence[str]) -> float:
-    """The same over single words."""
+    """Return the mean over rows of nltk's sentence BLEU over single words, in [0, 1]."""
     return _bleu(outputs, golds, 1)
 
 
@@ -69,16 +73,16 @@ def _bleu(outputs: Sequence[str], golds: Sequence[str], order: int) -> float:
 
 
 def rouge_l(outputs: Sequence[str], golds: Sequence[str]) -> float:
-    """Mean over rows of ROUGE-L F as the package rouge 1.0.1 computes it, in [0, 1); empty texts give 0.
+    """Return the mean over rows of ROUGE-L F, as the package rouge 1.0.1 computes it, in [0, 1). Empty texts score 0.
 
-    Its arguments stand the other way round, as the authors give them: the gold text as the hypothesis.
+    The gold text is the hypothesis and the output the reference: the authors pass them in this order.
     """
     pairs = zip(outputs, golds, strict=True)
     return sum(_rouge_l(gold, output) for output, gold in pairs) / len(outputs)
 
 
 def edit_similarity(outputs: Sequence[str], golds: Sequence[str]) -> float:
-    """Mean over rows of difflib's ratio, rounded to whole percents as fuzzywuzzy does; empty texts give 0."""
+    """Return the mean over rows of difflib's ratio, in whole percents as fuzzywuzzy rounds it. Empty texts score 0."""
     total = 0
     for output, gold in zip(outputs, golds, strict=True):
         if output and gold:
@@ -91,7 +95,10 @@ def _bleu_tokens(text: str) -> list[str]:
 
 
 def _rouge_l(hypothesis: str, reference: str) -> float:
-    """F1 over distinct words: of the union, over all pairs of sentences, of their longest common subsequences."""
+    """Return F1 over distinct words.
+
+    The words that count are those in a longest common subsequence of any sentence of one text and any of the other.
+    """
     hypotheses, references = _sentences(hypothesis), _sentences(reference)
     if not hypotheses or not references:
         return 0.0
@@ -105,12 +112,13 @@ def _rouge_l(hypothesis: str, reference: str) -> float:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """Words of each piece between full stops; a piece of white space is one empty word."""
+    """Return the words of each piece between full stops. A piece of white space is one empty word."""
     return [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece]
 
 
 def _common_words(first: list[str], second: list[str]) -> set[str]:
-    """Words of the longest common subsequence that is found when ties step back in second."""
+    """Return the words of the longest common subsequence. Ties in the table step back in second."""
+    # Fill the table of lengths, then walk back from its end.
     lengths = [[0] * (len(second) + 1)]
     for word in first:
         row, above = [0], lengths[-1]

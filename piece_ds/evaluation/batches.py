@@ -1,4 +1,4 @@
-"""Evaluation mode that leaves no trace."""
+"""Divide rows into batches over the ranks, and evaluate a model without changing its modes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ class Batch:
 
     Attributes:
         indices: rows of the data set, at least one.
-        counted: False for a filler, whose result must not enter anything.
+        counted: False for a filler batch, whose result must not be used.
     """
 
     indices: list[int]
@@ -24,30 +24,33 @@ class Batch:
 
 
 def shard_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
-    """This rank's batches, in step order; every rank gets a list of the same length.
+    """Return this rank's batches, in step order. Every rank gets a list of the same length.
 
-    Batches hold neighbours in length, the longest first, so that little is padded and a batch too large for the
-    memory fails at once. Which rows share a batch does not depend on the number of ranks; batch b goes to rank b mod
-    world size.
+    Batches hold rows of similar length, the longest first. So little is padded, and a batch too large for the memory
+    fails at once. Which rows share a batch does not depend on the number of ranks. Batch b goes to rank b mod world
+    size.
 
     Args:
-        lengths: tokens of each row, equal on every rank.
+        lengths: of each row, in tokens, the same on every rank.
         batch_size: rows in a batch, >= 1.
     Returns:
-        ceil(ceil(rows / batch_size) / world size) shares; none when there are no rows.
+        ceil(ceil(rows / batch_size) / world size) batches; none if there are no rows.
+    Raises:
+        ValueError: batch_size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     shares = [Batch(batch, counted=True) for batch in batches[rank() :: world_size()]]
+    # Under ZeRO-3 a rank without a batch must still run a forward pass: fillers keep the ranks in step.
     num_steps = -(-len(batches) // world_size())
     return shares + [Batch(order[-1:], counted=False)] * (num_steps - len(shares))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """eval() and no_grad inside; afterwards every submodule is in the mode it was in, also after an error.
+    """Put model in eval mode without gradients inside; afterwards, also after an error, restore every submodule's mode.
 
     A plain model.train() would switch on the dropout of a submodule that its user had put in eval mode.
     """

@@ -1,4 +1,4 @@
-"""General ability beside the loss on general text: HumanEval and lm-evaluation-harness, where they are asked for."""
+"""Benchmarks of general ability: HumanEval and lm-evaluation-harness, if the settings ask for them."""
 
 import json
 from pathlib import Path
@@ -16,12 +16,15 @@ from piece_ds.evaluation.scorers import AUTHORS
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.files import write_text
 
-# Tokens of a completion: the authors', and what the benchmark's own paper leaves room for.
+# Most tokens of a completion: the authors' number, and what the benchmark's own paper leaves room for.
 _TOKENS_OF_AUTHORS, _TOKENS = 128, 512
 
 
 def check_ability(asked: EvaluationArguments) -> None:
-    """Raise UserError where something asked for is not installed or cannot run here, before any weight is read."""
+    """Raise UserError if a benchmark is not installed or cannot run on this machine.
+
+    No weight has been read by then.
+    """
     if asked.humaneval:
         humaneval.check_humaneval()
     if asked.lm_eval_tasks:
@@ -31,10 +34,15 @@ def check_ability(asked: EvaluationArguments) -> None:
 def run_benchmarks(
     model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, settings: Settings, device: Any, folder: Path
 ) -> dict[str, float]:
-    """Measure -> value of all that settings ask for; empty where they ask for nothing. A collective.
+    """Return measure -> value of every benchmark that the settings ask for; empty if there is none. A collective.
 
     Args:
-        folder: rank 0 writes the completions of HumanEval there, with what became of each.
+        model: a causal model of transformers, or the DeepSpeed engine around one.
+        tokenizer: the model's.
+        batch_size: rows in a forward pass on each rank.
+        settings: the run's.
+        device: where the batches go.
+        folder: rank 0 writes HumanEval's completions there, each with its result.
     """
     asked = settings.evaluation
     found: dict[str, float] = {}
@@ -50,7 +58,10 @@ def run_benchmarks(
 def _humaneval(
     model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, settings: Settings, device: Any, folder: Path
 ) -> float:
-    """Share of problems whose one completion passes; prompts as they are, without chat template."""
+    """Return the share of problems whose only completion passes.
+
+    Prompts are used as they are, without chat template.
+    """
     asked, problems = settings.evaluation, humaneval.load_problems()
     by_authors = asked.scoring == AUTHORS
     encoder = Encoder(tokenizer, settings.data.cutoff)
@@ -64,6 +75,8 @@ def _humaneval(
         Decoding(sample=asked.sample, seed=asked.sample_seed),
         description="HumanEval",
     ).texts
+
+    # Cut each completion where its function ends, and run it.
     cut = humaneval.cut_as_authors if by_authors else humaneval.cut_at_next_definition
     completions = [cut(text) for text in texts]
     passed = humaneval.passed(problems, completions)

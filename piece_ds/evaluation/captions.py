@@ -1,6 +1,6 @@
-"""How near captions are to several references: BLEU-1, BLEU-4, ROUGE-L and CIDEr, by their libraries.
+"""Score captions against several references, with known libraries: BLEU-1, BLEU-4, ROUGE-L and CIDEr.
 
-Tokens are sacrebleu's 13a in lower case; COCO's own tool uses Stanford's tokenizer, which is a Java program.
+Tokens are sacrebleu's 13a in lower case. COCO's own tool uses Stanford's tokenizer, which is a Java program.
 """
 
 import logging
@@ -15,7 +15,7 @@ References = Sequence[Sequence[str]]
 
 
 def bleu(outputs: Sequence[str], golds: References, order: int) -> float:
-    """Corpus BLEU of 1- to order-grams of sacrebleu in [0, 1]; rows may differ in how many references they have."""
+    """Return sacrebleu's corpus BLEU of 1- to order-grams, in [0, 1]. Rows may have different numbers of references."""
     from sacrebleu.metrics.bleu import BLEU
 
     most = max(map(len, golds))
@@ -25,15 +25,16 @@ def bleu(outputs: Sequence[str], golds: References, order: int) -> float:
 
 
 def rouge_l(outputs: Sequence[str], golds: References) -> float:
-    """Mean over rows of the best ROUGE-L F1 over the references."""
+    """Return the mean over rows of the best ROUGE-L F1 over the references."""
     pairs = zip(outputs, golds, strict=True)
     return sum(max(texts.rouge_l([output], [gold]) for gold in row) for output, row in pairs) / len(outputs)
 
 
 def cider(outputs: Sequence[str], golds: References) -> float | None:
-    """CIDEr-D of pycocoevalcap over 10, hence in [0, 1]: 0.12 is what papers print as 120. None without the package.
+    """Return pycocoevalcap's CIDEr-D divided by 10, in [0, 1]; None if the package is not installed.
 
-    Its weights are the references' own document frequencies: of one row alone it is 0.
+    0.12 is what papers print as 120. Its weights are the document frequencies in the references: for a single row it is
+    0.
     """
     try:
         from pycocoevalcap.cider.cider import Cider
@@ -46,7 +47,7 @@ def cider(outputs: Sequence[str], golds: References) -> float | None:
 
 
 def measures(outputs: Sequence[str], golds: References) -> dict[str, float]:
-    """All of them; the score is (BLEU-4 + ROUGE-L) / 2, as for other texts."""
+    """Return all measures by name. The score is (BLEU-4 + ROUGE-L) / 2, as for other texts."""
     found = {"bleu_1": bleu(outputs, golds, 1), "bleu_4": bleu(outputs, golds, 4), "rouge_l": rouge_l(outputs, golds)}
     consensus = cider(outputs, golds)
     found |= {} if consensus is None else {"cider": consensus}
@@ -54,7 +55,7 @@ def measures(outputs: Sequence[str], golds: References) -> dict[str, float]:
 
 
 def measures_of_authors(outputs: Sequence[str], golds: References) -> dict[str, float]:
-    """Mean over rows of the best over the references, of the authors' BLEU-1, BLEU-4 and ROUGE-L (no CIDEr)."""
+    """Return the authors' BLEU-1, BLEU-4 and ROUGE-L: the mean over rows of the best over the references. No CIDEr."""
 
     def best(formula: Callable[[Sequence[str], Sequence[str]], float]) -> float:
         pairs = zip(outputs, golds, strict=True)

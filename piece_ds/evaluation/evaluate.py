@@ -1,4 +1,4 @@
-"""What a model can do now: loss and score of every task, loss on general text, general ability where asked for."""
+"""Evaluate a model: loss and score of every task, loss on general text, and benchmarks if they are asked for."""
 
 import logging
 import time
@@ -28,13 +28,13 @@ class EvalResult:
 
     Attributes:
         loss: task -> nats per answer token.
-        score: task -> its scorer's score, in [0, 1]; None where nothing was generated.
-        general_loss: nats per token of general text, or None without such text.
+        score: task -> its scorer's score, in [0, 1]; None if nothing was generated.
+        general_loss: nats per token of general text; None without such text.
         seconds: wall time.
-        measures: task -> what was measured beside its score, in [0, 1]; only tasks that have any.
-        ability: measure of general ability -> value, in [0, 1] unless the harness has another unit.
+        measures: task -> other measures, in [0, 1]; only for tasks that have any.
+        ability: benchmark -> value, in [0, 1] unless the harness uses another unit.
         num_tokens: generated for the tasks, by all ranks.
-        generate_seconds: wall time of that.
+        generate_seconds: wall time of that generation.
     """
 
     loss: dict[str, float | None]
@@ -48,7 +48,7 @@ class EvalResult:
 
     @property
     def cost(self) -> dict[str, float]:
-        """What judging took, by names that say the unit."""
+        """What the evaluation took, under names that say the unit."""
         cost = {"evaluate_seconds": self.seconds}
         if self.num_tokens:
             cost["generated_tokens_per_second"] = self.num_tokens / self.generate_seconds
@@ -70,12 +70,14 @@ def evaluate_tasks(
 
     Args:
         model: a transformers model or the DeepSpeed engine around one.
-        tasks: what to judge.
+        tokenizer: the model's tokenizer or processor.
+        tasks: tasks to evaluate.
         scorers: task -> name of its scorer, at least for tasks.
         general: encoded text that no task trains.
         batch_size: rows in a forward pass on each rank.
         settings: the run's; scoring, lengths and decoding are read.
-        folder: rank 0 writes what was generated there, TASK.jsonl each.
+        device: where the batches go.
+        folder: rank 0 writes the outputs there, one TASK.jsonl per task.
     """
     begin = time.perf_counter()
     collate = make_collator(tokenizer)
@@ -83,6 +85,8 @@ def evaluate_tasks(
     scores: dict[str, float | None] = {}
     measures: dict[str, dict[str, float]] = {}
     generated: list[Generated] = []
+
+    # Each task: the loss of the gold answers, then the score of the model's own.
     for task in tasks:
         losses[task.name] = evaluate_loss(model, task.test, collate, batch_size, device).mean
         scorer = get_scorer(scorers[task.name])
@@ -96,10 +100,14 @@ def evaluate_tasks(
             measures |= {task.name: found} if found else {}
             if is_main():
                 write_predictions(folder / f"{task.name}.jsonl", task.prompt_texts, golds, answers.texts)
+
+    # What no task trains: general text and benchmarks.
     general_loss = None
     if general is not None:
         general_loss = evaluate_loss(model, general, collate, batch_size, device).mean
     ability = run_benchmarks(model, tokenizer_of(tokenizer), batch_size, settings, device, folder)
+
+    # No rank may read rank 0's files, or start to train, before they are written.
     barrier()
     return EvalResult(
         losses,

@@ -1,8 +1,8 @@
-"""How much of a task to keep: the largest scale of its changes that forgets no more than a budget.
+"""How much of a task to keep: the largest scale of its changes that forgets no more than a budget allows.
 
-A task's changes multiplied by alpha lead from the base (0) to the task (1). The rise of the loss on general text is
-what alpha costs. A few values are tried, from the task downwards, then halfway between the last that fits and the first
-that does not; the curve need not be monotone, and only what was measured is ever returned.
+A task's changes are multiplied by alpha: 0 is the base, 1 the task. The price of alpha is the rise of the loss on
+general text. A few values are tried, from 1 downwards. Then the search halves the interval between the largest value
+that fits and the next larger one. The curve need not be monotone, so only measured values are ever returned.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class Trial:
     """What was measured at one alpha.
 
     Attributes:
-        alpha: what the task's changes were multiplied by.
-        general_loss: nats per token of the search half of the general text.
-        score: of the validation rows, higher is better; None when nothing was validated.
+        alpha: factor of the task's changes.
+        general_loss: nats per token of the part of the general text that the search uses.
+        score: of the validation rows, higher is better; None if nothing was validated.
     """
 
     alpha: float
@@ -31,13 +31,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class ForgettingCurve:
-    """A search and what it chose.
+    """A search and its choice.
 
     Attributes:
-        alpha: chosen; 0 when nothing that was tried fits.
-        budget: the rise that was allowed, nats.
-        before: general loss at alpha 0.
-        trials: what was measured, in the order of trying.
+        alpha: the chosen one; 0 if no value that was tried fits.
+        budget: allowed rise of the general loss, nats.
+        before: general loss at alpha 0, nats.
+        trials: in the order of trying.
     """
 
     alpha: float
@@ -47,11 +47,11 @@ class ForgettingCurve:
 
     @property
     def rise(self) -> float:
-        """Of the general loss at the chosen alpha, nats."""
+        """Rise of the general loss at the chosen alpha, nats."""
         return next((trial.general_loss - self.before for trial in self.trials if trial.alpha == self.alpha), 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready values, by rising alpha; a loss that is no finite number is null."""
+        """Return JSON-ready values, with trials sorted by alpha. A loss that is not finite becomes null."""
         trials = [asdict(trial) for trial in sorted(self.trials, key=lambda trial: trial.alpha)]
         for trial in trials:
             trial["general_loss"] = trial["general_loss"] if isfinite(trial["general_loss"]) else None
@@ -61,22 +61,26 @@ class ForgettingCurve:
 def search_scale(
     measure: Callable[[float], tuple[float, float | None]], before: float, budget: float, max_trials: int = MAX_TRIALS
 ) -> ForgettingCurve:
-    """Choose alpha.
+    """Search for alpha within a budget of forgetting.
 
-    With validation scores the whole grid is tried, and the best score among what fits wins, ties to the larger alpha;
-    without them the search stops at the largest that fits, and a task that fits as it is costs one trial.
+    With validation scores the whole grid is tried. The best score among values that fit wins; ties go to the larger
+    alpha. Without scores the grid is tried only down to the largest value that fits. A task that fits as it is costs
+    one trial.
 
     Args:
-        measure: alpha -> (general loss in nats, validation score or None). It is called at most max_trials times.
-        before: general loss at alpha 0.
+        measure: alpha -> (general loss in nats, validation score or None).
+        before: general loss at alpha 0, nats.
         budget: allowed rise of the general loss, nats, 0 or more.
+        max_trials: most calls of measure, 1 or more.
     Raises:
-        ValueError: before or budget is not finite, budget below 0, or max_trials below 1.
+        ValueError: before or budget is not finite, budget is below 0, or max_trials is below 1.
     """
     if not isfinite(before) or not isfinite(budget) or budget < 0:
         raise ValueError(f"expected a finite loss and a budget of 0 or more, got {before} and {budget}")
     if max_trials < 1:
         raise ValueError(f"expected at least one trial, got {max_trials}")
+
+    # Every trial is kept: the curve is part of the result.
     trials: list[Trial] = []
 
     def fits(trial: Trial) -> bool:
@@ -101,11 +105,12 @@ def search_scale(
             break
         run((fitting + larger) / 2)
 
+    # Choose among what was measured.
     fitting_trials = [trial for trial in trials if fits(trial)]
     best = max(fitting_trials, key=_preference, default=Trial(0.0, nan))
     return ForgettingCurve(best.alpha, budget, before, tuple(trials))
 
 
 def _preference(trial: Trial) -> tuple[float, float]:
-    """By score, then by alpha; what was not scored counts last."""
+    """Return the sort key of a trial: its score, then its alpha. Trials without a score come last."""
     return (-float("inf") if trial.score is None else trial.score, trial.alpha)

@@ -1,4 +1,4 @@
-"""Answers to many prompts, greedy or drawn, with the work dealt over ranks and every answer on every rank."""
+"""Generate answers to many prompts, greedy or sampled. The work is divided over ranks; every rank gets all answers."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ class Decoding:
     """How the next token is chosen.
 
     Attributes:
-        sample: draw it; False takes the likeliest.
-        temperature, top_k, top_p: of drawing; the defaults are those of the method's authors.
-        seed: of drawing. Every batch is drawn from a state of its own, so that texts do not depend on the ranks.
+        sample: draw it at random; False takes the likeliest one.
+        temperature, top_k, top_p: of sampling. The defaults are those of the method's authors.
+        seed: of sampling. Every batch has a random state of its own, so texts do not depend on the number of ranks.
     """
 
     sample: bool = False
@@ -36,7 +36,7 @@ class Decoding:
     seed: int = 42
 
     def config(self) -> dict[str, Any]:
-        """The settings as GenerationConfig takes them."""
+        """Return the settings as GenerationConfig takes them."""
         if not self.sample:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
@@ -47,13 +47,13 @@ GREEDY = Decoding()
 
 @dataclass(frozen=True)
 class Generated:
-    """Texts with what they cost.
+    """Texts and what they cost.
 
     Attributes:
         texts: in the order of the prompts, without special tokens.
-        num_tokens: tokens generated, the ending one of each text included, padding not.
+        num_tokens: tokens generated, with the end token of each text and without padding.
         seconds: wall time on this rank.
-        token_ids: of each text, the ending one included.
+        token_ids: of each text, with its end token.
     """
 
     texts: list[str]
@@ -74,29 +74,33 @@ def generate_texts(
     description: str = "generating",
     batch_of: Callable[[list[int]], dict[str, Tensor]] | None = None,
 ) -> Generated:
-    """What model writes after each prompt; call it on every rank.
+    """Generate an answer to each prompt; call it on every rank.
 
     Args:
         model: a causal model of transformers, or the DeepSpeed engine around one. Its training mode is restored.
         prompts: token ids of each prompt, at least one id each, the same on every rank.
-        tokenizer: the model's; its pad (or EOS) token pads on the left, its EOS token ends an answer, besides those
-            of the model's own generation settings, of which nothing else is used.
+        tokenizer: the model's. Its pad (or EOS) token pads on the left. Its EOS token ends an answer, and so do the end
+            tokens in the model's own generation settings; nothing else of those is used.
         max_new_tokens: most tokens of an answer, >= 1.
-        batch_size: prompts generated together; the longest come first, neighbours in length together. Of a model whose
-            answers padding changes, prompts are generated from one at a time.
+        batch_size: prompts generated together. The longest come first, and similar lengths go together. If padding
+            changes a model's answers, its prompts are answered one at a time.
         device: where the batches go.
-        decoding: greedy, or drawn.
-        synced_gpus: whether every rank must keep making forward passes until the last has finished; None looks
-            whether the parameters are partitioned (ZeRO-3).
+        decoding: greedy or sampled.
+        synced_gpus: whether every rank must keep making forward passes until the last one has finished; None means if
+            the parameters are partitioned (ZeRO-3).
         description: of the progress bar.
-        batch_of: indices of prompts to the model's inputs, padded on the left, where there are others than token ids;
-            rows after those asked for are not looked at. The lengths of prompts then only say what goes together.
+        batch_of: indices of prompts -> the model's inputs, padded on the left; for inputs other than token ids. Rows
+            after those asked for are ignored. The prompts' lengths then only decide what goes together.
     Returns:
         The same texts and number of tokens on every rank.
-    Cost: prompts / (batch_size * ranks) rounds of up to max_new_tokens passes; the texts go through pickle once.
+    Raises:
+        ValueError: an empty prompt.
+    Cost: prompts / (batch_size * ranks) rounds of up to max_new_tokens passes. Texts go through pickle once.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt to generate from needs at least one token id")
+
+    # What is generated, and how.
     begin = time.perf_counter()
     module = getattr(model, "module", model)
     synced = is_partitioned(*module.parameters()) if synced_gpus is None else synced_gpus
@@ -104,6 +108,8 @@ def generate_texts(
     found: list[tuple[int, str, list[int]]] = []
     lengths = [len(prompt) for prompt in prompts]
     inputs_of = batch_of or partial(_padded, prompts, cast(int, config.pad_token_id))
+
+    # Generate this rank's share. Under ZeRO-3 a filler batch runs too, as its forward passes gather parameters.
     with evaluating(model), no_generation_defaults(module):
         if batch_size > 1 and answers_alone(module, lengths, inputs_of, config, device, synced and world_size() > 1):
             batch_size = 1
@@ -122,6 +128,8 @@ def generate_texts(
             if share.counted:
                 answers = tokenizer.batch_decode(written, skip_special_tokens=True)
                 found += zip(share.indices, answers, _until_end(written, config), strict=True)
+
+    # Give every rank all answers, in the order of the prompts.
     gathered = cast(list[list[tuple[int, str, list[int]]]], all_gather_objects(found))
     in_order = sorted(row for of_rank in gathered for row in of_rank)
     texts, token_ids = [text for _, text, _ in in_order], [ids for _, _, ids in in_order]
@@ -134,7 +142,7 @@ def _padded(prompts: Sequence[list[int]], pad_id: int, indices: list[int]) -> di
 
 
 def _until_end(written: Tensor, config: GenerationConfig) -> list[list[int]]:
-    """Tokens of each row up to its first end, which is among them."""
+    """Return the tokens of each row up to and including its first end token."""
     ends = torch.isin(written, torch.tensor(config.eos_token_id or [-1], device=written.device))
     before_end = (ends.cumsum(dim=1) - ends.long()) == 0
     lengths = before_end.sum(dim=1).tolist()
@@ -143,7 +151,7 @@ def _until_end(written: Tensor, config: GenerationConfig) -> list[list[int]]:
 
 @contextmanager
 def _drawing_from(seed: int, device: torch.device, sample: bool) -> Iterator[None]:
-    """Inside, the random states of the CPU and device start from seed; afterwards they are as before."""
+    """Start the random states of CPU and device from seed inside; afterwards restore them."""
     if not sample:
         yield
         return
@@ -155,7 +163,10 @@ def _drawing_from(seed: int, device: torch.device, sample: bool) -> Iterator[Non
 def generation_config(
     module: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, decoding: Decoding = GREEDY
 ) -> GenerationConfig:
-    """Settings of a generation. An answer ends at the tokenizer's EOS or the model's own (chat models have several)."""
+    """Return the settings of a generation.
+
+    An answer ends at the tokenizer's EOS or at any of the model's own end tokens. Chat models have several.
+    """
     own = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -171,8 +182,11 @@ def generation_config(
 
 @contextmanager
 def no_generation_defaults(module: nn.Module) -> Iterator[None]:
-    """Inside, generate() finds no settings in the model: it would fill ours with theirs (a repetition penalty of 1.05
-    comes with some models' files and changes greedy answers)."""
+    """Hide the model's own generation settings from generate() inside.
+
+    generate() would fill in ours with them. Some models' files set a repetition penalty of 1.05, which changes greedy
+    answers.
+    """
     kept = module.generation_config
     module.generation_config = GenerationConfig()
     try:
@@ -182,7 +196,7 @@ def no_generation_defaults(module: nn.Module) -> Iterator[None]:
 
 
 def pad_left(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), int64, padded on the left to the longest prompt."""
+    """Return (input_ids, attention_mask), int64, (prompts, longest), padded on the left."""
     longest = max(len(prompt) for prompt in prompts)
     ids = [[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]

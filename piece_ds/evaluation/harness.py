@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the model as it is now: any of its tasks, also between two tasks of a stream."""
+"""Run lm-evaluation-harness on the model as it is now: any of its tasks, even between two tasks of a stream."""
 
 import logging
 import random
@@ -22,7 +22,7 @@ OWN_TASKS = Path(__file__).with_name("harness_tasks")  # TRACE's eight, as YAML 
 
 
 def check_harness(tasks: str, path: str | None) -> None:
-    """Raise UserError where the harness is not installed, or has no such task."""
+    """Raise UserError if the harness is not installed or has no such task."""
     if path is not None and not Path(path).is_dir():
         raise UserError(f"--lm_eval_path {path}: no such folder")
     known = _task_manager(path).all_tasks
@@ -32,7 +32,7 @@ def check_harness(tasks: str, path: str | None) -> None:
 
 
 def task_names(tasks: str) -> list[str]:
-    """The names in --lm_eval_tasks."""
+    """Return the names in --lm_eval_tasks."""
     return [name.strip() for name in tasks.split(",") if name.strip()]
 
 
@@ -45,13 +45,14 @@ def run_harness(
     batch_size: int,
     device: torch.device | str,
 ) -> dict[str, float]:
-    """Results as "TASK METRIC" -> value; call it on every rank.
+    """Return the harness's results as "TASK METRIC" -> value; call it on every rank.
 
-    Every rank does all of the work: the ranks then stay in step under ZeRO-3, at every stage with the same numbers.
-    Modes and random states are as before afterwards.
+    Every rank does all of the work. So the ranks stay in step under ZeRO-3, and every stage gives the same numbers.
+    Training modes and random states are restored afterwards.
 
     Args:
         model: a causal model of transformers, or the DeepSpeed engine around one.
+        tokenizer: the model's; it is not changed.
         tasks: names, separated by commas.
         path: folder with YAML files of further tasks.
         limit: rows of each task, from the first; None means all.
@@ -64,8 +65,9 @@ def run_harness(
     place = torch.device(device)
 
     class Model(HFLM):
-        device = place  # parameters that ZeRO-3 has moved to the CPU would name that one
+        device = place  # the harness asks the parameters, which ZeRO-3 may have moved to the CPU
 
+    # Run it with everything that it changes put back.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every way it could have been called
     module = getattr(model, "module", model)
     with evaluating(module), same_random_states():
@@ -79,12 +81,15 @@ def run_harness(
             bootstrap_iters=0,
             log_samples=False,
         )
-    # The harness gives results to one process a machine.
+    # The harness returns results only on the main rank.
     return cast(dict[str, float], broadcast_object(_flat(found["results"]) if is_main() else None))
 
 
 def _flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Values by "TASK METRIC", with the name of a filter where it is not the only one; errors and counts left out."""
+    """Return "TASK METRIC" -> value.
+
+    A filter's name is part of it unless there is only one; errors and counts are left out.
+    """
     return {
         f"{task} {metric.removesuffix(',none')}": float(value)
         for task, metrics in results.items()
@@ -95,7 +100,7 @@ def _flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 @contextmanager
 def same_random_states() -> Iterator[None]:
-    """After it the random states of Python, numpy and torch are as before: the harness seeds them all."""
+    """Restore the random states of Python, numpy and torch afterwards: the harness seeds them all."""
     states, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         yield

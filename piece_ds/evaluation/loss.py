@@ -1,4 +1,4 @@
-"""Mean loss per answer token over a whole data set, the same for any number of ranks."""
+"""Mean loss per answer token over a whole data set. It does not depend on the number of ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Batch = dict[str, Tensor]
 
 
 class Rows(Protocol):
-    """What is asked of a data set: a datasets.Dataset, a torch map-style data set and a list all do."""
+    """What is required of a data set; datasets.Dataset, torch's map-style data sets and lists all qualify."""
 
     def __len__(self) -> int: ...
 
@@ -30,7 +30,7 @@ class LossResult:
 
     Attributes:
         sum_loss: nats summed over the counted tokens.
-        num_tokens: labels that enter the loss; the first position of a row never does.
+        num_tokens: labels that enter the loss. The first position of a row never does.
     """
 
     sum_loss: float
@@ -49,21 +49,23 @@ def evaluate_loss(
     batch_size: int,
     device: torch.device | str,
 ) -> LossResult:
-    """Exact token-weighted loss of model over dataset; call it on every rank.
+    """Return the exact token-weighted loss of model over dataset; call it on every rank.
 
     Args:
-        model: a causal model of transformers, or the DeepSpeed engine around one: called with a batch, it gives the
+        model: a causal model of transformers, or the DeepSpeed engine around one. Called with a batch, it returns the
             mean loss over the batch's counted tokens. Its training mode is restored.
         dataset: rows with input_ids and labels, the same on every rank.
-        collator: rows to a batch.
+        collator: rows -> batch.
         batch_size: rows in a forward pass.
         device: where the batches go and the sums are kept.
     Returns:
-        The same LossResult on every rank; sums in fp64, so that ranks change it by rounding only.
-    Cost: ceil(ceil(rows / batch_size) / ranks) forward passes on every rank, one all-reduce of two numbers.
+        The same LossResult on every rank. Sums are in fp64, so the number of ranks changes them only by rounding.
+    Cost: ceil(ceil(rows / batch_size) / ranks) forward passes on every rank, and one all-reduce of two numbers.
     """
     lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+
+    # The mean loss of a batch times its tokens is the sum, so batches of different lengths weigh as they should.
     with evaluating(model):
         for share in shard_batches(lengths, batch_size):
             exit_if_signalled("during an evaluation")
@@ -73,10 +75,12 @@ def evaluate_loss(
             if share.counted and num_tokens > 0:  # the mean over no token is nan
                 sums[0] += loss.detach().to(sums) * num_tokens
                 sums[1] += num_tokens
+
+    # One sum over ranks at the end.
     all_reduce_sum_(sums)
     return LossResult(sum_loss=sums[0].item(), num_tokens=int(sums[1].item()))
 
 
 def count_labels(labels: Tensor) -> int:
-    """Labels of a batch that enter a causal model's loss; it never predicts the first position."""
+    """Return how many labels of a batch enter a causal model's loss. It never predicts the first position."""
     return int((labels[:, 1:] != IGNORED_LABEL).sum())

@@ -1,4 +1,4 @@
-"""The result matrix: everything that was measured along a stream of tasks, growing row by row as tasks are trained."""
+"""The result matrix: everything measured along a stream of tasks. It grows by one row per trained task."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,11 +22,11 @@ class Measure:
     """One measure of all tasks along the stream.
 
     Attributes:
-        after: row i is R[i][.], taken after task i; as many rows as tasks have been trained, each T long.
-        before: the model before any task, T long, or None when it was not evaluated.
+        after: row i is R[i][.], taken after task i; one row per trained task, each T long.
+        before: the model before any task, T long; None if it was not evaluated.
         higher_is_better: True for accuracy, False for a loss. Differences keep the measure's own sign: a backward
-            transfer of +0.3 is good for accuracy and bad for a loss. forgetting alone is always positive for a loss
-            of ability.
+            transfer of +0.3 is good for accuracy and bad for a loss. Only forgetting is always positive if ability was
+            lost.
     """
 
     after: tuple[Row, ...] = ()
@@ -34,30 +34,33 @@ class Measure:
     higher_is_better: bool = True
 
     def overall(self, stage: int | None = None) -> float | None:
-        """OP: mean over the tasks j <= stage of R[stage][j]; stage None means the last trained."""
+        """Return OP, the mean over tasks j <= stage of R[stage][j]; stage None means the last trained task."""
         stage = len(self.after) - 1 if stage is None else stage
         return _mean(self.after[stage][: stage + 1]) if stage >= 0 else None
 
     def learning(self) -> float | None:
-        """Mean of the diagonal, R[i][i]: each task right after it was learned."""
+        """Return the mean of the diagonal R[i][i]: each task right after it was learned."""
         return _mean(self._diagonal())
 
     def backward_transfer(self) -> float | None:
-        """BWT: mean over i < t of R[t][i] - R[i][i], t the last trained task. None with fewer than two tasks."""
+        """Return BWT, the mean over i < t of R[t][i] - R[i][i], t the last trained task.
+
+        None for fewer than two tasks.
+        """
         return self._backward_transfer(stage=len(self.after) - 1, num_tasks=len(self.after) - 1)
 
     def backward_transfer_authors(self) -> float | None:
-        """BWT as the method's authors compute it: the last task is left out altogether.
+        """Return BWT as the method's authors compute it, without the last task.
 
-        With T trained tasks, stage T-2 is the last that counts, and the mean over i <= T-2 of R[T-2][i] - R[i][i]
-        includes the term i = T-2, which is zero by definition. None with fewer than two tasks.
+        With T trained tasks, stage T-2 is the last that counts. The mean over i <= T-2 of R[T-2][i] - R[i][i] includes
+        the term i = T-2, which is zero by definition. None for fewer than two tasks.
         """
         return self._backward_transfer(stage=len(self.after) - 2, num_tasks=len(self.after) - 1)
 
     def forgetting(self) -> float | None:
-        """Mean over i < t of (best of R[l][i], i <= l < t) - R[t][i]; for a loss R[t][i] - the lowest.
+        """Return the mean over i < t of (best of R[l][i], i <= l < t) - R[t][i]; for a loss, R[t][i] - the lowest.
 
-        Positive where ability was lost. None with fewer than two tasks.
+        It is positive if ability was lost. None for fewer than two tasks.
         """
         last = len(self.after) - 1
         sign, best = (1.0, max) if self.higher_is_better else (-1.0, min)
@@ -70,9 +73,9 @@ class Measure:
         return _mean(losses)
 
     def forward_transfer(self) -> float | None:
-        """FWT: mean over i >= 1 of R[i-1][i] - before[i]: what earlier tasks did for one not yet trained.
+        """Return FWT, the mean over i >= 1 of R[i-1][i] - before[i]: what earlier tasks did for one not yet trained.
 
-        None without the row before, or where tasks to come were not evaluated.
+        None without the row before, or if later tasks were not evaluated.
         """
         if self.before is None:
             return None
@@ -89,7 +92,7 @@ class Measure:
         return _mean(difference(self.after[stage][task], diagonal[task]) for task in range(num_tasks))
 
     def to_json(self) -> dict[str, Any]:
-        """before and after as JSON-ready rows."""
+        """Return before and after as JSON-ready rows."""
         return {
             "before": None if self.before is None else row_to_json(self.before),
             "after": [row_to_json(row) for row in self.after],
@@ -97,23 +100,23 @@ class Measure:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], higher_is_better: bool) -> "Measure":
-        """The measure that to_json wrote."""
+        """Return the measure that to_json() wrote."""
         before = None if values["before"] is None else row_from_json(values["before"])
         return cls(tuple(row_from_json(row) for row in values["after"]), before, higher_is_better)
 
 
 def difference(first: float | None, second: float | None) -> float | None:
-    """first - second, None where either is."""
+    """Return first - second; None if either is None."""
     return None if first is None or second is None else first - second
 
 
 def row_to_json(row: Sequence[float | None]) -> list[float | str | None]:
-    """row with inf and nan, which JSON does not have, as text that float() reads back."""
+    """Return row with inf and nan, which JSON does not have, as text that float() reads back."""
     return [value if value is None or isfinite(value) else str(value) for value in row]
 
 
 def row_from_json(values: Sequence[float | str | None]) -> Row:
-    """The row that row_to_json wrote."""
+    """Return the row that row_to_json() wrote."""
     return tuple(None if value is None else float(value) for value in values)
 
 
@@ -127,16 +130,18 @@ ACCURACY, LOSS = "accuracy", "loss"  # metrics of tasks; the others are named in
 
 @dataclass(frozen=True)
 class ResultMatrix:
-    """All measures of a stream of tasks, as far as it has come.
+    """All measures of a stream of tasks so far.
 
     Attributes:
         tasks: names, in the order of training.
-        metrics: per task what its score is: "accuracy", "(BLEU-4 + ROUGE-L) / 2", "edit similarity", or "loss" where
+        metrics: per task, the name of its score: "accuracy", "(BLEU-4 + ROUGE-L) / 2", "edit similarity", or "loss" if
             nothing is generated.
-        score: in [0, 1], higher is better; None where the metric is "loss".
+        score: in [0, 1], higher is better; None for tasks with the metric "loss".
         loss: nats per answer token.
         general_loss: nats per token of text that no task trains, after each task.
         general_loss_before: the same before any task.
+    Raises:
+        ValueError: there are not as many metrics as tasks.
     """
 
     tasks: tuple[str, ...]
@@ -152,12 +157,12 @@ class ResultMatrix:
 
     @property
     def score_name(self) -> str:
-        """What the scores are called together: "accuracy" where all of them are, else "score"."""
+        """Common name of the scores: "accuracy" if all of them are, else "score"."""
         return ACCURACY if set(self.metrics) <= {ACCURACY, LOSS} else "score"
 
     @property
     def accuracy(self) -> Measure:
-        """The scores that are accuracies; None for the other tasks."""
+        """Only the scores that are accuracies; None for the other tasks."""
         kept = [metric == ACCURACY for metric in self.metrics]
 
         def only(row: Row) -> Row:
@@ -169,7 +174,7 @@ class ResultMatrix:
     def with_before(
         self, score: Mapping[str, float | None], loss: Mapping[str, float | None], general_loss: float | None = None
     ) -> "ResultMatrix":
-        """This matrix with the row before any task; tasks that a mapping leaves out were not evaluated."""
+        """Return this matrix with the row before any task. Tasks that a mapping leaves out were not evaluated."""
         return replace(
             self,
             score=replace(self.score, before=self._row(score)),
@@ -180,10 +185,10 @@ class ResultMatrix:
     def with_row(
         self, score: Mapping[str, float | None], loss: Mapping[str, float | None], general_loss: float | None = None
     ) -> "ResultMatrix":
-        """This matrix with the row of the next trained task; tasks that a mapping leaves out were not evaluated.
+        """Return this matrix with the row of the next trained task. Tasks that a mapping leaves out were not evaluated.
 
         Raises:
-            ValueError: all tasks have their row, or a name is no task.
+            ValueError: all tasks have their row already, or a name is no task.
         """
         if len(self.loss.after) == len(self.tasks):
             raise ValueError(f"all {len(self.tasks)} tasks have their row already")
@@ -195,7 +200,11 @@ class ResultMatrix:
         )
 
     def summary(self) -> dict[str, float | None]:
-        """The derived figures by name: of scores, the accuracies among them, losses; the change of the general loss."""
+        """Return the derived figures by name.
+
+        They are the FIGURES of all scores, of the accuracies among them and of the losses, and the change of the
+        general loss.
+        """
         figures: dict[str, float | None] = {}
         for name, measure in (("score", self.score), ("accuracy", self.accuracy), ("loss", self.loss)):
             for figure in FIGURES:
@@ -204,7 +213,7 @@ class ResultMatrix:
         return {**figures, "general_loss_change": difference(last, self.general_loss_before)}
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready values; what was not evaluated is null. Reading it back gives an equal matrix."""
+        """Return JSON-ready values; what was not evaluated is null. from_json() gives an equal matrix."""
         summary = self.summary()
         return {
             "tasks": list(self.tasks),
@@ -221,8 +230,10 @@ class ResultMatrix:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ResultMatrix":
-        """The matrix that to_json wrote; accuracy and summary are derived. (Files written before there were other
-        scores have accuracies alone.)"""
+        """Return the matrix that to_json() wrote. Accuracy and summary are derived again.
+
+        Files written before there were other scores have only accuracies.
+        """
         general = values["general_loss"]
         return cls(
             tasks=tuple(values["tasks"]),

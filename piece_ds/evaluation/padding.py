@@ -1,7 +1,7 @@
-"""Whether padding changes what a model says: asked of the model itself, as no list knows every class and every version.
+"""Find out whether padding changes what a model says, by asking the model. No list knows every class and version.
 
-Rows are padded on the right, which no causal model can see. Prompts to generate from are padded on the left, which
-models without relative positions, with recurrences or with convolutions may see.
+Rows are padded on the right, which no causal model can see. Prompts to generate from are padded on the left. Models
+without relative positions, with recurrences or with convolutions may see that.
 """
 
 import logging
@@ -19,9 +19,9 @@ from piece_ds.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Largest difference of logits, as a share of their spread, that is taken for rounding: in fp32, and in 16 bits, where
-# the typical token decides, as a rounding may send one token to another expert. Over the causal classes of transformers
-# 5.23 a model that sees padding is off by 0.1 to 1.
+# Largest difference of logits, as a share of their spread, that counts as rounding: in fp32, and in 16 bits. There
+# the typical token decides: rounding may send one token to another expert. Over the causal classes of transformers
+# 5.23, a model that sees padding is off by 0.1 to 1.
 _EXACT = 1e-3
 _SAME_SHAPE = 0.01  # two rows of one batch, or one token changed: the same kernels run
 # Another length is other kernels: 30 layers in bf16 differ by 0.024, 60 layers with large weights by 0.09.
@@ -33,29 +33,33 @@ _ANSWERS_ALONE = "_piece_ds_answers_alone"
 
 
 def check_rows(model: Any, token_ids: Sequence[int], pad_id: int, one_row_at_a_time: bool) -> None:
-    """Raise UserError unless model is causal and gives a row in a batch what it gives the row alone. A collective.
+    """Raise UserError unless model is causal and treats a row in a batch like the row by itself. A collective.
 
     Args:
         model: a causal model of transformers or the DeepSpeed engine around one.
         token_ids: at least one id that stands for no image; repeated as needed.
         pad_id: of padding.
-        one_row_at_a_time: every batch of the run is a single row: then padding is not asked about.
+        one_row_at_a_time: every batch of the run is a single row, so padding need not be checked.
     Cost: three forward passes of at most 32 tokens.
     """
     module = getattr(model, "module", model)
     row = (list(token_ids) * _ROW_TOKENS)[:_ROW_TOKENS]
     other = next((token for token in token_ids if token != row[-1]), pad_id if pad_id != row[-1] else row[-1] - 1)
+
+    # The row by itself, the row with another last token, and the row beside a longer one.
     with evaluating(model):
         alone = _logits(model, [row], pad_id)[0]
         changed = _logits(model, [[*row[:-1], abs(other)]], pad_id)[0]
         padded, whole = _logits(model, [row, row + row[:5]], pad_id)[:, :_ROW_TOKENS]
+
+    # A causal model cannot tell from its earlier logits that the last token changed.
     name = type(module).__name__
     if _differ(module, alone[:-1], changed[:-1], _SAME_SHAPE):
         raise UserError(
             f"{name} sees the answers that it shall learn: a change of a row's last token changes what it says of the "
             "tokens before. It is an encoder, or its config.json makes it one (is_decoder false, causal false)"
         )
-    # The longer row begins with the same tokens: behind them it has more of its own where the other has padding.
+    # The longer row begins with the same tokens, and has tokens of its own where the shorter one has padding.
     if not one_row_at_a_time and (
         _differ(module, whole, padded, _SAME_SHAPE) or _differ(module, alone, padded, _OTHER_LENGTH)
     ):
@@ -67,7 +71,7 @@ def check_rows(model: Any, token_ids: Sequence[int], pad_id: int, one_row_at_a_t
 
 
 def answer_tokens(rows: Rows) -> list[int]:
-    """Return the first counted labels of rows, which stand for no image, for check_rows()."""
+    """Return the first counted labels of rows, for check_rows(). They stand for no image."""
     found: list[int] = []
     for index in range(len(rows)):
         found += [label for label in rows[index]["labels"] if label != IGNORED_LABEL]
@@ -77,7 +81,7 @@ def answer_tokens(rows: Rows) -> list[int]:
 
 
 def _logits(model: Any, rows: Sequence[list[int]], pad_id: int) -> Tensor:
-    """fp32 logits of rows padded on the right, (rows, longest, vocabulary)."""
+    """Return fp32 logits of rows padded on the right, (rows, longest, vocabulary)."""
     longest = max(map(len, rows))
     device = next(iter(getattr(model, "module", model).parameters())).device
     ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
@@ -86,11 +90,13 @@ def _logits(model: Any, rows: Sequence[list[int]], pad_id: int) -> Tensor:
 
 
 def _differ(model: Any, expected: Tensor, got: Tensor, in_16_bits: float) -> bool:
-    """Whether logits, (tokens, vocabulary), differ by more than rounding on any rank. A collective.
+    """Return whether logits, (tokens, vocabulary), differ by more than rounding on any rank. A collective.
 
     Args:
-        model: that gave them; logits themselves may come in fp32 from a model in 16 bits.
-        in_16_bits: tolerance for the typical token; in fp32 the worst one decides, by _EXACT.
+        model: that gave them. The logits themselves may be fp32 although the model computes in 16 bits.
+        expected: logits.
+        got: logits.
+        in_16_bits: tolerance for the typical token in 16 bits. In fp32 the worst token decides, by _EXACT.
     """
     is_exact = all(param.dtype not in (torch.bfloat16, torch.float16) for param in model.parameters())
     expected, got = expected.float(), got.float()
@@ -108,23 +114,30 @@ def answers_alone(
     device: torch.device | str,
     synced: bool,
 ) -> bool:
-    """Whether prompts are to be answered one at a time, since padding changes the answers of module. A collective.
+    """Return whether prompts must be answered one at a time because padding changes the answers of module.
 
-    Asked once per model: up to three of the shortest prompts, each alone and all beside the longest.
+    A collective. Each model is asked once: up to three of the shortest prompts, each by itself and then all beside the
+    longest.
 
     Args:
         module: the model itself, in evaluation mode.
-        lengths: of the prompts.
-        inputs_of: indices of prompts to a batch padded on the left.
+        lengths: of the prompts, in tokens.
+        inputs_of: indices of prompts -> a batch padded on the left.
         config: of the generation.
         device: where the batches go.
         synced: as synced_gpus of generate().
     """
+
+    # Asked already, or nothing to pad.
     known = getattr(module, _ANSWERS_ALONE, None)
     if known is not None or len(set(lengths)) < 2:
         return bool(known)
+
+    # The shortest prompts get the most padding.
     *others, longest = sorted(range(len(lengths)), key=lambda index: lengths[index])
     shortest = [index for index in others[:_NUM_ASKED] if lengths[index] < lengths[longest]]
+
+    # Only the first token's logits are compared: later tokens depend on it.
     first = GenerationConfig(
         max_new_tokens=1,
         pad_token_id=config.pad_token_id,
@@ -140,6 +153,7 @@ def answers_alone(
         inputs = {name: tensor.to(device) for name, tensor in inputs_of(indices).items()}
         return module.generate(**inputs, generation_config=first, synced_gpus=synced).logits[0][: len(indices)]
 
+    # Compare, and remember the answer on the model.
     try:
         each = torch.cat([next_logits([index]) for index in shortest])
         alone = _differ(module, each, next_logits([*shortest, longest])[:-1], _NEXT_TOKEN)

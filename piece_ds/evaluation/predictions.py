@@ -20,7 +20,7 @@ KEYS = ("prompt", "answer", "output")
 
 
 def write_predictions(path: Path, prompts: Sequence[str], answers: Golds, outputs: Sequence[str]) -> None:
-    """Write one JSON object a row, whole; call it on one rank. A single gold answer is text, several are a list."""
+    """Write one JSON object per row; call it on one rank. A single gold answer is text, several are a list."""
     golds = [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in answers]
     rows = zip(prompts, golds, outputs, strict=True)
     lines = [json.dumps(dict(zip(KEYS, row, strict=True)), ensure_ascii=False) for row in rows]
@@ -28,10 +28,10 @@ def write_predictions(path: Path, prompts: Sequence[str], answers: Golds, output
 
 
 def read_predictions(path: Path | str) -> tuple[list[str], list[str | list[str]], list[str]]:
-    """(prompts, answers, outputs) of a file that write_predictions wrote; several gold answers of a row are a list.
+    """Return (prompts, answers, outputs) of a file that write_predictions() wrote. Several gold answers are a list.
 
     Raises:
-        UserError: any other file.
+        UserError: no such file, or a file of another form.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; a run writes predictions/MOMENT/TASK.jsonl")
@@ -49,10 +49,14 @@ def _is_text(value: Any, may_be_list: bool) -> bool:
 
 
 def rescore(path: Path | str, scorer: str | None = None, scoring: str = SCORINGS[0]) -> dict[str, float]:
-    """Measures of the predictions in path, the score first.
+    """Return the measures of the predictions in path, the score first.
 
     Args:
-        scorer: its name; None takes that of the task the file is named after.
+        path: file that write_predictions() wrote.
+        scorer: its name; None takes the scorer of the task that the file is named after.
+        scoring: one of SCORINGS.
+    Raises:
+        UserError: the file cannot be used, or the scorer is unknown or scores no texts.
     """
     prompts, answers, outputs = read_predictions(path)
     task = Path(path).stem
@@ -63,7 +67,7 @@ def rescore(path: Path | str, scorer: str | None = None, scoring: str = SCORINGS
 
 
 def main() -> int:
-    """Print one line a file."""
+    """Print one line per file; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m piece_ds.evaluation.predictions", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--scorer", choices=scorer_names(), help="instead of that of the task the file is named after")

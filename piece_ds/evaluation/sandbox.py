@@ -1,8 +1,8 @@
-"""Whether a program passes tests, tried where it can reach neither the tests nor anything else.
+"""Try whether a program passes its tests, isolated from the tests and from everything else.
 
-The program runs in a process that can compute and answer calls (isolated/program.py), the tests in another, which holds
-them (isolated/judge.py). This side starts the judge, waits for its exit code, and kills both when they take too long;
-both die with this process, however it ends. Nothing is written to the disk.
+The program runs in a process that can only compute and answer calls (isolated/program.py). The tests run in another
+process, which holds them (isolated/judge.py). This module starts the judge, waits for its exit code, and kills both if
+they take too long. Both die with this process, however it ends. Nothing is written to disk.
 """
 
 import json
@@ -19,7 +19,7 @@ from piece_ds.runtime.errors import UserError
 TIMEOUT_SECONDS = 5.0  # what the method's authors allow a HumanEval problem
 MEMORY_BYTES = 1 << 30
 _JUDGE = Path(__file__).parent / "isolated" / "judge.py"
-_KEPT = ("LD_LIBRARY_PATH", "PATH")  # of the environment; nothing that could be worth reading
+_KEPT = ("LD_LIBRARY_PATH", "PATH")  # all of the environment that the judge gets: it may hold secrets
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Submission:
     """A program and the tests it has to pass.
 
     Attributes:
-        program: Python source that nobody has read; it defines `function`.
-        function: the name that is called.
-        test: source that defines check(candidate), which raises where candidate is wrong.
-        setup: source of helpers that test uses; run where the tests are.
+        program: Python source that nobody has read. It defines `function`.
+        function: name of the function that is called.
+        test: source that defines check(candidate), which raises if candidate is wrong.
+        setup: source of helpers that test uses; it runs beside the tests.
     """
 
     program: str
@@ -42,15 +42,18 @@ class Submission:
 def passes(submission: Submission, timeout_seconds: float = TIMEOUT_SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
     """Return whether the program runs without an exception and its function passes the tests.
 
-    Arguments and results are values of builtin types (numbers, texts, bytes, lists, tuples, sets, dicts) or Fractions;
-    any other result fails. What the program prints is thrown away.
+    Arguments and results must be of builtin types (numbers, texts, bytes, lists, tuples, sets, dicts) or Fractions. Any
+    other result fails. What the program prints is discarded.
 
     Args:
+        submission: program and tests.
         timeout_seconds: wall time of the program and its calls, without the start of interpreters.
         memory_bytes: the program's address space.
     Cost: two interpreters, about 0.3 s.
     """
     job = {**asdict(submission), "timeout_seconds": timeout_seconds, "memory_bytes": memory_bytes}
+
+    # A session of its own, so that judge and program can be killed together.
     process = subprocess.Popen(
         [sys.executable, "-I", "-B", str(_JUDGE), str(os.getpid())],
         stdin=subprocess.PIPE,

@@ -1,7 +1,8 @@
-"""The registry of scorers: what a task's answers are compared by, and which scorer a task gets.
+"""The registry of scorers: how a task's answers are compared, and which scorer a task gets.
 
-A scorer has two formulas: the clean one, with forgiving parsers and well-kept libraries, and that of the method's
-authors (`--scoring authors`), whose numbers are thus comparable. Scores are in [0, 1]; higher is better.
+A scorer has two formulas. The clean one uses forgiving parsers and maintained libraries. The other is that of the
+method's authors (`--scoring authors`), so that numbers can be compared with theirs. Scores are in [0, 1]; higher is
+better.
 """
 
 import re
@@ -30,11 +31,12 @@ class Scorer:
     """How the answers of a task are scored.
 
     Attributes:
-        metric: what the score is called.
-        clean, authors: the two formulas; None where nothing is generated.
-        is_short: whether the answer stands in the first few tokens (--max_new_tokens, else --max_new_tokens_text).
+        metric: name of the score.
+        clean: the clean formula; None if nothing is generated.
+        authors: the authors' formula; None if nothing is generated.
+        is_short: whether the answer is in the first few tokens (--max_new_tokens; otherwise --max_new_tokens_text).
         is_short_for_authors: the same under --scoring authors.
-        takes_many: whether the formulas get all gold answers of a row, as lists, instead of the most frequent one.
+        takes_many: whether the formulas get all gold answers of a row, as lists, and not only the most frequent one.
     """
 
     metric: str
@@ -50,11 +52,12 @@ class Scorer:
         return self.clean is not None
 
     def score(self, outputs: Texts, golds: Golds, prompts: Texts, scoring: str = CLEAN) -> dict[str, float]:
-        """Measures by name; the first is the score. nan without rows.
+        """Return measures by name; the first is the score. It is nan without rows.
 
         Args:
-            outputs: what the model wrote, without the prompt; text up to a last </think> is left out.
-            golds, prompts: texts of the same rows.
+            outputs: what the model wrote, without the prompt. Text up to the last </think> is ignored.
+            golds: gold answers of the same rows.
+            prompts: prompts of the same rows.
             scoring: CLEAN or AUTHORS.
         Raises:
             ValueError: the lengths differ, the scoring is unknown, or the scorer generates nothing.
@@ -74,29 +77,29 @@ class Scorer:
 
 
 def as_list(gold: str | list[str]) -> list[str]:
-    """All gold answers of a row."""
+    """Return all gold answers of a row as a list."""
     return [gold] if isinstance(gold, str) else gold
 
 
 def one_of(gold: str | list[str]) -> str:
-    """The most frequent gold answer of a row, the first of equals: the one that is trained."""
+    """Return the most frequent gold answer of a row, or the first of equals: the one that is trained."""
     return Counter(as_list(gold)).most_common(1)[0][0]
 
 
 def scorer_names() -> list[str]:
-    """Every scorer that --scorers may name."""
+    """Return every scorer that --scorers may name."""
     return list(_SCORERS)
 
 
 def get_scorer(name: str) -> Scorer:
-    """The scorer of that name. Raises UserError, naming the nearest, where there is none."""
+    """Return the scorer of that name. Raise UserError, with the nearest name, if there is none."""
     if name not in _SCORERS:
         raise UserError(f"--scorers: {name!r} is unknown; known: {', '.join(_SCORERS)}.{nearest(name, [*_SCORERS])}")
     return _SCORERS[name]
 
 
 def parse_scorers(flag: str | None) -> dict[str, str]:
-    """--scorers TASK=NAME,TASK=NAME as a mapping. Raises UserError for another form or an unknown scorer."""
+    """Return --scorers TASK=NAME,TASK=NAME as a mapping. Raise UserError for another form or an unknown scorer."""
     chosen: dict[str, str] = {}
     for item in (flag or "").split(",") if flag else []:
         task, equals, name = (part.strip() for part in item.rpartition("="))
@@ -112,11 +115,14 @@ def parse_scorers(flag: str | None) -> dict[str, str]:
 def choose_scorers(
     tasks: Iterable[tuple[str, Golds]], flag: str | None = None, about_images: Collection[str] = ()
 ) -> dict[str, str]:
-    """Task -> name of its scorer: what --scorers says, else TRACE's own for a task of its name, else by its answers.
+    """Return task -> name of its scorer.
+
+    --scorers decides first, then TRACE's own scorer if the task has a TRACE name, then the answers. If all answers are
+    letters, numbers or words, those are compared; otherwise the task is text. For tasks about images: letter if all
+    answers are letters, vqa if most are short, else caption.
 
     Args:
-        tasks: (name, gold answers). By the answers: a letter, number or word where all of them are, else text; about
-            images a letter where all of them are, vqa where most are short, else caption.
+        tasks: (name, gold answers) of each.
         flag: --scorers.
         about_images: names of the tasks whose rows have images.
     Raises:
@@ -189,18 +195,18 @@ def _simplification(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, f
 
 
 def _simplification_authors(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
-    """With TRACE's SARI, whose source is the whole prompt; PIECE's authors commented it out."""
+    """Return TRACE's measures with SARI, whose source is the whole prompt. PIECE's authors commented SARI out."""
     return {**_text_authors(outputs, golds, prompts), "sari": texts.sari(prompts, outputs, golds)}
 
 
 def _paragraph(prompt: str) -> str:
-    """The text to simplify, without the instruction around it."""
+    """Return the text to simplify, without the instruction around it."""
     found = re.search(r"Paragraph:\s*(.*?)\s*Simplification:\s*$", prompt, re.DOTALL)
     return found.group(1) if found else prompt
 
 
 def _code(outputs: Texts, golds: Texts, prompts: Texts) -> dict[str, float]:
-    """The first line that was written against the gold one, white space around them left out."""
+    """Return the similarity of the first line written and the gold line, without white space around them."""
     pairs = [[authors.with_literals(_first_line(text)) for text in column] for column in (outputs, golds)]
     return {"score": texts.edit_similarity(*pairs)}
 
@@ -234,17 +240,17 @@ _SCORERS = {
     "stance": Scorer(ACCURACY, _of_kind(LETTER), _accuracy(_same_stance), True, True),
     "number": Scorer(ACCURACY, _of_kind(NUMBER), _accuracy(_same_number), True, True),
     "word": Scorer(ACCURACY, _of_kind(WORD), _accuracy(_same_text), True, True),
-    # All of a longer answer, white space around it left out: JSON, SQL, a date.
+    # All of a longer answer, without white space around it: JSON, SQL, a date.
     "exact": Scorer(ACCURACY, _accuracy(_same_text_at_all), _accuracy(_same_text_at_all), False, False),
     "text": Scorer(_BLEU_ROUGE, _text, _text_authors, False, False),
     "simplification": Scorer(_BLEU_ROUGE, _simplification, _simplification_authors, False, False),
     "code": Scorer(_EDIT, _code, _code_authors, False, False),
-    # The authors' script of VQA accuracy is an empty file, so theirs is the benchmark's too.
+    # The authors' script for VQA accuracy is an empty file, so both formulas are the benchmark's.
     "vqa": Scorer(ACCURACY, _vqa, _vqa, True, True, takes_many=True),
     "caption": Scorer(_BLEU_ROUGE, _caption, _caption_authors, False, False, takes_many=True),
     "loss": Scorer(LOSS, None, None, True, True),
 }
-MAX_WORDS_OF_VQA = 4  # of VQA-v2's answers 99 % are no longer; a caption has some ten
+MAX_WORDS_OF_VQA = 4  # 99 % of VQA-v2's answers are no longer; a caption has about ten
 _OF_KIND = {LETTER: "letter", NUMBER: "number", WORD: "word", TEXT: "text"}
 
 # Names of the folders of the benchmark's tasks (arXiv 2310.06762).

@@ -1,7 +1,7 @@
-"""General text that the base model writes itself, before it learns anything: rows for statistics, replay and KL.
+"""General text that the base model writes itself before it learns anything: rows for statistics, replay and KL.
 
-What a model writes from its first token is a sample of what it knows. So whoever has no general text has this, at the
-cost of a few hundred rows generated once per base model; they are kept in the user's cache.
+What a model writes from its first token is a sample of what it knows. So every user has general text, at the cost of a
+few hundred rows generated once per base model. They are kept in the user's cache.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from piece_ds.runtime.files import write_text
 
 logger = logging.getLogger(__name__)
 
-# A row this short says nothing: the model chose to write nothing.
+# Shorter rows carry no text: the model ended at once.
 MIN_TOKENS = 8
 
 
@@ -33,9 +33,9 @@ class SelfWriting:
     """How the text is written.
 
     Attributes:
-        num_rows: rows begun; those shorter than MIN_TOKENS are left out.
+        num_rows: rows begun. Rows shorter than MIN_TOKENS are dropped.
         num_tokens: most tokens of a row, its first included.
-        seed: of the draw; any number of ranks writes the same for the same batch size.
+        seed: of the draw. Any number of ranks writes the same text for the same batch size.
         batch_size: rows written together.
     """
 
@@ -48,16 +48,18 @@ class SelfWriting:
 def write_rows(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, writing: SelfWriting, device: torch.device | str
 ) -> datasets.Dataset:
-    """What model writes after its first token, drawn from its own distribution (temperature 1, nothing cut off).
+    """Return what model writes after its first token, drawn from its own distribution. A collective.
+
+    The temperature is 1 and no token is excluded.
 
     Args:
-        model: a causal model of transformers, or the DeepSpeed engine around one. A collective.
-        tokenizer: the model's; its BOS begins each row, else its EOS.
+        model: a causal model of transformers, or the DeepSpeed engine around one.
+        tokenizer: the model's. Its BOS begins each row, or EOS if it has none.
         writing: how much, and the seed.
         device: where the batches go.
     Returns:
         Dataset of columns input_ids and labels, the same on every rank; loss on every token but the first.
-    Cost: num_rows / (batch_size * ranks) rounds of num_tokens passes of batch_size tokens; measured: 128 rows of 64
+    Cost: num_rows / (batch_size * ranks) rounds of num_tokens passes of batch_size tokens. Measured: 128 rows of 64
         tokens by 135 M parameters in bf16 on one core, 21 s.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -82,14 +84,16 @@ def self_written_file(
     writing: SelfWriting,
     device: torch.device | str,
 ) -> Path:
-    """The file of the text that a base model wrote, in the user's cache; written at the first call. A collective.
+    """Return the file of the text that a base model wrote, in the user's cache. The first call writes it. A collective.
 
     Args:
-        digest: of the base model's files, as models.fingerprint.model_digest() gives it.
-        open_model: brings the base model; called on every rank, and only where the file is not there yet.
-        tokenizer, writing, device: as in write_rows().
+        digest: of the base model's files, from models.fingerprint.model_digest().
+        open_model: returns the base model. It is called on every rank, and only if the file is not there yet.
+        tokenizer: as in write_rows().
+        writing: as in write_rows().
+        device: as in write_rows().
     Returns:
-        A JSONL file of rows of input_ids and labels, which any flag that takes a data file reads.
+        A JSONL file of rows of input_ids and labels, which every flag for a data file accepts.
     """
     key = hashlib.sha256(json.dumps([digest, asdict(writing)]).encode()).hexdigest()[:16]
     path = cache_folder() / "general_text" / f"self-{key}.jsonl"
@@ -97,6 +101,6 @@ def self_written_file(
         if is_main():
             logger.warning("the base model writes %d rows of general text into %s", writing.num_rows, path)
         rows = write_rows(open_model(), tokenizer, writing, device)
-        # Every rank, as machines may have caches of their own; each writes the same, whole.
+        # Every rank writes the same file, whole: each machine may have a cache of its own.
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,20 +1,23 @@
-"""How near a free text is to the gold one: BLEU-4, ROUGE-L, SARI, edit similarity, all in [0, 1], in any language.
+"""Score free texts against gold ones: BLEU-4, ROUGE-L, SARI and edit similarity, all in [0, 1], in any language.
 
-The libraries are imported where they are used: some take a second, and most ranks and most commands need none.
+The libraries are imported inside the functions. Some take a second to import, and most ranks and commands need none.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-# Scripts without spaces between words; each character counts as one there.
+# Scripts without spaces between words. There each character counts as a word.
 _SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+")
 _MAX_ORDER = 4
 
 
 def bleu_4(outputs: Sequence[str], golds: Sequence[str]) -> float:
-    """Corpus BLEU of sacrebleu with its exponential smoothing; tokens by its rule 13a, or zh for spaceless scripts."""
+    """Return sacrebleu's corpus BLEU with exponential smoothing.
+
+    Tokens are its 13a, or its zh for scripts without spaces.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
     tokenize = "zh" if any(re.search(f"[{_SPACELESS}]", gold) for gold in golds) else "13a"
@@ -22,7 +25,10 @@ def bleu_4(outputs: Sequence[str], golds: Sequence[str]) -> float:
 
 
 def rouge_l(outputs: Sequence[str], golds: Sequence[str]) -> float:
-    """Mean over rows of ROUGE-L F1 of rouge-score, on lower-case words of any script (its own tokens are ASCII)."""
+    """Return the mean over rows of rouge-score's ROUGE-L F1, on lower-case words of any script.
+
+    Its own tokens are ASCII.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
@@ -31,7 +37,7 @@ def rouge_l(outputs: Sequence[str], golds: Sequence[str]) -> float:
 
 
 def edit_similarity(outputs: Sequence[str], golds: Sequence[str]) -> float:
-    """Mean over rows of 1 - edits / (characters of both), an edit being an insertion or a deletion."""
+    """Return the mean over rows of 1 - edits / (characters of both). An edit is an insertion or a deletion."""
     from rapidfuzz import fuzz
 
     pairs = zip(outputs, golds, strict=True)
@@ -39,10 +45,12 @@ def edit_similarity(outputs: Sequence[str], golds: Sequence[str]) -> float:
 
 
 def sari(sources: Sequence[str], outputs: Sequence[str], golds: Sequence[str]) -> float:
-    """Mean over rows of SARI against one reference: how well a simplification keeps, adds and deletes.
+    """Return the mean over rows of SARI against one reference: how well a simplification keeps, adds and deletes words.
 
-    Source: Xu et al. 2016 (aclanthology Q16-1029) with the two corrections of tensor2tensor and Hugging Face's
-    `evaluate`: 0/0 is 1, and the recall of kept n-grams counts occurrences. Lower case, sacrebleu's 13a tokens.
+    Tokens are sacrebleu's 13a in lower case.
+
+    Source: Xu et al. 2016 (aclanthology Q16-1029), with the two corrections of tensor2tensor and Hugging Face's
+        `evaluate`: 0/0 is 1, and the recall of kept n-grams counts occurrences.
     """
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -59,13 +67,15 @@ def _sari_of_row(source: list[str], output: list[str], gold: list[str]) -> float
 
 
 def _sari_of_order(source: Counter, output: Counter, gold: Counter) -> tuple[float, float, float]:
-    """F1 of kept, precision of deleted and F1 of added n-grams of one length."""
+    """Return F1 of kept, precision of deleted and F1 of added n-grams of one length."""
     kept, to_keep = source & output, source & gold
     well_kept = kept & gold
     keep = _f1(
         _ratio(sum(well_kept[ngram] / kept[ngram] for ngram in well_kept), len(kept)),
         _ratio(well_kept.total(), to_keep.total()),
     )
+
+    # Only precision for deletions: deleting too much hurts more than deleting too little.
     deleted = source - output
     well_deleted = deleted - gold
     delete = _ratio(sum(well_deleted[ngram] / deleted[ngram] for ngram in well_deleted), len(deleted))
@@ -87,7 +97,7 @@ def _f1(precision: float, recall: float) -> float:
 
 
 class _Words:
-    """A tokenizer for rouge-score."""
+    """Tokenizer for rouge-score."""
 
     def tokenize(self, text: str) -> list[str]:
         return _WORD.findall(text.lower())

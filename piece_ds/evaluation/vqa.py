@@ -1,15 +1,17 @@
 """VQA's soft accuracy with its answer normalization, and plain exact match.
 
-Source: Antol et al. 2015 and the rules of visualqa.org/evaluation. With four or more gold answers an answer scores the
-mean, over all ways to leave one of them out, of min(1, matches among the others / 3): their ten people vote. With fewer
-it is right where it matches any. Both sides are always normalized (the challenge's own script leaves questions alone on
-which all people agree).
+With four or more gold answers, an answer's score is the mean, over all ways to leave out one of them, of min(1, matches
+among the others / 3). The gold answers are the votes of the benchmark's ten people. With fewer gold answers, an answer
+is right if it matches any. Both sides are always normalized. (The challenge's own script does not normalize if all
+people agree.)
+
+Source: Antol et al. 2015 and the rules of visualqa.org/evaluation.
 """
 
 import re
 from collections.abc import Sequence
 
-# Fewest gold answers with which an answer that all people give can score 1 when one of them is left out.
+# Fewest gold answers at which an answer that all people give scores 1 although one of them is left out.
 MIN_VOTES = 4
 VOTES_FOR_FULL_SCORE = 3
 
@@ -20,7 +22,7 @@ _SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 
-# Written without their apostrophe they are the same answer. Words that then mean something else are left out (we're).
+# Without their apostrophe these are the same answer. Words that would mean something else are left out (we're).
 _CONTRACTED = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
 it'll ma'am might've mightn't must've mustn't needn't o'clock oughtn't shan't should've shouldn't somebody'd somebody'll
@@ -36,24 +38,27 @@ _APOSTROPHE_OF = {
 
 
 def soft_accuracy(outputs: Sequence[str], golds: Sequence[Sequence[str]]) -> float:
-    """Mean over questions, in [0, 1].
+    """Return the mean over questions of VQA's soft accuracy, in [0, 1].
 
     Args:
-        outputs: what the model wrote; its first line counts.
-        golds: the gold answers of each, at least one.
+        outputs: what the model wrote; only its first line counts.
+        golds: gold answers of each question, at least one.
     """
     return sum(_vote(normalize(first_line(o)), list(map(normalize, g))) for o, g in _rows(outputs, golds)) / len(golds)
 
 
 def exact_match(outputs: Sequence[str], golds: Sequence[Sequence[str]]) -> float:
-    """Share of outputs that are one of their gold answers, white space around both left out."""
+    """Return the share of outputs that equal one of their gold answers, without white space around both."""
     return sum(o.strip() in {gold.strip() for gold in g} for o, g in _rows(outputs, golds)) / len(golds)
 
 
 def normalize(answer: str) -> str:
-    """The answer without punctuation, articles and capitals, with digits for words up to ten, apostrophes put back."""
+    """Return the answer without punctuation, articles and capitals.
+
+    Words up to ten become digits, and missing apostrophes are put back.
+    """
     given = text = " ".join(answer.split())
-    # A sign that stands beside a space anywhere is no part of a word ("red , blue"); else it parts two words.
+    # A sign that has a space beside it anywhere is no part of a word ("red , blue"); otherwise it separates two words.
     for sign in _SIGNS:
         beside_space = f"{sign} " in given or f" {sign}" in given
         text = text.replace(sign, "" if beside_space or _DIGIT_COMMA.search(given) else " ")
@@ -62,7 +67,7 @@ def normalize(answer: str) -> str:
 
 
 def first_line(text: str) -> str:
-    """The first line with anything in it: what follows an answer is explanation."""
+    """Return the first line that is not empty. What follows an answer is explanation."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
@@ -70,7 +75,7 @@ def _vote(answer: str, golds: list[str]) -> float:
     matches = golds.count(answer)
     if len(golds) < MIN_VOTES:
         return float(matches > 0)
-    # Leaving out one that matches, of which there are `matches`, or one that does not.
+    # Leave out one that matches, of which there are `matches`, or one that does not.
     without = [min(1.0, left / VOTES_FOR_FULL_SCORE) for left in (matches - 1, matches)]
     return (matches * without[0] + (len(golds) - matches) * without[1]) / len(golds) if matches else 0.0
 

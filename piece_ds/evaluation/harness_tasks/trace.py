@@ -1,4 +1,7 @@
-"""TRACE's tasks for lm-evaluation-harness, scored by the same scorers as in a run. The YAML files beside name these."""
+"""TRACE's tasks for lm-evaluation-harness, with the same scorers as in a run.
+
+The YAML files in this folder use them.
+"""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +18,7 @@ Row = tuple[str, str, str, str]  # task, output, gold, prompt
 
 
 def load(task: str, task_dir: str | None = None, **_: Any) -> dict[str, datasets.Dataset]:
-    """The test rows of a task, from task_dir or $TRACE_DIR. Raises UserError where neither has them."""
+    """Return the test rows of a task, from task_dir or $TRACE_DIR. Raise UserError if neither has them."""
     folder = task_dir or os.environ.get("TRACE_DIR")
     if not folder or not Path(folder, task, "test.json").is_file():
         raise UserError(f"TRACE: no {task}/test.json in {folder!r}; set TRACE_DIR to the folder of the eight tasks")
@@ -24,11 +27,11 @@ def load(task: str, task_dir: str | None = None, **_: Any) -> dict[str, datasets
 
 
 def keep(doc: dict[str, str], results: list[str]) -> dict[str, Row]:
-    """A row for score(): BLEU is of a whole data set, so rows are not scored one by one."""
+    """Return a row for score(). BLEU is of a whole data set, so rows are not scored one by one."""
     return {"score": (doc["task"], results[0], doc["answer"], doc["prompt"])}
 
 
 def score(rows: Sequence[Row]) -> float:
-    """The task's score of all rows, in [0, 1]."""
+    """Return the task's score over all rows, in [0, 1]."""
     tasks, outputs, golds, prompts = zip(*rows, strict=True)
     return get_scorer(OF_TRACE[tasks[0]]).score(outputs, golds, prompts)["score"]

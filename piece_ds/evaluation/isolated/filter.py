@@ -1,8 +1,8 @@
-"""What the kernel lets a program do (seccomp): memory, clocks, reading and writing what is open already.
+"""What the kernel lets a program do (seccomp): use memory and clocks, and read and write what is open already.
 
-Everything else fails with "Operation not permitted": opening or looking at files, sockets, new processes and threads,
-signals, other processes' memory, raising limits. It is a list of what is allowed, needs no privileges, and holds until
-the process ends, for root as for anybody.
+Everything else fails with "Operation not permitted": opening or inspecting files, sockets, new processes and threads,
+signals, other processes' memory, raising limits. The filter is a list of what is allowed. It needs no privileges and
+holds until the process ends, for root too.
 """
 
 import ctypes
@@ -110,18 +110,21 @@ _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SECCOMP_MODE_FILTER = 22, 38, 2
 
 
 def allow_only_computing() -> None:
-    """Install the filter.
+    """Install the filter on this process, until it ends.
 
     Raises:
-        KeyError: a machine it is not written for.
-        OSError: a kernel without seccomp.
+        KeyError: this machine's system call numbers are not listed.
+        OSError: the kernel has no seccomp.
     """
     machine = platform.machine()
     steps = [(_LOAD, 0, 0, _AT_ARCH), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[machine]), (_RETURN, 0, 0, _DENY)]
     steps.append((_LOAD, 0, 0, _AT_NUMBER))
+    # Each allowed call: skip one step unless the number matches.
     for number in _ALLOWED[machine].values():
         steps += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
     steps.append((_RETURN, 0, 0, _DENY))
+
+    # Hand it to the kernel, which requires that the process can gain no new privileges.
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     head = struct.pack("@HP", len(steps), ctypes.addressof(code))  # struct sock_fprog
     libc = ctypes.CDLL(None, use_errno=True)

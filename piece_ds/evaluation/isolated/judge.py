@@ -1,8 +1,8 @@
-"""Holds a problem's tests and calls a program's function from them: exit code 0 when they pass, 1 when they do not.
+"""Hold a problem's tests and call a program's function from them: exit code 0 if they pass, 1 if not.
 
-A script of its own, started by sandbox.py. The tests are the benchmark's, which are trusted; the function that they are
-given is a stand-in here, which asks the program's process. What comes back is built from builtin types alone, so
-that no object of the program's takes part in a comparison.
+sandbox.py starts this file as a script. The tests are the benchmark's and are trusted. The function that they call is a
+stand-in, which asks the program's process. The answer is built only from builtin types. So no object of the program
+takes part in a comparison.
 """
 
 import importlib
@@ -17,16 +17,16 @@ START_SECONDS = 60.0  # two interpreters and their modules, on a machine with ot
 
 
 class Failed(BaseException):
-    """The program answered no value; not an Exception, so that no test catches it."""
+    """The program answered no value. It is not an Exception, so no test catches it."""
 
 
 def main() -> None:
-    """Judge one program; the job comes on standard input, the parent's process id is the argument."""
+    """Judge one program. The job comes on standard input; the argument is the parent's process id."""
     sys.path.insert(0, str(Path(__file__).parent))
     wire, program = importlib.import_module("wire"), importlib.import_module("program")
     program.die_with(int(sys.argv[1]))
     job = wire.Receiver(0).receive()
-    # Values are bounded, but comparing them may be made slow or large.
+    # Values are bounded, but a program can make comparing them slow or large.
     program.set_limits(max(2 << 30, job["memory_bytes"]), int(job["timeout_seconds"]) + 30)
     try:
         is_right = _judge(wire, job)
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _judge(wire: Any, job: dict[str, Any]) -> bool:
-    """Whether the tests pass."""
+    """Return whether the tests pass."""
     command = [sys.executable, "-I", "-B", str(Path(__file__).with_name("program.py")), str(os.getpid())]
     limits = [str(job["memory_bytes"]), str(int(job["timeout_seconds"]) + 2)]
     process = subprocess.Popen(
@@ -63,7 +63,7 @@ def _judge(wire: Any, job: dict[str, Any]) -> bool:
                 raise Failed(str(error)) from None
             raise Failed("the program raised an exception")
 
-        # Helpers that tests use stand in the problem's own source; its function there is a stub.
+        # The tests use helpers from the problem's own source. The function in that source is a stub.
         names: dict[str, Any] = {"__name__": "tests"}
         exec(compile(job["setup"], "<problem>", "exec"), names)
         names[job["function"]] = candidate

@@ -1,7 +1,7 @@
-"""Runs a program that nobody has read: it can compute, call what was imported before, and answer; nothing else.
+"""Run a program that nobody has read. It can compute, call what was imported before, and answer; nothing else.
 
-A script of its own, started by judge.py. It reads the program and says when it is ready; then come the limits and the
-filter; then the program is executed, and its function called with whatever arguments arrive.
+judge.py starts this file as a script. It reads the program and says when it is ready. Then limits and filter are set.
+Then the program is executed, and its function is called with whatever arguments arrive.
 """
 
 import ast
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# No file can be opened later, so modules that programs use, or that these load when first needed, are loaded before.
+# No file can be opened later. So the modules that programs use, and those that these load on first use, are loaded now.
 _MODULES = (
     "math cmath re string collections collections.abc itertools functools operator heapq bisect random statistics "
     "decimal fractions datetime calendar time copy typing types enum dataclasses abc contextlib hashlib hmac base64 "
@@ -24,7 +24,7 @@ _MODULES = (
     "graphlib encodings.ascii encodings.latin_1 encodings.utf_16 encodings.utf_32 encodings.cp437 encodings.idna "
     "encodings.punycode encodings.hex_codec encodings.rot_13 encodings.unicode_escape encodings.raw_unicode_escape"
 )
-# Others, by the program's own import lines: the standard library without what acts when it is imported, and these.
+# Further modules are loaded if the program imports them: these, and the standard library except what acts on import.
 _LIBRARIES = frozenset({"numpy", "scipy", "sympy", "regex", "networkx"})
 _ACTING = frozenset({"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "ensurepip", "venv"})
 
@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however it ends."""
+    """Make the kernel kill this process when its parent ends, however it ends."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -41,7 +41,7 @@ def die_with(parent: int) -> None:
 
 
 def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
-    """Limit memory, processor time and core files; nothing can be written to files."""
+    """Limit memory, processor time and core files, and forbid writing to files."""
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CPU, cpu_seconds),
@@ -52,14 +52,14 @@ def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
 
 
 def main() -> None:
-    """Serve one program: parent's process id, bytes of memory and seconds of processor time are the arguments."""
+    """Serve one program. Arguments: parent's process id, bytes of memory, seconds of processor time."""
     parent, memory_bytes, cpu_seconds = map(int, sys.argv[1:])
     die_with(parent)
     sys.path.insert(0, str(Path(__file__).parent))
     wire, kernel = importlib.import_module("wire"), importlib.import_module("filter")
     del sys.path[0]
 
-    # The program's own files 0 to 2 are nothing; questions and answers have others.
+    # The program's own descriptors 0 to 2 lead nowhere. Questions and answers use others.
     questions, answers = os.dup(0), os.dup(1)
     silence = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -70,13 +70,14 @@ def main() -> None:
     _import_before(source)
     wire.send(answers, "ready")
 
+    # From here on the program's code runs.
     set_limits(memory_bytes, cpu_seconds)
     kernel.allow_only_computing()
     _serve(wire, receiver, answers, _execute(source), function)
 
 
 def _import_before(source: str) -> None:
-    """Load the usual modules and those that the program names."""
+    """Import the usual modules, and those that the program names."""
     named = set(_MODULES.split())
     with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         for node in ast.walk(ast.parse(source)):
@@ -92,7 +93,7 @@ def _import_before(source: str) -> None:
 
 
 def _execute(source: str) -> dict[str, Any] | None:
-    """The program's names, or None when it does not run to its end."""
+    """Return the program's names; None if it does not run to its end."""
     names: dict[str, Any] = {"__name__": "program"}
     try:
         exec(compile(source, "<program>", "exec"), names)
@@ -102,7 +103,7 @@ def _execute(source: str) -> dict[str, Any] | None:
 
 
 def _serve(wire: Any, receiver: Any, answers: int, names: dict[str, Any] | None, function: str) -> None:
-    """Answer calls: [True, value] or [False, why not]."""
+    """Answer calls with [True, value] or [False, reason]."""
     wire.send(answers, [names is not None and callable(names.get(function)), "loaded"])
     while names is not None:
         arguments, keywords = (wire.decode(part) for part in receiver.receive())

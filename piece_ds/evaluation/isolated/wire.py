@@ -1,6 +1,7 @@
-"""Values between the judge and a program: JSON that says each value's type, and builds nothing but builtin types.
+"""Values between judge and program: JSON that names each value's type and builds only builtin types.
 
-The judge reads what nobody has checked. So no pickle, no classes of the program's, bounded lengths, and a deadline.
+The judge reads what nobody has checked. So there is no pickle and no class of the program; lengths are bounded, and
+there is a deadline.
 """
 
 import json
@@ -15,11 +16,11 @@ MAX_BITS = 1 << 20  # of one whole number
 
 
 class WireError(Exception):
-    """The other side is gone, late, or says what cannot be."""
+    """The other side is gone, late, or sends what cannot be."""
 
 
 def encode(value: Any) -> Any:
-    """Return value as JSON. Raises WireError for what is not of a builtin type or a Fraction."""
+    """Return value as JSON. Raise WireError if it is not of a builtin type or a Fraction."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -45,7 +46,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(content: Any) -> Any:
-    """Return the value that encode() gave. Raises WireError for anything else."""
+    """Return the value that encode() was given. Raise WireError for anything else."""
     if content is None or isinstance(content, bool | str):
         return content
     if not isinstance(content, list) or not content or not isinstance(content[0], str):
@@ -71,7 +72,7 @@ _SCALARS: dict[str, Any] = {
 
 
 def send(descriptor: int, message: Any) -> None:
-    """Write one message: a line of JSON. Raises WireError when the other side is gone, or the message is too long."""
+    """Write one message, a line of JSON. Raise WireError if the other side is gone or the message is too long."""
     data = memoryview(json.dumps(message).encode() + b"\n")
     if len(data) > MAX_BYTES:
         raise WireError("a message is too long")
@@ -89,7 +90,7 @@ class Receiver:
         self.descriptor, self._left = descriptor, b""
 
     def receive(self, deadline: float | None = None) -> Any:
-        """Return the next message. Raises WireError at the deadline (time.monotonic()), or for what is no message."""
+        """Return the next message. Raise WireError at the deadline (time.monotonic()), or for what is no message."""
         pieces = [self._left]
         size = len(self._left)
         while b"\n" not in pieces[-1]:
