@@ -35,6 +35,13 @@ class MethodArguments:
         },
     )
     budget: str = field(default=_DEFAULT.budget, metadata={"help": "what shares one top-k: model, layer or tensor"})
+    unit: str = field(
+        default=_DEFAULT.unit,
+        metadata={
+            "help": "what competes: element; row or column: whole output rows or input columns of matrices, by the "
+            "mean score of their elements"
+        },
+    )
     importance_batch_size: int = field(
         default=_DEFAULT.importance_batch_size, metadata={"help": "rows in a micro-batch of the statistics pass"}
     )
@@ -107,6 +114,7 @@ class MethodArguments:
             method=self.method,
             ratio=self.mask_ratio,
             budget=self.budget,
+            unit=self.unit,
             importance_batch_size=self.importance_batch_size,
             importance_rows=self.importance_rows,
             importance_lambda=self.importance_lambda,

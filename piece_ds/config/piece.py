@@ -9,6 +9,7 @@ from piece_ds.runtime.errors import UserError, nearest
 UPDATE_MODES = ["compact", "masked"]
 SELECTED_GRADIENTS = ["auto", "dense"]
 BUDGETS = ["model", "layer", "tensor"]
+UNITS = ["element", "row", "column"]
 STATISTICS_DEVICES = ["auto", "cpu"]
 STEP_SCALES = ["none", "general"]
 
@@ -16,6 +17,7 @@ _CHOICES = {
     "update_mode": UPDATE_MODES,
     "selected_gradient": SELECTED_GRADIENTS,
     "budget": BUDGETS,
+    "unit": UNITS,
     "statistics_device": STATISTICS_DEVICES,
     "step_scale": STEP_SCALES,
 }
@@ -43,6 +45,8 @@ class PieceConfig:
         method: name in methods.registry.METHODS.
         ratio: selected / all elements of the model, in (0, 1].
         budget: what shares one top-k: 'model', 'layer' or 'tensor'.
+        unit: what competes: an 'element', or a whole output 'row' or input 'column' of a matrix by the mean score of
+            its elements. Units are taken in order while no more than k elements are selected, so there may be fewer.
         importance_batch_size: rows in a micro-batch of the statistics pass.
         importance_rows: the statistics pass reads only the first so many rows of the data; None means all.
         importance_lambda: lambda in |sum g| / sqrt(sum g^2 + lambda).
@@ -61,6 +65,7 @@ class PieceConfig:
     method: str = "piece-s"
     ratio: float = 0.001
     budget: str = "model"
+    unit: str = "element"
     importance_batch_size: int = 4
     importance_rows: int | None = None
     importance_lambda: float = 1.0

@@ -12,6 +12,7 @@ from piece_ds.methods.registry import find_estimator, find_method
 from piece_ds.methods.request import SelectionOptions, SelectionRequest
 from piece_ds.models.eligible import without
 from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
 from piece_ds.selection.candidates import LastPassFilter
 from piece_ds.selection.estimators import Estimator
 from piece_ds.selection.scores import WeightReader
@@ -48,12 +49,17 @@ def estimate_mask(
     Returns:
         Mask; give it to attach().
     Raises:
-        UserError: an unknown method, a setting outside its range, a pattern of exclude that names nothing.
+        UserError: an unknown method, a setting outside its range, a pattern of exclude that names nothing, a unit that
+            has no meaning with the method.
         ValueError: importance_rows with micro-batches that are not MicroBatches, whose rows are not known.
     Cost: of collect_statistics() and select().
     """
     config = config_of(config, settings)
     method = find_method(config.method)
+    if config.unit != "element" and not method.has_units:
+        raise UserError(
+            f"unit {config.unit!r} has no meaning with method {method.name!r}: it does not choose by scores"
+        )
     layout = without(layout or layout_of(engine.module), config.exclude)
     micro_batches = _first_rows(micro_batches, config.importance_rows)
 
@@ -69,7 +75,7 @@ def estimate_mask(
     candidates = None
     if stats is None and scorer.needs_statistics:
         last_pass = None
-        if config.budget == "model":
+        if config.budget == "model" and config.unit == "element":
             last_pass = LastPassFilter(layout, scorer, config.ratio, config.importance_lambda)
         stats = collect_statistics(
             engine,
@@ -118,9 +124,9 @@ def select(
         ratio: selected / all elements of the model, in (0, 1].
         stats: gradient statistics, for estimators that use them.
         weight_of, candidates, device: as in select_by().
-        settings: more fields of PieceConfig by name: budget, importance_lambda, seed, exclude.
+        settings: more fields of PieceConfig by name: budget, unit, importance_lambda, seed, exclude.
     Returns:
-        Mask with exactly k selected elements.
+        Mask with exactly k selected elements; k at most where rows or columns compete.
     Raises:
         ValueError: a setting outside its range, statistics that are not there, or nothing is eligible.
     """
@@ -137,7 +143,10 @@ def select(
 
 
 def count_selected(config: PieceConfig, model: nn.Module, task: str = "") -> int:
-    """Return how many elements estimate_mask() will select in model; known before anything is scored."""
+    """Return how many elements estimate_mask() will select in model, known before anything is scored.
+
+    Where rows or columns compete, it will select so many at most.
+    """
     layout = without(layout_of(model), config.exclude)
     return find_method(config.method).count(model, layout, config, task)
 
@@ -148,6 +157,7 @@ def _select(scorer: Estimator, layout: Layout, config: PieceConfig, **given: Any
         layout,
         config.ratio,
         budget=config.budget,
+        unit=config.unit,
         lam=config.importance_lambda,
         seed=config.seed,
         **given,

@@ -42,6 +42,7 @@ class Method:
         ignores_ratio: the method says itself how much it selects.
         needs_earlier_tasks: it selects by the masks of the tasks before, so it has no meaning for one task.
         reads_images: proven with models that read images.
+        scores_elements: of a selection by select: its scores are of elements, so that rows and columns can compete.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Method:
     ignores_ratio: bool = False
     needs_earlier_tasks: bool = False
     reads_images: bool = True
+    scores_elements: bool = False
 
     def __post_init__(self) -> None:
         if self.needs not in (*NEEDS, GENERAL):
@@ -69,6 +71,11 @@ class Method:
     def has_mask(self) -> bool:
         """Return whether it trains selected weights only."""
         return self.kind == SELECTION
+
+    @property
+    def has_units(self) -> bool:
+        """Return whether rows and columns can compete: whole ones have a mean of scores, and no rule of their own."""
+        return self.estimator is not None or self.scores_elements
 
     @property
     def uses_ops(self) -> bool:

@@ -114,6 +114,7 @@ _TABLE = (
         kind=SELECTION,
         needs=GENERAL,
         select=select_ratio,
+        scores_elements=True,
     ),
     Method(
         name="piece-s-disjoint",

@@ -79,10 +79,11 @@ class SelectionRequest:
         Args:
             score_N: fp32, >= 0, never NaN, laid out by Layout.owned() of the layout restricted to names.
             names: parameters that compete.
-            budget: as in select_by().
+            budget: as in select_by(); what competes is the config's unit.
         """
         layout = restricted(self.layout, names)
-        mask = select_by(PIECE_F, layout, self.ratio, stats=GradientStats(layout, score_N, None), budget=budget)
+        stats = GradientStats(layout, score_N, None)
+        mask = select_by(PIECE_F, layout, self.ratio, stats=stats, budget=budget, unit=self.config.unit)
         return replace(mask, layout=self.layout, method=self.method)
 
 

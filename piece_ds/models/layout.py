@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from piece_ds.models.eligible import ineligible
 from piece_ds.runtime.distributed import rank, world_size
@@ -22,6 +23,7 @@ def layout_of(model: nn.Module) -> Layout:
     """
     left_out = ineligible(model)
     values = selected_values(model)
+    in_first = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     infos = []
     for name, param in model.named_parameters():
         # Compact mode's own parameter is no parameter of the model.
@@ -30,5 +32,5 @@ def layout_of(model: nn.Module) -> Layout:
         shape = full_shape(param)
         numel = int(torch.Size(shape).numel())
         eligible = (param.requires_grad and name not in left_out) if values is None else name in values.eligible
-        infos.append(ParameterInfo(name, shape, numel, eligible))
+        infos.append(ParameterInfo(name, shape, numel, eligible, id(param) in in_first))
     return Layout(tuple(infos), rank(), world_size())

@@ -193,6 +193,13 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
             f"--step_scale {flags.step_scale} has no meaning with --method {method.name}: general text has no "
             "importance for adapters that begin with the task"
         )
+    if flags.unit != "element" and flags.mask_file:
+        raise UserError(f"--unit {flags.unit} has no meaning with --mask_file, which says what is selected")
+    if flags.unit != "element" and not method.has_units:
+        raise UserError(
+            f"--unit {flags.unit} has no meaning with --method {method.name}, which does not choose by scores of "
+            "elements; use it with piece-s, piece-f, piece-ratio, random or magnitude"
+        )
     if flags.importance_rows and not (method.has_mask and flags.mask_file is None):
         raise UserError(
             f"--importance_rows has no meaning with {'--mask_file' if flags.mask_file else f'--method {method.name}'}: "

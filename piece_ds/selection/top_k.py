@@ -4,6 +4,8 @@ The selection is a set, so it is exact: the same scores give the same mask for e
 the smaller (parameter in named_parameters() order, flat row-major index).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from piece_ds.selection.candidates import candidate_runs, find_candidates, runs_
 from piece_ds.selection.estimators import Estimator
 from piece_ds.selection.scores import Runs, ScoreSource, WeightReader
 from piece_ds.selection.threshold import Threshold, find_thresholds, tie_quotas
+from piece_ds.selection.units import ELEMENT, element_budget, select_units
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
@@ -27,6 +30,7 @@ def select_by(
     stats: GradientStats | None = None,
     weight_of: WeightReader | None = None,
     budget: str = "model",
+    unit: str = ELEMENT,
     lam: float = 1.0,
     seed: int = 42,
     candidates: ops.Candidates | None = None,
@@ -41,12 +45,13 @@ def select_by(
         stats: gradient statistics, for estimators that use them.
         weight_of: (name, start, numel) -> current values of elements this rank owns, for estimators that use them.
         budget: 'model' (one top-k), 'layer' or 'tensor'.
+        unit: what competes: 'element', 'row' or 'column' (see select_units()).
         lam: lambda of piece-s.
         seed: of `random`.
         candidates: elements proven to contain the selection (see LastPassFilter), which spares the pass over stats.
         device: where estimators without statistics compute; None means where stats are, else the CPU.
     Returns:
-        Mask with exactly k selected elements.
+        Mask with exactly k selected elements; with rows or columns, with those that fit into k.
     Raises:
         ValueError: the estimator needs statistics that are not there, or nothing is eligible.
     Cost: one pass over the statistics, none with candidates; up to eight where more scores tie or share their leading
@@ -63,17 +68,29 @@ def select_by(
     group_of = {name: group for group, (names, _) in enumerate(groups) for name in names}
     device = stats.square_sum.device if stats is not None else torch.device(device or "cpu")
     source = ScoreSource(layout, group_of, scorer, stats, weight_of, device, lam, seed)
+    if unit == ELEMENT:
+        index = _select_elements(source, num_to_take, candidates)
+        return Mask(layout, index, sum(num_to_take), scorer.name, ratio)
+    single_of, num_single = element_budget(layout, group_of, num_to_take, unit)
+    elements = _select_elements(replace(source, group_of=single_of), num_single) if num_single else {}
+    index, num_selected = select_units(source, num_to_take, unit, elements)
+    return Mask(layout, index, num_selected, scorer.name, ratio)
+
+
+def _select_elements(
+    source: ScoreSource, num_to_take: list[int], candidates: ops.Candidates | None = None
+) -> dict[str, Tensor]:
+    """Return this rank's positions of the k highest scores of each group, ascending. A collective."""
+    layout, device, group_of = source.layout, source.device, source.group_of
     candidates = candidates or find_candidates(source.spans, num_to_take, layout, device)
     if candidates is not None and decides_alone(layout, device):
-        index = fragments(first_in_order(candidates, layout, group_of, num_to_take), layout)
-        return Mask(layout, index, sum(num_to_take), scorer.name, ratio)
+        return fragments(first_in_order(candidates, layout, group_of, num_to_take), layout)
 
     # Several ranks: only counts cross, digit by digit.
     runs: Runs = source if candidates is None else runs_of(candidate_runs(candidates, layout, group_of))
     thresholds = find_thresholds(runs, num_to_take, device)
     names = [info.name for info in layout.eligible() if info.name in group_of]
-    index = _take(runs, thresholds, names, group_of, layout.rank, device)
-    return Mask(layout, index, sum(num_to_take), scorer.name, ratio)
+    return _take(runs, thresholds, names, group_of, layout.rank, device)
 
 
 def _take(

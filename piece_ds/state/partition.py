@@ -43,12 +43,19 @@ def partition_of(numel: int, owner: int, num_ranks: int) -> Partition:
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What selection needs to know of a parameter without holding it."""
+    """What selection needs to know of a parameter without holding it.
+
+    Attributes:
+        name, shape, numel: of the whole parameter.
+        eligible: whether its elements may be selected.
+        in_first: whether a matrix is stored as [in, out] (transformers' Conv1D), not as [out, in].
+    """
 
     name: str
     shape: tuple[int, ...]
     numel: int
     eligible: bool
+    in_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class SelectedValues(nn.Module):
         trainable: names of the model's parameters that required gradients before they were frozen.
         eligible: those of them that may be selected by importance.
         decays: parameters whose selected elements weight decay acts on; None means all.
+        may_have_fewer: whether a mask of fewer elements fits; the values after its own then stay 0.
         checkpoint: what a training checkpoint holds besides values: set before one is written, and by loading one.
     """
 
@@ -34,10 +35,12 @@ class SelectedValues(nn.Module):
         trainable: frozenset[str],
         eligible: frozenset[str],
         decays: frozenset[str] | None,
+        may_have_fewer: bool = False,
     ) -> None:
         super().__init__()
         self.values = nn.Parameter(torch.zeros(num_selected, dtype=dtype, device=device))
         self.trainable, self.eligible, self.decays = trainable, eligible, decays
+        self.may_have_fewer = may_have_fewer
         self.checkpoint: dict[str, Tensor] | None = None
         self.saving = False
         self.attached = False  # whether an update trains them: backward's gradients are then its own

@@ -90,7 +90,7 @@ class PieceCallback(TrainerCallback):
         self._previous: dict[str, Tensor] = {}
         self._save_whole_again: Callable[[], None] | None = None
         if self.config.update_mode == "compact":
-            self._save_whole_again = prepare_trainer(trainer, self._count, self.config.save_full)
+            self._save_whole_again = prepare_trainer(trainer, self._count, self.config.save_full, self.config.unit)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

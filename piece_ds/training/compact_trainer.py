@@ -31,12 +31,15 @@ def engine_of(trainer: Trainer) -> Any:
     return engine
 
 
-def prepare_trainer(trainer: Trainer, count: Callable[[nn.Module], int], save_full: bool) -> Callable[[], None]:
+def prepare_trainer(
+    trainer: Trainer, count: Callable[[nn.Module], int], save_full: bool, unit: str = "element"
+) -> Callable[[], None]:
     """Give the trainer's model room for the selected values, before its optimizer and engine are made.
 
     Args:
         count: model -> weights in the mask that will be attached.
         save_full: the trainer's checkpoints hold the whole model, not only what training changes.
+        unit: as in prepare_compact().
     Returns:
         A function that lets the trainer write whole checkpoints again, for after training.
     Raises:
@@ -48,7 +51,8 @@ def prepare_trainer(trainer: Trainer, count: Callable[[nn.Module], int], save_fu
             "compact mode makes the trainer's optimizer be one of the selected values: give Trainer a "
             "model and no optimizer, or use update_mode='masked'"
         )
-    prepare_compact(model, num_selected=count(model), decays=trainer.get_decay_parameter_names(model))
+    decays = trainer.get_decay_parameter_names(model)
+    prepare_compact(model, num_selected=count(model), decays=decays, unit=unit)
     if not save_full:
         trainer.save_model = _outside_checkpoints(trainer.save_model)
     return lambda: trainer.__dict__.pop("save_model", None)

@@ -58,7 +58,7 @@ class TaskMask:
         self._trainer, self._source, self._folder, self._resume = trainer, source, folder, resume
         config = source.config
         if config.update_mode == "compact":
-            self._save_whole_again = prepare_trainer(trainer, self._count, config.save_full)
+            self._save_whole_again = prepare_trainer(trainer, self._count, config.save_full, config.unit)
         else:
             self._save_whole_again = lambda: None
 

@@ -58,6 +58,8 @@ def prepare_compact(
     num_selected: int | None = None,
     decays: Iterable[str] | None = None,
     exclude: str | Sequence[str] = (),
+    *,
+    unit: str = "element",
 ) -> SelectedValues:
     """Give model the one flat parameter that DeepSpeed shall optimise, and freeze all others.
 
@@ -71,6 +73,8 @@ def prepare_compact(
         decays: names of the parameters whose selected elements weight decay acts on; None means all.
         exclude: fnmatch patterns of parameters that are never selected; a text with commas is split. estimate_mask()
             then knows it from the model.
+        unit: as in estimate_mask(). With rows or columns the mask may have fewer elements than there is room for: what
+            is left over stays 0 and is never written into a weight.
     Returns:
         SelectedValues, already part of model, in the dtype of its parameters; zeros until attach().
     Raises:
@@ -92,6 +96,7 @@ def prepare_compact(
         trainable=frozenset(name for name, param in params.items() if param.requires_grad),
         eligible=frozenset(info.name for info in layout.eligible()),
         decays=None if decays is None else frozenset(decays),
+        may_have_fewer=unit != "element",
     )
     embedding = input_embedding(model)
     if embedding is not None and embedding.requires_grad:

@@ -62,7 +62,8 @@ class CompactUpdate:
         params = dict(engine.module.named_parameters())
         self._weights = {name: SelectedWeights(params[name], self._index[name]) for name in self._index}
         self._written = SelectedWeightList(self._weights.values())
-        self._grad = torch.zeros(mask.num_selected, dtype=torch.float32, device=engine.device)
+        self._room = full_shape(values.values)[0]  # more than mask.num_selected where rows or columns competed
+        self._grad = torch.zeros(self._room, dtype=torch.float32, device=engine.device)
         self._largest = torch.zeros((), device=engine.device)  # of this rank's last gradient, in absolute value
         self._fingerprint: Tensor | None = None
         if values.checkpoint is None:
@@ -110,10 +111,11 @@ class CompactUpdate:
 
     def _check(self) -> None:
         values, mask = self._values, self.mask
-        if full_shape(values.values) != (mask.num_selected,):
+        (room,) = full_shape(values.values)
+        if room < mask.num_selected or (room > mask.num_selected and not values.may_have_fewer):
             raise UserError(
                 f"the mask selects {mask.num_selected} elements, the model was prepared for another number:"
-                " give prepare_compact() the mask's ratio or number"
+                " give prepare_compact() the mask's ratio or number, and its unit"
             )
         optimised = {piece.name for _, pieces in self._adapter.masters() for piece in pieces}
         if not optimised <= {PARAMETER_NAME}:
@@ -133,14 +135,14 @@ class CompactUpdate:
                 )
 
     def _parts(self, flat_K: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(parameter, its part of a tensor of one entry per selected element)."""
+        """(parameter, its part of a tensor of one entry per selected element); what is left over belongs to none."""
         sizes = [index.numel() for index in self._index.values()]
-        yield from zip(self._index, flat_K.split(sizes), strict=True)
+        yield from zip(self._index, flat_K[: self.mask.num_selected].split(sizes), strict=True)
 
     def _decaying(self) -> Tensor:
         """Positions among the values that weight decay acts on."""
         decays = self._values.decays
-        everywhere = torch.zeros(self.mask.num_selected, dtype=torch.bool)
+        everywhere = torch.zeros(self._room, dtype=torch.bool)
         for name, part in self._parts(everywhere):
             part.fill_(decays is None or name in decays)
         return everywhere.nonzero().view(-1)
@@ -166,7 +168,8 @@ class CompactUpdate:
             self._adapter.prepare()
         dtype_of = {name: param.dtype for name, param in self._engine.module.named_parameters()}
         fragments = gather_fragments(self.mask.layout, read_selected(self._engine.module, self.mask), dtype_of)
-        whole = torch.cat([fragments[name] for name in self._index])
+        parts = [fragments[name] for name in self._index]
+        whole = torch.cat([*parts, parts[0].new_zeros(self._room - self.mask.num_selected)])
         SelectedWeights(self._values.values, torch.arange(whole.numel())).write_(whole)
         for master, pieces in self._adapter.masters():
             for piece in pieces:
@@ -186,7 +189,8 @@ class CompactUpdate:
 
     def _write(self) -> None:
         """The values into the weights."""
-        self._written.write_(read_whole(self._values.values, self._engine.device))
+        values = read_whole(self._values.values, self._engine.device)
+        self._written.write_(values[: self.mask.num_selected])
 
     # Checkpoints.
 

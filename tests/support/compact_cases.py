@@ -17,12 +17,14 @@ class Whole:
         setup: of DeepSpeed.
         checkpointing: '', 'reentrant' or 'non-reentrant'.
         ratio: of selected weights.
+        unit: what competes; with rows and columns there is room for more than are selected.
     """
 
     family: str
     setup: Setup
     checkpointing: str = ""
     ratio: float = RATIO
+    unit: str = "element"
 
 
 def exact(stage: int) -> Setup:
@@ -36,8 +38,12 @@ EVERYWHERE = {
 }
 # One weight: all ranks but one have nothing but padding.
 EVERYWHERE |= {f"one-weight-stage{stage}": Whole("qwen3", Setup(stage), ratio=1e-9) for stage in (1, 2, 3)}
+EVERYWHERE |= {f"columns-llama-stage{stage}": Whole("llama", Setup(stage), unit="column") for stage in range(4)}
 # On two ranks: tied embeddings, biases, gradient checkpointing, offload.
 WHOLE = EVERYWHERE | {
+    "rows-gpt2-stage3": Whole("gpt2", Setup(3), unit="row"),
+    "columns-neox-stage2-offload": Whole("neox", Setup(2, offload="optimizer"), unit="column"),
+    "bf16-columns-qwen3-stage3": Whole("qwen3", exact(3), unit="column"),
     "gemma2-stage3": Whole("gemma2", Setup(3)),
     "neox-stage2": Whole("neox", Setup(2)),
     "gpt2-stage3": Whole("gpt2", Setup(3)),
@@ -98,6 +104,8 @@ FAST = {
 }
 FAST_WHOLE = {
     "llama-stage0",
+    "columns-neox-stage2-offload",
+    "bf16-columns-qwen3-stage3",
     "neox-stage2-offload",
     "bf16-qwen3-stage3",
     "reentrant-checkpointing-llama-stage3",

@@ -97,10 +97,10 @@ def both_modes(case: Whole, selected_gradient: str = "dense") -> dict[str, Any]:
             freeze_ineligible(model)
             start = {name: param.requires_grad for name, param in model.named_parameters()}
         if mode == "compact":
-            prepare_compact(model, case.ratio)
+            prepare_compact(model, case.ratio, unit=case.unit)
         engine = make_engine(model, case.setup, adamw(model, LEARNING_RATE, WEIGHT_DECAY), ACCUMULATION, CLIP)
         initial = whole_weights(engine)
-        mask = estimate_mask(engine, make_micro_batches(case.family), ratio=case.ratio)
+        mask = estimate_mask(engine, make_micro_batches(case.family), ratio=case.ratio, unit=case.unit)
         update = attach(engine, mask, selected_gradient=selected_gradient)
         collection = getattr(update, "_collection", None)
         by_formula = [] if collection is None else [gradient.name for gradient in collection._sampled]
