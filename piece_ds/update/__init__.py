@@ -1,4 +1,4 @@
-"""How selected weights are trained while every other weight keeps its bits."""
+"""Train selected weights while every other weight keeps its bits."""
 
 from piece_ds.update.attach import attach, prepare_compact
 from piece_ds.update.compact import CompactUpdate

@@ -1,4 +1,4 @@
-"""prepare_compact(): what must happen to a model before its engine is made, if it is to train in compact mode."""
+"""Prepare a model for compact mode, and attach a mask to an engine in either mode."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,27 +25,29 @@ def attach(
     selected_gradient: str = "auto",
     step_scale: StepScale | None = None,
 ) -> MaskedUpdate | CompactUpdate:
-    """From now on engine.step() trains only the selected weights; every other weight keeps its bits.
+    """Make engine.step() train only the selected weights; every other weight keeps its bits. A collective.
 
-    Works at ZeRO 0-3 with and without CPU offload, in fp32, bf16 and (stage 1-3) fp16. Of an engine whose model
-    prepare_compact() has prepared, DeepSpeed optimises the selected values alone (compact mode); of any other, the mask
-    is applied to the reduced gradient (masked mode). Both act before DeepSpeed's overflow check, norm and clipping, so
-    engine.get_global_grad_norm() is the norm of the selected gradient.
-    A collective: every rank calls it, once per engine and before the first step.
+    It works at ZeRO 0-3 with and without CPU offload, in fp32, bf16 and (stages 1-3) fp16. If prepare_compact() has
+    prepared the model, DeepSpeed optimises only the selected values (compact mode). Otherwise the mask is applied to
+    the reduced gradient (masked mode). Both act before DeepSpeed's overflow check, norm and clipping. So
+    engine.get_global_grad_norm() is the norm of the selected gradient. Every rank calls it, once per engine and before
+    the first step.
 
     Args:
         engine: deepspeed.DeepSpeedEngine.
         mask: from select() or load_mask(), of this model and this number of ranks.
         save_full: in compact mode, engine.save_checkpoint() writes the whole model, not only what training changes.
         selected_gradient: in compact mode, 'auto' or 'dense'; see GradientCollection.
-        step_scale: a factor on the optimizer's update of each selected weight (general_step_scale()); it is not part
-            of a checkpoint: give the same one to a resumed run.
+        step_scale: a factor on the optimizer's update of each selected weight (general_step_scale()). It is not part of
+            a checkpoint: give the same one to a resumed run.
+    Returns:
+        The update in force. Its detach() removes it.
     Raises:
-        UserError: the engine uses a feature or an optimizer with which this has not been proven to be exact; in compact
-            mode also a mask of another size, and an optimizer that holds other parameters.
+        UserError: the engine uses a feature or an optimizer with which this has not been proven to be exact. In compact
+            mode also: a mask of another size, an optimizer that holds other parameters.
     Cost per step: masked: one pass over the reduced gradient, and 8 bytes per selected element that this rank updates.
-        compact: an fp32 all-reduce of K numbers, an all-gather of K values under ZeRO-3, and about 16 bytes per
-        selected element on every rank, whatever the model's size.
+    compact: an fp32 all-reduce of K numbers, an all-gather of K values under ZeRO-3, and about 16 bytes per selected
+    element on every rank, whatever the model's size.
     """
     if selected_values(engine.module) is not None:
         return CompactUpdate(engine, mask, save_full, selected_gradient, step_scale)
@@ -63,30 +65,37 @@ def prepare_compact(
 ) -> SelectedValues:
     """Give model the one flat parameter that DeepSpeed shall optimise, and freeze all others.
 
-    How many weights will be selected is known before which ones: the engine made next serves the statistics pass and
-    training, and never holds a master, a moment or a gradient partition of the model's own parameters.
+    How many weights will be selected is known before which ones. So one engine, made after this call, serves the
+    statistics pass and training. It never holds a master, a moment or a gradient partition of the model's own
+    parameters.
 
     Args:
         model: as it will go into deepspeed.initialize(), together with the result's parameters() and no others.
-        ratio: as in estimate_mask(); or
+        ratio: share of the eligible elements to select, as in estimate_mask(). Give it or num_selected.
         num_selected: elements in the mask that will be attached.
         decays: names of the parameters whose selected elements weight decay acts on; None means all.
         exclude: fnmatch patterns of parameters that are never selected; a text with commas is split. estimate_mask()
-            then knows it from the model.
-        unit: as in estimate_mask(). With rows or columns the mask may have fewer elements than there is room for: what
+            then reads them from the model.
+        unit: as in estimate_mask(). With rows or columns the mask may have fewer elements than there is room for. What
             is left over stays 0 and is never written into a weight.
     Returns:
         SelectedValues, already part of model, in the dtype of its parameters; zeros until attach().
     Raises:
         UserError: the model is prepared already.
+        ValueError: both or neither of ratio and num_selected are given.
     """
+    # Check the arguments.
     if selected_values(model) is not None:
         raise UserError("the model is prepared for compact mode already: detach() the update first")
     if (ratio is None) == (num_selected is None):
         raise ValueError("give either ratio or num_selected")
+
+    # How many values there will be.
     layout = without(layout_of(model), split_patterns(exclude))
     if num_selected is None:
         num_selected = num_selected_of(layout, float(ratio or 0.0))
+
+    # The values, in the dtype of the weights that they are copied to.
     params = dict(model.named_parameters())
     first = next(iter(params.values()))
     values = SelectedValues(
@@ -98,6 +107,8 @@ def prepare_compact(
         decays=None if decays is None else frozenset(decays),
         may_have_fewer=unit != "element",
     )
+
+    # Reentrant checkpointing passes gradients only through inputs, and the frozen embedding gives none.
     embedding = input_embedding(model)
     if embedding is not None and embedding.requires_grad:
         let_gradients_in(model)

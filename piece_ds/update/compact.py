@@ -1,9 +1,9 @@
 """Compact update mode: DeepSpeed optimises one flat parameter of the K selected values, and nothing else.
 
 The model's own parameters have no fp32 master, no moments and no gradient partition. Their selected gradients are added
-in fp32 during backward, reduced once per optimizer step, and handed to DeepSpeed, which unscales, clips, checks for
-overflow and steps as ever; the new values are then written into the weights, wherever they lie. Values are copies, not
-differences: forward uses the plain weights, and everything means what it means in masked mode.
+in fp32 during backward, and reduced once per optimizer step. DeepSpeed then unscales, clips, checks for overflow and
+steps as usual. The new values are written into the weights, wherever they lie. Values are copies, not differences:
+forward uses the plain weights, and everything means what it means in masked mode.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,8 @@ class CompactUpdate:
     """A mask installed on one engine of a model that prepare_compact() has prepared. `detach()` undoes both.
 
     Attributes:
-        watch: of the engine's steps; one with a NaN or infinite gradient is not taken.
+        mask: in force.
+        watch: of the engine's steps; one with a NaN or infinite gradient is skipped.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class CompactUpdate:
         selected_gradient: str,
         step_scale: StepScale | None = None,
     ) -> None:
+        # Check that mask, model and optimizer belong together.
         values = selected_values(engine.module)
         assert values is not None
         require_trainable(engine)
@@ -59,17 +61,23 @@ class CompactUpdate:
         self._index = {info.name: whole[info.name] for info in mask.layout.parameters if info.name in whole}
         self._adapter = adapter_for(engine)
         self._check()
+
+        # The weights that the values are copied to, and room for their gradients.
         params = dict(engine.module.named_parameters())
         self._weights = {name: SelectedWeights(params[name], self._index[name]) for name in self._index}
         self._written = SelectedWeightList(self._weights.values())
-        self._room = full_shape(values.values)[0]  # more than mask.num_selected where rows or columns competed
+        self._room = full_shape(values.values)[0]  # more than mask.num_selected if rows or columns competed
         self._grad = torch.zeros(self._room, dtype=torch.float32, device=engine.device)
         self._largest = torch.zeros((), device=engine.device)  # of this rank's last gradient, in absolute value
         self._fingerprint: Tensor | None = None
+
+        # Either the weights give the values, or a checkpoint that was loaded before gives both.
         if values.checkpoint is None:
             self._fill()
         else:
             self._after_load()
+
+        # Hooks around the step. The watch comes first: it must see the gradient before anything changes it.
         decay = SelectedDecay(self._adapter, {PARAMETER_NAME: self._decaying()})
         self.watch = StepWatch(self._adapter, self._locate)
         self._remove = [
@@ -81,12 +89,14 @@ class CompactUpdate:
         ]
         if step_scale is not None:
             self._remove += self._scale(step_scale).install(engine.basic_optimizer)
+
+        # From here on backward adds to the values' gradient.
         values.attached = True
         grads = self._parts(self._grad)
         self._collection = GradientCollection(engine.module, self._weights, grads, selected_gradient)
 
     def detach(self) -> None:
-        """Leave engine and model as they were before prepare_compact(); the engine cannot train any more."""
+        """Restore engine and model as they were before prepare_compact(). The engine cannot train any more."""
         self._collection.close()
         for remove in self._remove:
             remove()
@@ -94,17 +104,19 @@ class CompactUpdate:
         self._values.leave(self._engine.module)
 
     def is_local_finite(self) -> bool | None:
-        """Whether this rank's part of the last step's gradient was finite."""
+        """Return whether this rank's part of the last step's gradient was finite."""
         return bool(self._largest.isfinite())
 
     def state(self) -> SelectedState:
-        """What the optimizer knows of the selected weights. A collective."""
+        """Return the optimizer's state of the selected weights. A collective."""
         return read_selected_state(self._adapter, {PARAMETER_NAME: torch.arange(self.mask.num_selected)})
 
     def restore(self, state: SelectedState) -> None:
-        """Go on from state(), taken of any number of ranks and any stage; the weights are the task's first ones."""
+        """Resume from a state() of any number of ranks and any stage. The model must hold the task's first weights."""
         everything = torch.arange(self.mask.num_selected)
         write_selected_state_(self._adapter, {PARAMETER_NAME: everything}, state)
+
+        # The flat parameter, then the weights that copy it.
         values = self._values.values
         SelectedWeights(values, everything).write_(state.tensors["values"].to(values.dtype))
         self._write()
@@ -135,12 +147,12 @@ class CompactUpdate:
                 )
 
     def _parts(self, flat_K: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(parameter, its part of a tensor of one entry per selected element); what is left over belongs to none."""
+        """Yield (parameter, its part of a tensor of one entry per value). Entries left over belong to none."""
         sizes = [index.numel() for index in self._index.values()]
         yield from zip(self._index, flat_K[: self.mask.num_selected].split(sizes), strict=True)
 
     def _decaying(self) -> Tensor:
-        """Positions among the values that weight decay acts on."""
+        """Return the positions among the values that weight decay acts on."""
         decays = self._values.decays
         everywhere = torch.zeros(self._room, dtype=torch.bool)
         for name, part in self._parts(everywhere):
@@ -154,7 +166,7 @@ class CompactUpdate:
         return scale_selected(self._adapter, everywhere, {PARAMETER_NAME: flat_K})
 
     def _locate(self, place: Place) -> Place:
-        """Place among the values -> place in the model."""
+        """Return the place in the model for a place among the values."""
         name, offset = place[0], place[1]
         for weight, index in self._index.items():
             if name == PARAMETER_NAME and offset < index.numel():
@@ -163,13 +175,19 @@ class CompactUpdate:
         return place
 
     def _fill(self) -> None:
-        """Values and their masters become the selected weights."""
+        """Set values and their masters to the selected weights. A collective."""
         if self._engine.global_steps == 0:
             self._adapter.prepare()
+
+        # Each rank reads the selected weights it owns; together they are all values.
         dtype_of = {name: param.dtype for name, param in self._engine.module.named_parameters()}
         fragments = gather_fragments(self.mask.layout, read_selected(self._engine.module, self.mask), dtype_of)
+
+        # Values beyond the mask's number stay 0: nothing is ever written from them.
         parts = [fragments[name] for name in self._index]
         whole = torch.cat([*parts, parts[0].new_zeros(self._room - self.mask.num_selected)])
+
+        # Into the parameter, and into its masters, which DeepSpeed made of zeros.
         SelectedWeights(self._values.values, torch.arange(whole.numel())).write_(whole)
         for master, pieces in self._adapter.masters():
             for piece in pieces:
@@ -179,16 +197,18 @@ class CompactUpdate:
     def _before_step(self) -> None:
         if self._engine.global_steps == 0:
             self._collection.check()
+
+        # Kept on the device: is_local_finite() reads it only if the step was skipped.
         self._largest = torch.linalg.vector_norm(self._grad, float("inf"))
         self._adapter.set_gradient(all_reduce_sum_(self._grad).div_(world_size()))
 
     def _after_step(self) -> None:
-        """Also after an overflow: then the values are the old ones."""
+        """Clear the gradient and write the values. After an overflow too: then the values are the old ones."""
         self._grad.zero_()
         self._write()
 
     def _write(self) -> None:
-        """The values into the weights."""
+        """Write the values into the weights."""
         values = read_whole(self._values.values, self._engine.device)
         self._written.write_(values[: self.mask.num_selected])
 
@@ -196,7 +216,7 @@ class CompactUpdate:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """A checkpoint has the values, where they belong, and, if it is not whole, which weights surround them."""
+        """Add to a checkpoint where the values belong and, if it is not whole, the fingerprint of all other weights."""
         content = {"positions": self._positions(), "whole": torch.tensor(self._save_full)}
         if not self._save_full:
             content["surroundings"] = self._surroundings()
@@ -205,7 +225,7 @@ class CompactUpdate:
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
-        """DeepSpeed takes the weights for what they are to it, frozen, else a checkpoint would lose them."""
+        """Freeze the weights inside, as DeepSpeed takes them to be. Otherwise a checkpoint would lose them."""
         weights = [weight.param for weight in self._weights.values()]
         needed = [param.requires_grad for param in weights]
         for param in weights:
@@ -217,11 +237,12 @@ class CompactUpdate:
                 param.requires_grad_(requires_grad)
 
     def _after_load(self) -> None:
-        """DeepSpeed has restored values, masters and moments; bring the weights to them.
+        """Write the values into the weights, after DeepSpeed has restored values, masters and moments.
 
         Raises:
             UserError: the checkpoint is of another mask, or began with other weights.
         """
+        # Refuse a checkpoint that does not belong to this mask and model.
         found, self._values.checkpoint = self._values.checkpoint, None
         if found is None:
             raise UserError(
@@ -235,13 +256,18 @@ class CompactUpdate:
                 "those that the training began with: load the model that it began with, or save with "
                 "--save_full True"
             )
+
+        # A whole checkpoint has overwritten all weights, so their secondary shards are stale.
         if found["whole"]:
             forget_secondary(self._engine.module)
         self._grad.zero_()
         self._write()
 
     def _positions(self) -> Tensor:
-        """Where every value belongs: flat index in the parameter + elements of all parameters before it (int64)."""
+        """Return where every value belongs (int64).
+
+        A position counts the elements of all earlier parameters, too.
+        """
         offset, parts = 0, []
         for info in self.mask.layout.parameters:
             if info.name in self._index:
@@ -250,7 +276,10 @@ class CompactUpdate:
         return torch.cat(parts)
 
     def _surroundings(self) -> Tensor:
-        """Fingerprint of every weight that is not selected: it stays the same for the whole training. A collective."""
+        """Return the fingerprint of every weight that is not selected. A collective.
+
+        It is computed once, since these weights do not change in training.
+        """
         if self._fingerprint is None:
             self._fingerprint = weights_fingerprint(self._engine.module, self.mask)
         return self._fingerprint

@@ -1,6 +1,6 @@
-"""Weight decay on selected elements alone: out of the base optimizer for the duration of its step, applied by hand.
+"""Apply weight decay only to selected elements: hide it from the base optimizer during its step, and do it here.
 
-With gradient and moments zero, Adam leaves an element alone; its weight decay would not.
+Adam leaves an element alone if its gradient and moments are zero. Its weight decay would not.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,12 @@ class SelectedDecay:
     """Decoupled weight decay of chosen elements of an engine's masters, with each optimizer group's own rate."""
 
     def __init__(self, adapter: Adapter, index: dict[str, Tensor] | None) -> None:
-        """
+        """Find the decaying elements; install() makes them decay.
+
         Args:
             adapter: of the engine.
-            index: name of a parameter that DeepSpeed optimises -> ascending flat positions that decay; None means
-                that everything decays.
+            index: name of a parameter that DeepSpeed optimises -> ascending flat positions that decay; None means that
+                everything decays.
         """
         self._masters = adapter.masters()  # keeps the ids in use
         self._positions: dict[int, Tensor] = {}
@@ -30,14 +31,14 @@ class SelectedDecay:
         self._rates: list[float] = []
 
     def install(self, optimizer: torch.optim.Optimizer) -> list[Callable[[], None]]:
-        """Act in every step of the base optimizer; returns functions that remove it."""
+        """Act in every step of the base optimizer; return functions that remove the hooks."""
         return [
             optimizer.register_step_pre_hook(self._before_step).remove,
             optimizer.register_step_post_hook(self._after_step).remove,
         ]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Decay selected masters, then hide weight_decay from the optimizer's own update of all of them."""
+        """Decay selected masters, then hide weight_decay from the optimizer's own update of all masters."""
         for group in optimizer.param_groups:
             factor = 1.0 - float(group["lr"]) * group["weight_decay"]
             for master in group["params"]:
@@ -48,7 +49,7 @@ class SelectedDecay:
             group["weight_decay"] = 0.0
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Checkpoints and schedulers keep seeing the true weight decay."""
+        """Restore weight_decay, so that checkpoints and schedulers see the true one."""
         for group, weight_decay in zip(optimizer.param_groups, self._rates, strict=True):
             group["weight_decay"] = weight_decay
 
@@ -56,6 +57,8 @@ class SelectedDecay:
         if self._all:
             master.data.mul_(factor)
             return
+
+        # Positions begin on the CPU and are moved once to the master's device.
         positions = self._positions[id(master)]
         if positions.device != master.device:
             positions = self._positions[id(master)] = positions.to(master.device)

@@ -1,6 +1,7 @@
-"""Which way the gradient of each selected parameter is taken, chosen once by a rule that measures nothing in the run.
+"""Choose how the gradient of each selected parameter is taken, by a rule that measures nothing in the run.
 
-Timing the two ways in the run would choose the faster one and, as their roundings differ, other weights on another day.
+Timing the two ways in the run would choose the faster one. Their roundings differ, so another day would give other
+weights.
 """
 
 import logging
@@ -23,7 +24,7 @@ from piece_ds.zero.weights import SelectedWeights
 def collect_dense(
     selected: SelectedWeights, out_K: Tensor, on_gradient: Callable[[], None] | None = None
 ) -> Callable[[], None]:
-    """Let autograd form the whole gradient, take the selected elements, and free it. Works for any module.
+    """Let autograd form the whole gradient, take the selected elements, and free it; return remove. For any module.
 
     Args:
         selected: the parameter and its positions; gets requires_grad.
@@ -55,9 +56,13 @@ Add = Callable[[Tensor, Tensor], None]
 
 
 def can_sample(module: nn.Module, name: str, selected: SelectedWeights, device: torch.device) -> bool:
-    """Whether the gradient of module's parameter `name` has a formula here and few enough selected elements.
+    """Return whether the gradient of module's parameter `name` can be sampled, and is sparse enough to be worth it.
 
-    device is where backward runs; a weight itself may lie elsewhere.
+    Args:
+        module: that holds the parameter. Only linear layers have a formula here.
+        name: of the parameter, in module or in the whole model.
+        selected: the parameter and its positions.
+        device: where backward runs; the weight itself may lie elsewhere.
     """
     is_linear = type(module) in (nn.Linear, Conv1D) and name.rpartition(".")[2] == "weight"
     is_linear = is_linear and "forward" not in vars(module)  # else nobody knows what a call computes
@@ -66,11 +71,11 @@ def can_sample(module: nn.Module, name: str, selected: SelectedWeights, device: 
 
 
 class SampledGradient:
-    """Takes the selected entries of a linear layer's weight gradient when backward passes its output.
+    """Take the selected entries of a linear layer's weight gradient when backward passes its output.
 
-    While the layer runs, autograd does not see its weight, so that no dense gradient is formed. Outside the layer it
-    does: a second use of the weight (a layer that shares it, a product in another module's forward, a penalty in the
-    loss) has a dense gradient of its own, whose selected entries are added.
+    While the layer runs, autograd does not see its weight, so no dense gradient is formed. Outside the layer it does. A
+    second use of the weight (a layer that shares it, a product in another module's forward, a penalty in the loss) has
+    a dense gradient of its own, whose selected entries are added.
 
     Attributes:
         name: of the weight in the whole model.
@@ -79,22 +84,23 @@ class SampledGradient:
     """
 
     def __init__(self, module: nn.Module, name: str, selected: SelectedWeights, out_K: Tensor) -> None:
-        """
+        """Install the hooks.
+
         Args:
             module: nn.Linear (weight [out, in]) or transformers' Conv1D (weight [in, out]).
             name: of its weight in the whole model.
             selected: the weight and its positions; gets requires_grad.
             out_K: fp32, one entry per position; added to.
         Cost: of ops.sampled_gradient_; the input of the layer stays alive until backward has passed. A weight that is
-            used elsewhere costs what collect_dense() costs as well.
+        used elsewhere costs what collect_dense() costs as well.
         """
         self.name = name
         self.was_called = self.used_elsewhere = False
         self._is_linear = isinstance(module, nn.Linear)
         self._weight, self._index, self._out = selected.param, selected.index.to(out_K.device), out_K
-        # Where nothing before the layer requires a gradient, the output must all the same.
+        # The output must require a gradient even if nothing before the layer does.
         self._anchor = torch.zeros((), device=out_K.device, requires_grad=True)
-        # Hidden after all other hooks before forward, seen again before all other hooks after it, errors included:
+        # The weight is hidden by the last hook before forward and shown by the first one after it, also on errors:
         # non-reentrant checkpointing ends a recomputation by an error as soon as it has what it needs.
         handles = [
             module.register_forward_pre_hook(self._hide),
@@ -105,7 +111,7 @@ class SampledGradient:
         self._remove = [stop, *(handle.remove for handle in handles)]
 
     def remove(self) -> None:
-        """Leave the layer and its weight as they were."""
+        """Restore the layer and its weight."""
         for remove in self._remove:
             remove()
 
@@ -127,12 +133,14 @@ class SampledGradient:
 
     def _add(self, grad_output: Tensor, input: Tensor) -> None:
         grad_output, input = (t.reshape(-1, t.shape[-1]).contiguous() for t in (grad_output, input))
+
+        # The gradient of weight[i, j] is the sum over tokens of rows[i] * columns[j].
         rows, columns = (grad_output, input) if self._is_linear else (input, grad_output)
         ops.sampled_gradient_(rows, columns, self._index, 1.0, self._out)
 
 
 class _Identity(torch.autograd.Function):
-    """A layer's output, unchanged; backward hands its gradient, with the layer's input, to a function."""
+    """Return a layer's output unchanged; backward hands its gradient and the layer's input to a function."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, input: Tensor, add: Add) -> Tensor:
@@ -151,7 +159,7 @@ logger = logging.getLogger(__name__)
 
 
 class GradientCollection:
-    """Adds, in every backward, the gradients of selected elements to their parts of a flat fp32 tensor."""
+    """Add, in every backward, the gradients of selected elements to their parts of a flat fp32 tensor."""
 
     def __init__(
         self,
@@ -160,15 +168,20 @@ class GradientCollection:
         parts: Iterable[tuple[str, Tensor]],
         gradient: str,
     ) -> None:
-        """
+        """Choose the way for each parameter, install its hooks, and log how many go which way.
+
         Args:
             model: whose parameters they are, by name.
             weights: parameter name -> its selected elements.
             parts: (parameter name, fp32 tensor of one entry per selected element).
-            gradient: 'dense' (let autograd form the whole gradient of one parameter at a time), or 'auto': sampled
-                for linear layers with few selected elements, dense for everything else.
+            gradient: 'dense' (let autograd form the whole gradient of one parameter at a time), or 'auto': sampled for
+                linear layers with few selected elements, dense for everything else.
+        Raises:
+            UserError: gradient is neither.
         """
         require_choice("selected_gradient", gradient, SELECTED_GRADIENTS)
+
+        # One hook or set of hooks a parameter.
         self._sampled: list[SampledGradient] = []
         self._remove: list[Callable[[], None]] = []
         dense = []
@@ -189,7 +202,10 @@ class GradientCollection:
             )
 
     def check(self) -> None:
-        """Once backward has run: say which weights are used outside their layers, and which were not used at all."""
+        """Warn of weights that are used outside their layers, and of those not used at all.
+
+        Call it after a backward.
+        """
         elsewhere = [sampled.name for sampled in self._sampled if sampled.used_elsewhere]
         if elsewhere and is_main():
             logger.warning(
@@ -203,7 +219,7 @@ class GradientCollection:
             logger.warning("no gradient for %s: the loss of the first step does not use it", _shortened(unused))
 
     def close(self) -> None:
-        """End it."""
+        """Remove all hooks."""
         for remove in self._remove:
             remove()
 

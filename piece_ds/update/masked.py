@@ -1,4 +1,4 @@
-"""Masked update mode: the engine hook that zeroes unselected entries of the reduced gradient before the step."""
+"""Masked update mode: a hook on the engine zeroes unselected entries of the reduced gradient before the step."""
 
 from typing import Any
 
@@ -17,19 +17,25 @@ class MaskedUpdate:
     """A mask installed on one engine. `detach()` removes every hook.
 
     Attributes:
-        watch: of the engine's steps; one with a NaN or infinite gradient is not taken.
+        mask: in force.
+        watch: of the engine's steps; one with a NaN or infinite gradient is skipped.
     """
 
     def __init__(self, engine: Any, mask: Mask, step_scale: StepScale | None = None) -> None:
+        # Check the engine, and bring its masters and moments to the weights.
         require_trainable(engine)
         self._engine, self._adapter = engine, adapter_for(engine)
         adapter = self._adapter
         whole = mask.whole()
         if engine.global_steps == 0:  # else masters and moments are those of a checkpoint
             adapter.prepare()
+
+        # Find the selection in this rank's gradients and masters.
         adapter.bind(whole)
         self.mask, self._whole = mask, whole
         decay = SelectedDecay(adapter, whole)
+
+        # Hooks around the step. The watch is installed first: see StepWatch.
         self.watch = StepWatch(adapter)
         self._remove = [*self.watch.install(), adapter.install_mask(), *decay.install(engine.basic_optimizer)]
         if step_scale is not None:
@@ -38,21 +44,21 @@ class MaskedUpdate:
         self._remove.append(refuse_parts(engine))
 
     def detach(self) -> None:
-        """Leave the engine as it was before."""
+        """Restore the engine as it was before."""
         for remove in self._remove:
             remove()
         self._remove = []
 
     def is_local_finite(self) -> bool | None:
-        """Whether this rank's part of the last step's gradient was finite; unknown, DeepSpeed has added them up."""
+        """Return None: DeepSpeed has added up the ranks' gradients, so a rank's own part is unknown."""
         return None
 
     def state(self) -> SelectedState:
-        """What the optimizer knows of the selected weights. A collective."""
+        """Return the optimizer's state of the selected weights. A collective."""
         return read_selected_state(self._adapter, self._whole)
 
     def restore(self, state: SelectedState) -> None:
-        """Go on from state(), taken of any number of ranks and any stage; the weights are the task's first ones."""
+        """Resume from a state() of any number of ranks and any stage. The model must hold the task's first weights."""
         write_selected_state_(self._adapter, self._whole, state)
         params = dict(self._engine.module.named_parameters())
         sizes = [index.numel() for index in self._whole.values()]

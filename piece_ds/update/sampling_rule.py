@@ -1,8 +1,8 @@
-"""Up to which share of selected elements a weight's gradient is sampled: a rule over a table of measurements.
+"""Find the largest density at which a weight's gradient is sampled: a rule over a table of measurements.
 
-The table is a file of the package, so that the same code, provider and kind of device choose the same way on every day;
+The table is a file of the package, so the same code, provider and kind of device always choose the same way.
 kernels/bench/gradient_table.py measures its rows. A row says how many times faster the sampled gradient was than the
-dense product at one shape and density. Its time falls at most in proportion to the number of elements, so a row with a
+dense product, at one shape and density. Its time falls at most in proportion to the number of elements. So a row with
 ratio r at density d proves every density up to d r, and a row with a ratio below 1 forbids everything from d on.
 """
 
@@ -26,10 +26,10 @@ class Row:
     """One measurement.
 
     Attributes:
-        device: kind, as 'nvidia-h200' or 'cpu'.
+        device: kind of device, such as 'nvidia-h200' or 'cpu'.
         provider: of the op.
         dtype: of the layer's input and weight, a key of DTYPES.
-        tokens, out, in_: of the layer.
+        tokens, out, in_: sizes of the layer and its input.
         density: selected / all elements of the weight.
         ratio: dense product's time / sampled gradient's time.
     """
@@ -45,9 +45,9 @@ class Row:
 
 
 def max_density(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Up to which density a weight of dtype on device gets its gradient sampled; 0: never.
+    """Return the density up to which a weight of dtype on device gets its gradient sampled; 0 means never.
 
-    A GPU of a kind that was not measured follows the rows of all that were; fp16 follows bf16, which moves as much.
+    A kind of GPU that was not measured follows the rows of all that were. fp16 follows bf16, which moves as many bytes.
     """
     device = torch.device(device)
     kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "-").lower()
@@ -55,7 +55,7 @@ def max_density(device: torch.device | str, dtype: torch.dtype) -> float:
 
 
 def rows_for(rows: Iterable[Row], kind: str, provider: str, dtype: torch.dtype) -> list[Row]:
-    """The rows of a kind of device, or of every GPU where this one was not measured, for provider and dtype."""
+    """Return the rows of a kind of device, for provider and dtype. If it was not measured: those of every GPU."""
     same = [row for row in rows if row.provider == provider and (row.device == "cpu") == (kind == "cpu")]
     for wanted in (dtype, torch.bfloat16) if dtype == torch.float16 else (dtype,):
         of_dtype = [row for row in same if DTYPES[row.dtype] == wanted]
@@ -65,8 +65,10 @@ def rows_for(rows: Iterable[Row], kind: str, provider: str, dtype: torch.dtype) 
 
 
 def largest_proven(rows: Iterable[Row]) -> float:
-    """The largest density that rows prove to be faster sampled at every measured shape; 0 without a row."""
+    """Return the largest density at which every measured shape is proven to be faster sampled; 0 without a row."""
     rows = list(rows)
+
+    # The best proof for each shape; the worst shape decides.
     forbidden = min((row.density for row in rows if row.ratio < 1), default=float("inf"))
     limits: dict[tuple[str, int, int, int], float] = {}
     for row in rows:
@@ -78,7 +80,7 @@ def largest_proven(rows: Iterable[Row]) -> float:
 
 @cache
 def read_table(path: Path) -> tuple[Row, ...]:
-    """The rows of a table of measurements."""
+    """Return the rows of a table of measurements."""
     with open(path, newline="", encoding="utf-8") as file:
         return tuple(
             Row(

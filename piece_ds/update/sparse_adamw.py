@@ -28,7 +28,7 @@ class SparseAdamW(torch.optim.Optimizer):
         optimizer.zero_grad()
 
     Attributes:
-        values: fp32, the selected weights in order of (parameter, flat index); `values.grad` sums their gradients over
+        values: fp32, the selected weights in order of (parameter, flat index). `values.grad` sums their gradients over
             the backward passes since zero_grad().
     """
 
@@ -45,28 +45,34 @@ class SparseAdamW(torch.optim.Optimizer):
         gradient: str = "auto",
         step_scale: StepScale | None = None,
     ) -> None:
-        """
+        """Freeze the model for autograd and begin to collect gradients of the selected weights.
+
         Args:
             model: whole on this device; all its parameters are frozen for autograd until close().
             mask: of this model.
-            lr, betas, eps, weight_decay: as in torch.optim.AdamW; decay acts on selected weights alone.
+            lr, betas, eps, weight_decay: as in torch.optim.AdamW; decay acts only on selected weights.
             gradient: as in GradientCollection.
             step_scale: a factor on the update of each weight (general_step_scale()); it is not part of a state dict.
         Raises:
-            UserError: several ranks, or a partitioned model: attach() serves these.
+            UserError: there are several ranks, or the model is partitioned: attach() serves these.
         Cost: 16 bytes per selected weight for values, gradient and moments, 8 for its position.
         """
+        # Check, and freeze the model.
         params = dict(model.named_parameters())
         if world_size() > 1 or is_partitioned(*params.values()):
             raise UserError("SparseAdamW expected one process and a whole model: use attach() with a DeepSpeed engine")
         self._trainable = [name for name, param in params.items() if param.requires_grad]
         self._model = model.requires_grad_(False)
+
+        # The values and their gradient, one flat tensor each.
         self._weights = {name: SelectedWeights(params[name], index) for name, index in mask.whole().items()}
         parts = [weight.read(weight.param.detach()).float() for weight in self._weights.values()]
         self._sizes = [part.numel() for part in parts]
         self.values = nn.Parameter(torch.cat(parts))
         self.values.grad = torch.zeros_like(self.values)
         super().__init__([self.values], {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+        # What fills the gradient, and what each step writes.
         grads = zip(self._weights, self.values.grad.split(self._sizes), strict=True)
         self._collection = GradientCollection(model, self._weights, grads, gradient)
         self._batches = list(_batches(self._weights, self.values.device))
@@ -77,27 +83,31 @@ class SparseAdamW(torch.optim.Optimizer):
             self._factor = torch.cat([factors[name] for name in self._weights]).to(self.values.device)
 
     def close(self) -> None:
-        """Leave the model as it was found, with its trained weights."""
+        """Restore the model as it was found, with its trained weights."""
         self._collection.close()
         for name, param in self._model.named_parameters():
             param.requires_grad_(name in self._trainable)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Forget the summed gradients. They stay allocated: backward adds to them in place."""
+        """Clear the summed gradients. They stay allocated, since backward adds to them in place."""
         assert self.values.grad is not None
         self.values.grad.zero_()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One AdamW step of the selected weights; nothing else of the model is written.
+        """Take one AdamW step of the selected weights; nothing else of the model is written. Return closure's loss.
 
-        After the first step only weights whose rounded value changes are written. Where somebody else has written a
-        weight since, in place or by another tensor, all values are written again; a write through `.data` is not seen.
+        After the first step, only weights whose rounded value changes are written. If other code has written a weight
+        since, in place or by replacing its tensor, all values are written again. A write through `.data` is not
+        noticed.
         """
+        # The loss, if a closure gives it.
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+
+        # First step: moments of zero, and a look at which weights had a gradient.
         assert self.values.grad is not None
         state, group = self.state[self.values], self.param_groups[0]
         if not state:
@@ -105,10 +115,14 @@ class SparseAdamW(torch.optim.Optimizer):
             state.update(step=0, value=self.values.data, exp_avg=zeros, exp_avg_sq=zeros.clone())
             self._collection.check()
         state["step"] += 1
+
+        # With factors, decay comes apart from the step.
         before, weight_decay = None, group["weight_decay"]
         if self._factor is not None:  # decay is not scaled: it comes first, by hand
             before = self.values.data.mul_(1.0 - float(group["lr"]) * weight_decay).clone()
             weight_decay = 0.0
+
+        # One call for each dtype: it steps the values and writes the weights.
         flat: tuple[Tensor, ...] = (self.values.grad, self.values.data, state["exp_avg"], state["exp_avg_sq"])
         for batch in self._batches:
             stamps = {name: _stamp(self._weights[name].param) for name in batch.names}
@@ -134,7 +148,7 @@ class SparseAdamW(torch.optim.Optimizer):
         return loss
 
     def _rescale_(self, before: Tensor) -> None:
-        """Take back what the factors leave out of the step, and write the values into the model."""
+        """Undo the part of the step that the factors leave out, and write the values into the model."""
         assert self._factor is not None
         self.values.data.copy_(scaled(before, self.values.data, self._factor))
         self._written.clear()  # the step has written unscaled values
@@ -142,7 +156,7 @@ class SparseAdamW(torch.optim.Optimizer):
             weight.write_(part.to(weight.param.dtype))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load moments and fp32 values; the next step writes the values into the model, all of them."""
+        """Load moments and fp32 values. The next step writes all values into the model."""
         super().load_state_dict(state_dict)
         self._written.clear()
         state = self.state[self.values]
@@ -156,8 +170,8 @@ class _Batch(NamedTuple):
 
     Attributes:
         names: of the parameters.
-        begin, end: of their values among all.
-        index: int64, ascending positions of the selected elements in the weights one after the other, on the device.
+        begin, end: range of their values among all.
+        index: int64, on the device: ascending positions of the selected elements in the concatenated weights.
     """
 
     names: list[str]
@@ -180,8 +194,8 @@ def _batches(weights: dict[str, SelectedWeights], device: torch.device) -> Itera
 
 
 def _stamp(param: nn.Parameter) -> tuple[int, int]:
-    """What changes when somebody else writes a weight: in place, or by putting another tensor under it.
+    """Return what changes when other code writes a weight: in place, or by replacing its tensor.
 
-    A step itself writes past torch's count of versions, as all writes through `.data` do.
+    A step itself does not change it, since it writes past torch's version counter, as all writes through `.data` do.
     """
     return param._version, param.data_ptr()

@@ -1,8 +1,8 @@
-"""Steps scaled by general importance: weights on which general ability rests move less, none is frozen.
+"""Scale steps by general importance: weights that matter for general ability move less, and none is frozen.
 
-The optimizer's update of weight i is multiplied by sqrt(d / (F_i + d)), where F is the mean squared gradient of text
-that stands for general ability and d its median. Moments, norm and clip are of the unscaled gradient; weight decay
-is not scaled. A weight that general text does not use moves as ever; one of median importance at 0.71 of the rate.
+The optimizer's update of weight i is multiplied by sqrt(d / (F_i + d)). F is the mean squared gradient of text that
+stands for general ability, and d its median. Moments, norm and clip are of the unscaled gradient; weight decay is not
+scaled. A weight that general text does not use moves at the full rate, one of median importance at 0.71 of it.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class StepScale:
     """A factor in [0, 1] on the optimizer's update of each eligible weight; every other weight keeps 1.
 
     Attributes:
-        layout: whose elements, and which of them are here.
+        layout: of the model, and of this rank's share.
         factor_N: fp32, laid out by layout.owned().
         damping: d.
     """
@@ -44,6 +44,8 @@ class StepScale:
         Cost: 4 bytes received for each selected element.
         """
         self._require(mask.layout)
+
+        # Elements that are not eligible here keep the factor 1.
         fragments = {name: torch.ones(index.numel()) for name, index in mask.index.items()}
         for info, part, offset in self.layout.owned():
             if info.name in mask.index:
@@ -68,7 +70,7 @@ def general_step_scale(general: GradientStats) -> StepScale:
         general: of text that stands for general ability; its squares are read, not changed.
     Raises:
         UserError: the text gives no gradient.
-    Cost: 4 bytes per owned element, where the statistics lie.
+    Cost: 4 bytes per owned element, on the statistics' device.
     """
     mean_square = general.square_sum / general.num_micro_batches
     damping = median_of_importance(mean_square, general.layout)
@@ -83,25 +85,28 @@ class ScaledSteps:
         optimizer = engine.basic_optimizer
         decay = SelectedDecay(adapter, None)
         update = scale_all(adapter, step_scale.layout, step_scale.factor_N)
+
+        # Decay first: ScaledUpdate must not scale it.
         self._remove = [*decay.install(optimizer), *update.install(optimizer)]
 
     def detach(self) -> None:
-        """Leave the engine as it was before."""
+        """Restore the engine as it was before."""
         for remove in self._remove:
             remove()
         self._remove = []
 
 
 def scale_steps(engine: Any, step_scale: StepScale) -> ScaledSteps:
-    """From now on engine.step() multiplies its update of every weight by that weight's factor. A collective.
+    """Make engine.step() multiply its update of every weight by that weight's factor. A collective.
 
-    For an engine that trains all of a model; with a mask, attach(engine, mask, step_scale=...) does it.
+    For an engine that trains all of a model. With a mask, attach(engine, mask, step_scale=...) does it.
 
     Args:
         engine: deepspeed.DeepSpeedEngine at ZeRO 0-3, with and without CPU offload, before its first step.
         step_scale: of this engine's model and number of ranks.
     Raises:
-        UserError: an optimizer or a feature with which this has not been proven to be exact; a prepared model.
+        UserError: the optimizer or a feature has not been proven to be exact with this, or the model is prepared for
+            compact mode.
     Cost: 4 bytes for each master element and 4 more while it is stepped; four passes over the masters a step.
     """
     require_trainable(engine)
