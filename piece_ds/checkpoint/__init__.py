@@ -1,4 +1,4 @@
-"""Files that outlive a run: masks, task deltas, statistics."""
+"""Files that outlive a run: masks, task deltas and statistics."""
 
 from piece_ds.checkpoint.delta_file import save_delta
 from piece_ds.checkpoint.mask_file import check_mask_file, load_mask, save_mask

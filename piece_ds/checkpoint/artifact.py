@@ -1,7 +1,8 @@
-"""The one reader and writer of this package's safetensors files: masks, deltas, statistics, selected state.
+"""The one reader and writer of this package's safetensors files: masks, deltas, statistics and selected state.
 
-A file says in its metadata what it is (format, version) and the sha256 of its tensors (checksum). It is written whole.
-When it is opened, the library checks the header, this module what the file says it is; nothing else opens one.
+The metadata of a file says what it is (format, version) and holds the sha256 of its tensors (checksum). A file is
+written whole. When it is opened, the library checks the header, and this module checks the metadata. No other module
+opens such a file.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from piece_ds.runtime.files import write_whole
 from piece_ds.runtime.schema import checked, require_file
 from piece_ds.state.partition import index_dtype
 
-# What the library and torch raise for a header or a tensor that is no good.
+# What the library and torch raise for a damaged header or tensor.
 _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
 
 
@@ -31,10 +32,10 @@ class Kind:
     """One kind of file.
 
     Attributes:
-        format: what its metadata says.
-        versions: those that can be read, the newest last.
-        what: names it in messages.
-        remedy: what to do when a file cannot be used.
+        format: entry of its metadata.
+        versions: versions that can be read, the newest last.
+        what: name of the kind in messages.
+        remedy: what to do if a file cannot be used.
         needs_checksum: whether a file without one is refused. Masks and deltas of other programs may have none.
     """
 
@@ -58,8 +59,8 @@ class Artifact:
     Attributes:
         path: of the file.
         kind: what it was opened as.
-        strings: its metadata as they stand in the file.
-        metadata: the same, checked and as numbers where they are numbers.
+        strings: its metadata, as the file holds them.
+        metadata: the same, checked; numbers are numbers.
         names: of its tensors.
     """
 
@@ -71,14 +72,14 @@ class Artifact:
     _file: Any
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor, on the CPU. Raises UserError when it cannot be read."""
+        """Return one tensor, on the CPU. Raise UserError if it cannot be read."""
         try:
             return self._file.get_tensor(name)
         except _UNREADABLE as error:
             raise _unreadable(self.path, self.kind, error) from None
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of a 1-D tensor. Raises UserError unless it is 1-D and has them."""
+        """Return elements [start, stop) of a 1-D tensor. Raise UserError unless it is 1-D and has them."""
         try:
             piece = self._file.get_slice(name)
             if len(piece.get_shape()) != 1 or piece.get_shape()[0] < stop:
@@ -88,7 +89,7 @@ class Artifact:
             raise _unreadable(self.path, self.kind, error) from None
 
     def refuse(self, problem: str) -> UserError:
-        """Return the error that says problem of this file."""
+        """Return the error that reports a problem of this file."""
         return UserError(f"{self.kind.what} {self.path}: {problem}; {self.kind.remedy}")
 
 
@@ -97,9 +98,11 @@ def open_artifact(path: Path | str, kind: Kind, verify: bool = True) -> Iterator
     """Open a file of a kind, for as long as the block lasts.
 
     Args:
-        verify: compare the checksum. Leave it out only where the same file has just been verified.
+        path: of the file.
+        kind: what it must be.
+        verify: compare the checksum. Pass False only if the same file has just been verified.
     Raises:
-        UserError: missing, truncated, damaged, of another format or version, or its metadata cannot be what it says.
+        UserError: the file is missing, truncated, damaged or of another format or version, or has invalid metadata.
     Cost: verify reads every tensor once. Memory: the largest tensor.
     """
     path = Path(path)
@@ -123,13 +126,16 @@ def open_artifact(path: Path | str, kind: Kind, verify: bool = True) -> Iterator
 def write_artifact(
     path: Path | str, kind: Kind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], version: str | None = None
 ) -> None:
-    """Write a file of a kind, whole; format, version and checksum are added to metadata.
+    """Write a file of a kind, whole. Format, version and checksum are added to the metadata.
 
     Args:
-        tensors: on the CPU.
-        version: None means the first, which every reader of the kind takes.
+        path: of the file.
+        kind: what it is.
+        tensors: name -> tensor on the CPU.
+        metadata: further entries.
+        version: None means the first, which every reader of the kind accepts.
     Raises:
-        MachineError: it cannot be written; what stood there is unchanged.
+        MachineError: the file cannot be written; an existing file at path is unchanged.
     """
     strings = {
         **metadata,
@@ -141,17 +147,17 @@ def write_artifact(
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole. For the layouts of other tools; files of a Kind go through write_artifact()."""
+    """Write a safetensors file, whole, in another tool's layout. Files of a Kind go through write_artifact()."""
     write_whole(path, lambda temporary: save_file(dict(tensors), temporary, dict(metadata)))
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 over names and bytes of CPU tensors, in name order."""
+    """Return the sha256 over names and bytes of CPU tensors, in the order of names."""
     return _checksum(tensors, tensors.__getitem__)
 
 
 def index_tensor(index: Tensor, numel: int) -> Tensor:
-    """Return flat positions as files keep them: int32, or int64 for a parameter that int32 cannot count."""
+    """Return flat positions as files store them: int32, or int64 for a parameter too large for int32."""
     return index.to(index_dtype(numel))
 
 
@@ -159,8 +165,10 @@ def check_index(artifact: Artifact, name: str, index: Tensor, numel: int | None)
     """Raise UserError unless index holds one or more ascending positions.
 
     Args:
-        name: the parameter's.
-        numel: what the positions lie below; None where the file does not say.
+        artifact: the open file, for the message.
+        name: of the parameter.
+        index: the positions, as read.
+        numel: elements of the parameter; None if the file does not say.
     """
     if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
         raise artifact.refuse(
@@ -179,7 +187,7 @@ def _check_kind(path: Path, kind: Kind, strings: Mapping[str, str]) -> None:
 
 
 def _checksum(names: Any, read: Any) -> str:
-    """sha256 of tensors that read() gives one by one. Memory: one tensor."""
+    """Return the sha256 of tensors that read() returns one by one. Memory: one tensor."""
     digest = hashlib.sha256()
     for name in sorted(names):
         digest.update(name.encode())

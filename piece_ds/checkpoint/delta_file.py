@@ -1,8 +1,9 @@
-"""delta.safetensors: what a task changed. Per parameter NAME.indices, NAME.values and NAME.previous.
+"""delta.safetensors: what a task changed. For each parameter: NAME.indices, NAME.values and NAME.previous.
 
-Values are absolute, in the parameter's dtype, so that applying and reverting are bit-exact; a delta of 0.1 % of the
-weights is a few thousandths of a checkpoint: in 16 bits 8 bytes a selected value, 6 without the previous ones. Metadata
-as in a mask file, and the fingerprints of all weights before (base_fingerprint) and after (result_fingerprint).
+Values are absolute and in the parameter's dtype, so applying and reverting are bit-exact. A delta of 0.1 % of the
+weights has a few thousandths of the size of a checkpoint. In 16 bits a selected value takes 8 bytes, or 6 without the
+previous value. The metadata are those of a mask file, plus the fingerprints of all weights before (base_fingerprint)
+and after (result_fingerprint).
 """
 
 from pathlib import Path
@@ -29,23 +30,28 @@ def save_delta(
     unscaled: dict[str, Tensor] | None = None,
     scale: float = 1.0,
 ) -> None:
-    """Write a task's delta from all ranks' shares. A collective; rank 0 writes, all return when the file is there.
+    """Write a task's delta from all ranks' parts. A collective; rank 0 writes, and all return when the file is there.
 
     Args:
+        path: of the file.
         model: after the task.
         mask: the task's mask.
         previous: read_selected(model, mask) before the task.
+        with_previous: store the previous values. Without them the file is smaller and cannot be reverted.
         unscaled: read_selected(model, mask) before the task's changes were multiplied by scale; None at scale 1.
-        scale: what they were multiplied by.
-        with_previous: keep the previous values in the file; without them it is smaller and cannot be reverted.
-    Cost: reads this rank's share of the weights once, for the fingerprints.
+        scale: factor of the task's changes.
+    Cost: reads this rank's part of the weights once, for the fingerprints.
     """
+
+    # Gather what all ranks hold. Every rank takes part.
     dtype_of = {name: param.dtype for name, param in model.named_parameters()}
     whole = mask.whole()
     all_values = gather_fragments(mask.layout, read_selected(model, mask), dtype_of)
     all_previous = gather_fragments(mask.layout, previous, dtype_of)
     all_unscaled = gather_fragments(mask.layout, unscaled, dtype_of) if unscaled is not None else {}
     surroundings = int(weights_fingerprint(model, mask))
+
+    # One rank writes. All weights' fingerprint is that of the unselected ones plus that of the selected ones.
     if is_main():
         tensors: dict[str, Tensor] = {}
         numel = {info.name: info.numel for info in mask.layout.parameters}
@@ -65,7 +71,7 @@ def save_delta(
 
 
 def load_previous(path: Path | str, mask: Mask) -> dict[str, Tensor]:
-    """This rank's share of a delta file's previous values, for the selection of mask.
+    """Return this rank's part of a delta file's previous values, for the selection of mask.
 
     Raises:
         UserError: the file is missing or of another mask.
@@ -77,6 +83,7 @@ def load_previous(path: Path | str, mask: Mask) -> dict[str, Tensor]:
         for name, index in mask.index.items():
             whole, previous = file.tensor(f"{name}.indices"), file.tensor(f"{name}.previous")
             check_index(file, name, whole, None)
+            # A rank's part of a parameter's positions is one run of them.
             begin = int(torch.searchsorted(whole.long(), index[0]))
             if previous.shape != whole.shape or not torch.equal(whole[begin : begin + index.numel()].long(), index):
                 raise UserError(f"{path} does not belong to this task's mask: {name!r} has other indices")

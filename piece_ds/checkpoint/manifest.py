@@ -1,7 +1,7 @@
-"""A folder of files that counts as written: SHA256SUMS in it names every file with its checksum, and is written last.
+"""Mark a folder as complete: its SHA256SUMS names every file with its checksum and is written last.
 
-It is the format of the sha256sum command, so that `sha256sum -c SHA256SUMS` in the folder checks it without this
-project. A folder without it was not finished, or is not ours.
+The format is that of the sha256sum command. So `sha256sum -c SHA256SUMS` in the folder checks it without this project.
+A folder without the file was not finished, or is not ours.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ SUMS_NAME = "SHA256SUMS"
 
 
 def write_manifest(folder: Path | str, names: Iterable[str] | None = None) -> None:
-    """Bring files to the disk, then write their checksums. A collective; all return when it is done.
+    """Flush files to the disk, then write their checksums. A collective; all return when it is done.
 
     Args:
-        folder: seen by all ranks.
+        folder: a folder that all ranks see.
         names: files or folders in it, relative; None means everything in it.
-    Cost: reads every file once, the files dealt over the ranks.
+    Cost: reads every file once; the files are divided over the ranks.
     """
     folder = Path(folder)
     barrier()
@@ -38,16 +38,17 @@ def write_manifest(folder: Path | str, names: Iterable[str] | None = None) -> No
 
 
 def is_complete(folder: Path | str) -> bool:
-    """True where write_manifest() has finished."""
+    """Return whether write_manifest() has finished."""
     return (Path(folder) / SUMS_NAME).is_file()
 
 
 def verify_manifest(folder: Path | str, inside: str = "") -> None:
-    """Raise UserError, on all ranks, unless every sealed file is there with the bytes it was sealed with. A collective.
+    """Raise UserError, on all ranks, unless every file of the manifest is there and unchanged. A collective.
 
     Args:
-        inside: check only names that begin so.
-    Cost: reads every file once, the files dealt over the ranks.
+        folder: a folder that all ranks see.
+        inside: check only names with this prefix.
+    Cost: reads every file once; the files are divided over the ranks.
     """
     folder = Path(folder)
     problem: str | None = None
@@ -56,16 +57,17 @@ def verify_manifest(folder: Path | str, inside: str = "") -> None:
         problem = _first_problem(folder, {name: sums[name] for name in sorted(sums)[rank() :: world_size()]})
     except UserError as error:
         problem = str(error)
+    # One rank's problem ends all: none may wait for it later.
     problems = [found for found in all_gather_objects(problem) if found]
     if problems:
         raise UserError(str(problems[0]))
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """name -> sha256 as SHA256SUMS has them.
+    """Return name -> sha256, as SHA256SUMS holds them.
 
     Raises:
-        UserError: the file is not there, is damaged, or names something outside the folder.
+        UserError: the file is missing or damaged, or names something outside the folder.
     """
     path = folder / SUMS_NAME
     try:

@@ -1,8 +1,9 @@
-"""mask.safetensors: which elements of which parameters are selected; what masks are exchanged as.
+"""mask.safetensors: which elements of which parameters are selected. Masks are exchanged in this format.
 
-Version 1 holds packed bits per parameter: bit j of byte i is flat row-major element 8 i + j; padding bits are zero.
-Version 2 holds NAME.indices: ascending flat positions, int32, int64 for parameters of 2**31 elements or more. Either
-leaves out parameters with nothing selected. Readers take both; a program that knows only version 1 refuses version 2.
+Version 1 holds packed bits per parameter. Bit j of byte i is flat row-major element 8 i + j; padding bits are zero.
+Version 2 holds NAME.indices: ascending flat positions, int32, or int64 for parameters of 2**31 elements or more. Both
+leave out parameters with nothing selected. This package reads both. A program that knows only version 1 refuses version
+2.
 """
 
 from collections.abc import Mapping
@@ -20,19 +21,21 @@ from piece_ds.runtime.errors import UserError, nearest
 from piece_ds.state.mask import Mask, collective_device
 from piece_ds.state.partition import Layout
 
-# Masks whose bits take no more than this stay in version 1, which every program of the format reads: nothing is saved
-# by the other. At a ratio of 0.001, indices take a thirtieth of the bits: 0.5 MB for 17 MB at 135 M weights.
+# Masks whose bits take no more bytes than this stay in version 1, which every program of the format reads: little
+# would be saved. At a ratio of 0.001, indices take a thirtieth of the bits: 0.5 MB for 17 MB at 135 M weights.
 BITS_ALWAYS_BELOW = 1 << 20
 
 _INDICES = ".indices"
 
 
 def save_mask(path: Path | str, mask: Mask, version: str | None = None) -> None:
-    """Write a mask from all ranks' shares. A collective; rank 0 writes, and all return when the file is there.
+    """Write a mask from all ranks' parts. A collective; rank 0 writes, and all return when the file is there.
 
     Args:
-        version: "1" or "2"; None takes 2 when bits need over a MiB and more bytes than indices, which means fewer
-            than one element in 32.
+        path: of the file.
+        mask: to write.
+        version: "1" or "2". None takes 2 if bits need over a MiB and more bytes than indices. That is the case if fewer
+            than one element in 32 is selected.
     """
     whole = mask.whole()
     if is_main():
@@ -47,7 +50,7 @@ def save_mask(path: Path | str, mask: Mask, version: str | None = None) -> None:
 
 
 def _smaller(whole: Mapping[str, Tensor], numel: Mapping[str, int]) -> str:
-    """Return the version to write."""
+    """Return the version to write: the smaller one, except for small masks."""
     bits = sum((numel[name] + 7) // 8 for name in whole)
     indices = sum(index_tensor(index[:0], numel[name]).element_size() * index.numel() for name, index in whole.items())
     return "1" if bits <= max(BITS_ALWAYS_BELOW, indices) else "2"
@@ -56,10 +59,14 @@ def _smaller(whole: Mapping[str, Tensor], numel: Mapping[str, int]) -> str:
 def check_mask_file(path: Path | str, layout: Layout | None = None) -> dict[str, str]:
     """Read a mask file as far as needed to know that it is whole and, given a layout, fits the model.
 
+    Args:
+        path: of the file.
+        layout: of the model; None checks only the file itself.
     Returns:
         Its metadata.
     Raises:
-        UserError: missing, truncated, of another format, checksum or count wrong, or of another model.
+        UserError: the file is missing, truncated or of another format, its checksum or count is wrong, or it is of
+            another model.
     """
     with open_artifact(path, MASK) as file:
         if layout is not None:
@@ -86,7 +93,7 @@ def parameters_in(file: Artifact) -> list[str]:
 
 
 def mask_names(path: Path | str) -> set[str]:
-    """Return the names of the parameters that a mask file, checked before, selects from."""
+    """Return the names of the parameters that a mask file selects from. The file has been checked before."""
     with open_artifact(path, MASK, verify=False) as file:
         return set(parameters_in(file))
 
@@ -99,14 +106,18 @@ def whole_index(file: Artifact, name: str) -> Tensor:
 
 
 def load_mask(path: Path | str, layout: Layout) -> Mask:
-    """This rank's share of a mask file, for any number of ranks. A collective.
+    """Return this rank's part of a mask file, for any number of ranks. A collective.
 
     Raises:
-        UserError: see check_mask_file.
+        UserError: see check_mask_file().
     """
+
+    # One rank reads the whole file and checks it; all learn the result.
     problem = broadcast_object(_problem(path, layout) if is_main() else None)
     if problem:
         raise UserError(problem)
+
+    # Each rank reads only its own part.
     index = {}
     with open_artifact(path, MASK, verify=False) as file:
         present = set(parameters_in(file))
@@ -123,7 +134,7 @@ def load_mask(path: Path | str, layout: Layout) -> Mask:
 
 
 def _problem(path: Path | str, layout: Layout) -> str | None:
-    """What is wrong, or None: one rank reads the whole file, and all learn what it found."""
+    """Return what is wrong with a mask file; None if nothing is."""
     try:
         check_mask_file(path, layout)
     except UserError as error:
@@ -132,7 +143,7 @@ def _problem(path: Path | str, layout: Layout) -> str | None:
 
 
 def _positions(file: Artifact, name: str, start: int, stop: int) -> Tensor:
-    """Selected positions in [start, stop) of one parameter, int64."""
+    """Return the selected positions in [start, stop) of one parameter, int64."""
     if file.strings["version"] == "1":
         first_byte = start // 8
         found = ops.mask_to_index(file.part(name, first_byte, (stop + 7) // 8)) + 8 * first_byte
@@ -142,7 +153,7 @@ def _positions(file: Artifact, name: str, start: int, stop: int) -> Tensor:
 
 
 def _check_parameter(file: Artifact, name: str, numel: int | None) -> int:
-    """Raise UserError unless a parameter's part of the file is sound; return its selected elements."""
+    """Raise UserError unless one parameter's part of the file is valid; return its number of selected elements."""
     if file.strings["version"] != "1":
         index = file.tensor(f"{name}{_INDICES}")
         check_index(file, name, index, numel)
@@ -160,7 +171,7 @@ def _check_parameter(file: Artifact, name: str, numel: int | None) -> int:
 
 
 def _check_model(file: Artifact, layout: Layout) -> None:
-    """Raise UserError unless every parameter in the file is one of the model's, of the same shape."""
+    """Raise UserError unless every parameter in the file is one of the model's, with the same shape."""
     known, shapes = layout.shapes(), file.metadata.shapes or {}
     for name in parameters_in(file):
         if name not in known:

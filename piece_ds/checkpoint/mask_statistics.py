@@ -1,4 +1,4 @@
-"""Where a mask lies: selected elements per layer and per module type, and how much two masks share.
+"""Where a mask lies: selected elements per layer and module type, and how much two masks share.
 
 `piece_ds masks MASK [MASK ...]` prints both for mask files.
 """
@@ -18,21 +18,29 @@ OUTSIDE = "other"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies: 'layer 3' or 'other', and a module type such as 'self_attn.q_proj'."""
+    """Where a parameter lies.
+
+    Attributes:
+        layer: its number as text, such as '3', or 'other'.
+        module: a module type such as 'self_attn.q_proj'.
+    """
 
     layer: str
     module: str
 
 
 def place_of(name: str) -> Place:
-    """model.layers.3.self_attn.q_proj.weight -> layer '3', module 'self_attn.q_proj'; biases keep their suffix."""
+    """Return the place of a parameter, from its name. The module of a bias keeps the suffix '.bias'.
+
+    For example, model.layers.3.self_attn.q_proj.weight is in layer '3' and module 'self_attn.q_proj'.
+    """
     match = re.match(r".*?\.(\d+)\.(.+)$", name)
     layer, rest = (match.group(1), match.group(2)) if match else (OUTSIDE, name)
     return Place(layer, rest.removesuffix(".weight"))
 
 
 def mask_statistics(index: dict[str, Tensor], numel: dict[str, int]) -> dict[str, dict[str, dict[str, int]]]:
-    """Counts per layer and module type.
+    """Count selected and all elements per layer and module type.
 
     Args:
         index: parameter name -> selected positions (Mask.whole()).
@@ -50,14 +58,20 @@ def mask_statistics(index: dict[str, Tensor], numel: dict[str, int]) -> dict[str
 
 
 def overlap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Jaccard index of two masks: shared / united selected elements, in [0, 1]."""
+    """Return the Jaccard index of two masks: shared / united selected elements, in [0, 1]."""
     shared = sum(int(torch.isin(first[n], second[n], assume_unique=True).sum()) for n in first.keys() & second.keys())
     united = sum(i.numel() for i in first.values()) + sum(i.numel() for i in second.values()) - shared
     return shared / united if united else 0.0
 
 
 def read_index(path: Path | str) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
-    """(selected positions, elements of the parameters named in the file, metadata) of a mask file."""
+    """Return the content of a mask file.
+
+    Returns:
+        Selected positions by parameter, elements of each parameter whose shape the file gives, and the metadata.
+    Raises:
+        UserError: see check_mask_file().
+    """
     metadata = check_mask_file(path)
     with open_artifact(path, MASK, verify=False) as file:
         names = parameters_in(file)

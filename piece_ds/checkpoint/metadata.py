@@ -1,4 +1,4 @@
-"""What this package's safetensors files say of themselves: one schema, and how it is filled in."""
+"""The metadata of this package's safetensors files: one schema for all, and how it is filled in."""
 
 import hashlib
 import json
@@ -13,15 +13,16 @@ from piece_ds.state.partition import Layout
 
 
 class Metadata(BaseModel):
-    """The metadata of a mask, delta, statistics or selected-state file. Absent entries are None; others are kept.
+    """The metadata of a mask, delta, statistics or selected-state file. Absent entries are None; unknown ones are kept.
 
     Attributes:
         format, version, checksum: see artifact.py.
-        method, ratio, selected, total: how a selection was made, and its size in elements.
-        shapes: parameter name -> shape, of the parameters in the file.
+        method, ratio: how the selection was made.
+        selected, total: its size and the model's, in elements.
+        shapes: parameter name -> shape, for the parameters in the file.
         model_fingerprint: see model_fingerprint().
         base_fingerprint, result_fingerprint: of all weights before and after a delta.
-        scale: what a delta's changes were multiplied by.
+        scale: factor of a delta's changes.
         step, counters: of the optimizer and the engine, in selected-state files.
     """
 
@@ -43,21 +44,25 @@ class Metadata(BaseModel):
     counters: Json[dict[str, float]] | None = None
 
     def numel(self, name: str) -> int | None:
-        """Return the elements of a parameter, or None when the file does not say its shape."""
+        """Return the number of elements of a parameter; None if the file does not give its shape."""
         shape = (self.shapes or {}).get(name)
         return None if shape is None else prod(shape)
 
 
 def model_fingerprint(layout: Layout) -> str:
-    """sha256 of every parameter's name and shape, in order: equal for equal architectures, whatever the weights."""
+    """Return the sha256 of every parameter's name and shape, in order.
+
+    It is equal for equal architectures, whatever the weights are.
+    """
     structure = [[info.name, list(info.shape)] for info in layout.parameters]
     return hashlib.sha256(json.dumps(structure).encode()).hexdigest()
 
 
 def describe(mask: Mask, names: Iterable[str]) -> dict[str, str]:
-    """Return the metadata (strings, as safetensors wants them) of a file made for mask.
+    """Return the metadata of a file made for mask, as strings.
 
     Args:
+        mask: of the whole model.
         names: parameters that have something in the file.
     """
     present = set(names)

@@ -1,7 +1,7 @@
-"""selected.safetensors: a checkpoint of the selected weights for any number of ranks, ZeRO stage and offload.
+"""selected.safetensors: a checkpoint of the selected weights, for any number of ranks, ZeRO stage and offload.
 
-Per parameter NAME.indices, NAME.values (fp32 masters), NAME.exp_avg and NAME.exp_avg_sq (fp32): 16 bytes a selected
-element. Metadata as in a mask file, and the optimizer's step and the engine's counters.
+For each parameter: NAME.indices, NAME.values (fp32 masters), NAME.exp_avg and NAME.exp_avg_sq (fp32): 16 bytes per
+selected element. The metadata are those of a mask file, plus the optimizer's step and the engine's counters.
 """
 
 import json
@@ -35,10 +35,10 @@ def save_selected_state(path: Path | str, mask: Mask, state: SelectedState) -> N
 
 
 def load_selected_state(path: Path | str, mask: Mask) -> SelectedState:
-    """The state that save_selected_state() wrote for the same mask, on every rank. A collective.
+    """Return the state that save_selected_state() wrote for the same mask, on every rank. A collective.
 
     Raises:
-        UserError: missing, damaged, or of another mask.
+        UserError: the file is missing, damaged, or of another mask.
     Memory: the file's size, on every rank.
     """
     index = mask.whole()
@@ -47,7 +47,7 @@ def load_selected_state(path: Path | str, mask: Mask) -> SelectedState:
         step, counters = file.metadata.step, file.metadata.counters
         if step is None or counters is None:
             raise file.refuse("metadata 'step' or 'counters' is missing")
-    # A file of another mask has other tensors, or others of their sizes.
+    # A file of another mask has other tensors, or other positions.
     if set(tensors) != {f"{name}.{part}" for name in index for part in ("indices", *PARTS)} or any(
         not torch.equal(tensors[f"{name}.indices"], positions) for name, positions in index.items()
     ):

@@ -1,6 +1,6 @@
 """Saved statistics: a folder with one safetensors file per rank and an index, readable by any number of ranks.
 
-With them another ratio, budget or method (of the same needs) is a selection, not a second pass over the data.
+With them, another ratio, budget or method (with the same needs) takes a selection, not a second pass over the data.
 """
 
 import shutil
@@ -22,31 +22,33 @@ from piece_ds.state.statistics import GradientStats, empty_stats
 
 
 class PartialStatistics:
-    """A Keeper for collect_statistics(): keeps at intervals, and before a signal ends the run."""
+    """A StatisticsCheckpoint for collect_statistics(): saves at intervals, and before a signal ends the run."""
 
     def __init__(self, folder: Path, rounds: int, source: dict[str, object]) -> None:
-        """
+        """Set where and how often to save.
+
         Args:
-            folder: the task's own; removed once the task is finished.
-            rounds: of micro-batches (one a rank) between keepings; 0 keeps only when a signal asks the run to end.
-            source: what the sums are of; sums of something else are refused.
+            folder: the task's own; it is removed once the task is finished.
+            rounds: rounds of micro-batches (one per rank) between saves. 0 saves only when a signal asks the run to
+                end.
+            source: what the sums are of. Sums of something else are refused.
         """
         self.folder, self.rounds, self.source = folder, rounds, source
         self._num_rounds = 0
 
     def begin(self, stats: GradientStats) -> None:
-        """Fill stats with the newest sums kept, if there are any."""
+        """Fill stats with the newest saved sums, if there are any."""
         kept = broadcast_object(self._newest() if is_main() else None)
         if kept is not None:
             load_statistics_into(stats, kept, self.source)
 
     def is_due(self, num_done: int) -> bool:
-        """At every interval, and when a signal asks the run to end. A collective."""
+        """Return whether to save now: at every interval, and when a signal asks the run to end. A collective."""
         self._num_rounds += 1
         return stop_asked() or (self.rounds > 0 and self._num_rounds % self.rounds == 0)
 
     def keep(self, stats: GradientStats) -> None:
-        """Write them, remove the ones before, and end the run where that was asked."""
+        """Save the sums, remove older ones, and end the run if a signal asked for it."""
         place = self.folder / f"{stats.num_micro_batches:09d}"
         save_statistics(place, stats, self.source)
         if is_main():
@@ -65,7 +67,7 @@ INDEX, FORMAT, VERSION = "statistics.json", STATISTICS.format, 1
 
 
 class _Index(BaseModel):
-    """What statistics.json says."""
+    """Content of statistics.json."""
 
     format: Literal["piece-statistics"]
     version: Literal[1]
@@ -78,10 +80,12 @@ class _Index(BaseModel):
 
 
 def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, object] | None = None) -> None:
-    """Write all ranks' statistics under folder. A collective; the index is written last, by rank 0.
+    """Write all ranks' statistics into folder. A collective; rank 0 writes the index last.
 
     Args:
-        source: what they are of (data file, batch size ...); compared by load_statistics.
+        folder: seen by all ranks.
+        stats: this rank's.
+        source: what they are of (data file, batch size, ...). load_statistics() compares it.
     """
     folder, layout = Path(folder), stats.layout
     tensors = {}
@@ -110,7 +114,7 @@ def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, 
 
 
 def has_statistics(folder: Path | str) -> bool:
-    """True where save_statistics() has finished."""
+    """Return whether save_statistics() has finished."""
     return (Path(folder) / INDEX).is_file()
 
 
@@ -121,8 +125,14 @@ def load_statistics(
     device: torch.device | str = "cpu",
     source: dict[str, object] | None = None,
 ) -> GradientStats:
-    """This rank's statistics from a folder written by any number of ranks.
+    """Return this rank's statistics from a folder written by any number of ranks.
 
+    Args:
+        folder: of save_statistics().
+        layout: of the model, for this rank.
+        needs_sum: whether sums of gradients are needed besides sums of squares.
+        device: where the sums go.
+        source: what they must be of; None accepts anything.
     Raises:
         UserError: see load_statistics_into().
     """
@@ -135,8 +145,9 @@ def load_statistics_into(stats: GradientStats, folder: Path | str, source: dict[
     """Fill stats with this rank's statistics from a folder written by any number of ranks.
 
     Raises:
-        UserError: not there, damaged, of another model, without the sum that stats has, or of another source.
-    Cost: reads the shards that overlap this rank's, once for their checksums and once for the sums.
+        UserError: the folder has no statistics, or they are damaged, of another model or source, or lack the sum that
+            stats needs.
+    Cost: reads the shards that overlap this rank's part, once for their checksums and once for the sums.
     """
     folder, layout = Path(folder), stats.layout
     index = _read_index(folder)
@@ -158,8 +169,10 @@ def _read_index(folder: Path) -> _Index:
 
 
 def _fill_from_shard(stats: GradientStats, path: Path, owner: int, num_ranks: int) -> None:
-    """The part of stats that rank `owner` of num_ranks has written to path."""
+    """Fill the part of stats that rank `owner` of num_ranks has written to path."""
     require_file(path, STATISTICS.what, STATISTICS.remedy)  # all are there, so a wrong num_ranks ends at once
+
+    # Find the ranges that the writer and this rank have in common, parameter by parameter.
     overlaps = []
     for info, part, offset in stats.layout.owned():
         stored = partition_of(info.numel, owner, num_ranks)
@@ -173,6 +186,8 @@ def _fill_from_shard(stats: GradientStats, path: Path, owner: int, num_ranks: in
             ]
     if not overlaps:
         return
+
+    # Read only those.
     with open_artifact(path, STATISTICS) as file:
         for name, target, low, high in overlaps:
             values = file.part(name, low, high)

@@ -1,4 +1,4 @@
-"""Task deltas as files that are put on a model folder and taken off again, bit for bit."""
+"""Task deltas as files that are applied to a model folder and reverted again, bit for bit."""
 
 from piece_ds.deltas.combine import Merge, merge_deltas
 from piece_ds.deltas.compose import compose

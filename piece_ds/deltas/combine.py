@@ -1,9 +1,12 @@
-"""Several tasks as one delta: their changes averaged, by TIES, or by DARE.
+"""Merge several tasks into one delta: by a linear combination, by TIES, or by DARE.
 
 A task's change is value - previous at its selected elements and 0 elsewhere. The result is base + scale * merged.
-Linear: sum of w_i t_i. TIES (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): keep each task's largest changes, elect
-the sign of the greater total per element, average the changes that have it. DARE (Yu et al. 2023, arXiv 2311.03099):
-drop each change with probability 1 - density, multiply what stays by 1 / density, then sum w_i t_i.
+
+- Linear: the sum of w_i t_i.
+- TIES (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): keep each task's largest changes, elect the sign of the
+  larger total per element, average the changes that have this sign.
+- DARE (Yu et al. 2023, arXiv 2311.03099): drop each change with probability 1 - density, multiply the others by 1 /
+  density, then sum w_i t_i.
 """
 
 import hashlib
@@ -29,11 +32,13 @@ class Merge:
 
     Attributes:
         how: one of HOWS.
-        weights: one a delta; None means 1 / number of deltas. TIES weighs the changes before it elects signs, and
+        weights: one per delta; None means 1 / number of deltas. TIES weights the changes before it elects signs, and
             divides by the weights of those that agree.
-        density: share of each task's changes that is kept, in (0, 1]: the largest (ties), or drawn (dare).
-        scale: what the merged change is multiplied by.
+        density: share of each task's changes to keep, in (0, 1]: the largest (ties), or drawn at random (dare).
+        scale: factor of the merged change.
         seed: of DARE's draws.
+    Raises:
+        UserError: a value is out of its range, or does not fit `how`.
     """
 
     how: str
@@ -57,24 +62,31 @@ class Merge:
 
 
 def merge_deltas(deltas: Sequence[Delta], merge: Merge, output: Path | str) -> None:
-    """Write the delta that merges tasks, for the base of the first.
+    """Write the delta that merges tasks, for the base of the first one.
 
     Args:
-        deltas: of one base, or each on top of the one before; with previous values.
+        deltas: all of one base, or each on top of the one before; with previous values.
+        merge: how.
+        output: path of the new delta.
     Raises:
-        UserError: deltas that have no base in common, without previous values, or weights that are not as many.
+        UserError: the deltas have no base in common or no previous values, or there are not as many weights as deltas.
     Memory: the changes of all deltas, in fp64.
     """
     _check(deltas)
     weights = merge.weights or (1.0 / len(deltas),) * len(deltas)
     if len(weights) != len(deltas):
         raise UserError(f"{len(weights)} weights for {len(deltas)} deltas: give one for each")
+
+    # Reduce each task's changes, then merge them parameter by parameter.
     kept = [_sparsified(delta, number, merge) for number, delta in enumerate(deltas)]
     shapes = {name: shape for delta in deltas for name, shape in delta.shapes.items()}
     changes: dict[str, Change] = {}
     for name in shapes:
-        parts = [(delta.change(name), weight, tau[name])
-                 for delta, weight, tau in zip(deltas, weights, kept, strict=True) if name in tau]  # fmt: skip
+        parts = [
+            (delta.change(name), weight, tau[name])
+            for delta, weight, tau in zip(deltas, weights, kept, strict=True)
+            if name in tau
+        ]
         changes[name] = _merged(parts, merge)
     metadata = deltas[0].metadata | {
         "method": f"{merge.how}({'+'.join(d.metadata.get('method', '?') for d in deltas)})"
@@ -104,12 +116,14 @@ def _check(deltas: Sequence[Delta]) -> None:
 
 
 def _sparsified(delta: Delta, number: int, merge: Merge) -> dict[str, Tensor]:
-    """A task's changes, fp64, per parameter and as long as its selection; what is dropped is 0."""
+    """Return a task's changes by parameter, fp64, one per selected element. Dropped changes are 0."""
     found = {}
     for name in delta.shapes:
         change = delta.change(name)
         assert change.previous is not None
         found[name] = change.values.double() - change.previous.double()
+
+    # Keep all, the largest over the whole model (TIES), or a random part of each parameter (DARE).
     if merge.density == 1:
         return found
     if merge.how == "ties":
@@ -127,7 +141,7 @@ def _sparsified(delta: Delta, number: int, merge: Merge) -> dict[str, Tensor]:
 
 
 def _merged(parts: Sequence[tuple[Change, float, Tensor]], merge: Merge) -> Change:
-    """The merged change of one parameter, at the union of the tasks' positions."""
+    """Return the merged change of one parameter, at the union of the tasks' positions."""
     index = torch.cat([change.index for change, _, _ in parts]).unique()
     base = torch.empty(index.numel(), dtype=parts[0][0].values.dtype)
     weighted = torch.zeros(len(parts), index.numel(), dtype=torch.float64)
@@ -135,16 +149,17 @@ def _merged(parts: Sequence[tuple[Change, float, Tensor]], merge: Merge) -> Chan
     for row, (change, of_task, tau) in reversed(list(enumerate(parts))):
         assert change.previous is not None
         places = torch.searchsorted(index, change.index)
-        base[places] = change.previous  # the first task's stands: it saw the base itself
+        base[places] = change.previous  # runs backwards, so the first task's value wins: it saw the base itself
         weighted[row, places] = of_task * tau
         weight[row] = of_task
     merged = _elected_mean(weighted, weight) if merge.how == "ties" else weighted.sum(0)
     values = (base.double() + merge.scale * merged).to(base.dtype)
+    # A change of 0 must keep the base's bits: -0.0 and NaN would not survive the sum.
     return Change(index, torch.where(merged == 0, base, values), base)
 
 
 def _elected_mean(weighted: Tensor, weight: Tensor) -> Tensor:
-    """TIES' second and third step: the sign of the sum, and the mean of what has it; 0 where nothing has."""
+    """Return, per element, the mean of the changes that have the elected sign (TIES, steps 2 and 3); else 0."""
     sign = weighted.sum(0).sign()
     agrees = (weighted.sign() == sign) & (weighted != 0)
     total = (weight * agrees).sum(0)

@@ -1,4 +1,4 @@
-"""One delta that does what a stack of deltas does."""
+"""Compose a stack of deltas into one delta with the same effect."""
 
 import json
 from collections.abc import Sequence
@@ -15,15 +15,18 @@ from piece_ds.runtime.errors import UserError
 
 
 def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = True) -> None:
-    """Write the delta that equals applying deltas in order: the last value of each position, the first previous one.
+    """Write the delta that equals applying deltas in order: last value and first previous value at each position.
 
     Args:
-        deltas: consecutive in one stack; a single one is rewritten, for instance without its previous values.
+        deltas: consecutive deltas of one stack. A single one is rewritten, for instance without its previous values.
+        output: path of the new delta.
         with_previous: keep previous values, so that the result can be reverted.
     Raises:
-        UserError: deltas of different models or dtypes, or not consecutive.
+        UserError: the deltas are of different models or dtypes, or not consecutive.
     Memory: the result.
     """
+
+    # Check that each delta continues where the one before ended.
     first, last = deltas[0], deltas[-1]
     for before, after in pairwise(deltas):
         _check_consecutive(before, after)
@@ -32,6 +35,8 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
     keep_previous = with_previous and all(delta.reversible for delta in deltas)
     if with_previous and not keep_previous:
         raise UserError("a delta without previous values is among those to compose: add --without_previous")
+
+    # Overlay the changes, parameter by parameter.
     tensors: dict[str, Tensor] = {}
     for name in names:
         changes = [delta.change(name) for delta in deltas if name in delta.shapes]
@@ -40,6 +45,8 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
         tensors[f"{name}.values"] = values
         if keep_previous and previous is not None:
             tensors[f"{name}.previous"] = previous
+
+    # The result starts from the first delta's base and ends at the last one's result.
     selected = sum(tensors[f"{name}.indices"].numel() for name in names)
     inherited = {key: value for key, value in first.metadata.items() if key != "scale"}
     metadata = inherited | {
@@ -72,7 +79,7 @@ def _check_consecutive(before: Delta, after: Delta) -> None:
 
 
 def _overlay(name: str, changes: Sequence[Change]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(ascending positions, last values, first previous values or None) of one parameter."""
+    """Return (ascending positions, last values, first previous values or None) of one parameter."""
     index = torch.cat([change.index for change in changes]).unique()
     values = torch.empty(index.numel(), dtype=changes[0].values.dtype)
     for change in changes:

@@ -1,4 +1,4 @@
-"""A delta file, checked once when it is opened and then read one parameter at a time."""
+"""A delta file. It is checked once, when it is opened, and then read one parameter at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class Change:
 
     Attributes:
         index: ascending flat row-major positions, int64.
-        values: what stands there after the task, in the parameter's dtype.
-        previous: what stood there before; None where the file does not say.
-        unscaled: what a scaled delta would write at scale 1; None where that is values.
+        values: values after the task, in the parameter's dtype.
+        previous: values before the task; None if the file does not hold them.
+        unscaled: values that a scaled delta would have at scale 1; None if those are values.
     """
 
     index: Tensor
@@ -39,11 +39,11 @@ class Delta:
 
     Attributes:
         path: of the file.
-        metadata: its strings, see contract of delta.safetensors.
+        metadata: its strings; see checkpoint.metadata.Metadata.
         shapes: of the parameters it changes, in the file's order.
-        dtypes: of the same.
+        dtypes: of the same parameters.
         reversible: whether it holds the previous values.
-        scale: what the task's changes were multiplied by; unless it is 1, the file holds the unscaled values too.
+        scale: factor of the task's changes. Unless it is 1, the file holds the unscaled values too.
     """
 
     path: Path
@@ -59,16 +59,16 @@ class Delta:
 
     @property
     def base_fingerprint(self) -> str | None:
-        """Of all weights before the task; None in a file that does not say."""
+        """Fingerprint of all weights before the task; None if the file does not say."""
         return self.metadata.get("base_fingerprint")
 
     @property
     def result_fingerprint(self) -> str | None:
-        """Of all weights after the task."""
+        """Fingerprint of all weights after the task; None if the file does not say."""
         return self.metadata.get("result_fingerprint")
 
     def change(self, name: str) -> Change:
-        """The change of one parameter. Memory: its part of the file."""
+        """Return the change of one parameter. Memory: its part of the file."""
         with open_artifact(self.path, DELTA, verify=False) as file:
             previous = file.tensor(f"{name}.previous") if self.reversible else None
             unscaled = file.tensor(f"{name}.unscaled") if self.scale != 1.0 else None
@@ -76,10 +76,12 @@ class Delta:
 
 
 def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
-    """Delta files named one by one, as task folders, or as a run's folder, which means all its tasks' in order.
+    """Return the delta files that paths name.
 
+    Args:
+        paths: delta files, task folders, or run folders. A run folder means all its tasks, in order.
     Raises:
-        UserError: a path that is none of these.
+        UserError: a path is none of these.
     """
     found = []
     for path in map(Path, paths):
@@ -103,19 +105,23 @@ def open_delta(path: Path | str) -> Delta:
     """Read a delta file whole, once, and check it.
 
     Raises:
-        UserError: not a delta, damaged, or its parts do not fit together.
+        UserError: the file is no delta or damaged, or its parts do not fit together.
     Memory: the largest tensor.
     """
     path = Path(path)
     with open_artifact(path, DELTA) as file:
         if file.metadata.shapes is None or file.metadata.selected is None:
             raise file.refuse("metadata 'shapes' or 'selected' is missing")
+
+        # The metadata say which tensors there must be.
         shapes = {name: tuple(shape) for name, shape in file.metadata.shapes.items()}
         reversible = any(key.endswith(".previous") for key in file.names)
         scale = file.metadata.scale
         parts = PARTS if scale != 1.0 else PARTS[:3] if reversible else PARTS[:2]
         if set(file.names) != {f"{name}.{part}" for name in shapes for part in parts}:
             raise file.refuse(f"expected {', '.join(parts)} of {len(shapes)} parameters, found other tensors")
+
+        # Check each parameter's part, and the total.
         dtypes, count = {}, 0
         for name, shape in shapes.items():
             index, values, *previous = (file.tensor(f"{name}.{part}") for part in parts)
@@ -127,7 +133,7 @@ def open_delta(path: Path | str) -> Delta:
 
 
 def _check_change(file: Artifact, name: str, numel: int, index: Tensor, values: Tensor, *previous: Tensor) -> None:
-    """Raise UserError unless index is ascending and inside the parameter, and the rest has its length and one dtype."""
+    """Raise UserError unless index ascends within the parameter and the other parts have its length and one dtype."""
     check_index(file, name, index, numel)
     if any(part.shape != index.shape for part in (values, *previous)):
         raise file.refuse(f"parts of {name!r} differ in length")

@@ -1,4 +1,4 @@
-"""A delta of any two checkpoints of one architecture: a full fine-tune or an RL run as a file that travels."""
+"""The delta between any two checkpoints of one architecture, such as a full fine-tune or an RL run."""
 
 from pathlib import Path
 
@@ -18,18 +18,22 @@ def diff_folders(before: ModelFolder, after: ModelFolder, output: Path | str, ra
     """Write the delta that leads from one model folder to another.
 
     Args:
-        before, after: of one architecture, the same dtypes.
-        ratio: keep the max(1, int(ratio * elements of the model)) largest |changes|, ties to the smaller (parameter
-            order, position); None keeps every element whose bits differ, so that applying gives `after` to the bit.
+        before: the model to start from.
+        after: the model to reach; of the same architecture and dtypes.
+        output: path of the delta.
+        ratio: keep the max(1, int(ratio * elements of the model)) largest |changes|; ties go to the first in order of
+            parameters and positions. None keeps every element whose bits differ, so applying gives `after` to the bit.
     Raises:
         UserError: another architecture or dtype, a quantized tensor, equal weights, or a ratio outside (0, 1].
-    Cost: reads both once. Memory: of what is kept, an index and two values an element: 8 bytes a parameter for a full
+    Cost: reads both folders once. Memory: an index and two values per kept element: 8 bytes per parameter for a full
         fine-tune in bf16.
     """
     if ratio is not None and not 0 < ratio <= 1:
         raise UserError(f"ratio is {ratio}: expected a share of the model's elements, in (0, 1]")
     _check_alike(before, after)
     limit = None if ratio is None else max(1, int(ratio * before.layout.total))
+
+    # Compare bits: NaN equals itself, -0.0 differs from 0.0. The base's fingerprint comes from the same pass.
     changes: dict[str, Change] = {}
     base = 0
     for info in before.layout.parameters:
@@ -40,13 +44,18 @@ def diff_folders(before: ModelFolder, after: ModelFolder, output: Path | str, ra
         dtype = before.stored[before.stored_as(name)[0]].dtype
         assert dtype is not None
         change = Change(index, second[index].view(dtype), first[index].view(dtype))
+        # No parameter can contribute more than the whole budget: drop the rest now, for memory.
         if limit is not None and index.numel() > limit:
             change = take(change, top(_sizes(change), limit))
         changes[name] = change
+
+    # The budget is the model's: the largest of all parameters' largest.
     if limit is not None:
         chosen = top(torch.cat([_sizes(change) for change in changes.values()]), limit)
         parts = split(chosen, [change.index.numel() for change in changes.values()])
         changes = {name: take(changes[name], places) for name, places in zip(changes, parts, strict=True)}
+
+    # The result's fingerprint follows from the base's and the changes.
     metadata = {
         "method": "diff",
         "total": str(before.layout.total),

@@ -1,11 +1,11 @@
-"""A delta in the layouts that other tools take: vLLM's sparse weight patches, and a PEFT adapter.
+"""Write a delta in the formats of other tools: vLLM's sparse weight patches, and a PEFT adapter.
 
-vLLM (vllm/distributed/weight_transfer/sparse_nccl_engine.py and model_executor/model_loader/checkpoint_weight_patch.py;
-pull requests 40096, 50723, 53751 of vllm-project/vllm, 2026) takes patches in checkpoint coordinates: tensor name,
-full shape, 1-D int32 flat indices and replacement values in the tensor's dtype, where NaN stands for "unchanged".
+vLLM takes patches in checkpoint coordinates: tensor name, full shape, 1-D int32 flat indices, and replacement values in
+the tensor's dtype. NaN means "unchanged". Source: vllm/distributed/weight_transfer/sparse_nccl_engine.py and
+model_executor/model_loader/checkpoint_weight_patch.py; pull requests 40096, 50723, 53751 of vllm-project/vllm, 2026.
 
-PEFT's SHiRA (peft/tuners/shira, read at 0.21.2) adds fp32 differences at 2-D int32 positions to the weights of Linear
-modules, r * (rows + columns) of them in every module, r the same for all.
+PEFT's SHiRA adds fp32 differences at 2-D int32 positions to the weights of Linear modules. Every module has r * (rows +
+columns) of them, with the same r. Source: peft/tuners/shira, read at 0.21.2.
 """
 
 import json
@@ -29,7 +29,9 @@ def export_vllm(
     """Write NAME.indices (int32), NAME.values and metadata `full_shapes` (JSON): the fields of SparseWeightPatch.
 
     Args:
-        stored_as: names of a parameter's tensors in the checkpoint that vLLM serves.
+        delta: to export.
+        output: path of the file.
+        stored_as: parameter name -> names of its tensors in the checkpoint that vLLM serves.
     Raises:
         UserError: a value is NaN, or a tensor has more elements than int32 can count.
     """
@@ -50,10 +52,10 @@ def export_vllm(
 
 
 def require_stored_names(delta: Delta) -> None:
-    """Raise UserError when only the model can say under which names a checkpoint holds the delta's parameters.
+    """Raise UserError if the delta's parameter names may differ from those in checkpoints.
 
-    transformers stacks experts, and gives parts of vision-language models other names, while it loads: a patch with
-    the parameter's own names would fit no checkpoint.
+    While it loads, transformers stacks experts and renames parts of vision-language models. A patch under such a
+    parameter's own name would fit no checkpoint. Only the model knows the stored names.
     """
     for name, shape in delta.shapes.items():
         parts = name.split(".")
@@ -69,17 +71,19 @@ def require_stored_names(delta: Delta) -> None:
 def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: str) -> int:
     """Write adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained(model, output).
 
-    A module's differences are padded with zeros at its first element up to r * (rows + columns), r the smallest that
+    A module's differences are padded to r * (rows + columns) with zeros at its first element. r is the smallest that
     serves all modules.
 
     Args:
+        delta: to export.
+        output: folder for both files.
         linear: parameters that are the weight of an nn.Linear.
         base_model: what the adapter's configuration names as its base.
     Returns:
-        How many selected values base + difference does not give to the bit: where a value crosses zero or changes by
-        orders of magnitude, no fp32 difference may lead from one to the other.
+        How many selected values base + difference does not give to the bit. If a value crosses zero or changes by
+        orders of magnitude, there may be no fp32 difference that leads from one to the other.
     Raises:
-        UserError: no previous values; a selected element outside Linear weights; more of them than SHiRA can hold.
+        UserError: no previous values, a selected element outside Linear weights, or more of them than SHiRA can hold.
     """
     if not delta.reversible:
         raise UserError(f"delta {delta.path} has no previous values, which an adapter of differences needs")
@@ -89,6 +93,8 @@ def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: 
             f"a PEFT adapter holds changes of Linear weights alone, delta {delta.path} also changes "
             f"{len(outside)} other parameters, {outside[0]!r} for one: use piece_ds delta merge"
         )
+
+    # SHiRA needs one r for all modules: the largest that any of them needs.
     changes = {name: delta.change(name) for name in delta.shapes}
     rank = max(-(-change.index.numel() // sum(delta.shapes[name])) for name, change in changes.items())
     tight = [name for name in changes if rank * sum(delta.shapes[name]) > prod(delta.shapes[name])]
@@ -104,6 +110,8 @@ def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: 
         module = f"base_model.model.{name.removesuffix('.weight')}"
         tensors[f"{module}.shira_indices"], tensors[f"{module}.shira_weight"] = rows_columns, weight
         num_inexact += inexact
+
+    # The configuration names the modules in the order of the file.
     output = Path(output)
     write_tensors(output / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(output / "adapter_config.json", _adapter_config(rank, list(changes), base_model))
@@ -111,7 +119,11 @@ def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: 
 
 
 def _shira(change: Change, shape: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor, int]:
-    """(int32[2, r (m + n)] positions, fp32[r (m + n)] differences, values that they do not reproduce)"""
+    """Return one module's part of the adapter.
+
+    Returns:
+        Positions, int32 (2, r (m + n)); differences, fp32 (r (m + n)); and how many values they do not reproduce.
+    """
     assert change.previous is not None
     length = rank * sum(shape)
     difference = (change.values.double() - change.previous.double()).float()
@@ -124,7 +136,10 @@ def _shira(change: Change, shape: tuple[int, ...], rank: int) -> tuple[Tensor, T
 
 
 def _adapter_config(rank: int, names: list[str], base_model: str) -> dict[str, object]:
-    """What ShiraConfig.from_pretrained needs. A mask_type other than 'random' leaves the positions to the file."""
+    """Return what ShiraConfig.from_pretrained() needs.
+
+    A mask_type other than 'random' makes PEFT take the positions from the file.
+    """
     return {
         "peft_type": "SHIRA",
         "task_type": "CAUSAL_LM",

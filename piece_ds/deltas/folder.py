@@ -1,7 +1,7 @@
-"""A transformers model folder as what lies where: tensors are reached by offset and patched without rewriting the rest.
+"""A transformers model folder seen as files of bytes: tensors are reached by offset and patched in place.
 
-safetensors files keep header and data apart (8 bytes of length, JSON, data), so that a tensor can be mapped into
-memory alone and a patched file keeps every other byte, header and tensor order included.
+A safetensors file keeps header and data apart (8 bytes of length, JSON, data). So one tensor can be mapped into memory
+by itself. A patched file keeps every other byte, its header and the order of tensors.
 """
 
 import json
@@ -27,7 +27,14 @@ _INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file."""
+    """One tensor in a file.
+
+    Attributes:
+        file: name of the file in the folder.
+        offset: of its first byte in the file.
+        shape: of the tensor.
+        dtype: None for a dtype that no delta can have.
+    """
 
     file: str
     offset: int
@@ -41,19 +48,19 @@ class Stored:
 
 @dataclass(frozen=True)
 class _Index:
-    """What model.safetensors.index.json says that matters here."""
+    """The part of model.safetensors.index.json that is needed here."""
 
     weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder of safetensors files and what it says of a model's parameters.
+    """A folder of safetensors files and how they hold a model's parameters.
 
     Attributes:
         root: the folder.
         layout: the model's parameters, from its configuration.
-        stored: name in the files -> where; only tensors of parameters.
+        stored: name in the files -> place; only tensors of parameters.
         parameter_of: name in the files -> name in layout. A tied weight may be stored under two names.
     """
 
@@ -67,20 +74,22 @@ class ModelFolder:
         return sorted({place.file for place in self.stored.values()})
 
     def in_file(self, file: str) -> list[str]:
-        """Names of the tensors in one file, in the order of their data."""
+        """Return the names of the tensors in one file, in the order of their data."""
         names = [name for name, place in self.stored.items() if place.file == file]
         return sorted(names, key=lambda name: self.stored[name].offset)
 
     def stored_as(self, parameter: str) -> list[str]:
-        """Names in the files under which a parameter is stored."""
+        """Return the names under which the files hold a parameter."""
         return [name for name in self.stored if self.parameter_of[name] == parameter]
 
 
 def map_bits(path: Path, place: Stored, mode: str) -> Tensor:
-    """A stored tensor's bits, 1-D integers, mapped from the file at path.
+    """Map a stored tensor's bits from the file at path, as 1-D integers.
 
     Args:
-        mode: of numpy.memmap: 'c' keeps changes in memory, 'r+' writes them to the file.
+        path: of the file, or of a copy.
+        place: where the tensor lies in it.
+        mode: of numpy.memmap. 'c' keeps changes in memory, 'r+' writes them to the file.
     """
     assert place.dtype is not None
     if place.numel == 0:
@@ -93,14 +102,17 @@ def open_folder(root: Path | str, layout: Layout, known: Mapping[str, str]) -> M
     """Read the headers of a model folder's files.
 
     Args:
+        root: the folder.
         layout: of the model that the folder's configuration describes.
         known: every name under which files may hold a parameter -> its name in layout.
     Raises:
-        UserError: no safetensors files, one is damaged, or a parameter is not in them.
+        UserError: no safetensors files, a damaged one, or a parameter that is missing or of another shape.
     """
     root = Path(root)
     shapes = layout.shapes()
     stored = _stored(root)
+
+    # What the files hold must be what the configuration describes ...
     parameter_of = {name: known[name] for name in stored if name in known}
     for name, parameter in parameter_of.items():
         if stored[name].shape != shapes[parameter]:
@@ -108,6 +120,8 @@ def open_folder(root: Path | str, layout: Layout, known: Mapping[str, str]) -> M
                 f"{root}: {name!r} has shape {list(stored[name].shape)}, the folder's config.json makes it "
                 f"{list(shapes[parameter])}: weights and configuration do not belong together"
             )
+
+    # ... and all of it.
     present = set(parameter_of.values())
     missing = [name for name in shapes if name not in present]
     if missing:
@@ -120,7 +134,10 @@ def open_folder(root: Path | str, layout: Layout, known: Mapping[str, str]) -> M
 
 
 def _files(root: Path) -> dict[str, dict[str, str]]:
-    """The files that hold the weights, as transformers finds them -> what the index says lies in each, by name."""
+    """Return file -> names that the index places in it, for the files that transformers would load.
+
+    A single file has no index; its names are empty.
+    """
     both = [name for name in (SINGLE_NAME, INDEX_NAME) if (root / name).exists()]
     if len(both) == 2:
         raise UserError(
@@ -146,7 +163,10 @@ def _files(root: Path) -> dict[str, dict[str, str]]:
 
 
 def _stored(root: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's files. Raises UserError unless each is in one file, the one that the index names."""
+    """Return every tensor of the folder's files.
+
+    Raise UserError unless each is only in the file that the index names.
+    """
     files = _files(root)
     stored: dict[str, Stored] = {}
     for file, indexed in files.items():
@@ -163,7 +183,7 @@ def _stored(root: Path) -> dict[str, Stored]:
 
 
 def _header(path: Path, file: str) -> dict[str, Stored]:
-    """The tensors of one file. The library checks the header, which says where each lies."""
+    """Return the tensors of one file. The safetensors library checks the header; we read the offsets from it."""
     require_file(path, "model file", "copy the model folder again")
     try:
         with safe_open(path, framework="np"):

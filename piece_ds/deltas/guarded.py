@@ -1,7 +1,7 @@
-"""A model folder as somebody handed it over: what may be read from it, who may change it, one command at a time.
+"""Guard a model folder: what may be read from it, who may change it, and one command at a time.
 
-A folder can hold links that lead out of it, pipes that nobody writes to, and a note of unfinished work that names any
-path. Nothing of that is followed: reading stays in the folder, and files keep their owner and mode.
+A folder from somebody else can hold links that lead out of it, pipes that nobody writes to, and a note of unfinished
+work that names any path. None of these is followed. Reading stays in the folder, and files keep their owner and mode.
 """
 
 import fcntl
@@ -19,9 +19,9 @@ _LOCK_NAME = ".piece_ds.lock"
 
 
 def require_own_files(root: Path) -> None:
-    """Raise UserError when something in a folder is a link out of it, a pipe, a socket or a device.
+    """Raise UserError if anything in a folder is a link out of it, a pipe, a socket or a device.
 
-    The Hub's cache is the one exception: its snapshots are links into the folder of blobs beside them.
+    The Hub's cache is the only exception: its snapshots are links into the folder of blobs beside them.
     """
     inside = [root.resolve()]
     if root.resolve().parent.name == "snapshots":
@@ -39,19 +39,19 @@ def require_own_files(root: Path) -> None:
 
 
 def _target(link: Path) -> Path | None:
-    """Where a link leads, or None when nothing is there."""
+    """Return where a link leads; None if nothing is there."""
     try:
         return link.resolve(strict=True)
-    except (OSError, RuntimeError):  # nothing there, or a circle
+    except (OSError, RuntimeError):  # nothing there, or a cycle of links
         return None
 
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the folder for the only command that changes it, for as long as the block lasts.
+    """Lock the folder for one command that changes it, for as long as the block lasts.
 
     Raises:
-        UserError: another command holds it, or nothing can be written there.
+        UserError: another command holds the lock, or nothing can be written there.
     """
     path = root / _LOCK_NAME
     try:
@@ -61,10 +61,12 @@ def locked(root: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it before has removed it: then this lock is of a file that nobody else finds.
+            # The previous holder removes the file. Then this lock is on a file that nobody else can find.
             is_held = os.path.samestat(os.fstat(handle), os.lstat(path))
         except OSError:
             is_held = False
+
+        # Only one command goes on; it removes the lock file when it ends.
         if not is_held:
             raise UserError(f"another command is changing {root}: run this one again when it has ended")
         try:
@@ -89,12 +91,13 @@ def require_changeable(path: Path) -> None:
 
 
 def replace_file(path: Path, change: Callable[[Path], object]) -> None:
-    """Put a changed copy of a file in its place, whole, with the owner and mode of the file.
+    """Replace a file by a changed copy, whole, with the same owner and mode.
 
     Args:
-        change: is given the path of the copy. Until the end only this user may read it.
+        path: of the file.
+        change: called with the path of the copy. Until it is in place, only this user can read it.
     Raises:
-        MachineError: it cannot be written; the file is as it was.
+        MachineError: the copy cannot be written; the file is unchanged.
     """
     before = path.stat()
 

@@ -1,4 +1,4 @@
-"""A delta on a model in memory: as many writes as it has elements, any alpha, and back to the bit."""
+"""Put a delta on a model in memory: one write per element, any alpha, and back to the bit."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +14,14 @@ from piece_ds.zero.weights import SelectedWeights, forget_secondary
 
 
 class LiveDelta:
-    """Changes and the model they are put on; set_() may be called again and again."""
+    """Changes and the model that they are written into. set_() may be called any number of times."""
 
     def __init__(self, model: nn.Module, changes: Mapping[str, Change]) -> None:
-        """
+        """Find where each change is written in what this process holds.
+
         Args:
-            model: on any device, of any dtype; whole, partitioned by ZeRO-3, or with DTensor parameters (each rank
-                writes what it holds).
+            model: on any device, in any dtype; whole, partitioned by ZeRO-3, or with DTensor parameters. Each rank
+                writes what it holds.
             changes: parameter name -> its whole change, the same on every rank.
         """
         self.model = model
@@ -29,7 +30,10 @@ class LiveDelta:
 
     @classmethod
     def of(cls, model: nn.Module, delta: Delta) -> "LiveDelta":
-        """Return a delta file's. Raises UserError unless the model has its parameters, of the same shapes."""
+        """Return a delta file's changes on model.
+
+        Raise UserError unless the model has its parameters, in the same shapes.
+        """
         params = dict(model.named_parameters())
         for name, shape in delta.shapes.items():
             if name not in params:
@@ -44,8 +48,10 @@ class LiveDelta:
 
     @torch.no_grad()
     def set_(self, alpha: float = 1.0) -> None:
-        """Write previous + alpha * (value - previous) at every selected element, whatever stands there now.
+        """Write previous + alpha * (value - previous) at every selected element, whatever the model holds there now.
 
+        Args:
+            alpha: 0 gives the base, 1 the task.
         Raises:
             ValueError: alpha is not 1 and the delta has no previous values.
         """
@@ -56,13 +62,17 @@ class LiveDelta:
 
 
 def apply_delta_(model: nn.Module, delta_file: Path | str, alpha: float = 1.0) -> LiveDelta:
-    """Put a delta file on a model in memory, its changes multiplied by alpha.
+    """Put a delta file on a model in memory, with its changes multiplied by alpha.
 
-    Positions and values are absolute: calling it again with another alpha, 0 and 1 included, is exact. The model must
-    be the one the delta was made on, at that point of its stack; only names and shapes are compared.
+    Positions and values are absolute. So a second call with another alpha is exact, 0 and 1 included. The model must be
+    the one that the delta was made on, at that point of its stack. Only names and shapes are compared.
 
+    Args:
+        model: see LiveDelta.
+        delta_file: path of the delta.
+        alpha: factor of the changes.
     Returns:
-        What sets another alpha without reading the file again.
+        An object that sets another alpha without reading the file again.
     Raises:
         UserError: the file is damaged, or of another model.
     Cost: reads the file twice, then one write per element.
@@ -73,7 +83,7 @@ def apply_delta_(model: nn.Module, delta_file: Path | str, alpha: float = 1.0) -
 
 
 def _writer(param: nn.Parameter, index: Tensor) -> Callable[[Tensor], None]:
-    """What writes values, in the order of index, into what this process holds of a parameter."""
+    """Return a function that writes values, in the order of index, into what this process holds of a parameter."""
     if isinstance(param.data, DTensor):
         return _dtensor_writer(param.data, index)
     selected = SelectedWeights(param, index)
@@ -81,7 +91,10 @@ def _writer(param: nn.Parameter, index: Tensor) -> Callable[[Tensor], None]:
 
 
 def _dtensor_writer(whole: DTensor, index: Tensor) -> Callable[[Tensor], None]:
-    """As _writer(): this rank's block of the tensor, found by its offset and size in every dimension."""
+    """Return the same for a DTensor: this rank writes into its block.
+
+    The block is found by its offset and size in every dimension.
+    """
     local = whole.to_local()
     chunks = whole.__create_chunk_list__()
     if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local.shape) or local.numel() == 0:
@@ -93,6 +106,7 @@ def _dtensor_writer(whole: DTensor, index: Tensor) -> Callable[[Tensor], None]:
     flat = torch.zeros_like(index)
     for place, offset, size in zip(places, chunks[0].offsets, local.shape, strict=True):
         inside &= (place >= offset) & (place < offset + size)
+        # Row-major position inside the block.
         flat = flat * size + (place - offset)
     own = inside.nonzero().view(-1)
     target = flat[own].to(local.device)

@@ -1,7 +1,7 @@
-"""Putting verified deltas on a model folder: into a copy, or in place, file by file.
+"""Apply verified deltas to a model folder: into a copy, or in place, file by file.
 
-Only the selected elements' bytes are written; headers, tensor order and all other files stay as they are, so that
-reverting gives back the very file, by sha256.
+Only the bytes of selected elements are written. Headers, the order of tensors and all other files stay as they are. So
+reverting restores the very same file, by sha256.
 """
 
 import errno
@@ -22,19 +22,26 @@ from piece_ds.runtime.files import not_written
 
 
 def patch_to(folder: ModelFolder, steps: Sequence[Step], output: Path | str, with_record: bool = True) -> None:
-    """Write a copy of the folder with steps taken. It appears whole, under its name, or not at all.
+    """Write a copy of the folder with steps applied. It appears under its name whole, or not at all.
 
     Args:
-        output: a path where nothing is yet.
-        with_record: keep piece_ds.json, so that the deltas can be listed and reverted; else a plain folder.
+        folder: the model.
+        steps: deltas to apply or revert, in order.
+        output: a path where nothing exists yet.
+        with_record: keep piece_ds.json, so that the deltas can be listed and reverted. Otherwise the copy is a plain
+            folder.
     Raises:
-        UserError: see verify(); output exists; the folder's last change in place was interrupted.
+        UserError: see verify(). Also if output exists, or an earlier change in place was interrupted.
     """
+
+    # Check everything before a byte is written.
     output = Path(output)
     require_free(output)
     require_own_files(folder.root)
     begun, record = read_record(folder.root), _next_record(folder, steps)
     verify(folder, steps)
+
+    # Build the copy under a temporary name.
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         shutil.copytree(folder.root, temporary)
@@ -44,6 +51,7 @@ def patch_to(folder: ModelFolder, steps: Sequence[Step], output: Path | str, wit
             write_record(temporary, record)
         else:
             (temporary / RECORD_NAME).unlink(missing_ok=True)
+        # The copy may have taken time: nothing may have changed under it.
         if read_record(folder.root) != begun:
             raise UserError(f"{folder.root} was changed by another command while it was copied: run this one again")
         _rename(temporary, output)
@@ -62,7 +70,7 @@ def _rename(temporary: Path, output: Path) -> None:
 
 
 def require_free(output: Path) -> None:
-    """Raise UserError when something stands at output, or nothing can be written there."""
+    """Raise UserError if something exists at output, or nothing can be written there."""
     try:
         taken = output.exists() or output.is_symlink()
         if not taken:
@@ -76,20 +84,21 @@ def require_free(output: Path) -> None:
 
 
 def patch_in_place(folder: ModelFolder, steps: Sequence[Step]) -> None:
-    """Take steps in the folder itself, one file after another, each replaced whole.
+    """Apply steps to the folder itself, one file after another. Each file is replaced whole.
 
-    piece_ds.json says first what is going to happen. An interruption leaves some files changed and some not, and that
-    note; the same call finishes the work, and every other change of the folder is refused until then.
+    piece_ds.json first notes what is going to happen. An interruption leaves some files changed, some not, and that
+    note. The same call then finishes the work. Every other change of the folder is refused until then.
 
     Raises:
-        UserError: see verify(); another change was interrupted, or is going on; a file is neither as before nor as
-            after, or belongs to another user.
+        UserError: see verify(). Also if another change was interrupted or is running, or a file belongs to another user
+            or is in neither the old nor the new state.
     Disk: room for one more copy of the largest file.
     """
     require_own_files(folder.root)
     with locked(folder.root):
         note, is_continued = _begin(folder, steps)
         for file in folder.files:
+            # The file itself tells whether it was done: the note says only what was planned.
             found = file_fingerprint(folder, file)
             before, after = note.files.get(file, (found, found))
             if found == after:
@@ -100,13 +109,20 @@ def patch_in_place(folder: ModelFolder, steps: Sequence[Step]) -> None:
                     "again"
                 )
             replace_file(folder.root / file, partial(_patch_file, folder, steps, file))
+        # Nothing of this run has verified the weights that an earlier call found.
         if is_continued:
             check_result(folder, steps)
         write_record(folder.root, Record(note.applied))
 
 
 def _begin(folder: ModelFolder, steps: Sequence[Step]) -> tuple[Unfinished, bool]:
-    """(what is going to happen, whether an interrupted call noted it, which this one continues)"""
+    """Note what is going to happen, or find the note of an interrupted call.
+
+    Returns:
+        The note, and whether an interrupted call wrote it, which this call continues.
+    Raises:
+        UserError: another change was interrupted, or the steps do not fit the folder.
+    """
     record = read_record(folder.root)
     applied = record.after(*_split(steps), folder.root).applied
     what = tuple((step.verb, step.delta.metadata.get("checksum")) for step in steps)
@@ -123,7 +139,7 @@ def _begin(folder: ModelFolder, steps: Sequence[Step]) -> tuple[Unfinished, bool
 
 
 def _check_note(folder: ModelFolder, note: Unfinished) -> None:
-    """Raise UserError when a note, which may be anybody's, names what is no file of the model."""
+    """Raise UserError if a note, which anybody may have written, names what is no file of the model."""
     foreign = next((file for file in note.files if file not in folder.files), None)
     if foreign is not None:
         raise UserError(
@@ -140,7 +156,7 @@ def _next_record(folder: ModelFolder, steps: Sequence[Step]) -> Record:
 
 
 def _split(steps: Sequence[Step]) -> tuple[list[Delta], list[Delta]]:
-    """(deltas to put on, deltas to take off)"""
+    """Return (deltas to apply, deltas to revert)."""
     return [step.delta for step in steps if not step.undo], [step.delta for step in steps if step.undo]
 
 
@@ -149,7 +165,7 @@ def _interrupted(root: Path) -> UserError:
 
 
 def _patch_file(folder: ModelFolder, steps: Sequence[Step], file: str, path: Path) -> None:
-    """Write the steps' values into a copy of one file of the folder, and have them on disk."""
+    """Write the steps' values into a copy of one file of the folder, and flush it to the disk."""
     for name in folder.in_file(file):
         parameter = folder.parameter_of[name]
         todo = [step for step in steps if parameter in step.delta.shapes]

@@ -1,4 +1,4 @@
-"""piece_ds.json in a model folder: which deltas are on it, and what an interrupted change had begun."""
+"""piece_ds.json in a model folder: which deltas are applied, and what an interrupted change had begun."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,15 @@ RECORD_NAME = "piece_ds.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One applied delta. checksum is the file's own; fingerprints are of all weights before and after it."""
+    """One applied delta.
+
+    Attributes:
+        delta: folder and name of its file.
+        checksum: of the file's tensors.
+        method: of the selection.
+        selected: elements it changes.
+        base_fingerprint, result_fingerprint: of all weights before and after it.
+    """
 
     delta: str
     checksum: str | None
@@ -40,11 +48,11 @@ def entry_of(delta: Delta) -> Entry:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What patch_in_place() was about when it was interrupted.
+    """What patch_in_place() was doing when it was interrupted.
 
     Attributes:
         steps: (verb, checksum of the delta), in order.
-        applied: what is on the folder afterwards.
+        applied: deltas on the folder afterwards.
         files: file -> (fingerprint before, after), for files that change.
     """
 
@@ -55,21 +63,21 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Record:
-    """What is on a folder.
+    """Which deltas are applied to a folder.
 
     Attributes:
         applied: deltas, in order.
-        unfinished: what an interrupted change was about, or None.
+        unfinished: an interrupted change; None if there is none.
     """
 
     applied: tuple[Entry, ...] = ()
     unfinished: Unfinished | None = None
 
     def after(self, added: Sequence[Delta], removed: Sequence[Delta], root: Path) -> "Record":
-        """The record after `removed` (last first) are taken off and `added` are put on.
+        """Return the record after `removed` are reverted, last first, and `added` are applied.
 
         Raises:
-            UserError: what is to be removed is not on top, or what is to be added is there.
+            UserError: a delta to revert is not on top, or a delta to apply is there already.
         """
         applied = list(self.applied)
         for delta in removed if applied else ():
@@ -87,7 +95,7 @@ class Record:
 
 
 def _same(first: Entry, second: Entry) -> bool:
-    """By content where both have a checksum; folders may have been renamed."""
+    """Return whether two entries are of one delta: by content if both have a checksum, as folders may be renamed."""
     if first.checksum is not None and second.checksum is not None:
         return first.checksum == second.checksum and first.base_fingerprint == second.base_fingerprint
     return first == second
@@ -95,7 +103,7 @@ def _same(first: Entry, second: Entry) -> bool:
 
 @dataclass(frozen=True)
 class _File:
-    """The content of piece_ds.json."""
+    """Content of piece_ds.json."""
 
     format: Literal["piece-stack"]
     version: Literal[1]
@@ -104,7 +112,7 @@ class _File:
 
 
 def read_record(root: Path) -> Record:
-    """The folder's record; an empty one where there is no file."""
+    """Return the folder's record; an empty one if there is no file."""
     path = root / RECORD_NAME
     if not path.is_symlink() and not path.exists():
         return Record()
@@ -113,7 +121,7 @@ def read_record(root: Path) -> Record:
 
 
 def write_record(root: Path, record: Record) -> None:
-    """Write the record whole; an empty one is no file."""
+    """Write the record whole. An empty record removes the file."""
     path = root / RECORD_NAME
     if not record.applied and record.unfinished is None:
         path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Part of a task: a delta whose changes are multiplied by alpha, or of which only the largest are kept.
+"""Part of a task: multiply a delta's changes by alpha, or keep only the largest of them.
 
-A scaled file keeps the task's full values beside the scaled ones (NAME.unscaled), so that any other alpha, 1 included,
-is reached from it to the bit.
+A scaled file keeps the task's full values beside the scaled ones (NAME.unscaled). So any other alpha, 1 included, can
+be reached from it to the bit.
 """
 
 from collections.abc import Iterable
@@ -17,9 +17,13 @@ from piece_ds.runtime.errors import UserError
 
 
 def scaled_values(change: Change, alpha: float) -> Tensor:
-    """Return previous + alpha * (full value - previous) in the parameter's dtype; at 0 and 1 the very bits of either.
+    """Return previous + alpha * (full value - previous) in the parameter's dtype.
 
-    The arithmetic is fp64, rounded once. `full value` is the task's own, whatever the change was scaled by before.
+    At alpha 0 and 1 these are the exact bits of either side. Otherwise the arithmetic is fp64, rounded once. The full
+    value is the task's own, whatever the change was scaled by before.
+
+    Raises:
+        ValueError: alpha is not 1 and the change has no previous values.
     """
     full = change.values if change.unscaled is None else change.unscaled
     if alpha == 1.0:
@@ -30,11 +34,13 @@ def scaled_values(change: Change, alpha: float) -> Tensor:
         return change.previous.clone()
     before = change.previous.double()
     scaled = (before + alpha * (full.double() - before)).to(full.dtype)
-    return torch.where(bits_equal(full, change.previous), full, scaled)  # NaN, infinity and -0.0 that did not change
+    return torch.where(
+        bits_equal(full, change.previous), full, scaled
+    )  # keeps NaN, infinity and -0.0 that did not change
 
 
 def bits_equal(first: Tensor, second: Tensor) -> Tensor:
-    """Return where two tensors of one dtype have the same bits."""
+    """Return, per element, whether two tensors of one dtype have the same bits."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return first.view(kinds[first.element_size()]) == second.view(kinds[first.element_size()])
 
@@ -43,7 +49,9 @@ def scale_delta(delta: Delta, alpha: float, output: Path | str) -> None:
     """Write the delta with its changes multiplied by alpha.
 
     Args:
-        alpha: 0 gives the base, 1 the task; what lies between or beyond is reached from any other alpha as exactly.
+        delta: with previous values.
+        alpha: 0 gives the base, 1 the task. Any other alpha can be reached exactly from the result.
+        output: path of the new delta.
     Raises:
         UserError: alpha is not finite, the delta has no previous values, or a value would overflow.
     Memory: the result.
@@ -63,11 +71,13 @@ PRUNE_BY = ("change", "relative")
 
 
 def prune_delta(delta: Delta, keep: float, output: Path | str, by: str = PRUNE_BY[0]) -> None:
-    """Write the delta with only its largest changes: max(1, int(keep * selected)) of them, ties to the first.
+    """Write the delta with only its largest changes: max(1, int(keep * selected)) of them. Ties go to the first.
 
     Args:
+        delta: with previous values.
         keep: share of the selected elements, in (0, 1].
-        by: 'change', |value - previous|, or 'relative', that over |previous| (infinite where previous is 0).
+        output: path of the new delta.
+        by: 'change' is |value - previous|; 'relative' divides it by |previous| (infinite if previous is 0).
     Raises:
         UserError: keep or by is none of these, or the delta has no previous values.
     """
@@ -85,7 +95,7 @@ def prune_delta(delta: Delta, keep: float, output: Path | str, by: str = PRUNE_B
 
 
 def split(chosen: Tensor, sizes: Iterable[int]) -> list[Tensor]:
-    """Ascending places in a concatenation, as places in each of its parts."""
+    """Return ascending places in a concatenation as places in each of its parts."""
     parts, begin = [], 0
     for size in sizes:
         low, high = torch.searchsorted(chosen, torch.tensor([begin, begin + size])).tolist()
@@ -95,7 +105,7 @@ def split(chosen: Tensor, sizes: Iterable[int]) -> list[Tensor]:
 
 
 def take(change: Change, places: Tensor) -> Change:
-    """Some elements of a change."""
+    """Return the elements of a change at places."""
     previous = None if change.previous is None else change.previous[places]
     unscaled = None if change.unscaled is None else change.unscaled[places]
     return Change(change.index[places], change.values[places], previous, unscaled)

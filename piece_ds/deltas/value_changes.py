@@ -1,4 +1,4 @@
-"""How far a task moved its selected values."""
+"""Measure how far a task moved its selected values."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ class Movement:
     """Sums over selected values, in fp64.
 
     Attributes:
-        num_values: of them.
-        num_changed: those whose value is another one after the task.
+        num_values: how many there are.
+        num_changed: how many differ after the task.
         sum_distance, max_distance: of |value - previous|.
         sum_previous: of |previous|.
     """
@@ -29,7 +29,7 @@ class Movement:
 
     @property
     def relative(self) -> float:
-        """Mean |value - previous| over mean |previous|; nan where all were zero."""
+        """Mean |value - previous| over mean |previous|; nan if all previous values are zero."""
         return self.sum_distance / self.sum_previous if self.sum_previous else float("nan")
 
     def add(self, change: Change) -> None:
@@ -45,10 +45,10 @@ class Movement:
 
 
 def movements(changes: Iterable[tuple[str, Change]]) -> dict[str, Movement]:
-    """Movement per label, in the labels' first order.
+    """Return label -> movement, with labels in the order of their first change.
 
     Args:
-        changes: (label, change of one parameter).
+        changes: (label, change of one parameter) pairs.
     """
     found: dict[str, Movement] = {}
     for label, change in changes:

@@ -1,7 +1,7 @@
-"""Do these deltas belong on these weights? Answered in one reading pass, before a byte is written.
+"""Check, in one reading pass and before a byte is written, that deltas belong on a folder's weights.
 
-Every selected value must be what the delta says it was, and the fingerprint of all weights must be that of the base
-the delta was trained on, which also names deltas that are missing, out of order, or there already.
+Every selected value must be what the delta says it was. The fingerprint of all weights must be that of the base on
+which the delta was trained. It also exposes deltas that are missing, out of order, or applied already.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range, hexa
 
 @dataclass(frozen=True)
 class Step:
-    """One delta put on (undo False) or taken off."""
+    """One delta to apply, or to revert (undo)."""
 
     delta: Delta
     undo: bool = False
@@ -29,7 +29,11 @@ class Step:
         return "revert" if self.undo else "apply"
 
     def bits(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(positions, bits expected there or None where the file does not say, bits to write)."""
+        """Return what the step does to one parameter.
+
+        Returns:
+            Positions, the bits expected there (None if the file does not say), and the bits to write.
+        """
         change = self.delta.change(name)
         values = bits_of(change.values)
         previous = None if change.previous is None else bits_of(change.previous)
@@ -40,7 +44,7 @@ class Step:
 
     @property
     def before(self) -> str | None:
-        """Fingerprint of the weights that this step is for."""
+        """Fingerprint of the weights that this step starts from."""
         return self.delta.result_fingerprint if self.undo else self.delta.base_fingerprint
 
     @property
@@ -51,7 +55,7 @@ class Step:
 
 @dataclass
 class _Count:
-    """What was found where one step writes."""
+    """What was found at the positions that one step writes."""
 
     change: int = 0  # of the fingerprint
     num_other: int = 0  # selected values that are not what the step expects
@@ -64,7 +68,7 @@ class Verified:
 
     Attributes:
         fingerprints: of all weights, before the first step and after each.
-        files: file -> (sum of its tensors' hashes before, after), for files that change.
+        files: file -> (fingerprint before, after), each over the file's tensors; only files that change.
     """
 
     fingerprints: list[str] = field(default_factory=list)
@@ -75,11 +79,13 @@ def verify(folder: ModelFolder, steps: Sequence[Step]) -> Verified:
     """Check that steps, taken in this order, fit the folder's weights.
 
     Raises:
-        UserError: another model, another dtype, other weights, a wrong order, or a delta that cannot be undone.
+        UserError: another model, another dtype, other weights, a wrong order, or a delta that cannot be reverted.
     Cost: reads all weights once. Memory: the largest tensor that changes, in its dtype.
     """
     for step in steps:
         _check_kind(folder, step)
+
+    # Read every file once, and apply the steps to a private copy of each tensor.
     counts = [_Count() for _ in steps]
     verified = Verified()
     total, counted = 0, set()
@@ -102,10 +108,16 @@ def verify(folder: ModelFolder, steps: Sequence[Step]) -> Verified:
 
 
 def _visit(folder: ModelFolder, name: str, steps: Sequence[Step], counts: list[_Count], first: bool) -> tuple[int, int]:
-    """(hash of one stored tensor, what the steps add to it); counts what each step finds, on a private copy.
+    """Apply the steps to a private copy of one stored tensor, and count what each step finds.
 
     Args:
-        first: this is the parameter's first copy, the one that the fingerprint counts.
+        folder: the model.
+        name: of the tensor in the files.
+        steps: in order.
+        counts: one per step; they are added to.
+        first: whether this is the parameter's first copy, the one that the fingerprint counts.
+    Returns:
+        The tensor's hash, and what the steps add to it.
     """
     place, parameter = folder.stored[name], folder.parameter_of[name]
     if place.dtype is None:
@@ -126,7 +138,7 @@ def _visit(folder: ModelFolder, name: str, steps: Sequence[Step], counts: list[_
 
 
 def file_fingerprint(folder: ModelFolder, file: str) -> str:
-    """Sum of the hashes of one file's tensors, as in Verified.files."""
+    """Return the sum of the hashes of one file's tensors, as in Verified.files."""
     total = 0
     for name in folder.in_file(file):
         if folder.stored[name].dtype is not None:
@@ -138,9 +150,9 @@ def file_fingerprint(folder: ModelFolder, file: str) -> str:
 def check_result(folder: ModelFolder, steps: Sequence[Step]) -> None:
     """Raise UserError unless the folder is what the steps, taken in this order, leave.
 
-    For work that another call began: what it noted is not proof of what it did.
+    This is for work that another call began: its note does not prove what it did.
 
-    Cost: reads all weights once when the last step says the fingerprint of its result, else the selected values.
+    Cost: reads all weights once if the last step gives the fingerprint of its result, else only the selected values.
     """
     seen: set[str] = set()
     total, is_right = 0, True
@@ -150,11 +162,13 @@ def check_result(folder: ModelFolder, steps: Sequence[Step]) -> None:
         if place.dtype is None:
             continue
         flat = map_bits(folder.root / place.file, place, "c")
+        # A tied weight may be stored twice; the fingerprint counts it once.
         if expected is not None and parameter not in seen:
             total += hash_range(parameter, flat)
         seen.add(parameter)
         written = [step.bits(parameter) for step in steps if parameter in step.delta.shapes]
         if written:
+            # Later steps overwrite earlier ones: only the last value at each position must be there.
             positions = torch.cat([index for index, _, _ in written]).unique()
             wanted = flat[positions]
             for index, _, new in written:
@@ -168,7 +182,10 @@ def check_result(folder: ModelFolder, steps: Sequence[Step]) -> None:
 
 
 def _check_kind(folder: ModelFolder, step: Step) -> None:
-    """What can be said from headers and metadata alone."""
+    """Raise UserError for what headers and metadata show.
+
+    That is another model, shape or dtype, or a delta that lacks what the step needs.
+    """
     delta, shapes = step.delta, folder.layout.shapes()
     fingerprint = delta.metadata.get("model_fingerprint")
     if fingerprint not in (None, model_fingerprint(folder.layout)):
@@ -189,6 +206,8 @@ def _check_kind(folder: ModelFolder, step: Step) -> None:
                     f"delta {delta.path} holds {delta.dtypes[name]} values of {name!r}, {folder.root} "
                     f"stores {dtype or 'a quantized type'}: save the model in the dtype it was trained in"
                 )
+
+    # A delta must be able to do, and to prove, what is asked of it.
     if step.undo and not delta.reversible:
         raise UserError(
             f"delta {delta.path} was written without previous values and cannot be reverted: keep a copy "

@@ -1,4 +1,4 @@
-"""Writing a delta that was computed from others or from two models, with all that its metadata must say."""
+"""Write a delta that was computed from other deltas or from two models, with complete metadata."""
 
 import json
 from collections.abc import Mapping
@@ -24,16 +24,19 @@ def write_delta(
     """Write changes as a delta file, whole.
 
     Args:
-        changes: parameter name -> change; all with previous values. Those of no element are left out.
+        output: path of the file.
+        changes: parameter name -> change with previous values. Empty changes are left out.
         shapes: of at least these parameters.
         metadata: method, total, model_fingerprint and base_fingerprint, as far as they are known.
-        scale: what changes were multiplied by; those of a scale other than 1 carry the unscaled values.
+        scale: factor of the changes. Unless it is 1, changes carry the unscaled values too.
     Raises:
         UserError: nothing changes, or a value is too large for its dtype.
     """
     kept = {name: change for name, change in changes.items() if change.index.numel()}
     if not kept:
         raise UserError(f"{output} is not written: the delta would change no element")
+
+    # Collect the tensors, and how the changes move the fingerprint of all weights.
     tensors: dict[str, Tensor] = {}
     difference = 0
     for name, change in kept.items():
@@ -48,6 +51,8 @@ def write_delta(
             tensors[f"{name}.unscaled"] = change.unscaled
         difference += hash_elements(name, change.index, bits_of(change.values))
         difference -= hash_elements(name, change.index, bits_of(change.previous))
+
+    # What depends on the changes is written anew; the rest of the metadata is inherited.
     selected = sum(change.index.numel() for change in kept.values())
     described = dict(metadata) | {
         "ratio": repr(selected / int(metadata["total"])) if "total" in metadata else "nan",
@@ -74,6 +79,6 @@ def require_previous(delta: Delta, what: str) -> None:
 
 
 def top(scores: Tensor, k: int) -> Tensor:
-    """Return the ascending places of the k highest scores; ties go to the first. NaN counts as 0."""
+    """Return the ascending places of the k highest scores. Ties go to the first; NaN counts as 0."""
     order = torch.sort(scores.nan_to_num(nan=0.0), descending=True, stable=True).indices
     return order[:k].sort().values
