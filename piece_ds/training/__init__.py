@@ -1,1 +1,1 @@
-"""PIECE in a Trainer, and a stream of tasks."""
+"""Train with PIECE: in any transformers Trainer, or over a stream of tasks."""

@@ -1,11 +1,11 @@
-"""PieceCallback: PIECE in anybody's transformers Trainer.
+"""PieceCallback: PIECE in any transformers Trainer.
 
     trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=collator)
     trainer.add_callback(PieceCallback(trainer, method="piece-s", ratio=0.001))
     trainer.train()
 
-When training begins, DeepSpeed's engine exists and nothing has been trained: that is when importance is estimated on
-the trainer's own data and the mask goes in.
+When training begins, DeepSpeed's engine exists and nothing has been trained. At that moment importance is estimated on
+the trainer's own data, and the mask is attached.
 """
 
 import logging
@@ -42,22 +42,22 @@ logger = logging.getLogger(__name__)
 
 MASK_NAME, DELTA_NAME = "mask.safetensors", "delta.safetensors"
 
-# TrainingArguments(deepspeed=...) starts torch.distributed before a callback exists: a script that was started by no
-# launcher must work from here on.
+# TrainingArguments(deepspeed=...) starts torch.distributed before a callback exists. A script without a launcher
+# must work from here on.
 without_mpi()
 
 
 class PieceCallback(TrainerCallback):
-    """Selects weights when training begins, trains only them, and writes mask and delta.safetensors to OUTPUT_DIR.
+    """Select weights when training begins, train only them, and write mask and delta.safetensors to OUTPUT_DIR.
 
-    Importance is that of the trainer's own loss over its own batches: TRL's SFTTrainer, DPOTrainer, RewardTrainer and
+    Importance is that of the trainer's own loss over its own batches. TRL's SFTTrainer, DPOTrainer, RewardTrainer and
     GRPOTrainer work as transformers' Trainer does. A run resumed from a checkpoint uses the mask that it began with,
-    from the same file; previous.safetensors, which its delta needs, lies beside it.
+    from the same file. previous.safetensors, which its delta needs, lies beside it.
 
     Attributes:
         config: settings of the method.
-        mask: after training has begun, the mask in use.
-        update: while training, the mask in force.
+        mask: the mask in use, once training has begun.
+        update: the mask in force, while training.
         select_seconds: wall time of statistics and selection; None if the mask came from a file.
     """
 
@@ -69,17 +69,19 @@ class PieceCallback(TrainerCallback):
         mask_file: str | Path | None = None,
         **settings: Any,
     ) -> None:
-        """
+        """Check the settings and, in compact mode, prepare the trainer's model.
+
         Args:
-            trainer: whose engine, training data and collator are used. In compact mode its model is prepared here and
-                now, and DeepSpeed keeps state for only the selected weights; to resume from its checkpoints, make the
-                trainer with the model that training began with (or save_full=True).
+            trainer: whose engine, training data and collator are used. In compact mode its model is prepared now, and
+                DeepSpeed keeps state for only the selected weights. To resume from its checkpoints, make the trainer
+                with the model that training began with (or save_full=True).
             config: settings of the method; None means the defaults.
             mask_file: use this mask instead of estimating one.
             settings: fields of PieceConfig by name, in place of config's: method="piece-s", ratio=0.001,
                 update_mode="masked", exclude="*norm*", importance_rows=1000 ...
         Raises:
-            UserError: a setting outside its range, or compact mode with a trainer that has an optimizer already.
+            UserError: a setting is outside its range, or compact mode is asked of a trainer that already has an
+                optimizer.
         """
         self.trainer = trainer
         self.config = config_of(config, settings)

@@ -1,8 +1,8 @@
-"""How many of a task's selected values have another value after it: in the log, results.json and the report.
+"""Count the selected values that a task has changed: for the log, results.json and the report.
 
 A value in 16 bits changes only if training moves it by half of its last place or more. At the rates of the literature
-many never do, weights near 1 (of norms) least of all. Whoever pays for K selected values should know how many of them
-are at work.
+many never do, least of all weights near 1 (of norms). Who pays for K selected values should know how many of them take
+part.
 """
 
 import logging
@@ -28,8 +28,12 @@ HALF_PLACE = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 
 def with_changes(results: RunResults, task: str, delta_file: Path) -> RunResults:
-    """Return results with task's changed values counted by kind of tensor, and log them; only rank 0 reads the file.
+    """Return results with task's changed values counted by kind of tensor, and log them. Only rank 0 reads the file.
 
+    Args:
+        results: of the run so far.
+        task: the task's name.
+        delta_file: its delta; without it, or without previous values in it, results are returned as they are.
     Cost: reads the delta once.
     """
     if not is_main() or not delta_file.is_file():
@@ -45,7 +49,7 @@ def with_changes(results: RunResults, task: str, delta_file: Path) -> RunResults
 
 
 def changes_line(task: str, counts: dict[str, dict[str, int]], proposed_rate: float | None) -> str:
-    """Return what the log says of a task: the share over all kinds, the kinds of least share, and a rate if few."""
+    """Return the log's line on a task: the share that changed, the kinds that changed least, and a rate if few did."""
     line = f"task {task}: {_share(counts.values()):.1%} of the selected values changed"
     least = sorted(counts, key=lambda kind: counts[kind]["changed"] / counts[kind]["values"])[:3]
     if len(counts) > 1:
@@ -66,8 +70,9 @@ def _share(counts: Iterable[dict[str, int]]) -> float:
 def _proposed_rate(delta: Delta, counts: dict[str, dict[str, int]], rate: object) -> float | None:
     """Return the rate at which AIM of the values would change; None if enough have, or nothing can be said.
 
-    If all values move equally far, the share that has changed says how far: that share of the values has half a last
-    place below it. The rate grows by what lies between this place and the one below which AIM of the values lie.
+    Assume that all values move equally far. Then the share that has changed tells the distance: for that share of the
+    values, half a last place is below it. The rate must grow by the ratio of two distances: the one below which AIM of
+    the values lie, and this one.
     """
     share = _share(counts.values())
     dtypes = set(delta.dtypes.values())

@@ -1,4 +1,4 @@
-"""A trainer's checkpoints: complete or not there; any number of ranks and any ZeRO stage resumes a masked run."""
+"""Handle a trainer's checkpoints: each is complete or ignored, and any ranks and ZeRO stage resume a masked run."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,10 @@ Update = MaskedUpdate | CompactUpdate
 
 
 def cut_of(arguments: TrainingArguments) -> dict[str, Any]:
-    """Return what a checkpoint of DeepSpeed is cut for: it can be loaded if all of this is the same."""
+    """Return the sharding that a checkpoint of DeepSpeed is written for.
+
+    It can be loaded if all of this is the same.
+    """
     config = arguments.hf_deepspeed_config
     zero = {
         key: config.get_value(f"zero_optimization.{key}") for key in ("stage", "offload_optimizer", "offload_param")
@@ -46,20 +49,26 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """Return the optimizer steps before a checkpoint; 0 without one."""
+    """Return the number of optimizer steps before a checkpoint; 0 without one."""
     return 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
 
 
 def needs_resharding(checkpoint: Path, arguments: TrainingArguments, masked: bool) -> bool:
-    """Check a checkpoint's files, then say whether it must be read in its portable form. A collective.
+    """Check a checkpoint's files, then return whether it must be read in its resharded form. A collective.
 
+    Args:
+        checkpoint: folder of the checkpoint.
+        arguments: of the resumed run.
+        masked: whether the run trains a mask, which makes resharding possible.
     Raises:
-        UserError: a file of it is damaged, or it is of another cut and holds no selection.
+        UserError: a file is damaged, or the checkpoint has another sharding and holds no selection.
     """
     try:
         verify_manifest(checkpoint)
     except UserError as error:
         raise UserError(f"{error}; remove {checkpoint} to resume from what was there before it") from None
+
+    # Compare shardings as JSON, since one of them comes from a file.
     found = read_json(checkpoint / CUT_NAME, dict[str, Any], "checkpoint", "resume from an earlier one")
     now = json.loads(json.dumps(cut_of(arguments)))
     if found == now:
@@ -75,7 +84,7 @@ def needs_resharding(checkpoint: Path, arguments: TrainingArguments, masked: boo
 
 
 def restore_resharded(update: Update, checkpoint: Path) -> None:
-    """Bring a mask in force to where a checkpoint of another cut was. A collective."""
+    """Restore a mask in force from a checkpoint with another sharding. A collective."""
     update.restore(load_selected_state(checkpoint / SELECTED_NAME, update.mask))
 
 

@@ -1,7 +1,7 @@
-"""Claim: an output folder becomes a run's own once its first step can be taken, and is given back if it never is.
+"""Claim an output folder for a run once its first step can be taken, and give it back if that never happens.
 
-Before, nothing is written: a start that fails (a model that cannot be read, an engine that cannot be made, a reporter
-that cannot be reached) leaves the folder as it was, and the mended command runs in it.
+Nothing is written before. So a start that fails (a model that cannot be read, an engine that cannot be made, a reporter
+that cannot be reached) leaves the folder as it was, and the corrected command runs in it.
 """
 
 import json
@@ -41,7 +41,7 @@ _FREE = {
 }
 
 
-# What a run writes; run.json last, so that what a killed removal leaves is still a run's folder.
+# What a run writes. run.json comes last, so that a removal that is killed still leaves a run's folder.
 _OF_A_RUN = (
     "[0-9][0-9]-*",
     "predictions",
@@ -55,15 +55,15 @@ _OF_A_RUN = (
 
 @dataclass
 class Claim:
-    """A run's claim on its folder. All ranks make, and use, one alike.
+    """A run's claim on its folder. All ranks make the same one and make the same calls.
 
     Attributes:
-        folder: the run's.
+        folder: the run's folder.
         configuration: what decides the results; compared with what the folder was made with.
-        resume: continue what is there.
+        resume: continue the run that is there.
         overwrite: remove the run that is there.
         also: written beside the configuration and not compared.
-        is_begun: the first step can be taken: from now on the folder is never given back.
+        is_begun: the first step can be taken. From then on the folder is never given back.
     """
 
     folder: RunFolder
@@ -79,7 +79,7 @@ class Claim:
         """Raise UserError, on all ranks, if the folder cannot be claimed. Writes nothing. A collective.
 
         Raises:
-            UserError: the folder belongs to another run, or to a finished or interrupted one and neither resume nor
+            UserError: the folder belongs to another run, or to a finished or interrupted one while neither resume nor
                 overwrite is asked; or nothing can be written there.
         """
         problem = broadcast_object((self._problem() or self._unwritable()) if is_main() else None)
@@ -90,7 +90,7 @@ class Claim:
         """Make the folder this run's own; a second call does nothing. A collective.
 
         Raises:
-            UserError: see check(); another run may have come first.
+            UserError: as check(), since another run may have come first.
         """
         if self._is_made:
             return
@@ -105,10 +105,10 @@ class Claim:
 
     @contextmanager
     def given_back_unless_begun(self) -> Iterator[None]:
-        """Inside, a failure before is_begun leaves the folder as it was found, for the mended command.
+        """Restore the folder if what is inside fails before is_begun, so that the corrected command can run in it.
 
-        Two things are kept, to be resumed from: what was there when a signal came, and the sums of an unfinished
-        statistics pass if the machine and not the input was at fault.
+        Two things are kept, to be resumed from: the folder after a signal, and the sums of an unfinished statistics
+        pass if the failure is the machine's and not the input's.
         """
         was_there = self.folder.root.exists()
         try:
@@ -132,7 +132,7 @@ class Claim:
                 self.folder.root.rmdir()
 
     def _unwritable(self) -> str | None:
-        """Return why nothing can be written in the folder, or above it if it is not there yet."""
+        """Return why nothing can be written in the folder, or above it if it does not exist yet; None if it can."""
         place = next((path for path in (self.folder.root, *self.folder.root.absolute().parents) if path.is_dir()), None)
         try:
             with tempfile.TemporaryFile(dir=place) as probe:
@@ -147,7 +147,7 @@ class Claim:
         if root.exists() and not root.is_dir():
             return f"--output_dir {root} is a file, expected a folder"
 
-        # Nobody's folder, but perhaps with things that a run would write over.
+        # No run's folder, but it may hold files that a run would overwrite.
         if not run_file.exists():
             tasks = (path for path in root.glob("[0-9][0-9]-*") if not path.is_dir() or any(path.iterdir()))
             foreign = next((path.name for path in tasks), None) if root.exists() else None
@@ -172,7 +172,7 @@ class Claim:
 
 
 def remove_run(root: Path) -> None:
-    """Remove what a run writes in its folder, run.json last; what others have put there stays. Rank 0 calls it."""
+    """Remove what a run writes in its folder, run.json last. Other files stay. Rank 0 calls it."""
     for name in (
         "[0-9][0-9]-*",
         "predictions",

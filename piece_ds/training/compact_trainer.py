@@ -1,4 +1,4 @@
-"""What compact mode asks of a transformers Trainer: a prepared model, and checkpoints without a second copy of it."""
+"""Prepare a transformers Trainer for compact mode: its model, and checkpoints without a second copy of it."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -19,7 +19,8 @@ def engine_of(trainer: Trainer) -> Any:
     """Return the trainer's DeepSpeed engine, once training has begun.
 
     Raises:
-        UserError: there is none, or it uses what masks are not proven with: better said before the pass over the data.
+        UserError: there is none, or it uses what masks are not proven with. Refused here, before the pass over the
+            data.
     """
     engine = trainer.model_wrapped
     if type(engine).__name__ != "DeepSpeedEngine":
@@ -37,9 +38,10 @@ def prepare_trainer(
     """Give the trainer's model room for the selected values, before its optimizer and engine are made.
 
     Args:
-        count: model -> weights in the mask that will be attached.
+        trainer: before training, without an optimizer.
+        count: model -> number of weights in the mask that will be attached.
         save_full: the trainer's checkpoints hold the whole model, not only what training changes.
-        unit: as in prepare_compact().
+        unit: what the mask selects, as in estimate_mask().
     Returns:
         A function that lets the trainer write whole checkpoints again, for after training.
     Raises:
@@ -59,7 +61,7 @@ def prepare_trainer(
 
 
 def _outside_checkpoints(save_model: Callable[..., None]) -> Callable[..., None]:
-    """Return save_model() that leaves checkpoints alone: engine.save_checkpoint() writes what they need."""
+    """Return a save_model() that leaves checkpoints alone: engine.save_checkpoint() writes what they need."""
 
     @wraps(save_model)
     def save(output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed engines for the two jobs that train nothing: taking statistics, and evaluating."""
+"""Make DeepSpeed engines for the two jobs that train nothing: taking statistics, and evaluating."""
 
 from typing import Any
 
@@ -14,16 +14,16 @@ from piece_ds.update.attach import prepare_compact
 def statistics_engine(model: nn.Module, arguments: TrainingArguments) -> Any:
     """Return an engine with backward for collect_statistics().
 
-    Its optimizer never steps, and is of one value: DeepSpeed keeps neither masters nor gradients of the model.
+    Its optimizer holds one value and never steps. So DeepSpeed keeps neither masters nor gradients of the model.
     """
     optimizer = torch.optim.SGD(prepare_compact(model, num_selected=1).parameters(), lr=0.0)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=_filled(model, arguments))[0]
 
 
 def inference_model(model: nn.Module, arguments: TrainingArguments) -> Any:
-    """Return something to call and to generate with.
+    """Return an object to call and to generate with.
 
-    An engine without optimizer if ZeRO-3 has partitioned the model, else the model itself on this rank's device.
+    It is an engine without optimizer if ZeRO-3 has partitioned the model, else the model itself on this rank's device.
     """
     if not is_partitioned(*model.parameters()):
         return model.to(arguments.device).eval()
@@ -35,7 +35,7 @@ def inference_model(model: nn.Module, arguments: TrainingArguments) -> Any:
 
 
 def _filled(model: nn.Module, arguments: TrainingArguments) -> dict[str, Any]:
-    """Return the DeepSpeed configuration, "auto" filled in by transformers, without optimizer and scheduler."""
+    """Return the DeepSpeed configuration with "auto" filled in by transformers, without optimizer and scheduler."""
     holder = arguments.hf_deepspeed_config
     holder.trainer_config_finalize(arguments, model, num_training_steps=1)
     return {key: value for key, value in holder.config.items() if key not in ("optimizer", "scheduler")}

@@ -1,4 +1,4 @@
-"""--forgetting_budget in a run: a trained task's changes are scaled until the general text's loss rises within it."""
+"""Apply --forgetting_budget: scale a trained task's changes until the general text's loss rises within the budget."""
 
 import logging
 from collections.abc import Callable
@@ -26,12 +26,15 @@ logger = logging.getLogger(__name__)
 def budget_of(
     settings: Settings, tokenizer: Processing, general: datasets.Dataset | None, batch_size: int
 ) -> Callable[[Any, TaskMask], dict[str, Any]] | None:
-    """Return what limits a task's forgetting, given its engine and mask, or None without --forgetting_budget.
+    """Return the function that limits a task's forgetting, given its engine and mask; None without --forgetting_budget.
 
     Args:
-        general: encoded text that stands for general ability; checked before the run to be there.
+        settings: of the run.
+        tokenizer: the model's, or its processor.
+        general: encoded text that stands for general ability. Checked before the run to be there.
         batch_size: rows of a batch on each rank.
     """
+    # Text for the search was checked before the run began.
     budget = settings.method.forgetting_budget
     if budget is None:
         return None
@@ -67,21 +70,22 @@ def limit_forgetting(
     loss: Callable[[datasets.Dataset], float | None],
     budget: float,
 ) -> dict[str, Any]:
-    """Scale the task's changes in the live model, and note it in mask. A collective.
+    """Scale the task's changes in the live model, and note the scale in mask. A collective.
 
     Args:
-        engine: after training, with nothing in force any more.
+        engine: after training, with no update attached.
         mask: of the task.
         rows: general text. Every second row is searched on; the others are only reported.
         loss: of some rows, nats per token, the same on every rank.
         budget: allowed rise of the loss on the rows that are searched on, nats.
     Returns:
-        JSON-ready: delta_scale, curve, and per half of the text the loss before the task ("before"), as kept ("after")
-        and of the whole task ("unscaled").
+        JSON-ready: delta_scale, curve, and for each half of the text the loss before the task ("before"), with the kept
+            change ("after") and with the whole change ("unscaled").
     Raises:
         UserError: the general text has no finite loss before the task.
     Cost: at most ten evaluations of half of the text, and a write of every selected value for each.
     """
+    # Two halves: a scale that was chosen on some rows says too little about their loss.
     searched, reported = (rows.select(range(first, len(rows), 2)) for first in (0, 1))
     unscaled = read_selected(engine.module, mask.mask)
     live = LiveDelta(engine.module, _changes(engine, mask.mask, mask.previous, unscaled))
@@ -114,7 +118,7 @@ def limit_forgetting(
 
 
 def _changes(engine: Any, mask: Mask, previous: dict[str, Any], values: dict[str, Any]) -> dict[str, Change]:
-    """The task's whole change, on every rank. A collective. Memory: the delta's size."""
+    """Return the task's whole change, on every rank. A collective. Memory: the delta's size."""
     dtypes = {name: param.dtype for name, param in engine.module.named_parameters()}
     index = mask.whole()
     before, after = (gather_fragments(mask.layout, part, dtypes) for part in (previous, values))

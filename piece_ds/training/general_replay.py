@@ -1,4 +1,4 @@
-"""Rows of general text beside every micro-batch of a task, so that the model goes on seeing what it knew before."""
+"""Add rows of general text to every micro-batch of a task, so that the model keeps seeing what it knew before."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ from piece_ds.config.settings import Settings
 
 @dataclass(frozen=True)
 class GeneralReplay:
-    """Which rows join which micro-batch: drawn by its number alone, so a resumed run and any number of ranks agree.
+    """Which rows join which micro-batch. Only its number decides, so a resumed run and any number of ranks agree.
 
     Attributes:
         rows: text that stands for general ability.
         collate: rows -> model inputs with labels.
-        share: S: of a micro-batch's rows, and the weight of their loss, in (0, 1].
+        share: S, in (0, 1]: the share of a micro-batch's rows, and the weight of their loss.
         seed: of the draw.
     """
 
@@ -27,7 +27,9 @@ class GeneralReplay:
     seed: int
 
     def drawn(self, number: int, num_rows: int) -> list[int]:
-        """Return the numbers of the rows that join a micro-batch: round(S * B), at least one, none twice if it can be.
+        """Return the numbers of the rows that join a micro-batch: round(S * B), at least one.
+
+        No row is drawn twice unless there are too few.
 
         Args:
             number: of the micro-batch over all ranks and steps of the task.
@@ -51,7 +53,10 @@ def replay_of(
     """Return what --general_replay asks for, or None without it.
 
     Args:
-        seed: another one for each task: the same rows in the same order beside each would be learned, not remembered.
+        settings: of the run.
+        rows: text that stands for general ability, or None.
+        collate: rows -> model inputs with labels.
+        seed: another one for each task. Otherwise the same rows would come in the same order, and be learned by heart.
     """
     share = settings.method.general_replay
     return None if share == 0.0 or rows is None else GeneralReplay(rows, collate, share, seed)

@@ -1,4 +1,4 @@
-"""Statistics of general text on the base model: taken once, kept in a folder, read by whatever needs them."""
+"""Take the statistics of general text on the base model: once, kept in a folder, read by whatever needs them."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ class GeneralStatistics:
         collate: rows -> batch.
         batch_size: rows of a micro-batch.
         folder: where they are kept.
-        is_base: whether the model is still the base model: no task has been trained.
-        device: where the sums live; None means where gradients are.
+        is_base: whether the model is still the base model, so no task has been trained.
+        device: device of the sums; None means the engine's device.
     """
 
     rows: Sequence[Any]
@@ -41,24 +41,31 @@ class GeneralStatistics:
     device: str | None = None
 
     def take(self, engine: Any, layout: Layout, has_moved: bool = False) -> GradientStats:
-        """Return them, taken now if they are not in the folder. A collective.
+        """Return the statistics, taken now if they are not in the folder. A collective.
 
         Args:
-            has_moved: the weights are those of a checkpoint inside a task.
+            engine: deepspeed.DeepSpeedEngine.
+            layout: of its model.
+            has_moved: whether the weights are those of a checkpoint inside a task.
         Raises:
-            UserError: those in the folder are of another model, other weights, other text or another batch size; or
-                there are none, and the base model is no longer at hand.
+            UserError: those in the folder are of another model, other weights, other text or another batch size. Or
+                there are none, and the model is no longer the base model.
         """
+        # Only the base model can give them.
         is_base = self.is_base and not has_moved
         if not is_base and not has_statistics(self.folder):
             raise UserError(
                 f"no statistics of the base model in {self.folder}, and the model is no longer the base model: begin "
                 "the stream again in another folder"
             )
+
+        # What they are taken of, so that those of other text or weights are not mistaken for them.
         batches = MicroBatches(self.rows, self.collate, self.batch_size)
         source: dict[str, object] = {"rows": len(self.rows), "batch_size": self.batch_size, "text": _digest(batches)}
         if is_base:
             source["weights"] = _fingerprint(engine.module, layout)
+
+        # Take them, or read them.
         if not has_statistics(self.folder):
             stats = collect_statistics(
                 engine, batches, needs_sum=False, device=self.device, layout=layout, description="general statistics"
@@ -75,7 +82,13 @@ def general_statistics_of(
     folder: Path,
     is_base: bool,
 ) -> GeneralStatistics | None:
-    """Return the statistics of general text that flags ask for, or None without rows; in folder if flags name none."""
+    """Return the statistics of general text that flags ask for, or None without rows.
+
+    Args:
+        flags: of the method; --general_statistics names the folder.
+        rows, collate, is_base: as in GeneralStatistics.
+        folder: used if flags name none.
+    """
     if rows is None:
         return None
     return GeneralStatistics(

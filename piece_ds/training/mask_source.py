@@ -1,4 +1,4 @@
-"""The mask of a task as the settings ask for it, with what a stream knows besides the task's own data."""
+"""Make the mask of a task as the settings ask for it, with what a stream knows besides the task's own data."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +32,10 @@ class MaskSource:
         config: the method's settings.
         files: the flags, for the files that they name.
         task: the task's name.
-        earlier: mask files of the tasks before.
+        earlier: mask files of the earlier tasks.
         general: statistics of text that stands for general ability, or None.
-        limit_forgetting: called with engine and TaskMask after training; scales the task's changes, says what it found.
+        limit_forgetting: called with engine and TaskMask after training. It scales the task's changes and returns what
+            it found.
     """
 
     config: PieceConfig
@@ -80,6 +81,8 @@ class MaskSource:
         """Return the factors of --step_scale general, or None without it. A collective.
 
         Args:
+            engine: deepspeed.DeepSpeedEngine.
+            layout: of its model.
             has_moved: as in GeneralStatistics.take().
         """
         if self.config.step_scale == "none":
@@ -102,6 +105,8 @@ class MaskSource:
         scorer = find_method(self.config.method).estimator
         if self.files.statistics_file is None or scorer is None or not scorer.needs_statistics:
             return None
+
+        # Saved with their source, so that a run on other data refuses them.
         folder = Path(self.files.statistics_file) / self.task
         source = {"task": self.task, "rows": len(batches.rows), "batch_size": batches.batch_size}
         if has_statistics(folder):

@@ -1,7 +1,7 @@
-"""metrics.jsonl: what happens in a task, a whole line at a time, as it happens.
+"""Write metrics.jsonl: what happens in a task, line by line, as it happens.
 
-A line is a row of the Trainer's log with what the step cost beside it, or an event. An interrupted task that goes on
-from a checkpoint keeps the lines up to there, and no step stands there twice.
+A line is a row of the Trainer's log with the cost of its steps, or an event. If an interrupted task resumes from a
+checkpoint, it keeps the lines up to there, so no step appears twice.
 """
 
 import json
@@ -21,14 +21,14 @@ from piece_ds.training.trainer import TaskTrainer
 
 METRICS_NAME = "metrics.jsonl"
 
-# What comes after the last step, and is done again where a task is finished again.
+# What comes after the last step, and is done again if a task is finished again.
 _AFTER_TRAINING = {"training", "saving", "evaluation after"}
 
 Row = dict[str, Any]
 
 
 class MetricsLog(TrainerCallback):
-    """Writes a task's metrics.jsonl on rank 0. All ranks must tell it of the same things."""
+    """Writes a task's metrics.jsonl on rank 0. All ranks must make the same calls."""
 
     def __init__(self, path: Path, trainer: TaskTrainer) -> None:
         self.rows: list[Row] = []  # of rank 0
@@ -39,13 +39,18 @@ class MetricsLog(TrainerCallback):
         self._num_tokens = 0
 
     def open(self, last_step: int | None) -> None:
-        """Begin the file, or go on with it after last_step: its later lines, and one that was cut short, go."""
+        """Begin the file, or continue it.
+
+        Args:
+            last_step: step of the checkpoint to continue from; None begins anew. Later lines and an incomplete one are
+                removed.
+        """
         if is_main():
             self.rows = [] if last_step is None else [row for row in _read(self._path) if _is_kept(row, last_step)]
             self._write_all()
 
     def note(self, event: str, **values: Any) -> None:
-        """Write a line for an event, in the place of one that told of the same event at this step."""
+        """Write a line for an event. It replaces a line of the same event at the same step."""
         row = {"event": event, "step": self._trainer.state.global_step, **values}
         same = [old for old in self.rows if (old.get("event"), old["step"]) == (event, row["step"])]
         if same and is_main():
@@ -54,7 +59,7 @@ class MetricsLog(TrainerCallback):
         self._append(row)
 
     def count(self, event: str) -> int:
-        """Return the number of lines of an event so far, on rank 0; those before an interruption count too."""
+        """Return the number of lines of an event so far, on rank 0, including those before an interruption."""
         return sum(row.get("event") == event for row in self.rows)
 
     def on_step_begin(
@@ -90,7 +95,7 @@ class MetricsLog(TrainerCallback):
         return {name: value for name, value in cost.items() if value is not None}
 
     def tokens_per_second(self) -> float | None:
-        """Return tokens trained on, replayed ones too, over all ranks, per second of steps. A collective.
+        """Return trained tokens, replayed ones included, over all ranks, per second of steps. A collective.
 
         Only steps of this process count; None if it took none.
         """
@@ -136,7 +141,7 @@ def _is_kept(row: Row, last_step: int) -> bool:
 
 
 def finite(row: Row) -> Row:
-    """Return row without NaN and infinity, which JSON does not know: a step that is not taken has an infinite norm."""
+    """Return row without NaN and infinity, which JSON cannot express. A skipped step has an infinite norm."""
     return {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
 
 

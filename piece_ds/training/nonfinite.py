@@ -1,4 +1,4 @@
-"""What a run makes of steps whose loss or gradient was NaN or infinite: they are named, counted, and end it or not."""
+"""Handle steps whose loss or gradient was NaN or infinite: name them, count them, and end the run or not."""
 
 import logging
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ from piece_ds.zero.supported import adapter_for
 
 logger = logging.getLogger(__name__)
 
-# Events of metrics.jsonl: steps not taken because of NaN or infinity; because fp16's dynamic loss scale was too large.
+# Events of metrics.jsonl: steps skipped for NaN or infinity, and for too large a dynamic loss scale of fp16.
 NONFINITE, OVERFLOW = "nonfinite", "overflow"
 
 
 class NonfiniteError(MachineError):
-    """A loss or gradient was NaN or infinite, and the run was to stop then. Weights are those of the step before."""
+    """A loss or gradient was NaN or infinite, and the run was to stop then. Weights are those before the step."""
 
 
 @dataclass(frozen=True)
 class _Report:
-    """What one rank knows of a step that was not taken.
+    """What one rank knows of a skipped step.
 
     Attributes:
         fault: in its share of the reduced gradient.
-        losses: (micro-batch of the step, loss) that was NaN or infinite on it.
-        is_local_finite: whether its own part of the gradient was finite; None where that is unknown.
+        losses: (micro-batch of the step, loss) of each loss that was NaN or infinite on it.
+        is_local_finite: whether its own part of the gradient was finite; None if that is unknown.
     """
 
     fault: SkippedStep
@@ -40,27 +40,28 @@ class _Report:
 
 
 class NonfiniteCallback(TrainerCallback):
-    """Looks at every step's end whether the step was taken. Add it before what acts on the reduced gradient."""
+    """Check at every step's end whether the step was taken. Add it before what acts on the reduced gradient."""
 
     def __init__(self, trainer: TaskTrainer, task: str, policy: str, metrics: MetricsLog) -> None:
-        """
+        """Keep what it needs; watching begins with the first step.
+
         Args:
-            trainer: of the task; its update watches the steps, and without one the engine is watched here.
+            trainer: of the task. Its update watches the steps; without one, call watch_engine().
             task: the task's name.
             policy: 'stop' or 'skip'.
-            metrics: where steps that were not taken are noted.
+            metrics: where skipped steps are noted.
         """
         self._trainer, self._task, self._policy, self._metrics = trainer, task, policy, metrics
         self._watch: StepWatch | None = None
 
     def watch_engine(self) -> None:
-        """For a method without a mask: watch the trainer's engine, which must exist."""
+        """Watch the trainer's engine, which must exist. For a method without a mask."""
         self._watch = StepWatch(adapter_for(self._trainer.model_wrapped))
         self._watch.install()  # the engine does not outlive the task
 
     @property
     def watch(self) -> StepWatch | None:
-        """Of the engine's steps, once training has begun."""
+        """The watch of the engine's steps, once training has begun."""
         return self._watch if self._trainer.update is None else self._trainer.update.watch
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -72,11 +73,17 @@ class NonfiniteCallback(TrainerCallback):
         update, watch = self._trainer.update, self.watch
         if watch is None or watch.fault is None:
             return
+
+        # Every rank knows its share only. Together they know what was wrong, and decide alike.
         local = update.is_local_finite() if update is not None else None
         gathered: Any = all_gather_objects(_Report(watch.fault, self._nonfinite_losses(), local))
+
+        # fp16's dynamic loss scale was too large, which it corrects by itself.
         if all(report.fault.may_recover and not report.losses for report in gathered):
             self._metrics.note(OVERFLOW)
             return
+
+        # Anything else will not go away: stop, or warn and skip.
         shown = _shown(gathered, watch.replicated)
         self._metrics.note(NONFINITE, found=shown)
         found = f"step {state.global_step} of task {self._task}: {shown}"
@@ -96,6 +103,7 @@ class NonfiniteCallback(TrainerCallback):
 
 def _shown(reports: list[_Report], replicated: bool) -> str:
     """Return what was wrong, in words: entries and the first of them, then where it came from."""
+    # The entries. If ranks hold the whole gradient, each has counted the same ones.
     firsts = [report.fault.first for report in reports if report.fault.first is not None]
     counts = [report.fault.num_entries for report in reports]
     num_entries = counts[0] if replicated else sum(counts)
@@ -103,6 +111,8 @@ def _shown(reports: list[_Report], replicated: bool) -> str:
     if firsts:
         name, index = firsts[0]
         what = f"{num_entries} entries of the gradient are NaN or infinite, the first {name}[{index}] (flat index)"
+
+    # Where they came from: a loss, or a rank's gradient.
     losses = [
         f"{loss} on rank {rank}, micro-batch {number}"
         for rank, report in enumerate(reports)

@@ -1,4 +1,4 @@
-"""What a run says as it goes, one line a phase: for logs of jobs that nobody watches."""
+"""Make the lines that a run prints as it proceeds, one a phase, for the logs of unattended jobs."""
 
 import re
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ def selection_line(mask: Mask, seconds: float | None) -> str:
     """Return how many weights are selected, where, and how long that took. A collective of one count a parameter.
 
     Args:
+        mask: the selection.
         seconds: of statistics and selection; None if the mask came from a file.
     """
     took = "from a file" if seconds is None else f"in {duration(seconds)}"
@@ -26,10 +27,12 @@ def selection_line(mask: Mask, seconds: float | None) -> str:
 
 
 def counts_by_module(mask: Mask) -> dict[str, int]:
-    """Return selected elements over all ranks by parameter name with block numbers as '*', most first. A collective."""
+    """Return selected elements over all ranks by parameter name, most first. Block numbers become '*'. A collective."""
     names = [info.name for info in mask.layout.parameters]
     own = torch.tensor([mask.index[name].numel() if name in mask.index else 0 for name in names], dtype=torch.int64)
     counts = all_reduce_sum_(own.to(collective_device())).tolist()
+
+    # Blocks are added up: what matters is which kind of layer was selected.
     found: dict[str, int] = {}
     for name, count in zip(names, counts, strict=True):
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name).removesuffix(".weight")
@@ -57,14 +60,14 @@ def scores_line(score: Mapping[str, float | None], loss: Mapping[str, float | No
 
 
 def time_left(seconds_of_done: list[float], num_left: int) -> str:
-    """Return ', about 7 min left' from the mean of what is done, or nothing if nothing is left."""
+    """Return ', about 7 min left' from the mean of what is done, or '' if nothing is left."""
     if not num_left or not seconds_of_done:
         return ""
     return f", about {duration(num_left * sum(seconds_of_done) / len(seconds_of_done))} left"
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in the unit that suits them: 4.2 s, 3 min 20 s, 2 h 5 min."""
+    """Return seconds in a suitable unit: 4.2 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,8 +1,8 @@
-"""--report_to for a stream: one run of TensorBoard, W&B, MLflow ... for all tasks, and the stream's results in it.
+"""Serve --report_to for a stream: one run of TensorBoard, W&B, MLflow ... for all tasks, with the stream's results.
 
-transformers' Trainer counts its steps from 0 in every task, and its reporters live as long as it does: each task would
+transformers' Trainer counts its steps from 0 in every task, and its reporters live as long as it does. Each task would
 be drawn over the one before (W&B), or be a run of its own without a name (MLflow). Here the reporters live as long as
-the stream, and a task's steps count on from those of the tasks before.
+the stream, and a task's steps count on from those of the earlier tasks.
 """
 
 import copy
@@ -17,7 +17,7 @@ from transformers.integrations import integration_utils
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.errors import UserError
 
-# What the Trainer tells a reporter of a task. It began when the first one did, and ends with the stream.
+# What the Trainer tells a reporter of a task. Beginning and end of training are the stream's, and not among these.
 _EVENTS = (
     "on_epoch_begin",
     "on_epoch_end",
@@ -36,10 +36,11 @@ class StreamReporters:
     """The reporters of one stream. Only the world's first process reports; all of them may call everything."""
 
     def __init__(self, reporters: Sequence[TrainerCallback], root: Path) -> None:
-        """
+        """Keep the reporters; each begins with the first event.
+
         Args:
             reporters: made once for the stream.
-            root: the run's folder, where reporters that write files do so; its name is the default --run_name.
+            root: the run's folder, for reporters that write files. Its name is the default --run_name.
         """
         self._reporters, self._root = list(reporters), root
         self._last: tuple[TrainingArguments, TrainerState, TrainerControl] | None = None
@@ -49,7 +50,7 @@ class StreamReporters:
         """Return the callback for one task's Trainer, which must have no reporters of its own.
 
         Args:
-            num_steps_before: optimizer steps of all tasks before it.
+            num_steps_before: optimizer steps of all earlier tasks.
         """
         self._offset = num_steps_before
         return _OfTask(self)
@@ -60,7 +61,7 @@ class StreamReporters:
             self._call("on_log", *self._last, logs=newest_values(results))
 
     def close(self, **kwargs: Any) -> None:
-        """End the reporters' run; kwargs are what the Trainer would hand over (model, processing_class)."""
+        """End the reporters' run. kwargs are what the Trainer would hand over (model, processing_class)."""
         if self._last is None:
             return
         self._call("on_train_end", *self._last, **kwargs)
@@ -72,8 +73,10 @@ class StreamReporters:
     def tell(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Pass an event of the task's Trainer on, in terms of the stream."""
+        """Pass on an event of the task's Trainer, in terms of the stream."""
         of_stream = self._in_stream(args), self._counted_on(state), control
+
+        # The first event of the stream begins the reporters; later tasks do not begin them again.
         is_first, self._last = self._last is None, of_stream
         if is_first:
             self._call("on_init_end", *of_stream)
@@ -99,8 +102,11 @@ class StreamReporters:
 
 
 def open_reporters(report_to: Sequence[str], root: Path) -> StreamReporters:
-    """Return the reporters that TrainingArguments.report_to names; a name may be several, with commas between them.
+    """Return the reporters that TrainingArguments.report_to names.
 
+    Args:
+        report_to: names; one text may hold several, separated by commas.
+        root: the run's folder.
     Raises:
         UserError: transformers knows no such reporter, or its package is not installed.
     """
@@ -115,21 +121,28 @@ def open_reporters(report_to: Sequence[str], root: Path) -> StreamReporters:
 
 
 def newest_values(results: RunResults) -> dict[str, float]:
-    """The last row of the result matrix, what is derived from it and what the last task cost, by names for reporters.
+    """Return the last row of the result matrix, its summary and the last task's cost, by names for reporters.
 
     The prefix eval_ is the Trainer's own; reporters make a section "eval" of it.
     """
+    # Stage -1 is the row before any task.
     matrix, stage = results.matrix, len(results.matrix.loss.after) - 1
     measures = {"score": matrix.score, "loss": matrix.loss}
     found: dict[str, float | None] = {}
+
+    # The row: each task's score and loss.
     for index, task in enumerate(results.tasks):
         for name, measure in measures.items():
             row = measure.before if stage < 0 else measure.after[stage]
             found[f"eval_tasks/{index:02d}-{task}/{name}"] = row[index] if row else None
+
+    # What describes the whole stream.
     found["eval_stream/general_loss"] = matrix.general_loss_before if stage < 0 else matrix.general_loss[stage]
     found |= {f"eval_stream/{name}": value for name, value in matrix.summary().items()}
     moment = "before" if stage < 0 else f"after {results.tasks[stage]}"
     found |= {f"eval_ability/{name}": value for name, value in results.ability.get(moment, {}).items()}
+
+    # What the last task cost.
     if stage >= 0:
         cost = results.cost.get(results.tasks[stage], {})
         found |= {f"eval_cost/{name}": value for name, value in cost.items() if isinstance(value, int | float)}

@@ -1,6 +1,6 @@
-"""results.json while a stream runs: results grow task by task, and are the record of where to go on.
+"""Keep results.json while a stream runs: it grows task by task, and tells where to resume.
 
-Written whole after the model was judged before any task and again after every task.
+It is written whole after the evaluation before any task, and again after every task.
 """
 
 from dataclasses import replace
@@ -24,13 +24,19 @@ from piece_ds.runtime.files import write_json
 def open_results(
     path: Path, settings: Settings, tasks: list[Task], scorers: dict[str, str], resume: bool
 ) -> RunResults:
-    """Return what path holds if the run is resumed, else results of nothing yet.
+    """Return what path holds if the run is resumed, else empty results.
 
     Args:
+        path: of results.json.
+        settings: of the run.
+        tasks: of the stream, in order.
         scorers: task -> name of its scorer.
+        resume: whether to continue the results in path.
     """
     if resume and path.is_file():
         return read_results(path)
+
+    # Name and ratio of the run's row in the report.
     method = settings.method
     chosen = find_method(method.method)
     ratio = 1.0 if chosen.trains_everything or chosen.ignores_ratio else method.mask_ratio
@@ -83,9 +89,15 @@ def with_task(
     """Return results with one more finished task.
 
     Args:
+        results: so far.
+        task: the task's name.
+        scores: evaluation after it.
+        cost: of the task, JSON-ready.
         index: selected positions per parameter, or None without a mask.
-        numel: elements of each parameter.
+        numel: number of elements of each parameter.
+        log: the trainer's log.
     """
+    # The mask. Some methods decide themselves how much they select, so the ratio is known only now.
     masks = results.masks if index is None else {**results.masks, task: mask_statistics(index, numel)}
     if index is not None and METHODS[results.method].ignores_ratio:
         num_selected = sum(positions.numel() for positions in index.values())
@@ -101,12 +113,12 @@ def with_task(
 
 
 def with_forgetting(results: RunResults, task: str, found: dict[str, Any] | None) -> RunResults:
-    """results with what --forgetting_budget found for a task."""
+    """Return results with what --forgetting_budget found for a task."""
     return results if found is None else replace(results, forgetting={**results.forgetting, task: found})
 
 
 def _with_details(results: RunResults, moment: str, scores: EvalResult) -> RunResults:
-    """Return results with what was measured beside the scores at moment."""
+    """Return results with what was measured besides the scores at moment."""
     measures = {**results.measures, moment: scores.measures} if scores.measures else results.measures
     ability = {**results.ability, moment: scores.ability} if scores.ability else results.ability
     return replace(results, measures=measures, ability=ability)

@@ -1,4 +1,4 @@
-"""The output folder of a run: what lies where, and what is removed as it goes. Whose it is: see claim.py."""
+"""Describe the output folder of a run: its paths, and what is removed during the run. For its owner see claim.py."""
 
 import shutil
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PARTIAL_NAME = "statistics.partial"
 
 
 def clear_half_written(root: Path) -> None:
-    """Remove what was being written when the run was interrupted, before anything is written again. A collective."""
+    """Remove incomplete files and checkpoints of an interrupted run, before anything is written again. A collective."""
     if is_main():
         remove_temporaries(root)
         for checkpoint in root.glob(f"[0-9]*-*/{PREFIX_CHECKPOINT_DIR}-*"):
@@ -53,14 +53,14 @@ class RunFolder:
         return self.root / "results.json"
 
     def task(self, index: int, name: str) -> Path:
-        """NN-task: everything that one task leaves behind."""
+        """Return NN-task, the folder of everything that one task leaves behind."""
         return self.root / f"{index:02d}-{name}"
 
     def model(self, index: int, name: str) -> Path:
         return self.task(index, name) / "model"
 
     def predictions(self, moment: str) -> Path:
-        """Where what the model wrote at a moment of the stream lies: "before", or the name of a task's folder."""
+        """Return the folder of what the model generated at a moment: "before", or the name of a task's folder."""
         return self.root / "predictions" / moment
 
     def require_free(self, resume: bool, overwrite: bool = False) -> None:
@@ -69,7 +69,7 @@ class RunFolder:
             raise UserError(self.taken())
 
     def taken(self) -> str:
-        """Return what to say of a folder that holds a run."""
+        """Return the message about a folder that holds a run."""
         return (
             f"--output_dir {self.root} holds a run already: add --resume_from_checkpoint True or "
             "--overwrite_output_dir True, or use another folder"
@@ -77,7 +77,7 @@ class RunFolder:
 
 
 def written_bytes(task_folder: Path) -> dict[str, int]:
-    """Return the bytes that a finished task left in its folder, by what they are; without the trainer's checkpoints."""
+    """Return the bytes that a finished task left in its folder, by kind, without the trainer's checkpoints."""
     files = [path for path in task_folder.rglob("*") if path.is_file()]
     found: dict[str, int] = {}
     for path in files:

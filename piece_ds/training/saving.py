@@ -1,4 +1,4 @@
-"""The trained model of a task, written as a transformers folder that appears whole."""
+"""Write the trained model of a task as a transformers folder that appears whole."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from piece_ds.zero.whole_state import whole_state
 def save_model(trainer: Trainer, folder: Path) -> None:
     """Write the trained model as a transformers folder that appears whole. A collective.
 
-    Every tensor is stored once, at every ZeRO stage: the Trainer's own save_model() stores tied weights twice at stages
+    Every tensor is stored once, at every ZeRO stage. The Trainer's own save_model() stores tied weights twice at stages
     0 to 2, and none at stage 3 without stage3_gather_16bit_weights_on_model_save.
     """
     with _appearing_whole(folder) as temporary:
@@ -40,7 +40,16 @@ def save_baseline(
     tokenizer: Processing,
     folder: Path | None,
 ) -> None:
-    """Write the trained model as a baseline writes it, if folder is not None. A collective."""
+    """Write the trained model as a baseline writes it. A collective.
+
+    Args:
+        method: the baseline.
+        model: the trained model.
+        state: its whole state_dict(), on rank 0.
+        context: of the task.
+        tokenizer: the model's, or its processor.
+        folder: of the model. If it is None, the baseline writes only what it needs itself.
+    """
     if folder is None:
         if is_main():
             method.save_model(model, state, context, None)
@@ -54,7 +63,7 @@ def save_baseline(
 
 @contextmanager
 def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, the same on all ranks, that takes the place of folder at the end. A collective."""
+    """Yield a temporary folder, the same on all ranks, that replaces folder at the end. A collective."""
     temporary = folder.with_name(f".{folder.name}.0.tmp")
     try:
         yield temporary

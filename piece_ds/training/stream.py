@@ -1,7 +1,7 @@
-"""A stream of tasks, one after another, in one process group.
+"""Train a stream of tasks, one after another, in one process group.
 
-For each task: statistics on the current model, selection, a fresh optimizer, training, evaluation of all tasks so
-far, files. The next task starts from these weights; nothing else goes back.
+For each task: statistics on the current model, selection, a fresh optimizer, training, evaluation of all tasks so far,
+files. The next task starts from these weights; nothing else is carried over.
 """
 
 import logging
@@ -68,14 +68,14 @@ class Stream:
         tokenizer: the model's, or its processor.
         tasks: in order.
         scorers: task -> name of its scorer.
-        general: text whose loss is judged, or None.
+        general: text whose loss is evaluated, or None.
         dtype: to load and train the model in.
         claim: on the run's folder.
-        eval_batch_size: rows of a batch where models are judged, on each rank.
+        eval_batch_size: rows of a batch in evaluation, on each rank.
         seed: of everything that is drawn.
         reporters: of the whole stream.
         baseline: the method, if it is one without a mask.
-        general_importance: text that general importance is taken of.
+        general_importance: text that general importance is taken of, or None.
     """
 
     settings: Settings
@@ -93,20 +93,19 @@ class Stream:
 
     @property
     def folder(self) -> RunFolder:
-        """Where everything goes."""
+        """The run's folder."""
         return self.claim.folder
 
     def model_folder(self, index: int) -> Path:
-        """Where the model of a task goes."""
+        """Return the folder of a task's model."""
         return self.folder.model(index, self.tasks[index].name)
 
 
 def run_stream(stream: Stream) -> RunResults:
-    """Train every task that is not finished yet and return what all of them left. A collective.
+    """Train every task that is not finished yet; return the results of all tasks. A collective.
 
-    A resumed run continues from what is in the folder: finished tasks are not done again, and an unfinished one
-    resumes from its last checkpoint, if there is one. A run that fails before its first step can be taken leaves the
-    folder as it was.
+    A resumed run continues from what is in the folder. Finished tasks are not done again. An unfinished one resumes
+    from its last checkpoint, if there is one. A run that fails before its first step leaves the folder as it was.
     """
     resume = stream.claim.resume
 
@@ -141,7 +140,12 @@ def run_stream(stream: Stream) -> RunResults:
 
 
 def _load(stream: Stream, first: int) -> nn.Module:
-    """Return the model that task `first` starts from."""
+    """Return the model that task `first` starts from.
+
+    Raises:
+        UserError: the model of the task before was not saved, or is damaged.
+    """
+    # The model of the task before, unless a baseline makes its own from the base model.
     source, previous = None, None
     if first > 0:
         previous = stream.folder.task(first - 1, stream.tasks[first - 1].name)
@@ -153,9 +157,11 @@ def _load(stream: Stream, first: int) -> nn.Module:
                 "begin again in another folder"
             )
         verify_manifest(source.parent, inside=f"{source.name}/")
-    # ZeRO-3 partitions while loading only where TrainingArguments with its configuration exists.
+    # ZeRO-3 partitions while loading only if TrainingArguments with its configuration exists.
     arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
     model = load_model(stream.settings.model, stream.dtype, source)
+
+    # Train only what may be selected, or what the baseline adds.
     settings = stream.settings
     freeze_ineligible(
         model,
@@ -175,6 +181,7 @@ def _masked_names(mask_file: str | None) -> set[str] | None:
 
 
 def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults, resume: bool) -> RunResults:
+    # What is evaluated, and when.
     settings, task = stream.settings, stream.tasks[index]
     folder = stream.folder.task(index, task.name)
     logger.warning("task %d of %d: %s (%d rows)", index + 1, len(stream.tasks), task.name, len(task.train))
@@ -190,6 +197,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         seen = index + 1 + settings.evaluation.forward_transfer
         scores.append(_evaluate(stream, engine, stream.tasks[:seen], folder.name))
 
+    # Train.
     trained = train_task(
         model=model,
         tokenizer=stream.tokenizer,
@@ -206,7 +214,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         reporter=stream.reporters.of_task(num_steps_before(results)),
     )
 
-    # The results grow by a row, whole or not at all; then what only an unfinished task needs goes.
+    # Write the results whole, with one more row. Only then remove what an unfinished task would need.
     numel = {info.name: info.numel for info in layout_of(model).parameters}
     cost = {**asdict(trained.cost), **written_bytes(folder)}
     results = with_task(results, task.name, scores[0], cost=cost, index=trained.index, numel=numel, log=trained.log)
@@ -280,7 +288,7 @@ def _mask_files(stream: Stream, num_tasks: int) -> list[Path]:
 
 
 def _tidy(stream: Stream, index: int) -> None:
-    """A finished task needs nothing to resume from, and under `last` the model before it is not kept. A collective."""
+    """Remove what a finished task no longer needs to resume, and models that --save_model last drops. A collective."""
     if is_main() and index >= 0:
         forget_resumption(stream.folder.task(index, stream.tasks[index].name))
         for name in stream.baseline.passing if index > 0 and stream.baseline is not None else ():

@@ -1,4 +1,4 @@
-"""One task of the stream: a fresh engine and optimizer, statistics, selection, training, and the task's files."""
+"""Train one task of the stream: a fresh engine and optimizer, statistics, selection, training, and the task's files."""
 
 import gc
 import time
@@ -58,16 +58,16 @@ def train_task(
     save_model_to: Path | None,
     reporter: TrainerCallback,
 ) -> TaskResult:
-    """Train one task and write its mask, delta, metrics and, if asked, model.
+    """Train one task and write its mask, delta, metrics and, if asked, model. A collective.
 
     Args:
         method: where the task's mask comes from, or a method without a mask.
         context: the task in its stream, and its folder, where the trainer's checkpoints go too.
-        general: statistics of general text; replay: rows of it that join every micro-batch; None without.
-        claim: on the run's folder; made here, where the engine is there and nothing has been written yet.
+        general, replay: statistics of general text, and rows of it that join every micro-batch; None without.
+        claim: on the run's folder. It is made here, once there is an engine and before anything is written.
         resume: start from what an interrupted run of the task has left there.
         evaluate_before, evaluate_after: called with the engine before anything is estimated (not if a checkpoint is
-            resumed), and after the last step.
+        resumed), and after the last step.
         save_model_to: transformers folder for the trained model, or None.
         reporter: in place of the Trainer's own.
     Raises:
@@ -79,7 +79,7 @@ def train_task(
     baseline, is_scaled = method if isinstance(method, Baseline) else None, settings.method.step_scale == "general"
     task, folder = context.task, context.folder
 
-    # The trainer, and in compact mode room for the selected values: before there is an engine.
+    # Make the trainer and, in compact mode, room for the selected values, before there is an engine.
     # The collator needs columns that no model takes: a row's image and its text.
     arguments = settings.training_arguments(output_dir=folder, report_to="none", remove_unused_columns=False)
     checkpoint = last_checkpoint(folder) if resume else None
@@ -92,7 +92,7 @@ def train_task(
     mask = TaskMask(trainer, method, folder, resume) if isinstance(method, MaskSource) else None
 
     def before_first_step(engine: Any) -> None:
-        """The Trainer has made the engine, and no weight has moved."""
+        """Prepare the first step. The Trainer has made the engine, and no weight has moved."""
         _check_padding(trainer, context, tokenizer)
         claim.make()
         metrics.open(step_of(checkpoint) if resume else None)
@@ -151,7 +151,15 @@ def _begin_baseline(
     general: GeneralStatistics | None,
     has_moved: bool,
 ) -> None:
-    """Put a method without a mask in force; general: scale its steps by these statistics. A collective."""
+    """Put a method without a mask in force. A collective.
+
+    Args:
+        engine: of the task.
+        guard: watches the engine's steps.
+        acts: what the baseline does while training, or None.
+        general: statistics that scale its steps, or None.
+        has_moved: as in GeneralStatistics.take().
+    """
     guard.watch_engine()
     if general is not None:
         scale_steps(engine, general_step_scale(general.take(engine, layout_of(engine.module), has_moved)))
@@ -197,7 +205,7 @@ def _cost(
 
 
 def _check_padding(trainer: Trainer, context: TaskContext, tokenizer: Processing) -> None:
-    """Raise UserError if rows of a batch are not what each is alone: see check_rows(). A collective."""
+    """Raise UserError if rows of a batch are not what each is on its own: see check_rows(). A collective."""
     if reads_images(trainer.model.config):
         return
     sizes = {trainer.args.per_device_train_batch_size, trainer.args.per_device_eval_batch_size, context.batch_size}
@@ -213,7 +221,7 @@ def _evaluate(function: Callable[[Any], None], engine: Any, metrics: MetricsLog,
 
 
 def _note_selection(mask: TaskMask, metrics: MetricsLog) -> None:
-    """Note what selection took, unless the mask was there already."""
+    """Note how long selection took, unless the mask was there already."""
     statistics = take_seconds("statistics")
     if mask.select_seconds is not None:
         metrics.note(
@@ -228,6 +236,8 @@ def release(trainer: Trainer) -> None:
     """Free the engine: its hooks, buffers, masters and moments. The model stays, partitioned as it was."""
     trainer.model_wrapped.empty_partition_cache()  # ZeRO-3 may still be gathering for a forward that never comes
     trainer.model_wrapped.destroy()
+
+    # Drop every reference to the engine, or its tensors would stay.
     trainer.deepspeed = None
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()

@@ -1,4 +1,4 @@
-"""The mask of one task in its trainer: selected or read, put in force, and what it changed."""
+"""Handle the mask of one task in its trainer: select or read it, attach it, and save what it changed."""
 
 import logging
 import time
@@ -33,10 +33,10 @@ class TaskMask:
 
     Attributes:
         mask: once selected.
-        previous: what the selected weights were before the task, by parameter.
+        previous: the selected weights before the task, by parameter.
         forgetting: what --forgetting_budget found; None without it.
-        scale: what the task's changes were multiplied by after training.
-        unscaled: the selected weights before that; None at scale 1.
+        scale: factor on the task's changes, applied after training.
+        unscaled: the selected weights before scaling; None at scale 1.
         select_seconds: wall time of statistics and selection; None if the mask was there already.
     """
 
@@ -48,12 +48,13 @@ class TaskMask:
     select_seconds: float | None = None
 
     def __init__(self, trainer: TaskTrainer, source: MaskSource, folder: Path, resume: bool) -> None:
-        """
+        """Prepare the trainer's model in compact mode.
+
         Args:
-            trainer: of the task, before it has an engine: in compact mode its model is prepared here.
+            trainer: of the task, before it has an engine.
             source: where the mask comes from.
             folder: of the task.
-            resume: the folder may hold the mask of an interrupted run.
+            resume: whether the folder may hold the mask of an interrupted run.
         """
         self._trainer, self._source, self._folder, self._resume = trainer, source, folder, resume
         config = source.config
@@ -63,11 +64,12 @@ class TaskMask:
             self._save_whole_again = lambda: None
 
     def select(self) -> None:
-        """Find the task's mask, note what the selected weights are now, and say where they are. A collective.
+        """Find the task's mask, keep the selected weights as they are now, and log where they are. A collective.
 
-        It is estimated on the task's data, read from --mask_file, or, if an interrupted run had come so far, the one
-        that it began with.
+        The mask is read from --mask_file, or estimated on the task's data. If an interrupted run had already selected,
+        its mask is used again.
         """
+        # The mask: given, kept from an interrupted run, or estimated.
         engine, path, mask_file = engine_of(self._trainer), self._folder / MASK_NAME, self._source.files.mask_file
         layout = without(layout_of(engine.module), self._source.config.exclude)
         is_resumed = self._is_resumed()
@@ -96,7 +98,7 @@ class TaskMask:
         return update
 
     def end_training(self) -> None:
-        """Leave engine and model as they were, with the trained weights in them, within the forgetting budget."""
+        """Detach the mask, and scale the trained weights into the forgetting budget. A collective."""
         if self._trainer.update is not None:
             self._trainer.update.detach()
         self._save_whole_again()

@@ -1,4 +1,4 @@
-"""What a trained task leaves in memory: its cost, its mask and its log."""
+"""Define what a trained task leaves in memory: its cost, its mask and its log."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +28,14 @@ class TaskCost:
     """Wall time and memory of one task on rank 0.
 
     Attributes:
-        select_seconds: statistics and selection; 0 where there was nothing to select.
+        select_seconds: statistics and selection; 0 if there was nothing to select.
         train_seconds: optimizer steps.
-        num_steps: optimizer steps.
+        num_steps: number of optimizer steps.
         trained_tokens_per_second: over all ranks, of the steps of this process; None if it took none.
-        nonfinite_steps: of these, not taken because a loss or gradient was NaN or infinite.
-        overflow_steps: of these, not taken because fp16's loss scale was too large.
+        nonfinite_steps: of num_steps, those skipped because a loss or gradient was NaN or infinite.
+        overflow_steps: of num_steps, those skipped because fp16's loss scale was too large.
         peak_bytes: most memory allocated on the accelerator; None on the CPU.
-        host_peak_bytes: most resident memory of the process; None where the system does not tell.
+        host_peak_bytes: most resident memory of the process; None if the system does not tell.
         save_seconds: delta and model.
     """
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer for a task of the stream: its checkpoints are complete, and can be left at any step."""
+"""Adapt transformers' Trainer to a task of the stream: its checkpoints are complete, and it can end at any step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +61,10 @@ class OnEngine(TrainerCallback):
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Calls a function when the engine is there and no weight has moved; bar and train_runtime count from its end."""
+    """Calls a function when the engine is there and no weight has moved.
+
+    Progress bar and train_runtime count from the function's end.
+    """
 
     def __init__(self, trainer: "TaskTrainer", function: Callable[[Any], None]) -> None:
         self.trainer, self.function = trainer, function
@@ -79,15 +82,15 @@ class BeforeFirstStep(TrainerCallback):
 class TaskTrainer(Trainer):
     """transformers' Trainer; the loss is never the very tensor that the engine's forward returned.
 
-    DeepSpeed 0.19 divides such a loss by the accumulation steps although it is told not to, at ZeRO stage 0 and in
-    BF16_Optimizer, and the Trainer has divided already.
+    DeepSpeed 0.19 divides such a tensor by the accumulation steps although it is told not to, at ZeRO stage 0 and in
+    BF16_Optimizer. The Trainer has divided already.
 
     Attributes:
-        update: the mask in force, once training has begun; checkpoints then hold the portable form of it too.
-        portable: training resumes from a checkpoint of another cut: DeepSpeed's part of it is not read.
+        update: the mask in force, once training has begun. Checkpoints then also hold its resharded form.
+        portable: training resumes from a checkpoint with another sharding, so DeepSpeed's part of it is not read.
         seconds_before_first_step: of evaluation, statistics and selection between the engine and the first step.
         replay: rows of general text that join every micro-batch; the loss is the task's mean plus S times theirs.
-        losses: of the micro-batches since this was last cleared; on the device, nobody has waited for them.
+        losses: of the micro-batches since this was last cleared. On the device: the host has not waited for them.
     """
 
     update: Update | None = None
@@ -103,12 +106,15 @@ class TaskTrainer(Trainer):
         self._micro_batch = (-1, 0)  # (step, micro-batches of it so far)
 
     def take_num_tokens(self) -> Tensor:
-        """Return the tokens that this rank has trained on since last taken, without padding (int64, not read)."""
+        """Return the tokens that this rank has trained on since the last call (int64, on the device).
+
+        Padding does not count.
+        """
         taken, self._num_tokens = self._num_tokens, torch.zeros_like(self._num_tokens)
         return taken
 
     def take_num_replayed_tokens(self) -> Tensor:
-        """The same of the rows of general text beside them."""
+        """Return the tokens of replayed general text since the last call, as take_num_tokens() does."""
         taken, self._num_replayed_tokens = self._num_replayed_tokens, torch.zeros_like(self._num_replayed_tokens)
         return taken
 
@@ -134,12 +140,12 @@ class TaskTrainer(Trainer):
         batch: dict[str, Any] = self._prepare_inputs(replay.batch(self._next_micro_batch(), num_rows))
         self._num_replayed_tokens = _num_tokens(batch) + self._num_replayed_tokens.to(batch["input_ids"].device)
         loss: Tensor = model(**batch).loss * replay.share
-        # A loss that the model has divided by the tokens of the whole step, the Trainer adds up; any other it averages.
+        # The Trainer adds up losses that the model has divided by the tokens of the whole step, and averages others.
         is_summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return loss / self.current_gradient_accumulation_steps if is_summed else loss
 
     def _next_micro_batch(self) -> int:
-        """Return the number of the micro-batch at hand over all ranks and steps of the task, and count it."""
+        """Return the number of this micro-batch over all ranks and steps of the task, and count it."""
         step, in_step = self._micro_batch
         in_step = in_step if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, in_step + 1)
@@ -147,7 +153,7 @@ class TaskTrainer(Trainer):
         return number * world_size() + rank()
 
     def _noted(self, loss: Tensor, training: bool) -> Tensor:
-        """Return loss * 1.0; NaN if it is infinite, so that every rank sees it in the norm of the reduced gradient."""
+        """Return loss * 1.0, or NaN if it is infinite: every rank then sees it in the norm of the reduced gradient."""
         if not training:
             return loss * 1.0
         self.losses.append(loss.detach())
@@ -176,14 +182,18 @@ class TaskTrainer(Trainer):
 
     @timed("saving")
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, which counts once it is complete; only then may older ones go."""
+        """Write a checkpoint. It counts once it is complete; only then may older ones be removed."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with without_rotation(self.args), writing(folder):
             super()._save_checkpoint(model, trial)
+
+        # What lets another number of ranks or stage resume.
         if self.update is not None:
             save_selected_state(folder / SELECTED_NAME, self.update.mask, self.update.state())
         if is_main():
             write_json(folder / CUT_NAME, cut_of(self.args))
+
+        # The manifest makes it complete.
         write_manifest(folder)
         if is_main():
             rotate_checkpoints(
@@ -221,7 +231,7 @@ class BaselineTrainer(TaskTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _num_answer_tokens(self, labels: Tensor, num_items_in_batch: Any) -> Any:
-        """Return what the Trainer divides the sum of the answer tokens' losses by, in effect."""
+        """Return the number by which the Trainer, in effect, divides the sum of the answer tokens' losses."""
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
             return (labels[:, 1:] != IGNORED_LABEL).sum()
         shared = self.args.average_tokens_across_devices
@@ -235,7 +245,15 @@ def make_trainer(
     baseline: Baseline | None,
     context: TaskContext,
 ) -> TaskTrainer:
-    """Return the trainer of one task: plain if a mask is trained, else with the baseline's rows and loss."""
+    """Return the trainer of one task: plain if a mask is trained, else with the baseline's rows and loss.
+
+    Args:
+        model: before it has an engine.
+        arguments: of the task.
+        tokenizer: the model's, or its processor.
+        baseline: the method, or None if a mask is trained.
+        context: of the task.
+    """
     task = context.task
     options: dict[str, Any] = {
         "args": arguments,
@@ -251,7 +269,7 @@ def make_trainer(
 
 
 class StopAtStep(TrainerCallback):
-    """If a signal asks the run to end: a checkpoint after this step, and no further step."""
+    """Write a checkpoint after the step and end the training, if a signal asks the run to end."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -262,7 +280,7 @@ class StopAtStep(TrainerCallback):
 
 
 def _num_tokens(inputs: dict[str, Any]) -> Tensor:
-    """Return how many tokens are not padding (int64, on the device, no element read)."""
+    """Return how many tokens are not padding (int64, on the device; the host does not wait)."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
     return torch.tensor(inputs["input_ids"].numel())

@@ -1,7 +1,7 @@
-"""A trainer's own micro-batches and loss, for the statistics pass: importance is that of the loss that is trained.
+"""Give the statistics pass a trainer's own micro-batches and loss: importance is that of the loss that is trained.
 
 A trainer of transformers or TRL may shape its batches (preference pairs, packed rows, generated completions) and its
-loss (DFT, DPO, label smoothing) as it likes; what it notes down meanwhile for its log is put back afterwards.
+loss (DFT, DPO, label smoothing) as it likes. What it notes for its log in the meantime is restored afterwards.
 """
 
 import copy
@@ -29,14 +29,14 @@ _NOTES = (
 
 
 def trainer_micro_batches(trainer: Trainer, batch_size: int) -> MicroBatches:
-    """Return the trainer's training rows as micro-batches, as its own data loader would collate them, with its loss.
+    """Return the trainer's training rows as micro-batches, collated as by its own data loader, with its loss.
 
     Args:
         trainer: of transformers or TRL.
-        batch_size: rows in a micro-batch. Where completions are generated, a row is a prompt, and all completions of
-            a group that the trainer makes for it belong to the micro-batch.
+        batch_size: rows in a micro-batch. If completions are generated, a row is a prompt, and all completions that the
+            trainer makes for it belong to the micro-batch.
     Raises:
-        UserError: rows without a length, which cannot be dealt to ranks.
+        UserError: the rows have no length, so they cannot be sharded over ranks.
     """
     rows, collate = trainer.train_dataset, trainer.data_collator
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
@@ -52,7 +52,7 @@ def trainer_micro_batches(trainer: Trainer, batch_size: int) -> MicroBatches:
 
 
 def _loss_of(trainer: Trainer) -> Callable[[Any, Any], Tensor] | None:
-    """Return (engine, micro-batch) -> the trainer's mean loss; None where that is the model's own."""
+    """Return (engine, micro-batch) -> the trainer's mean loss; None if that is the model's own."""
     is_plain = type(trainer).compute_loss is Trainer.compute_loss
     if is_plain and trainer.compute_loss_func is None and trainer.label_smoother is None:
         return None
@@ -70,7 +70,7 @@ def _loss_of(trainer: Trainer) -> Callable[[Any, Any], Tensor] | None:
 
 @contextmanager
 def notes_kept(trainer: Trainer) -> Iterator[None]:
-    """Inside, the trainer may note down what it likes for its log; afterwards its notes are as they were."""
+    """Let the trainer note inside what it likes for its log, and restore its notes on exit."""
     kept = {name: copy.deepcopy(vars(trainer)[name]) for name in _NOTES if name in vars(trainer)}
     steps = vars(trainer).get("current_gradient_accumulation_steps")
     trainer.current_gradient_accumulation_steps = 1  # GRPO's loss is divided by it
