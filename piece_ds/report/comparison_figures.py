@@ -13,7 +13,10 @@ from piece_ds.report.run_figures import line_figures, mask_figures, some_of
 
 
 def comparison_figures(groups: Sequence[Group]) -> list[ReportFigure]:
-    """All figures that groups have data for; masks only of a single run, since each run's own report has them."""
+    """Return all figures that groups have data for.
+
+    Masks are drawn only for a single group: each run's own report has them.
+    """
     figures = line_figures({group.label: group.runs for group in groups}, [group.name for group in groups])
     figures += [*_frontier(groups), *_matrices(groups)]
     return figures + (mask_figures(groups[0].first, "run") if len(groups) == 1 else [])
@@ -23,12 +26,16 @@ def _matrices(groups: Sequence[Group]) -> list[ReportFigure]:
     """Return result matrices side by side, on one colour scale."""
     score = measured_by_score(groups)
     shown = some_of([group.label for group in groups])
+
+    # Choose what is shown: as many groups as a figure has room for.
     measures = {
         group.label: [run.matrix.score if score else run.matrix.loss for run in group.runs]
         for group in groups
         if group.label in shown
     }
     with_before = all(measure.before is not None for several in measures.values() for measure in several)
+
+    # Average over seeds, cell by cell.
     panels = {}
     for label, several in measures.items():
         matrices = [[*([measure.before or ()] if with_before else []), *measure.after] for measure in several]
@@ -36,6 +43,8 @@ def _matrices(groups: Sequence[Group]) -> list[ReportFigure]:
     num_rows, tasks = max(map(len, panels.values())), groups[0].first.tasks
     if num_rows == 0:
         return []
+
+    # Draw them, and say in the caption what was left out.
     names = [*(["before"] if with_before else []), *(f"after {task}" for task in tasks)][:num_rows]
     if score:
         png = result_heat_maps(panels, names, tasks, (0.0, 1.0), lambda value: f"{100 * value:.0f}")
@@ -51,12 +60,17 @@ def _matrices(groups: Sequence[Group]) -> list[ReportFigure]:
 
 
 def _frontier(groups: Sequence[Group]) -> list[ReportFigure]:
-    """Learned against kept, where groups differ in learning rate or ratio and have come equally far."""
+    """Return learned against kept, if groups differ in learning rate or ratio.
+
+    Groups behind the furthest are left out.
+    """
     furthest = max(group.num_finished for group in groups)
     groups = [group for group in groups if group.num_finished == furthest]
     rates = {group.settings.get("learning_rate") for group in groups}
     if furthest == 0 or (len(rates) < 2 and len({group.first.ratio for group in groups}) < 2):
         return []
+
+    # Collect what was learned, and what was kept: on the tasks, and in general.
     score, figures = measured_by_score(groups), figures_of(groups)
     learned, overall, general = (
         next(figure for name, (figure, _) in figures.items() if name.endswith(end))
@@ -72,6 +86,8 @@ def _frontier(groups: Sequence[Group]) -> list[ReportFigure]:
     if len(points) < 2 or not panels:
         return []
     x_label = "learned: mean of tasks right after each" + ("" if score else " (loss)")
+
+    # Draw it.
     png = frontier_figure(points, x_label, [title for title, *_ in panels], not score, [loss for *_, loss in panels])
     caption = (
         "The frontier of learning against keeping, labelled with what changes along a line: at equal learning the "
@@ -82,7 +98,7 @@ def _frontier(groups: Sequence[Group]) -> list[ReportFigure]:
 
 
 def _point(group: Group, groups: Sequence[Group], learned: Figure, kept: Sequence[Figure]) -> FrontierPoint | None:
-    """Return where a group lies; None if it learned nothing that was measured."""
+    """Return where a group lies; None if nothing that it learned was measured."""
     x = _mean([learned(run) for run in group.runs])
     if x is None:
         return None
@@ -92,7 +108,10 @@ def _point(group: Group, groups: Sequence[Group], learned: Figure, kept: Sequenc
 
 
 def _line_and_label(group: Group, groups: Sequence[Group]) -> tuple[str, str]:
-    """What a line is called, and what changes along it: the learning rate, or where that does not change the ratio."""
+    """Return the name of a group's line, and what changes along it.
+
+    That is the learning rate or, if all rates are equal, the ratio.
+    """
     of_method = [other for other in groups if other.first.method == group.first.method]
     rates = {shown(other.settings.get("learning_rate")) for other in of_method}
     ratio, rate = f"{100 * group.first.ratio:g} %", group.settings.get("learning_rate")
@@ -107,7 +126,7 @@ def _line_and_label(group: Group, groups: Sequence[Group]) -> tuple[str, str]:
 
 
 def _along_lines(groups: Sequence[Group]) -> list[Group]:
-    """groups of one name together, each by learning rate and ratio."""
+    """Return groups of one name together, sorted by learning rate and ratio."""
     names = list(dict.fromkeys(group.name for group in groups))
 
     def place(group: Group) -> tuple[int, float, float]:
@@ -118,6 +137,6 @@ def _along_lines(groups: Sequence[Group]) -> list[Group]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the finite values; None without any."""
+    """Return the mean of the finite values; None if there are none."""
     known = [value for value in values if value is not None and isfinite(value)]
     return fmean(known) if known else None

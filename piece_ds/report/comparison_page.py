@@ -1,4 +1,4 @@
-"""The page that compares runs: one table of all, lines over each other, matrices side by side, the frontier."""
+"""The page that compares runs: one table of all, shared line plots, matrices side by side, and the frontier."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +16,20 @@ def write_comparison(path: Path | str, groups: Sequence[Group], title: str = "Co
     """Write a page that needs no other file, and its figures as PNG files in STEM_figures/ beside it.
 
     Args:
-        path: of the page; replaced where it exists.
+        path: of the page. An existing file is replaced.
         groups: from group_runs().
         title: heading of the page.
     Returns:
         path.
     """
+    # matplotlib takes a second to import: most commands need no figures.
     from piece_ds.report.comparison_figures import comparison_figures
 
     path = Path(path)
     figures = comparison_figures(groups)
     write_figures(path.with_name(f"{path.stem}_figures"), figures)
+
+    # The page holds the figures too, so it can be sent by itself.
     runs = _by_name(groups)
     page = render_page(
         title,
@@ -42,7 +45,7 @@ def write_comparison(path: Path | str, groups: Sequence[Group], title: str = "Co
 
 
 def _by_name(groups: Sequence[Group]) -> dict[str, RunResults]:
-    """Return runs under their group's label, with the folder where the group has several."""
+    """Return runs by their group's label, with the folder if the group has several runs."""
     return {
         group.label if len(group.runs) == 1 else f"{group.label} ({folder})": run
         for group in groups

@@ -1,4 +1,4 @@
-"""The table of a comparison: a row for each group of runs, with intervals where there are seeds."""
+"""The table of a comparison: one row per group of runs, with intervals if there are several seeds."""
 
 from collections.abc import Callable, Sequence
 from math import isfinite
@@ -16,11 +16,11 @@ PEAKS = {"peak_bytes": "peak memory", "host_peak_bytes": "peak host memory"}
 
 
 def comparison_grids(groups: Sequence[Group]) -> list[Grid]:
-    """Groups in rows; in columns what differs in their settings, then what came of it. Columns of nothing are left out.
+    """Return tables with groups in rows, and in columns their differing settings and their results.
 
-    If more than MAX_SETTINGS settings differ they have a table of their own, so that the results stay on the page; a
-    number leads from one table to the other. A value of several seeds is their mean ± half of the 95 % interval; peak
-    memory is the highest of all.
+    Empty columns are left out. If more than MAX_SETTINGS settings differ, they get a table of their own, so that the
+    results stay on the page. A number links the two tables. A value over several seeds is their mean ± half of the 95 %
+    interval; peak memory is the highest of all.
     """
     settings, results = _setting_columns(groups), [*_result_columns(groups), *_cost_columns(groups)]
     if len(groups[0].settings) <= MAX_SETTINGS:
@@ -40,7 +40,10 @@ def _grid(title: str, names: Sequence[str], columns: Columns, num_settings: int)
 
 
 def _settings_grid(labels: Sequence[str], cells: Sequence[Sequence[str]], names: Sequence[str]) -> Grid:
-    """Every setting that differs, a row each if there are few runs, else a run a row with all of them in a sentence."""
+    """Return every setting that differs. With few runs each setting has a row.
+
+    With many runs each run has a row, which lists all its settings in one cell.
+    """
     title = "What the runs differ in"
     if len(names) <= MAX_SETTINGS:
         rows = [(label, *values) for label, values in zip(labels, cells, strict=True)]
@@ -53,12 +56,12 @@ def _settings_grid(labels: Sequence[str], cells: Sequence[Sequence[str]], names:
 
 
 def measured_by_score(groups: Sequence[Group]) -> bool:
-    """Return whether learning is told by scores; else by losses."""
+    """Return whether scores tell what was learned; otherwise losses do."""
     return all(has_scores(run.matrix.score) for group in groups for run in group.runs)
 
 
 def figures_of(groups: Sequence[Group]) -> dict[str, tuple[Figure, Callable[[float | None], str]]]:
-    """Column -> (value of a run, its form)."""
+    """Return column -> (value of a run, function that formats it)."""
     score = measured_by_score(groups)
     value, difference = (percent, points) if score else (nats, _signed)
     prefix, named = ("score", "") if score else ("loss", "loss ")
@@ -107,13 +110,13 @@ def _with_interval(values: Sequence[float | None], form: Callable[[float | None]
     if not known:
         return ABSENT
     found = over_repetitions(known) if all(map(isfinite, known)) else Interval(fmean(known), None)
-    if not found.half_width:  # one run, or what is the same in all
+    if not found.half_width:  # one run, or runs with equal values
         return form(found.mean)
     return f"{form(found.mean).removesuffix(' %')} ± {form(found.half_width).removeprefix('+')}"
 
 
 def _mean_total(group: Group, counts: Callable[[str], bool], unit: str) -> str:
-    """Return the mean over runs of the sum over tasks of the costs that count."""
+    """Return the mean over runs of the sum over tasks of the costs for which counts() is true."""
     totals = []
     for run in group.runs:
         costs = [

@@ -1,7 +1,7 @@
-"""The frontier of learning against keeping: a point a setting, a line a method, as learning rate or ratio changes.
+"""The frontier of learning against keeping: one point per setting, one line per method.
 
-One point misleads, since any method keeps everything at a rate of zero; what a method is worth shows where, at equal
-learning, its line lies.
+Along a line the learning rate or the ratio changes. A single point misleads: with a rate of zero, any method keeps
+everything. What counts is how lines lie at equal learning.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from piece_ds.report.legend import legend_below, legend_height
 from piece_ds.report.style import LineStyle, figure_style, log_if_wide, looks, new_axes, not_less_than_noise, png
 
 MAX_LABELS = 24  # more labels than this cover the points
-# Points right, points up, alignment: labels of neighbouring lines stand on different sides of their points.
+# Points right, points up, alignment. Labels of neighbouring lines stand on different sides of their points.
 LABEL_PLACES = ((6, 6, "left"), (6, -12, "left"), (-6, 6, "right"), (-6, -12, "right"))
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One setting, the mean of its seeds.
+    """One setting: the mean over its seeds.
 
     Attributes:
         method: points of one method are joined by a line, in their order.
-        label: what sets the point apart from the others of its method, such as a learning rate.
+        label: what sets the point apart from others of its method, such as a learning rate.
         learned: mean result on each task right after it was trained.
         kept: value for each panel, such as the result on all tasks after the stream; None if not evaluated.
         repetitions: for each seed, (learned, values of the panels).
@@ -44,17 +44,20 @@ def frontier_figure(
     x_is_loss: bool = False,
     y_are_losses: Sequence[bool] = (),
 ) -> bytes:
-    """Learned against kept, a panel for each way of keeping; up and to the right is better in all of them.
+    """Draw learned against kept, with one panel for each way of keeping. Up and to the right is better in all of them.
 
     Args:
-        points: of every method in the order of its line.
+        points: of every method, in the order of its line.
         x_label: of learned.
-        y_labels: one for each of kept.
-        x_is_loss, y_are_losses: axes where less is better are turned round.
+        y_labels: one for each entry of kept.
+        x_is_loss: less is better, so the axis is inverted.
+        y_are_losses: the same for each panel.
     Returns:
-        PNG bytes; small pale signs are single seeds.
+        PNG bytes. Small pale markers are single seeds.
     """
     methods = list(dict.fromkeys(point.method for point in points))
+
+    # One panel for each way of keeping, one line for each method.
     with figure_style():
         figure, all_axes = new_axes(4.8 * len(y_labels), 4.2 + legend_height(methods), len(y_labels))
         for panel, axes in enumerate(all_axes):
@@ -70,7 +73,7 @@ def frontier_figure(
 
 
 def _draw(axes: Axes, points: Sequence[FrontierPoint], panel: int, look: LineStyle) -> None:
-    """One method's line and the seeds around it."""
+    """Draw one method's line and the seeds around it."""
     known = [(point.learned, kept) for point in points if (kept := point.kept[panel]) is not None]
     seeds = [(x, y) for point in points for x, kept in point.repetitions if (y := kept[panel]) is not None]
     axes.plot(*_columns(known), marker=look.marker, label=points[0].method, markersize=6.5, **look.line)

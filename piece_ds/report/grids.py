@@ -1,4 +1,4 @@
-"""Results as rows of short texts, once for the console and HTML."""
+"""Results as rows of short texts, for both the console and HTML."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from piece_ds.report.intervals import over_rows, over_rows_of_mean
 from piece_ds.report.results import Counts, RunResults
 
 ABSENT = "-"
-MAX_MASKS = 8  # columns of a table; more do not fit beside each other
+MAX_MASKS = 8  # columns of a table; more do not fit side by side
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Grid:
     Attributes:
         title: what it shows.
         header: names of the columns; the first names the rows.
-        rows: as long as the header.
-        num_text_columns: columns at the start that hold words, and stand on the left; the others hold numbers.
+        rows: each as long as the header.
+        num_text_columns: columns at the start that hold words and are aligned left. The others hold numbers.
     """
 
     title: str
@@ -30,10 +30,10 @@ class Grid:
 
 
 def result_grids(run: RunResults) -> list[Grid]:
-    """Return the result matrix of a run: one grid of scores, where any task has them, and one of losses.
+    """Return the result matrix of a run: one grid of scores, if any task has them, and one of losses.
 
-    A row is a moment of the stream (before it, after each task), a column a task; the last columns are the overall
-    performance at that moment and the loss on general text.
+    Each row is a moment of the stream (before it, or after a task), each column a task. The last columns are the
+    overall performance at that moment and the loss on general text.
     """
     grids = []
     if has_scores(run.matrix.score):
@@ -44,7 +44,7 @@ def result_grids(run: RunResults) -> list[Grid]:
 
 
 def summary_grid(runs: Sequence[RunResults]) -> Grid:
-    """Return runs in rows, the derived figures in columns; figures that no run has are left out."""
+    """Return runs in rows and the derived figures in columns. Figures that no run has are left out."""
     columns: list[tuple[str, str, Callable[[float | None], str]]] = [
         ("OP", "score_overall", percent),
         ("learned", "score_learning", percent),
@@ -65,22 +65,22 @@ def summary_grid(runs: Sequence[RunResults]) -> Grid:
 
 
 def run_grids(run: RunResults) -> list[Grid]:
-    """Return what one run found: its matrices, and what was measured beside the scores."""
+    """Return what one run found: its matrices, and the measures besides the scores."""
     beside = measures_grid(run)
     return [*result_grids(run), *([beside] if beside.rows else [])]
 
 
 def page_grids(run: RunResults) -> list[Grid]:
-    """Return every grid of one run but its costs: what a page has room for."""
+    """Return all grids of one run except its costs."""
     kinds = kinds_grid(f"{run.name}: selected, of all weights of a kind", run.masks)
     changes = changes_grid(f"{run.name}: selected values that changed", run)
     return [*run_grids(run), *(grid for grid in (kinds, changes) if grid.rows)]
 
 
 def measures_grid(run: RunResults) -> Grid:
-    """Return what was measured beside the scores: parts of a score, SARI, general ability; a row a moment and task.
+    """Return the measures besides the scores: parts of a score, SARI, general ability; one row per moment and task.
 
-    Plain numbers, since the harness also has measures that are no shares, such as a perplexity.
+    They are plain numbers: the harness also has measures that are not shares, such as a perplexity.
     """
     moments: list[tuple[str, str, Mapping[str, float]]] = []
     for moment, of_task in run.measures.items():
@@ -92,12 +92,17 @@ def measures_grid(run: RunResults) -> Grid:
 
 
 def kinds_grid(title: str, masks: Mapping[str, Counts]) -> Grid:
-    """Return what share of the weights of each kind of module a mask selects, most selected weights first.
+    """Return which share of the weights of each kind of module each mask selects.
+
+    The kind with most selected weights is first.
 
     Args:
-        masks: title, as a task -> layer -> kind -> {"selected", "total"}. Of more than MAX_MASKS the lowest, mean and
-            highest share stand in the place of each mask's own.
+        title: of the table.
+        masks: column title, such as a task -> layer -> kind -> {"selected", "total"}. For more than MAX_MASKS, the
+            lowest, mean and highest share replace the single ones.
     """
+
+    # Sum over layers: elements per kind, and selected ones per kind and mask.
     totals: dict[str, int] = {}
     selected: dict[str, list[int]] = {}
     for place, counts in enumerate(masks.values()):
@@ -107,6 +112,8 @@ def kinds_grid(title: str, masks: Mapping[str, Counts]) -> Grid:
                 of_mask[kind] = of_mask.get(kind, 0) + cell["total"]
                 selected.setdefault(kind, [0] * len(masks))[place] += cell["selected"]
         totals |= of_mask
+
+    # One row per kind.
     header = ("kind", "weights", *(masks if len(masks) <= MAX_MASKS else ("lowest", "mean", "highest")))
     rows = []
     for kind in sorted(selected, key=lambda kind: -sum(selected[kind])):
@@ -124,7 +131,10 @@ def has_scores(measure: Measure) -> bool:
 
 
 def changes_grid(title: str, run: RunResults) -> Grid:
-    """Return what share of the selected values of each kind changed in a task; of many tasks, extremes and mean."""
+    """Return which share of the selected values of each kind changed in each task.
+
+    For more than MAX_MASKS tasks, the lowest, mean and highest share replace the single ones.
+    """
     kinds = list(dict.fromkeys(kind for counts in run.changes.values() for kind in counts))
     rows = []
     for kind in kinds:
@@ -163,9 +173,10 @@ _SHOWN_WHERE_MET = {"nonfinite_steps", "overflow_steps"}  # a column of zeros wo
 
 
 def cost_grid(runs: Sequence[RunResults]) -> Grid:
-    """What each task of each run cost, with its mask's size; columns that nothing was measured for are left out."""
+    """Return what each task of each run cost, with its mask's size. Columns without any measurement are left out."""
     costs = [cost for run in runs for cost in run.cost.values()]
     known = dict.fromkeys(key for cost in costs for key, value in cost.items() if value is not None)
+    # Known costs come first, in the order of the work; others follow as a run wrote them.
     keys = [*(key for key in _COST_ORDER if key in known), *(key for key in known if key not in _COST_ORDER)]
     keys = [key for key in keys if key not in _SHOWN_WHERE_MET or any(cost.get(key) for cost in costs)]
     named, has_masks = len(runs) > 1, any(run.masks for run in runs)
@@ -203,7 +214,7 @@ def points(value: float | None) -> str:
 
 
 def nats(value: float | None) -> str:
-    """Return a loss, or another plain number."""
+    """Return a loss, or another plain number, with three decimals."""
     return ABSENT if value is None else f"{value:.3f}"
 
 
@@ -213,7 +224,7 @@ def signed_nats(value: float | None) -> str:
 
 
 def quantity(name: str, value: object) -> str:
-    """Return a measured value in the unit that its name says: 12.3 s, 5.0 min, 1.50 GiB, 4,007."""
+    """Return a measured value in the unit that its name implies: 12.3 s, 5.0 min, 1.50 GiB, 4,007."""
     if not isinstance(value, int | float):
         return ABSENT if value is None else str(value)
     if name.endswith("_seconds"):
@@ -226,14 +237,20 @@ def quantity(name: str, value: object) -> str:
 
 
 def _in_unit(value: float, units: Sequence[tuple[int, str]], from_count: int = 1) -> str:
-    """value in the first, largest unit of which it has at least from_count, or in the last."""
+    """Return value in the largest unit of which it has at least from_count, or else in the smallest.
+
+    units must be sorted, the largest first.
+    """
     size, unit = next((pair for pair in units if abs(value) >= from_count * pair[0]), units[-1])
     num_decimals = 0 if unit == "B" else 2 if unit == "s" and value < 1 else 1
     return f"{value / size:,.{num_decimals}f} {unit}"
 
 
 def _certainty(run: RunResults) -> list[tuple[str, ...]]:
-    """Under a matrix of scores: the interval of its last row over the choice of test rows, and how many those are."""
+    """Return two rows to go under a matrix of scores, or none if the numbers of test rows are not known.
+
+    They are the interval of the last row over the choice of test rows, and the number of test rows.
+    """
     if not run.rows or not run.matrix.score.after:
         return []
     last = dict(zip(run.tasks, run.matrix.score.after[-1], strict=True))

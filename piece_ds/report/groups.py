@@ -1,4 +1,4 @@
-"""Runs of one stream, sorted for a comparison: those that differ in their seed alone are one group."""
+"""Sort runs of one stream into groups for a comparison. Runs that differ only in their seeds are one group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,9 +7,9 @@ from typing import Any
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.errors import UserError
 
-MAX_SETTINGS = 4  # that differ; more are told in a table of their own
+MAX_SETTINGS = 4  # that differ; more get a table of their own
 SEEDS = ("seed", "data_seed", "sample_seed")
-# Where a run lies and what it shows; and what RunResults has of its own.
+# Settings that do not set runs apart: where a run is stored, what it logs, and what RunResults holds by itself.
 FREE = {
     "output_dir",
     "resume_from_checkpoint",
@@ -35,11 +35,11 @@ class Group:
     """Runs that are repetitions of each other.
 
     Attributes:
-        name: what the runs call themselves, such as "piece-s 0.1 %".
+        name: of its runs, such as "piece-s 0.1 %".
         label: unique among the groups: the name, and what sets it apart from others of that name.
-        runs: one a seed.
-        folders: where each run lies, as it was given.
-        settings: what differs between the groups, with this group's values; None if it has none.
+        runs: one per seed.
+        folders: of the runs, as they were given.
+        settings: what differs between the groups, with this group's values; None for a setting it does not have.
     """
 
     name: str
@@ -55,15 +55,15 @@ class Group:
 
     @property
     def num_finished(self) -> int:
-        """Finished tasks."""
+        """Number of finished tasks."""
         return len(self.first.matrix.loss.after)
 
 
 def group_runs(runs: Sequence[tuple[str, RunResults]]) -> list[Group]:
-    """Return groups, those of one name together, in the order of their first runs and then of their settings.
+    """Return groups, sorted by name in the order of their first runs, then by settings.
 
-    Two runs are repetitions if they agree in method, ratio, number of finished tasks and every setting but seeds and
-    where they lie. Runs of the same seeds repeat nothing: where a group has two, each of its runs stands alone.
+    Two runs are repetitions if they agree in method, ratio, number of finished tasks and every setting except seeds and
+    places. Runs with the same seeds repeat nothing: if a group has two of them, each of its runs becomes a group.
 
     Args:
         runs: (name of its folder, results with all its settings), each folder once.
@@ -72,15 +72,21 @@ def group_runs(runs: Sequence[tuple[str, RunResults]]) -> list[Group]:
     """
     _require_one_stream(runs)
     differing = _differing([run for _, run in runs])
+
+    # Put runs together that agree in all but seeds.
     found: dict[tuple[object, ...], list[tuple[str, RunResults]]] = {}
     for folder, run in runs:
         finished = len(run.matrix.loss.after)
         key = (run.name, run.method, run.ratio, finished, *(repr(run.settings.get(name)) for name in differing))
         found.setdefault(key, []).append((folder, run))
+
+    # Split groups whose seeds repeat.
     parts: list[tuple[list[tuple[str, RunResults]], bool]] = []
     for members in found.values():
         alike = len({_seeds(run) for _, run in members}) < len(members)
         parts += [([member], True) for member in members] if alike else [(members, False)]
+
+    # Name and sort them.
     groups = [
         Group(
             name=f"{members[0][1].name} ({members[0][0]})" if alone else members[0][1].name,
@@ -112,7 +118,7 @@ def _require_one_stream(runs: Sequence[tuple[str, RunResults]]) -> None:
 
 
 def _differing(runs: Sequence[RunResults]) -> list[str]:
-    """Return settings that all runs record and that are not the same in all, by name, without seeds and places."""
+    """Return the names of settings that all runs record but that differ, without seeds and places."""
     names = [name for name in runs[0].settings if all(name in run.settings for run in runs)]
     kept = [name for name in names if name not in FREE and name not in SEEDS]
     return [name for name in kept if len({repr(run.settings.get(name)) for run in runs}) > 1]
@@ -127,9 +133,9 @@ def _sortable(settings: dict[str, Any]) -> list[tuple[float, str]]:
 
 
 def _labelled(groups: list[Group]) -> list[Group]:
-    """groups with labels: a name alone if it is unique, else with the settings that differ among its bearers.
+    """Return groups with labels: just the name if it is unique, else with the settings that differ among its namesakes.
 
-    If those are more than a legend has room for, a number stands in their place, and a table says what it means.
+    If a legend has no room for those, a number takes their place, and a table says what it means.
     """
     if groups and len(groups[0].settings) > MAX_SETTINGS:
         return [replace(group, label=f"{number}. {group.name}") for number, group in enumerate(groups, 1)]
@@ -148,5 +154,5 @@ def _labelled(groups: list[Group]) -> list[Group]:
 
 
 def shown(value: object) -> str:
-    """Return a setting's value, short."""
+    """Return a setting's value as short text."""
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

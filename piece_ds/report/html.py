@@ -1,7 +1,7 @@
-"""The HTML page of a report: one file with its style and images inside, readable in light and in dark.
+"""The HTML page of a report: one file that holds its style and images, readable in light and dark mode.
 
-templates/page.html escapes every value by itself. The page's Content-Security-Policy lets it load nothing and run
-nothing: only its own style, by hash, and images that it holds.
+templates/page.html escapes every value itself. The page's Content-Security-Policy lets it load and run nothing: it
+allows only the page's own style, by hash, and images inside the page.
 """
 
 import base64
@@ -19,7 +19,7 @@ from piece_ds.report.grids import Grid
 from piece_ds.runtime.text import printable
 
 DPI = 160  # of the figures' files
-MANY_COLUMNS = 8  # headers of more break into lines, so that the table needs no scrolling
+MANY_COLUMNS = 8  # with more, headers break into lines, so that the table needs no scrolling
 POINTS_PER_INCH = 105  # on the page: all figures have text of one size, a little smaller than the page's
 
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -56,7 +56,7 @@ class ReportFigure:
     Attributes:
         file_name: under figures/, unique within the report.
         caption: what it shows, in a sentence.
-        png: the image file.
+        png: content of the image file.
     """
 
     file_name: str
@@ -65,12 +65,12 @@ class ReportFigure:
 
     @property
     def page_width(self) -> int:
-        """CSS pixels on the page."""
+        """Width on the page, in CSS pixels."""
         return int.from_bytes(self.png[16:20], "big") * POINTS_PER_INCH // DPI  # PNG's header has its width there
 
     @property
     def data_url(self) -> str:
-        """The image inside of the page."""
+        """The image as a URL that holds it."""
         return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
 
 
@@ -86,15 +86,16 @@ def render_page(
     """Return the whole page.
 
     Args:
-        title: its heading.
+        title: heading of the page.
         lead: one line under it.
         grids: tables, in order.
-        figures: images, put into the page itself.
+        figures: images, embedded in the page.
         settings: run -> flag -> value.
-        notes: sentences a reader must know, shown first.
-        details: run -> tables that are folded away until they are asked for.
+        notes: sentences that a reader must know, shown first.
+        details: run -> tables that are collapsed until they are opened.
     """
     style = Markup((_FOLDER / "style.css").read_text(encoding="utf-8"))
+    # The policy allows this style and no other.
     style_hash = base64.b64encode(sha256(style.encode()).digest()).decode("ascii")
     return _template().render(
         title=title,
@@ -120,5 +121,5 @@ def _template() -> jinja2.Template:
 
 
 def _fit(value: Any) -> Any:
-    """Return a value of the template, with unprintable characters escaped if it is no markup of the template's own."""
+    """Return a value for the template. Unprintable characters are escaped, except in the template's own markup."""
     return value if isinstance(value, Markup) else printable(value, keep="\n")

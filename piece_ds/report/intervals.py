@@ -1,4 +1,4 @@
-"""How sure a figure is: over repetitions of a run, and over the choice of test rows."""
+"""How certain a figure is: over repetitions of a run, and over the choice of test rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over runs and how sure it is.
+    """A mean over runs and its certainty.
 
     Attributes:
         mean: over the runs that have the figure.
-        half_width: the interval is mean - half_width to mean + half_width; None with fewer than two runs.
+        half_width: the interval is mean - half_width to mean + half_width; None for fewer than two runs.
     """
 
     mean: float
@@ -22,10 +22,10 @@ class Interval:
 
 
 def over_repetitions(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Return the mean of at least one value and, of two or more, its interval from Student's t."""
+    """Return the mean of at least one value and, for two or more, its interval from Student's t."""
     if len(values) < 2:
         return Interval(values[0], None)
-    from scipy.stats import t  # a second to import
+    from scipy.stats import t  # takes a second to import
 
     quantile = float(t.ppf((1 + confidence) / 2, len(values) - 1))
     return Interval(fmean(values), quantile * stdev(values) / sqrt(len(values)))
@@ -34,8 +34,10 @@ def over_repetitions(values: Sequence[float], confidence: float = CONFIDENCE) ->
 def over_rows(share: float, num_rows: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return the ends of Wilson's score interval of a share of num_rows independent rows, in [0, 1].
 
-    Also at a share of 0 or 1 the interval has a width. For the mean of values in [0, 1] it is an upper bound, since
-    none varies more than a share with the same mean. Source: Wilson 1927.
+    The interval has a width even at a share of 0 or 1. For the mean of values in [0, 1] it is an upper bound: no such
+    values vary more than a share with the same mean.
+
+    Source: Wilson 1927.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle = share + z * z / (2 * num_rows)
@@ -45,12 +47,13 @@ def over_rows(share: float, num_rows: int, confidence: float = CONFIDENCE) -> tu
 
 
 def over_rows_of_mean(shares: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """Return the ends of the interval of the mean of shares, each of rows of its own.
+    """Return the ends of the interval of the mean of shares, each over its own rows.
 
-    The distances of the single intervals' ends add up in squares (MOVER; Zou and Donner 2008).
+    The distances from the shares to the ends of their intervals are added in squares.
 
     Args:
         shares: (share in [0, 1], number of its rows), at least one.
+    Source: MOVER; Zou and Donner 2008.
     """
     ends = [(share, *over_rows(share, num_rows)) for share, num_rows in shares]
     mean = fmean(share for share, _, _ in ends)

@@ -1,4 +1,4 @@
-"""The legend of a figure: below its panels, where it hides no line, whatever the number of runs."""
+"""The legend of a figure. It stands below the panels, where it hides no line, whatever the number of runs."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ ROW_INCHES = 0.19
 
 
 def legend_height(names: Sequence[str]) -> float:
-    """Return inches below the panels."""
+    """Return the height that the legend takes below the panels, in inches."""
     return ROW_INCHES * (1 + -(-len(names) // _num_columns(names))) if len(names) > 1 else 0.0
 
 
@@ -21,7 +21,7 @@ def _num_columns(names: Sequence[str]) -> int:
 
 
 def legend_below(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    """Names of the runs below the panels, where they hide no line; one run needs none."""
+    """Write the names of the runs below the panels. A single run needs no legend."""
     if len(names) > 1:
         handles, labels = axes.get_legend_handles_labels()
         labels = [shortened(label, MAX_NAME) for label in labels]

@@ -1,6 +1,6 @@
 """Figures of what changes along the stream: performance, general loss, training loss. Plain values in, PNG out.
 
-A run may be given several times over (its seeds): its line is the mean, and a band goes from the lowest to the highest.
+A run may be given several times, once per seed. Its line is then the mean, and a band spans the lowest to the highest.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ from piece_ds.report.style import (
 
 Values = Sequence[float | None]
 Points = Sequence[tuple[int, float]]
-MAX_PLAIN_POINTS = 60  # more points than this are smoothed to show the trend, with the raw curve faint behind
+MAX_PLAIN_POINTS = 60  # more points are smoothed to show the trend, with the raw curve faint behind
 SMOOTHING_PARTS = 30  # half a smoothing window is this part of a curve
 MIN_NAME_INCHES = 1.0  # of a task above its part of the training curve
 
@@ -40,15 +40,15 @@ def stream_figure(
     may_be_log: Collection[str] = (),
     families: Sequence[str] = (),
 ) -> bytes:
-    """Measures along the stream, a panel each, with one line a run.
+    """Draw measures along the stream, one panel each, with one line per run.
 
     Args:
-        panels: y label, which is the panel's title -> run -> for each repetition the value at each moment; None
-            where not evaluated.
-        moments: names of the x axis, such as "before" and the tasks. A panel begins with the first that has a value.
-        shares: panels whose axis goes from 0 to 100 %, so that a small difference looks small.
-        may_be_log: panels whose axis is logarithmic where one diverged run would flatten the others.
-        families: what each run belongs to; runs of one family have one colour. Without, each is its own.
+        panels: y label, which is the panel's title -> run -> for each repetition the value at each moment; None if not
+            evaluated.
+        moments: names on the x axis, such as "before" and the tasks. A panel begins with the first that has a value.
+        shares: panels whose axis spans 0 to 100 %, so that a small difference looks small.
+        may_be_log: panels whose axis is logarithmic if one diverged run would flatten the others.
+        families: what each run belongs to; runs of one family share a colour. Without it, each run is its own family.
     Returns:
         PNG bytes.
     """
@@ -62,6 +62,8 @@ def stream_figure(
             for run, (points, band), look in zip(runs, curves, looks(families or names), strict=True):
                 axes.plot(*_columns(points), label=run, marker=look.marker, **look.line)
                 _fill(axes, band, look)
+
+            # Axes: shares are comparable across figures, losses never zoom in on noise.
             label_ticks(axes, moments)
             axes.set_xlim(first - 0.3, len(moments) - 0.7)  # after the ticks, which widen it
             if title in shares:
@@ -79,15 +81,17 @@ def stream_figure(
 def training_figure(
     losses: Mapping[str, Sequence[Mapping[str, Points]]], tasks: Sequence[str], families: Sequence[str] = ()
 ) -> bytes:
-    """Training loss over all steps of the stream, task after task, with one line a run.
+    """Draw training loss over all steps of the stream, task after task, with one line per run.
 
     Args:
         losses: run -> for each repetition, task -> (step within the task, loss) in step order.
         tasks: in the order of training.
         families: as in stream_figure().
     Returns:
-        PNG bytes; tasks are set apart by thin lines. Long curves are smoothed, the raw values faint behind.
+        PNG bytes. Thin lines separate the tasks. Long curves are smoothed, with the raw values faint behind.
     """
+
+    # A task starts where the longest curve of the one before ends.
     logs = [log for several in losses.values() for log in several]
     lengths = [max((points[-1][0] for log in logs if (points := log.get(task))), default=0) for task in tasks]
     starts = [0, *accumulate(lengths)]
@@ -98,6 +102,8 @@ def training_figure(
             for start, task in zip(starts, tasks, strict=False):
                 shifted = [[(start + step, loss) for step, loss in log.get(task, ())] for log in several]
                 _curve(axes, shifted, look, label=run if task == tasks[0] else None)
+
+        # Separate and name the tasks.
         for start in starts[:-1]:
             axes.axvline(start, color=GREY, linewidth=0.6, linestyle=":")
         _name_tasks(axes, tasks, starts, lengths)
@@ -110,7 +116,10 @@ def training_figure(
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the mean over a window centred on each point, narrower at the ends, so that a trend is not shown late."""
+    """Return the mean over a window centred on each point.
+
+    The window narrows at both ends, so that a trend is not shown late.
+    """
     reach = max(1, len(values) // SMOOTHING_PARTS)
     averages = []
     for index in range(len(values)):
@@ -124,7 +133,7 @@ Band = list[tuple[int, float, float]]  # place, lowest, highest
 
 
 def _mean_and_band(several: Sequence[Sequence[tuple[int, float | None]]]) -> tuple[list[tuple[int, float]], Band]:
-    """Return the mean of repeated curves where any has a finite value; the band is empty without repetitions."""
+    """Return the mean of repeated curves at each place with a finite value. Without repetitions the band is empty."""
     at: dict[int, list[float]] = {}
     for curve in several:
         for place, value in curve:
@@ -136,7 +145,7 @@ def _mean_and_band(several: Sequence[Sequence[tuple[int, float | None]]]) -> tup
 
 
 def _curve(axes: Axes, several: Sequence[Points], look: LineStyle, label: str | None) -> None:
-    """One task's curve of one run."""
+    """Draw one task's curve of one run."""
     points, band = _mean_and_band(several)
     steps, values = _columns(points)
     if len(points) > MAX_PLAIN_POINTS:
@@ -145,7 +154,7 @@ def _curve(axes: Axes, several: Sequence[Points], look: LineStyle, label: str | 
         values = smoothed(values)
         lows, highs = smoothed([low for _, low, _ in band]), smoothed([high for _, _, high in band])
         band = [(step, low, high) for (step, *_), low, high in zip(band, lows, highs, strict=True)]
-    # A single point is a sign that no axis cuts; a line through it would say more than is known.
+    # A single point is a whole marker that no axis clips: a line through it would say more than is known.
     alone: dict[str, Any] = (
         {"marker": look.marker, "markersize": 6.5, "clip_on": False, "zorder": 3} if len(points) == 1 else {}
     )
@@ -160,7 +169,7 @@ def _fill(axes: Axes, band: Band, look: LineStyle) -> None:
 
 
 def _name_tasks(axes: Axes, tasks: Sequence[str], starts: Sequence[int], lengths: Sequence[int]) -> None:
-    """Each task's name above its part of the curve; of very many only those that have room."""
+    """Write each task's name above its part of the curve. If there are very many, only those with room are named."""
     figure = axes.get_figure(root=True)
     room, taken = 0.8 * (figure.get_figwidth() if figure else 0.0) / max(starts[-1], 1), 0.0
     for start, length, task in zip(starts, lengths, tasks, strict=False):

@@ -1,4 +1,4 @@
-"""What one run found: the content of its results.json, which is all that a report is made from."""
+"""What one run found: the content of its results.json, from which every report is made."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,21 +21,22 @@ class RunResults:
     """One run of a stream of tasks.
 
     Attributes:
-        name: what tables and figures call the run, such as "piece-s 0.1 %".
+        name: of the run in tables and figures, such as "piece-s 0.1 %".
         method: the method's flag value.
         ratio: selected elements / elements of the model, in (0, 1].
-        matrix: results on every task after every task; it also holds the tasks' names and order.
-        masks: task -> layer -> module type -> selected and total elements; tasks without a mask are left out.
+        matrix: results on every task after every task. It also holds the tasks' names and order.
+        masks: task -> layer -> module type -> selected and total elements. Tasks without a mask are left out.
         overlaps: Jaccard index of every two masks, in [0, 1], in the order of masks.
-        measures: moment ("before", "after TASK") -> task -> what was measured beside its score, in [0, 1].
+        measures: moment ("before", "after TASK") -> task -> measures besides its score, in [0, 1].
         ability: moment -> measure of general ability -> value.
-        logs: task -> the trainer's log; entries with "step" and "loss" make the training curve.
-        cost: task -> what was measured, by a name that says the unit ("train_seconds", "peak_bytes").
+        logs: task -> the trainer's log. Entries with "step" and "loss" make the training curve.
+        cost: task -> what was measured, by names that say the unit ("train_seconds", "peak_bytes").
         settings: flags worth showing, as JSON values.
-        changes: task -> kind of tensor -> selected values, and those of them with another value after the task.
-        rows: task -> number of rows that it is judged on.
-        forgetting: task -> "delta_scale", the "curve" it was chosen on, and losses of both halves of the general text.
-        notes: what a reader must know, a sentence each ("X was judged on its training rows").
+        changes: task -> kind of tensor -> number of selected values, and of those that differ after the task.
+        rows: task -> number of rows that it is evaluated on.
+        forgetting: task -> "delta_scale", the "curve" it was chosen from, and losses of both halves of the general
+            text.
+        notes: what a reader must know, in sentences.
     """
 
     name: str
@@ -73,14 +74,14 @@ class RunResults:
 
     @property
     def training_losses(self) -> dict[str, list[tuple[int, float]]]:
-        """Task -> (step, loss) points of its training curve, steps counted from the task's start."""
+        """Task -> (step, loss) points of its training curve, with steps counted from the task's start."""
         return {
             task: [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry and "step" in entry]
             for task, log in self.logs.items()
         }
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready values; reading them back gives equal results."""
+        """Return JSON-ready values. from_json() gives equal results."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -107,10 +108,11 @@ class RunResults:
         """Return the results in the content of a results.json.
 
         Args:
-            values: as to_json gives them; name, measures, ability, settings, notes, rows and changes may be absent.
-            name: what to call the run; None means its own name, or else its method.
+            values: from to_json(). name, measures, ability, settings, notes, rows, changes and forgetting may be
+                absent.
+            name: name to give the run; None means its own, or else its method.
         Raises:
-            UserError: values are not of this format and version, or a part is missing or of the wrong form.
+            UserError: values have another format or version, or a part is missing or of the wrong form.
         """
         content = checked(values, Results, "results", "run again", strict=True).model_dump(exclude_unset=True)
         parts = {part: content[part] for part in ("method", "ratio", "masks", "overlaps", "logs", "cost")}
@@ -123,8 +125,11 @@ class RunResults:
 def read_results(path: Path | str, name: str | None = None) -> RunResults:
     """Return the results in a results.json.
 
+    Args:
+        path: of the file.
+        name: as in RunResults.from_json().
     Raises:
-        UserError: the file is missing, no JSON, or of another format; it is named.
+        UserError: the file is missing, no JSON, or of another format; the message names it.
     """
     content = read_json(path, dict[str, Any], "results", "a run writes it before its first task; run again")
     try:

@@ -1,4 +1,4 @@
-"""The schema of results.json: what a report and a resumed run may rely on."""
+"""The schema of results.json, on which reports and resumed runs rely."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -6,14 +6,14 @@ from pydantic import BaseModel, Field, model_validator
 
 from piece_ds.runtime.schema import Count
 
-# Of 64 bits, since a larger whole number has no float.
+# 64 bits: a larger whole number may have no float.
 Number = Annotated[int, Field(gt=-(2**63), lt=2**63)] | float
 Figure = Number | Literal["inf", "-inf", "nan"] | None
 Row = list[Figure]
 
 
 class Measure(BaseModel):
-    """One measure of all tasks, see evaluation/matrix.py."""
+    """One measure of all tasks; see evaluation/matrix.py."""
 
     before: Row | None
     after: list[Row]
@@ -27,7 +27,7 @@ class General(BaseModel):
 
 
 class Matrix(BaseModel):
-    """The result matrix. Rows are as long as there are tasks, and measures have as many as there are trained tasks."""
+    """The result matrix. Rows have one value per task, and measures one row per trained task."""
 
     tasks: list[str]
     metrics: list[str]
@@ -55,14 +55,14 @@ class Matrix(BaseModel):
 
 
 class Cell(BaseModel):
-    """Selected elements and all elements of one module type in one layer."""
+    """Selected and all elements of one module type in one layer."""
 
     selected: Count
     total: Count
 
 
 class Changed(BaseModel):
-    """Selected values of one kind of tensor, and those of them that changed."""
+    """How many values of one kind of tensor are selected, and how many of those changed."""
 
     values: Count
     changed: Count

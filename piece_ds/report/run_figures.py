@@ -15,9 +15,9 @@ GENERAL_PANEL = "loss on general text"
 
 
 def make_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
-    """Return all figures that runs have data for: comparisons of the runs first, then those of each run.
+    """Return all figures that runs have data for: first comparisons of the runs, then those of each run.
 
-    Comparisons show the runs whose tasks are the first run's.
+    Comparisons show only the runs with the same tasks as the first run.
     """
     alike = {run.name: [run] for run in runs if run.tasks == runs[0].tasks}
     figures = line_figures(alike)
@@ -27,11 +27,11 @@ def make_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
 
 
 def line_figures(runs: Mapping[str, Sequence[RunResults]], families: Sequence[str] = ()) -> list[ReportFigure]:
-    """Return what changes along the stream, and training loss; a line for each name, of one run or of several seeds.
+    """Return the figures along the stream and of the training loss, with one line per name.
 
     Args:
-        runs: of the same tasks.
-        families: what each name belongs to; one colour a family. Without, each is its own.
+        runs: name -> runs with the same tasks, one or several seeds.
+        families: what each name belongs to; each family has a colour. Without it, each name is its own family.
     """
     if not runs:
         return []
@@ -42,7 +42,7 @@ def line_figures(runs: Mapping[str, Sequence[RunResults]], families: Sequence[st
 def _stream_figures(
     runs: Mapping[str, Sequence[RunResults]], tasks: Sequence[str], families: Sequence[str]
 ) -> list[ReportFigure]:
-    """Overall performance and general loss along the stream."""
+    """Return the figure of overall performance and general loss along the stream."""
     measures: dict[str, Callable[[RunResults], Values]] = {
         SCORE_PANEL: lambda run: _overall(run.matrix.score),
         LOSS_PANEL: lambda run: _overall(run.matrix.loss),
@@ -57,10 +57,14 @@ def _stream_figures(
         for title, of_run in panels.items()
         if any(_has_values(values) for several in of_run.values() for values in several)
     }
+
+    # Scores tell more than losses, if there are any.
     if SCORE_PANEL in panels:
         panels.pop(LOSS_PANEL, None)
     if not panels:
         return []
+
+    # The caption says only what the figure shows.
     caption = "Performance on the tasks seen so far: what is learned and kept."
     if GENERAL_PANEL in panels:
         caption = (
@@ -91,7 +95,7 @@ def _of_seeds(runs: Mapping[str, Sequence[RunResults]]) -> str:
 
 
 def run_figures(run: RunResults, stem: str) -> list[ReportFigure]:
-    """Return result matrices and masks of one run; stem begins the files' names."""
+    """Return result matrices and masks of one run. File names begin with stem."""
     matrix, figures = run.matrix, []
     for name, measure, ends, form in (
         (matrix.score_name, matrix.score, (0.0, 1.0), lambda value: f"{100 * value:.0f}"),
@@ -108,7 +112,7 @@ def run_figures(run: RunResults, stem: str) -> list[ReportFigure]:
 
 
 def mask_figures(run: RunResults, stem: str) -> list[ReportFigure]:
-    """Where the weights of all tasks' masks lie, and how much the masks share; nothing for a run without masks."""
+    """Return where the weights of all masks lie, and how much the masks share; nothing for a run without masks."""
     figures = []
     if run.masks:
         caption = (
@@ -127,7 +131,7 @@ def mask_figures(run: RunResults, stem: str) -> list[ReportFigure]:
 
 
 def some_of(names: Sequence[str]) -> list[str]:
-    """As many names as a figure has panels for, evenly from the first to the last."""
+    """Return as many names as a figure has panels for, evenly spaced from the first to the last."""
     if len(names) <= MAX_PANELS:
         return list(names)
     return [names[round(place * (len(names) - 1) / (MAX_PANELS - 1))] for place in range(MAX_PANELS)]
@@ -138,6 +142,6 @@ def _has_values(values: Values) -> bool:
 
 
 def _file_stem(name: str) -> str:
-    """name with everything but ASCII letters, digits, dots and hyphens as hyphens."""
+    """Return name with a hyphen for everything but ASCII letters, digits, dots and hyphens."""
     kept = [letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name]
     return "".join(kept).strip("-.") or "run"

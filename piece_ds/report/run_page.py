@@ -17,8 +17,8 @@ def write_report(output_dir: Path | str, runs: Sequence[RunResults], title: str 
     """Write report.html, which needs no other file, and its figures as PNG files under figures/; call it on one rank.
 
     Args:
-        output_dir: made when missing; an earlier report in it is replaced.
-        runs: one, or several to compare; figures along the stream show the runs whose tasks are the first run's.
+        output_dir: made if missing. An earlier report in it is replaced.
+        runs: one, or several to compare. Figures along the stream show only runs with the first run's tasks.
         title: heading of the page.
     Returns:
         The path of report.html.
@@ -28,16 +28,21 @@ def write_report(output_dir: Path | str, runs: Sequence[RunResults], title: str 
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):
         raise UserError(f"a report needs at least one run, each with its own name; got {names}")
+    # matplotlib takes a second to import: most commands need no figures.
     from piece_ds.report.run_figures import make_figures
 
     figures = make_figures(runs)
     write_figures(Path(output_dir) / FIGURES_FOLDER, figures)
+
+    # Tables: what was found, then what it cost.
     costs = cost_grid(runs)
     grids = [
         summary_grid(runs),
         *(grid for run in runs for grid in page_grids(run)),
         *([costs] if costs.rows else []),
     ]
+
+    # The page holds the figures too, so it can be sent by itself.
     page = render_page(
         title,
         lead=f"{', '.join(names)}: {' → '.join(runs[0].tasks)}",
@@ -52,7 +57,7 @@ def write_report(output_dir: Path | str, runs: Sequence[RunResults], title: str 
 
 
 def write_figures(folder: Path, figures: Sequence[ReportFigure]) -> None:
-    """Each figure as a PNG file in folder."""
+    """Write each figure as a PNG file in folder."""
     for figure in figures:
         write_whole(folder / figure.file_name, _writer(figure.png))
 

@@ -1,4 +1,4 @@
-"""How every figure looks, and how it becomes PNG bytes: without a display, and without touching matplotlib's state."""
+"""The look of every figure, and how it becomes PNG bytes: without a display or any change of matplotlib's state."""
 
 import io
 import textwrap
@@ -20,9 +20,9 @@ from rich.cells import cell_len
 from piece_ds.report.html import DPI
 from piece_ds.runtime.text import printable
 
-# Okabe and Ito 2008: told apart with every common form of colour blindness; black is left for text.
+# Okabe and Ito 2008: these differ for every common form of colour blindness. Black is reserved for text.
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-LINE_STYLES = ("-", "--", "-.", ":")  # a second sign beside the colour, and for more runs than colours
+LINE_STYLES = ("-", "--", "-.", ":")  # a second cue besides the colour, and for more runs than colours
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 WIDE_FONTS = (
@@ -39,7 +39,9 @@ LINE_INCHES = 0.17  # of a tick label, with some air
 TITLE_CHARACTER_INCHES = 0.1
 MAX_WIDTH = 10.0  # inches of a figure, so that its text can be read on a page
 MAX_HEIGHT = 40.0
-MIN_SPAN = 0.2  # nats that an axis of losses shows at least: less is noise of the text's choice, and should look so
+MIN_SPAN = (
+    0.2  # nats that an axis of losses shows at least: less is noise from the choice of text, and should look small
+)
 STYLE = {
     "text.parse_math": False,  # a name with two dollar signs is a name
     "font.size": 9,
@@ -74,9 +76,9 @@ class LineStyle:
 
 
 def looks(families: Sequence[str]) -> list[LineStyle]:
-    """A look for each run, from what it belongs to: one colour a family, another style and marker for each member.
+    """Return a line style for each run: one colour per family, another style and marker for each of its members.
 
-    Where every run is its own family, or all are of one, style and marker change with the colour.
+    If every run is its own family, or all are of one, style and marker change with the colour.
     """
     if len(set(families)) == 1:
         families = list(map(str, range(len(families))))
@@ -94,7 +96,7 @@ def _nth(choices: Sequence[str], index: int) -> str:
 
 
 class _Renderer(RendererAgg):
-    """Draws every text, whoever made it, with unprintable characters escaped: fonts have no lone surrogates."""
+    """Renderer that escapes unprintable characters in every text: fonts have no lone surrogates."""
 
     def draw_text(self, gc: Any, x: float, y: float, s: str, *args: Any, **kwargs: Any) -> None:
         super().draw_text(gc, x, y, printable(s), *args, **kwargs)
@@ -104,7 +106,7 @@ class _Renderer(RendererAgg):
 
 
 class _Canvas(FigureCanvasAgg):
-    """Gives figures the renderer above."""
+    """Canvas that gives figures the renderer above."""
 
     def get_renderer(self) -> RendererAgg:
         width, height = self.get_width_height(physical=True)
@@ -122,7 +124,11 @@ def not_less_than_noise(axes: Axes, values: Sequence[float]) -> None:
 
 
 def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
-    """Make the y axis logarithmic where one diverged run would flatten all others; what to say of it in the title."""
+    """Make the y axis logarithmic if one diverged run would flatten all others.
+
+    Returns:
+        A note for the title; empty if the axis stays linear.
+    """
     known = [value for value in values if isfinite(value)]
     if not known or min(known) <= 0 or max(known) < WIDE * min(known):
         return ""
@@ -134,11 +140,12 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
 
 
 def new_axes(width: float, height: float, num_panels: int = 1, num_columns: int = 0) -> tuple[Figure, list[Axes]]:
-    """Return a figure of width x height inches, as far as a page has room, with panels row by row.
-
-    Draw inside `with figure_style():`.
+    """Return a figure and its panels, row by row. Draw inside `with figure_style():`.
 
     Args:
+        width: of the figure, in inches, limited to MAX_WIDTH.
+        height: in inches, limited to MAX_HEIGHT.
+        num_panels: axes to make.
         num_columns: panels in a row; 0 means all of them. Places without a panel stay empty.
     """
     figure = Figure(figsize=(min(width, MAX_WIDTH), min(height, MAX_HEIGHT)), layout="constrained")
@@ -152,7 +159,7 @@ def new_axes(width: float, height: float, num_panels: int = 1, num_columns: int 
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Context in which figures are made; a character that no installed font has becomes a box, without a warning."""
+    """Set the style inside. A character that no installed font has becomes a box, without a warning."""
     installed = set(fontManager.get_font_names())
     fonts = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in installed)]
     with matplotlib.rc_context({**STYLE, "font.family": fonts}), warnings.catch_warnings():  # type: ignore[dict-item]
@@ -161,23 +168,27 @@ def figure_style() -> Iterator[None]:
 
 
 def png(figure: Figure) -> bytes:
-    """figure as a PNG file."""
+    """Return figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def label_ticks(axes: Axes, columns: Sequence[str], rows: Sequence[str] | None = None) -> None:
-    """Names on the x axis, slanted when they would touch, and on the y axis of a matrix.
+    """Name the x axis, slanted if the names would touch, and the y axis of a matrix.
 
-    Where even slanted ones would touch, only every second, third ... cell is named.
+    If even slanted names would touch, only every second, third, ... cell is named.
     """
     figure, place = axes.get_figure(root=True), axes.get_subplotspec()
     grid = place.get_gridspec() if place else None
     width = figure.get_figwidth() / (grid.ncols if grid else 1) if figure else 0.0
     height = figure.get_figheight() / (grid.nrows if grid else 1) if figure else 0.0
+
+    # Row names take their width from the columns.
     row_inches = CHARACTER_INCHES * max((cell_len(shortened(name, 28)) for name in rows or ()), default=0)
     column_inches = 0.9 * (width - row_inches - 0.3) / max(len(columns), 1)
+
+    # Slant names that would touch; skip some if that is not enough.
     names = [shortened(name) for name in columns]
     slanted = max(map(cell_len, names), default=0) * CHARACTER_INCHES > column_inches
     angle: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
@@ -189,11 +200,11 @@ def label_ticks(axes: Axes, columns: Sequence[str], rows: Sequence[str] | None =
 
 
 def shortened(name: str, length: int = 26) -> str:
-    """name on one line, or its start with an ellipsis."""
+    """Return name on one line; if it is too long, its start with an ellipsis."""
     name = " ".join(name.split())
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def wrapped(title: str, width: float) -> str:
-    """title in lines that fit into width inches; at most three."""
+    """Return title in at most three lines that fit into width inches."""
     return "\n".join(textwrap.wrap(title, max(10, int(width / TITLE_CHARACTER_INCHES)), max_lines=3, placeholder="…"))

@@ -20,16 +20,16 @@ def print_results(runs: Sequence[RunResults], console: Console | None = None) ->
 
     Args:
         runs: one or several.
-        console: where to; None means standard output.
+        console: where to print; None means standard output.
     """
     print_grids([*(grid for run in runs for grid in run_grids(run)), summary_grid(runs)], console)
 
 
 def print_grids(grids: Sequence[Grid], console: Console | None = None) -> None:
-    """Print tables one after another, every cell whole.
+    """Print tables one after another, with every cell whole.
 
-    A table that is wider than the terminal is printed in parts, each with the first column. Where output is no
-    terminal it is aligned plain text with long lines: wrapped rows would be unreadable in a log.
+    A table that is wider than the terminal is printed in parts, each with the first column. If the output is no
+    terminal, it is aligned plain text with long lines: wrapped rows would be unreadable in a log.
     """
     console = console or Console()
     for grid in map(_printable, grids):
@@ -56,7 +56,7 @@ def plain_text(grid: Grid) -> str:
 
 
 def _printable(grid: Grid) -> Grid:
-    """grid with every unprintable character escaped."""
+    """Return grid with every unprintable character escaped."""
     rows = tuple(tuple(map(printable, row)) for row in grid.rows)
     return replace(grid, title=printable(grid.title), header=tuple(map(printable, grid.header)), rows=rows)
 
@@ -67,12 +67,14 @@ def _widths(grid: Grid) -> list[int]:
 
 
 def _parts(grid: Grid, width: int) -> list[Grid]:
-    """grid cut between columns into tables that fit into width, each with the columns that name the rows.
+    """Return grid split between columns into tables that fit into width, each with the columns that name the rows.
 
-    A single column that does not fit beside them stands in a table of its own, where its cells wrap.
+    A single column that does not fit beside them gets a table of its own, where its cells wrap.
     """
     widths, named = _widths(grid), grid.num_text_columns
     taken_by_names = sum(size + BORDER for size in widths[:named]) + 1
+
+    # Fill one part after another.
     parts: list[list[int]] = []
     taken = width
     for column in range(named, len(grid.header)):
@@ -83,6 +85,8 @@ def _parts(grid: Grid, width: int) -> list[Grid]:
         taken += widths[column] + BORDER
     if len(parts) < 2:
         return [grid]
+
+    # Each part repeats the names of the rows.
     kept = [[*range(named), *columns] for columns in parts]
     return [
         replace(
