@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.continual.grid import SEEDS, SWEEPS, Setting, settings_in_order
 from bench.continual.recipe import BaseRecipe, StreamRecipe, digest
 from bench.continual.runs_file import add_run, not_done, read_runs
-from piece_ds.preflight.checks import check_method
+from piece_ds.methods.registry import find_method
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import run_command
 
@@ -102,7 +102,7 @@ def _next(options: argparse.Namespace, recipe_hash: str) -> list[Setting]:
 
 def _is_there(method: str) -> bool:
     try:
-        check_method(method)
+        find_method(method)
     except UserError:
         return False
     return True

@@ -8,7 +8,7 @@ from support.jobs import Results, result_of, run_job
 from support.launches import make_model_folder, make_rows, write_rows
 
 MESSAGES = {
-    "damaged-model": "UserError: the model in .* cannot be read",
+    "damaged-model": "UserError: .*model.safetensors is damaged",
     "reporter": "RuntimeError: the tracking server does not answer",
     "engine": "RuntimeError: no room for the engine",
     "statistics": "RuntimeError: no room for a micro-batch",

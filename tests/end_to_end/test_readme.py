@@ -11,8 +11,8 @@ from support.launches import ROOT, environment
 
 BEFORE = """
 import json, sys
-from piece_ds.runtime.process import _one_process_environment, start_distributed
-_one_process_environment()
+from piece_ds.runtime.process import one_process_environment, start_distributed
+one_process_environment()
 import deepspeed, torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments

@@ -57,9 +57,10 @@ def no_statistics(folder: Path) -> Iterator[dict[str, object]]:
 @contextmanager
 def no_room_for_statistics_file(folder: Path) -> Iterator[dict[str, object]]:
     """Statistics of other data: refused only when they are looked at, once the engine is there."""
+    from piece_ds.runtime.errors import UserError
     from piece_ds.training import mask_source
 
-    with mock.patch.object(mask_source, "estimate_mask", side_effect=mask_source.UserError("of another model")):
+    with mock.patch.object(mask_source, "estimate_mask", side_effect=UserError("of another model")):
         yield {}
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from piece_ds import attach, collect_statistics
+from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
-from piece_ds.selection.top_k import select
 from piece_ds.zero import statistics
 from support.engines import Setup, adamw, make_engine
 from support.jobs import Results, collect_case, finish, start

@@ -27,7 +27,7 @@ from bench.continual.real.texts import Judge, make_judge, write_real_text
 from bench.record import commit_of, device_name
 from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings
-from piece_ds.models.pretrained import resolve_model
+from piece_ds.models.pretrained import model_source
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import run_command
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     options = _options(argv)
     recipe = Recipe(steps=2, train_rows=16, test_rows=4, judged_rows=2) if options.smoke else Recipe()
     deadline = time.monotonic() + 3600 * options.hours
-    model = Path(resolve_model(options.model))
+    model = Path(model_source(options.model))
     lima = options.trace.parent / "general" / "lima.json"
     options.cache.mkdir(parents=True, exist_ok=True)
     write_real_text(lima, options.cache / "real.jsonl", recipe)
