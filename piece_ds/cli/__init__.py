@@ -1,1 +1,1 @@
-"""The commands: launch/*.py and piece_ds."""
+"""The commands: launch/*.py and `piece_ds`."""

@@ -18,17 +18,17 @@ LAUNCHED = {
 
 
 def launched_command(words: list[str]) -> str | None:
-    """Return which of LAUNCHED the command line asks for; None for any other command.
+    """Return the command of LAUNCHED that the command line asks for; None for any other command.
 
     Args:
-        words: without the program's name. deepspeed's launcher puts --local_rank=N before the command.
+        words: the command line without the program's name. deepspeed's launcher puts --local_rank=N before the command.
     """
     first = next((word for word in words if not word.startswith(("--local_rank", "--local-rank"))), None)
     return first if first in LAUNCHED else None
 
 
 def run_launched(command: str, words: list[str]) -> NoReturn:
-    """Run a command of LAUNCHED as a program, with the rest of its command line, and leave."""
+    """Run a command of LAUNCHED as a program, with the rest of its command line, and exit."""
     rest = list(words)
     rest.remove(command)
 
@@ -42,8 +42,8 @@ def run_launched(command: str, words: list[str]) -> NoReturn:
 
 
 def print_config(argv: list[str]) -> None:
-    """Print every setting as YAML that --config reads back: defaults, and what argv changes."""
-    with redirect_stdout(sys.stderr):  # libraries greet on stdout when they are imported; it is for the YAML alone
+    """Print every setting as YAML that --config reads back: the defaults, changed by argv."""
+    with redirect_stdout(sys.stderr):  # some libraries print on import; stdout is only for the YAML
         from piece_ds.config.settings import load_settings
         from piece_ds.config.yaml_settings import settings_yaml
         from piece_ds.runtime.distributed import is_main

@@ -1,4 +1,4 @@
-"""What `piece_ds delta ...` does: opens files and folders, hands them to piece_ds.deltas, says what was done."""
+"""The work of `piece_ds delta ...`: open files and folders, pass them to piece_ds.deltas, and print what was done."""
 
 import argparse
 from math import prod
@@ -27,7 +27,7 @@ from piece_ds.runtime.text import printable
 
 
 def list_deltas(arguments: argparse.Namespace) -> None:
-    """One line per delta."""
+    """Print one line per delta."""
     rows = []
     for delta in open_deltas(arguments.deltas):
         size = delta.path.stat().st_size
@@ -49,7 +49,7 @@ def list_deltas(arguments: argparse.Namespace) -> None:
 
 
 def inspect_deltas(arguments: argparse.Namespace) -> None:
-    """Where each delta lies and how far it moves values."""
+    """Print where each delta lies and how far it moves values."""
     for delta in open_deltas(arguments.deltas):
         numel = {name: prod(shape) for name, shape in delta.shapes.items()}
         index = {name: delta.change(name).index for name in delta.shapes}
@@ -62,34 +62,40 @@ def inspect_deltas(arguments: argparse.Namespace) -> None:
 
 
 def apply_deltas(arguments: argparse.Namespace) -> None:
-    """Put deltas on a model, in the order given."""
+    """Apply deltas to a model, in the order given."""
     _patch(arguments, [Step(delta) for delta in open_deltas(arguments.deltas)], "applied")
 
 
 def revert_deltas(arguments: argparse.Namespace) -> None:
-    """Take deltas off a model, the last given first."""
+    """Revert deltas on a model, the last given first."""
     _patch(arguments, [Step(delta, undo=True) for delta in reversed(open_deltas(arguments.deltas))], "reverted")
 
 
 def compose_deltas(arguments: argparse.Namespace) -> None:
-    """One delta that equals a stack."""
+    """Write one delta that equals a stack of deltas."""
     require_free(Path(arguments.output))
     compose(open_deltas(arguments.deltas), arguments.output, with_previous=not arguments.without_previous)
     say_size(Path(arguments.output))
 
 
 def export_deltas(arguments: argparse.Namespace) -> None:
-    """One delta in another tool's layout."""
+    """Write one delta in another tool's format."""
+
+    # Check the output first: opening a model takes time.
     output = Path(arguments.output)
     require_free(output)
     deltas = open_deltas(arguments.deltas)
     if len(deltas) != 1:
         raise UserError(f"export takes one delta, got {len(deltas)}: make one of them with piece_ds delta compose")
+
+    # With the model, verify that the delta belongs to it; without, only its names can be checked.
     folder = open_model(arguments) if arguments.model else None
     if folder is not None:
         verify(folder, [Step(deltas[0])])
     else:
         require_stored_names(deltas[0])
+
+    # Write the format that was asked for.
     if arguments.format == "vllm":
         export_vllm(deltas[0], output, *([folder.stored_as] if folder else []))
         print(printable(f"wrote {output}: {output.stat().st_size} bytes"))
@@ -109,6 +115,7 @@ def export_deltas(arguments: argparse.Namespace) -> None:
 def _patch(arguments: argparse.Namespace, steps: list[Step], what: str) -> None:
     if not arguments.in_place:
         require_free(Path(arguments.output))
+    # A fetched model is in the user's cache, where other runs read it.
     if arguments.in_place and arguments.model != model_source(arguments.model):
         raise UserError(f"{arguments.model} is shared by every run of this user: give --output instead of --in_place")
     folder = open_model(arguments)
@@ -124,7 +131,7 @@ def open_deltas(paths: list[str]) -> list[Delta]:
 
 
 def open_model(arguments: argparse.Namespace) -> ModelFolder:
-    """Return the model folder with what its configuration says of its parameters."""
+    """Return the model folder, with the parameters that its configuration describes."""
     model = _empty_model(arguments)
     return open_folder(model_source(arguments.model), layout_of(model), names_in_files(model))
 
@@ -138,7 +145,7 @@ def _empty_model(arguments: argparse.Namespace) -> nn.Module:
 
 
 def _linear_weights(arguments: argparse.Namespace) -> set[str]:
-    """Return names of the weights of Linear modules, input embeddings tied to a head left out."""
+    """Return names of the weights of Linear modules, without input embeddings that are tied to a head."""
     model = _empty_model(arguments)
     embedding = input_embedding(model)
     modules = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}

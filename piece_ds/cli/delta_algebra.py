@@ -1,4 +1,4 @@
-"""What `piece_ds delta scale | prune | merge | diff` do: a new delta or model, computed from others."""
+"""The work of `piece_ds delta scale | prune | merge | diff`: compute a new delta or model from others."""
 
 import argparse
 import tempfile
@@ -16,7 +16,7 @@ from piece_ds.runtime.text import printable
 
 
 def scale_deltas(arguments: argparse.Namespace) -> None:
-    """One delta, its changes multiplied."""
+    """Write one delta with its changes multiplied by --alpha."""
     delta = _only(arguments, "scale")
     require_free(Path(arguments.output))
     scale_delta(delta, arguments.alpha, arguments.output)
@@ -24,7 +24,7 @@ def scale_deltas(arguments: argparse.Namespace) -> None:
 
 
 def prune_deltas(arguments: argparse.Namespace) -> None:
-    """One delta, its small changes left out."""
+    """Write one delta without its small changes."""
     delta = _only(arguments, "prune")
     require_free(Path(arguments.output))
     prune_delta(delta, arguments.keep, arguments.output, arguments.by)
@@ -32,7 +32,7 @@ def prune_deltas(arguments: argparse.Namespace) -> None:
 
 
 def diff_models(arguments: argparse.Namespace) -> None:
-    """A delta from one model folder to another."""
+    """Write the delta from one model folder to another."""
     require_free(Path(arguments.output))
     before = open_model(arguments)
     after = open_model(argparse.Namespace(**{**vars(arguments), "model": arguments.other}))
@@ -41,15 +41,19 @@ def diff_models(arguments: argparse.Namespace) -> None:
 
 
 def merge_models(arguments: argparse.Namespace) -> None:
-    """A plain copy of a model with deltas on it, or the one delta that leads there."""
+    """Write a plain copy of a model with deltas applied, or the one delta that leads there."""
     output = Path(arguments.output)
     require_free(output)
     deltas = open_deltas(arguments.deltas)
+
+    # A stack: the deltas as they are, one after another.
     if arguments.how == "replace":
         _refuse_options_of_merging(arguments)
         patch_to(open_model(arguments), [Step(delta) for delta in deltas], output, with_record=False)
         print(printable(f"merged {len(deltas)} deltas into {output}"))
         return
+
+    # Merged changes: one new delta, for the base of the first.
     merge = Merge(
         how=arguments.how,
         weights=_numbers(arguments.weights),
@@ -59,6 +63,8 @@ def merge_models(arguments: argparse.Namespace) -> None:
     )
     folder = open_model(arguments)
     verify(folder, [Step(deltas[0])])
+
+    # Write the delta, or the model with it.
     if output.suffix == ".safetensors":
         merge_deltas(deltas, merge, output)
         say_size(output)

@@ -1,8 +1,8 @@
-"""The embedded default: a stream of small tasks on a real model, or on a small one that is made here.
+"""The embedded default: a stream of small tasks on a real model, or on a small model that is made here.
 
-The real model comes from a package index (office_demo.py). Where there is none, a model of 0.4 million weights is made
-and trained first, then PIECE is compared with plain fine-tuning on it. Either way everything goes the way a user's own
-model and data go: files, launch settings, the same engine.
+The real model comes from a package index (office_demo.py). Without an index, a model of 0.4 million weights is made and
+trained first. Then PIECE is compared with plain fine-tuning on it. Either way everything goes the way of a user's own
+model and data: files, launch settings, the same engine.
 """
 
 import logging
@@ -36,28 +36,34 @@ from piece_ds.training.trainer import TaskTrainer
 
 logger = logging.getLogger(__name__)
 
-# --model_name_or_path embedded: the small model that is made here, whether a package index gives a real one or not.
+# --model_name_or_path embedded: use the small model that is made here, even if a package index has a real one.
 EMBEDDED = "embedded"
 DEFAULT_OUTPUT = "runs/embedded"
 
 
 def run_embedded(settings: Settings) -> tuple[list[RunResults], RunFolder, Comparison | None]:
-    """Run the comparison on a real model, or where no package index gives one, on a small model made here.
+    """Run the comparison on a real model or, if no package index has it, on a small model made here.
 
     Args:
         settings: the user's, which win over the recipe's. With model_name_or_path EMBEDDED nothing is fetched.
     Returns:
-        The runs, the output folder, and on a real model what there is to say of the runs beside each other.
+        The runs and the output folder; for a real model also the comparison of the runs, else None.
+    Raises:
+        UserError: data is named without a model, or settings cannot be used.
     """
     if settings.data.train_file or settings.data.task_dir:
         raise UserError("data without a model: add --model_name_or_path M")
+
+    # Check what can be checked before minutes of training.
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     arguments = settings.training_arguments()
     check_kernels(settings.method.method, arguments)
     folder = RunFolder(Path(arguments.output_dir) if "output_dir" in settings.given else _free_folder())
-    open_reporters(arguments.report_to, folder.root)  # refused here, before minutes of training
+    open_reporters(arguments.report_to, folder.root)  # raises if one is not installed
     resume = resumes_from(arguments)
     folder.require_free(resume, settings.output.overwrite_output_dir)
+
+    # Rank 0 fetches; all ranks learn whether it could.
     if settings.model.model_name_or_path != EMBEDDED and _has_real_model():
         comparison = run_office(settings, MODEL, folder)
         return comparison.runs, folder, comparison
@@ -65,7 +71,7 @@ def run_embedded(settings: Settings) -> tuple[list[RunResults], RunFolder, Compa
 
 
 def _has_real_model() -> bool:
-    """Whether rank 0 has MODEL in its cache, or could bring it there; one line says why not."""
+    """Return whether rank 0 has MODEL in its cache or could fetch it. If not, log why."""
     reason = None
     if is_main():
         try:
@@ -77,15 +83,19 @@ def _has_real_model() -> bool:
 
 
 def _run_small(settings: Settings, folder: RunFolder, seed: int) -> list[RunResults]:
-    """Make the base model, run the asked method over the stream, then sequential fine-tuning beside it."""
+    """Make the base model, run the method over the stream, then sequential fine-tuning for comparison."""
     recipe = EmbeddedRecipe()
     base = folder.root / "base"
     if settings.output.overwrite_output_dir and is_main() and folder.run_file.exists():
         shutil.rmtree(base, ignore_errors=True)  # it may be of another seed
     barrier()
+
+    # Write the data, and train the base unless an interrupted run left it.
     paths = _write(folder.root / "material", seed, recipe)
     if not (base / "config.json").is_file():
         _train_base(base, paths, recipe, settings)
+
+    # Run the method that was asked for, then the baseline.
     runs = []
     for method, where, rate in (
         (None, folder.root, recipe.mask_learning_rate),
@@ -102,7 +112,7 @@ def _run_small(settings: Settings, folder: RunFolder, seed: int) -> list[RunResu
 
 
 def _free_folder() -> Path:
-    """Return runs/embedded, or with the first number that no run has taken; the same on every rank."""
+    """Return runs/embedded, or that name with the first number that is free; the same on every rank."""
     candidates = [Path(DEFAULT_OUTPUT), *(Path(f"{DEFAULT_OUTPUT}-{n}") for n in range(2, 1000))]
     return Path(str(broadcast_object(next(path for path in candidates if not path.exists()))))
 
@@ -114,7 +124,7 @@ def _write(material: Path, seed: int, recipe: EmbeddedRecipe) -> EmbeddedPaths:
 
 
 def _train_base(base: Path, paths: EmbeddedPaths, recipe: EmbeddedRecipe, settings: Settings) -> None:
-    """Train every weight of the untrained model on the base material and save it as a transformers folder."""
+    """Train every weight of the untrained model on the base material, and save it as a transformers folder."""
     arguments = settings.training_arguments(
         output_dir=base,
         max_steps=recipe.base_steps,
@@ -128,6 +138,8 @@ def _train_base(base: Path, paths: EmbeddedPaths, recipe: EmbeddedRecipe, settin
         report_to="none",
     )
     logger.warning("training the base model: %d steps", recipe.base_steps)
+
+    # The rows, the model and the trainer.
     tokenizer = AutoTokenizer.from_pretrained(paths.model_dir)
     encoder = Encoder(tokenizer, recipe.max_prompt_length + recipe.max_answer_length)
     rows = tokenize_rows(load_rows(str(paths.base_train_file)), encoder, str(paths.base_train_file))

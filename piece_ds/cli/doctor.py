@@ -1,4 +1,4 @@
-"""What `piece_ds doctor` does: looks at everything a run needs on this machine, on one screen."""
+"""The work of `piece_ds doctor`: check everything that a run needs on this machine, on one screen."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ _COLOURS = {GOOD: "green", BAD: "bold red"}
 
 
 def doctor(arguments: argparse.Namespace) -> None:
-    """Print the findings; exit code 1 where one of them would fail a run."""
+    """Print the findings. Exit with code 1 if one of them would make a run fail."""
     findings = list(examine(arguments.folder, arguments.ranks))
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))

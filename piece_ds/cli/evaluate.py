@@ -1,4 +1,4 @@
-"""launch/eval_tasks.py: loss and scores of a model on tasks, under any ZeRO stage and number of ranks."""
+"""launch/eval_tasks.py: loss and scores of a model on tasks, at any ZeRO stage and number of ranks."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from piece_ds.training.engines import inference_model
 
 
 def main(argv: list[str]) -> None:
-    """Do the whole job of launch/eval_tasks.py."""
+    """Run launch/eval_tasks.py."""
     if "-h" in argv or "--help" in argv:
         print_help({"method": methods_help()})
         return
@@ -38,20 +38,23 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(settings: Settings) -> tuple[EvalResult, dict[str, str]]:
-    """Judge the model and write --output_file, and what the model wrote to a folder beside it, NAME-predictions.
+    """Evaluate the model. Write --output_file, and the model's outputs to a folder beside it, NAME-predictions.
 
     Returns:
-        The scores, and for each task what its score is.
-
+        The results, and for each task the name of its score.
     Raises:
-        UserError: settings or data that cannot be used; nothing has been written then.
+        UserError: settings or data cannot be used. Nothing has been written by then.
     """
+
+    # Check settings and data, then load the model.
     inputs = preflight(settings, EVALUATE)
     settings, arguments, output_file = inputs.settings, inputs.arguments, inputs.output_file
     model: Any = inference_model(load_model(settings.model, inputs.dtype), arguments)
     if not reads_images(inputs.config):
         padding = pad_id(tokenizer_of(inputs.tokenizer))
         check_rows(model, answer_tokens(inputs.tasks[0].test), padding, arguments.per_device_eval_batch_size == 1)
+
+    # Evaluate all tasks.
     scores = evaluate_tasks(
         model,
         inputs.tokenizer,
@@ -63,6 +66,8 @@ def evaluate(settings: Settings) -> tuple[EvalResult, dict[str, str]]:
         device=arguments.device,
         folder=output_file.with_name(f"{output_file.stem}-predictions"),
     )
+
+    # Write what was found, on rank 0.
     metrics = {task: get_scorer(name).metric for task, name in inputs.scorers.items()}
     if is_main():
         accuracy = {task: score if metrics[task] == ACCURACY else None for task, score in scores.score.items()}
@@ -78,6 +83,8 @@ def evaluate(settings: Settings) -> tuple[EvalResult, dict[str, str]]:
         }
         write_json(output_file, {**content, "settings": settings.shown(), "versions": versions()})
     barrier()
+
+    # DeepSpeed keeps gathered parameters until it is told to let them go.
     if hasattr(model, "empty_partition_cache"):
         model.empty_partition_cache()
         model.destroy()

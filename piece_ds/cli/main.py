@@ -1,4 +1,4 @@
-"""The parser of the `piece_ds` command: which commands there are, and which function does each."""
+"""The parser of the `piece_ds` command: which commands there are, and which function runs each."""
 
 import argparse
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from piece_ds.runtime.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line."""
+    """Argument parser that reports what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help)")
@@ -63,7 +63,7 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
 
 
 def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Commands that compute a new delta or model from others."""
+    """Add the commands that compute a new delta or model from others."""
     merge = add("merge", "A plain copy of a model with deltas on it: a stack, or tasks merged into one change")
     merge.add_argument(
         "--output", metavar="PATH", required=True, help="a folder for the model, or F.safetensors for the delta alone"

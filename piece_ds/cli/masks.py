@@ -9,7 +9,7 @@ from piece_ds.report.table import print_grids
 
 
 def masks(arguments: Namespace) -> None:
-    """Print the tables of the mask files that were named."""
+    """Print the tables of the mask files on the command line."""
     print_masks(arguments.masks)
 
 
@@ -30,7 +30,7 @@ def print_masks(paths: Sequence[str]) -> None:
 
 
 def layers_grid(heading: str, counts: dict[str, dict[str, dict[str, int]]]) -> Grid:
-    """Return what mask_statistics() counted as a table of layers and kinds of module."""
+    """Return the counts of mask_statistics() as a table of layers and kinds of module."""
     kinds = sorted({kind for row in counts.values() for kind in row})
     layers = sorted(counts, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))
     rows = []

@@ -1,4 +1,4 @@
-"""piece_ds.train(): a whole run from Python, as in a notebook; settings have the names of the command's flags."""
+"""piece_ds.train(): a whole run from Python, such as from a notebook. Settings are named like the command's flags."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ SPLITS = ("train", "eval", "test")
 
 
 def train(model: str | Path, tasks: Any, output_dir: str | Path, **settings: Any) -> RunResults:
-    """Train a task or a stream of tasks and write everything that `piece_ds train` writes.
+    """Train a task or a stream of tasks, and write everything that `piece_ds train` writes.
 
     Args:
-        model: a local folder or a Hub id; save a model that is in memory first.
-        tasks: the path of one task's file; the names of tasks in a folder given as task_dir; or a mapping from each
-            task's name, in order, to its training rows (a path, or a list of rows of any format) or to a mapping
-            from train, eval and test to such rows. Rows that are no file are written to OUTPUT_DIR-tasks.
+        model: a local folder or a Hub id. Save a model that is in memory first.
+        tasks: the path of one task's file; or names of tasks in a folder given as task_dir; or a mapping from each
+            task's name, in order, to its training rows (a path, or a list of rows in any format), or to a mapping from
+            train, eval and test to such rows. Rows that are not in a file are written to OUTPUT_DIR-tasks.
         output_dir: of the run.
-        settings: flags by name: method="piece-s", mask_ratio=0.01, deepspeed="zero2", max_steps=10 ...
+        settings: flags by name: method="piece-s", mask_ratio=0.01, deepspeed="zero2", max_steps=10, ...
     Returns:
-        What results.json holds.
+        The content of results.json.
     Raises:
         UserError: whatever the command would refuse, in the same words.
     """
@@ -57,7 +57,7 @@ def _as_flag(name: str, value: Any) -> list[str]:
 
 
 def _task_flags(tasks: Any, output_dir: Path) -> dict[str, str]:
-    """Return the flags that name the tasks; writes rows that are in memory."""
+    """Return the flags that name the tasks. Rows that are in memory are written to files."""
     if isinstance(tasks, str | Path):
         return {"train_file": str(tasks)}
     if not isinstance(tasks, Mapping):
@@ -74,7 +74,7 @@ def _task_flags(tasks: Any, output_dir: Path) -> dict[str, str]:
 
 
 def _place(stem: Path, rows: str | Path | Rows) -> None:
-    """Put one split where a stream's folder has it: a link to a file, or a file of rows."""
+    """Put one split where a stream's folder has it: as a link to a file, or as a file of rows."""
     if is_main():
         stem.parent.mkdir(parents=True, exist_ok=True)
         for suffix in READERS:

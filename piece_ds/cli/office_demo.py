@@ -1,7 +1,8 @@
-"""The embedded default on a real model: three office tasks, the recommended recipe beside what it is to beat.
+"""The embedded default on a real model: three office tasks, the recommended recipe and the methods it should beat.
 
-All contenders learn the same rows in the same order for as many steps; rates are those at which they learn about as
-much. What differs is what each does to the rest of the model: the loss on text that none of them has seen.
+All contenders learn the same rows in the same order for as many steps. Their learning rates are those at which they
+learn about as much. The difference is what each does to the rest of the model: the loss on text that none of them has
+seen.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from piece_ds.runtime.files import write_whole
 from piece_ds.training.run_folder import RunFolder
 
 MODEL = "smollm2-135m"
-# What the model writes ends where a line does, in the examples shown.
+# Longer answers are truncated in the examples shown, so that each stays on one line.
 SHOWN_CHARACTERS = 100
 
 
@@ -38,7 +39,7 @@ class Contender:
     Attributes:
         name: in tables and figures.
         folder: below the output folder; empty for the output folder itself.
-        flags: what it has of its own.
+        flags: settings that only this contender has.
     """
 
     name: str
@@ -48,10 +49,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the contenders found.
+    """The results of the contenders.
 
     Attributes:
-        runs: in the order of the comparison, each by the name of its contender.
+        runs: in the order of the comparison, each under the name of its contender.
         folders: their output folders.
         tasks: of the stream, in order.
     """
@@ -62,12 +63,12 @@ class Comparison:
 
 
 def contenders(recipe: OfficeRecipe, material: Path, with_replay: bool) -> list[Contender]:
-    """The recommended recipe first.
+    """Return the contenders, the recommended recipe first.
 
     Args:
         recipe: the settings.
-        material: folder where the base model's statistics of general text are kept for all of them.
-        with_replay: each once more, with rows of the self-written text beside every batch.
+        material: folder that keeps the base model's statistics of general text for all of them.
+        with_replay: add each contender once more, with rows of the self-written text beside every batch.
     """
     mask = {
         "method": "piece-ratio",
@@ -99,16 +100,18 @@ def run_office(
     recipe: OfficeRecipe | None = None,
     with_replay: bool | None = None,
 ) -> Comparison:
-    """Run every contender over the stream, or only the user's own method and seqft where --method is given.
+    """Run every contender over the stream; with --method, only the user's own method and seqft.
 
     Args:
         settings: the user's, which win over the recipe's.
         model: name or folder of the pretrained model.
         folder: free, or of the run to resume.
         recipe: the settings; None means the defaults.
-        with_replay: each contender once more with replay; None means on a GPU, as on a CPU three more runs would take
-            the whole past ten minutes.
+        with_replay: run each contender once more with replay. None means only on a GPU: on a CPU three more runs would
+            take the whole past ten minutes.
     """
+
+    # Write the data, and choose who takes part.
     recipe = recipe or OfficeRecipe()
     if with_replay is None:
         with_replay = get_accelerator().device_name() != "cpu"
@@ -116,11 +119,13 @@ def run_office(
     paths = _write(folder.root / "material", seed, model, recipe)
     common = _common_flags(paths, model, recipe, folder)
     chosen = _chosen(settings, contenders(recipe, folder.root / "material", with_replay), recipe)
+
+    # Run one contender after another.
     runs = []
     for contender in chosen:
         where = folder.root / contender.folder
         own = {**contender.flags, "output_dir": where}
-        if contender.folder:  # what the user gives is for the first run
+        if contender.folder:  # only the first run takes the user's own settings
             results = train(settings.rebuilt(common, own))[0]
         else:
             results = train(settings.rebuilt({**common, **own}))[0]
@@ -129,7 +134,7 @@ def run_office(
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print what was learned and forgotten, draw it, and print some answers in words. Rank 0 alone does something."""
+    """Print what was learned and forgotten, draw it, and print some answers. Only rank 0 does anything."""
     if is_main():
         first = RunFolder(comparison.folders[0])
         print_grids([frontier_grid(comparison)])
@@ -140,7 +145,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def _chosen(settings: Settings, known: list[Contender], recipe: OfficeRecipe) -> list[Contender]:
-    """All of them; with --method, the user's own and seqft."""
+    """Return all contenders; with --method, only the user's own method and seqft."""
     own = settings.method.method
     if "method" not in settings.given:
         return known
@@ -176,7 +181,7 @@ def _common_flags(paths: OfficePaths, model: str, recipe: OfficeRecipe, folder: 
 
 
 def frontier_grid(comparison: Comparison) -> Grid:
-    """What each run learned, what it did to the rest of the model, and how much it left on the disk."""
+    """Return what each run learned, what it did to the rest of the model, and how much it left on disk."""
     rows = []
     for run, folder in zip(comparison.runs, comparison.folders, strict=True):
         summary = run.matrix.summary()
@@ -195,7 +200,10 @@ def frontier_grid(comparison: Comparison) -> Grid:
 
 
 def _frontier_picture(comparison: Comparison) -> bytes:
-    """PNG bytes: a point a run, accuracy right after each task against the rise of the loss on general text."""
+    """Return PNG bytes of the frontier, with one point per run.
+
+    It shows accuracy right after each task against the rise of the loss on general text.
+    """
     summaries = [(run.name, run.matrix.summary()) for run in comparison.runs]
     points = [
         FrontierPoint(name, "", summary["score_learning"] or 0.0, (summary["general_loss_change"],))
@@ -205,7 +213,7 @@ def _frontier_picture(comparison: Comparison) -> bytes:
 
 
 def answers_before_and_after(name: str, folder: RunFolder, tasks: tuple[str, ...]) -> list[str]:
-    """The first held-out row of each task, answered before the stream and after all of it."""
+    """Return the first held-out row of each task with its answers before the stream and after all of it."""
     lines = [f"What the model answers, before the stream and after all of it ({name}):"]
     last = f"{len(tasks) - 1:02d}-{tasks[-1]}"
     for task in tasks:

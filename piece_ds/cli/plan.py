@@ -1,4 +1,4 @@
-"""What `piece_ds plan` does: shapes of a model, then tables of memory and traffic."""
+"""The work of `piece_ds plan`: from a model's shapes to tables of memory and traffic."""
 
 import argparse
 from collections.abc import Iterator
@@ -46,9 +46,9 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def markdown_table(setting: Setting, models: list[str]) -> Iterator[str]:
-    """Lines of the table of models, ranks and update modes: GB per rank where most is needed, and GB received a step.
+    """Yield the lines of a table of models, ranks and update modes: GB per rank at the peak, and GB received per step.
 
-    Without estimates: activations, gathered parameters and exchange buffers come on top.
+    Estimates are left out: activations, gathered parameters and exchange buffers come on top.
     """
     yield f"GB (1e9 bytes) of a rank, ZeRO-{setting.zero}, {setting.dtype}, ratio {setting.ratio:g}, {setting.method}:"
     yield "training / selection; traffic is what one rank receives in one optimizer step."
@@ -80,7 +80,7 @@ def _expected() -> str:
 
 
 def _shape(name: str) -> ModelShape:
-    """Return the shape of a model by its name; nothing but a configuration is read, and from the Hub fetched."""
+    """Return the shape of a model by its name. Only a configuration is read, or fetched from the Hub."""
     if name in KNOWN:
         return shape_of(empty_model(known_config(name)))
     try:
@@ -88,8 +88,8 @@ def _shape(name: str) -> ModelShape:
     except NotFetched:
         raise
     except Exception as error:
-        # A configuration is data from outside, and nothing else is at work here: whatever reading it or building the
-        # model from it raises, in transformers or torch, says that it describes no model.
+        # A configuration is data from outside. Whatever transformers or torch raise while they read it or build the
+        # model from it means that it describes no model.
         reason = " ".join(str(error).removeprefix(f"--model_name_or_path {name}: ").split())
         hint = nearest(name, [*KNOWN, *PRETRAINED])
         raise UserError(f"--model {name}: expected {_expected()}; {reason[:300]}.{hint}") from error
@@ -112,7 +112,7 @@ def _setting_line(shape: ModelShape, setting: Setting) -> str:
 
 
 def _verdict_line(shape: ModelShape, setting: Setting) -> str:
-    """Return the smallest card that bears it, and what it needs."""
+    """Return the smallest card that fits the plan, and what the plan needs."""
     most, moment = peak(memory_terms(shape, setting))
     need = f"needs {most / GB:.2f} GB of a device at most ({moment}, with estimates)"
     card = next((found.gigabytes for found in card_verdicts(shape, setting) if found.fits == YES), None)

@@ -1,4 +1,4 @@
-"""What `piece_ds report` does: results of several runs read, grouped, printed as a table and written as a page."""
+"""The work of `piece_ds report`: read the results of several runs, group them, print a table and write a page."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from piece_ds.runtime.schema import read_json
 from piece_ds.runtime.text import printable
 
 RESULTS_NAME, RUN_NAME = "results.json", "run.json"
-# Parts of run.json that are no settings, or hold far more of them than decide a result.
+# Parts of run.json that are no settings, or that hold many more settings than matter for a result.
 _LEFT_OUT = {"versions", "all_training_arguments", "deepspeed"}
 
 
@@ -31,10 +31,10 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def read_runs(folders: Sequence[Path]) -> list[tuple[str, RunResults]]:
-    """(folder as given, results with the settings of its run.json) of each folder.
+    """Return (folder as given, results with the settings of its run.json) of each folder.
 
     Raises:
-        UserError: a folder that is no run or is given twice, or a file that cannot be read; it is named.
+        UserError: a folder is no run or is given twice, or a file cannot be read; the message names it.
     """
     given: dict[Path, Path] = {}
     runs = []
@@ -53,7 +53,7 @@ def read_runs(folders: Sequence[Path]) -> list[tuple[str, RunResults]]:
 
 
 def _settings(folder: Path, from_results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all settings of a run, flat: those of run.json, else what results.json shows of them."""
+    """Return all settings of a run in one mapping: from run.json, or else from results.json."""
     path = folder / RUN_NAME
     if not path.exists() and not path.is_symlink():
         return dict(from_results)
@@ -67,13 +67,13 @@ def _settings(folder: Path, from_results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_root(folder: Path) -> Path:
-    """Return the folder, or the run that it is part of: the embedded default has its baseline inside."""
+    """Return the folder, or the run that contains it: the embedded default keeps its baseline inside its own folder."""
     folder = folder.resolve()
     return folder.parent if (folder.parent / RESULTS_NAME).is_file() else folder
 
 
 def _within(value: Any, root: Path) -> Any:
-    """Return a path inside of the run's own folder without the folder, so that runs made alike have like settings."""
+    """Return a path inside the run's own folder relative to it, so that runs of equal form have equal settings."""
     if not isinstance(value, str) or not Path(value).is_absolute():
         return value
     path = Path(value)

@@ -1,4 +1,4 @@
-"""One run of launch/train.py's work: from settings to results."""
+"""One run of launch/train.py: from settings to results."""
 
 from piece_ds.config.settings import Settings
 from piece_ds.preflight.preflight import preflight
@@ -11,8 +11,10 @@ from piece_ds.training.stream import Stream, run_stream
 def train(settings: Settings) -> tuple[RunResults, RunFolder]:
     """Check everything that can be checked without the weights, then run the stream.
 
+    Returns:
+        The results and the run's folder.
     Raises:
-        UserError: see preflight(); nothing has been written then.
+        UserError: see preflight(). Nothing has been written by then.
     """
     inputs = preflight(settings)
     assert inputs.claim is not None

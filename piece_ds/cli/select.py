@@ -1,4 +1,4 @@
-"""launch/select_mask.py: importance and selection alone, from a model and a data file to a mask file."""
+"""launch/select_mask.py: only importance and selection, from a model and a data file to a mask file."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from piece_ds.training.mask_source import MaskSource
 
 
 def main(argv: list[str]) -> None:
-    """Do the whole job of launch/select_mask.py."""
+    """Run launch/select_mask.py."""
     if "-h" in argv or "--help" in argv:
         print_help({"method": methods_help()})
         return
@@ -32,11 +32,13 @@ def main(argv: list[str]) -> None:
 
 
 def select_mask(settings: Settings) -> Mask:
-    """Estimate, select and write --output_file.
+    """Estimate importance, select, and write --output_file.
 
     Raises:
-        UserError: settings or data that cannot be used; nothing has been written then.
+        UserError: settings or data cannot be used. Nothing has been written by then.
     """
+
+    # Check settings and data, then load the model with only eligible parameters left to train.
     inputs = preflight(settings, SELECT)
     settings, arguments, task, output_file = inputs.settings, inputs.arguments, inputs.tasks[0], inputs.output_file
     model = load_model(settings.model, inputs.dtype)
@@ -45,11 +47,15 @@ def select_mask(settings: Settings) -> Mask:
     )
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+
+    # An engine without an optimizer is enough for gradients.
     engine = statistics_engine(model, arguments)
     if not reads_images(inputs.config) and not settings.data.packing:
         one_row_at_a_time = settings.method.importance_batch_size == 1
         padding = pad_id(tokenizer_of(inputs.tokenizer))
         check_rows(engine, answer_tokens(task.train), padding, one_row_at_a_time)
+
+    # Methods that need the base model's statistics of general text get them first.
     folder, collate = Path(f"{inputs.output_file}.general_statistics"), make_collator(inputs.tokenizer)
     general = general_statistics_of(settings.method, inputs.general_importance, collate, folder, True)
     source = MaskSource(
@@ -58,6 +64,8 @@ def select_mask(settings: Settings) -> Mask:
         task=task.name,
         general=general,
     )
+
+    # Estimate, select and write.
     batches = source.batches(task.train, training_collator(inputs.tokenizer, settings.data.packing))
     mask = source.estimate(engine, batches, layout_of(engine.module))
     save_mask(output_file, mask)

@@ -1,4 +1,4 @@
-"""launch/train.py: a task or a stream of tasks on a model, or the embedded default."""
+"""launch/train.py: train a task or a stream of tasks on a model, or run the embedded default."""
 
 from piece_ds.cli.demo import EMBEDDED, run_embedded
 from piece_ds.cli.office_demo import print_comparison
@@ -13,7 +13,7 @@ from piece_ds.training.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> None:
-    """Do the whole job of launch/train.py."""
+    """Run launch/train.py."""
     if "-h" in argv or "--help" in argv:
         print_help({"method": methods_help()})
         return
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
 
 def show(runs: list[RunResults], folder: RunFolder) -> None:
-    """Print the result tables and write report.html with its figures. Rank 0 alone does something."""
+    """Print the result tables, and write report.html with its figures. Only rank 0 does anything."""
     if is_main():
         print_results(runs)
         print(f"report: {write_report(folder.root, runs)}")

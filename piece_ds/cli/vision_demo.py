@@ -1,7 +1,7 @@
 """The embedded example with images: for each small vision-language model a base, then PIECE on two tasks.
 
-The base is made with `--method seqft --eligible '*vis*'`, which trains the vision tower too; the tasks are then trained
-as a user's own.
+The base is made with `--method seqft --eligible '*vis*'`, which also trains the vision tower. The tasks are then
+trained like a user's own.
 """
 
 from pathlib import Path
@@ -23,13 +23,13 @@ from piece_ds.training.run_folder import RunFolder
 DEFAULT_OUTPUT = "runs/vqa"
 BATCH_SIZE = 32  # rows of a step, over all ranks
 BASE_STEPS, BASE_RATE, BASE_ROWS = 700, 2e-3, 4096
-# 10 %, as in the other embedded example: 0.1 % of so small a model is some 300 weights.
+# 10 %, as in the other embedded example: 0.1 % of such a small model is about 300 weights.
 TASK_STEPS, TASK_RATE, TASK_ROWS, MASK_RATIO = 150, 1e-3, 1024, 0.1
 NUM_JUDGED = 128
 
 
 def main(argv: list[str]) -> None:
-    """Do the whole job of launch/vqa_demo.py."""
+    """Run launch/vqa_demo.py."""
     if "-h" in argv or "--help" in argv:
         print_help({"method": methods_help()})
         return
@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     root = Path(settings.flag("output_dir") or DEFAULT_OUTPUT)
     RunFolder(root).require_free(resume=False)
+
+    # Write models and data once, then train each family.
     material = root / "material"
     seed = settings.training_arguments(output_dir=root).seed
     if is_main():
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> None:
 
 
 def write_material(material: Path, seed: int) -> None:
-    """Untrained models, the base's questions and the tasks, with their drawings."""
+    """Write untrained models, the base's questions and the tasks, with their drawings."""
     for family in FAMILIES:
         write_model(family, material / family / "untrained", seed, words())
     write_task(BASE, material / "base", {"train": BASE_ROWS, "test": NUM_JUDGED}, f"{seed}/base")
@@ -93,7 +95,7 @@ def _train_tasks(settings: Settings, material: Path, family: str, output: Path) 
 
 
 def _with_recipe(settings: Settings, flags: dict) -> Settings:
-    """Return the recipe's flags, over them the user's, over them what must differ between base and tasks."""
+    """Return the recipe's flags, overridden by the user's, overridden by what must differ between base and tasks."""
     shared = {
         "per_device_train_batch_size": max(1, BATCH_SIZE // world_size()),
         "per_device_eval_batch_size": 64,

@@ -1,7 +1,7 @@
 """General text: pieces of the sources of Python's standard library, which every installation carries.
 
-The base model learns from most files; pieces of the others are the text by which forgetting is measured. The split is
-by file, so that the held-out pieces come from files the model never saw.
+The base model learns from most files. Pieces of the other files are the text that measures forgetting. The split is by
+file, so the held-out pieces come from files that the model never saw.
 """
 
 import sysconfig
@@ -10,15 +10,17 @@ from random import Random
 
 from piece_ds.demo.tasks import Row
 
-# Third-party code and the tests and data tables of the library: not prose-like, or not there in every installation.
+# Third-party code, tests and data tables of the library: not like prose, or not in every installation.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3"}
 MIN_FILE_BYTES = 2000
 HELD_OUT_SHARE = 0.1
 
 
 def source_files(root: Path | None = None) -> list[Path]:
-    """Return Python sources under root (default: the standard library) in sorted order, without SKIPPED_FOLDERS.
+    """Return Python sources under root in sorted order, without SKIPPED_FOLDERS.
 
+    Args:
+        root: None means the standard library.
     Raises:
         RuntimeError: fewer than 20 usable files: this installation carries no sources.
     """
@@ -31,7 +33,7 @@ def source_files(root: Path | None = None) -> list[Path]:
 
 
 def split_files(paths: list[Path], random: Random) -> tuple[list[Path], list[Path]]:
-    """Shuffle paths and part them into (learned, held out); paths itself is not modified."""
+    """Shuffle paths and split them into (learned, held out). paths itself is not modified."""
     shuffled = random.sample(paths, len(paths))
     num_held_out = max(1, int(len(shuffled) * HELD_OUT_SHARE))
     return shuffled[num_held_out:], shuffled[:num_held_out]
@@ -40,13 +42,13 @@ def split_files(paths: list[Path], random: Random) -> tuple[list[Path], list[Pat
 def draw_text_rows(paths: list[Path], num_rows: int, num_bytes: int, random: Random) -> list[Row]:
     """Return num_rows rows with an empty prompt and num_bytes of source text as the answer.
 
-    A piece starts at the start of a line and has ASCII characters only, so that bytes and characters agree.
+    A piece starts at the start of a line. It has only ASCII characters, so that bytes and characters agree.
 
     Args:
         paths: files to draw from, each with probability proportional to its size.
         num_rows: rows wanted.
         num_bytes: length of each piece.
-        random: source of randomness; advanced.
+        random: source of randomness; it is advanced.
     Returns:
         A list of num_rows rows; pieces may overlap.
     """

@@ -1,7 +1,7 @@
-"""The small untrained model: a standard Llama, so that nothing downstream knows it is an example.
+"""The small untrained model: a standard Llama, so that no other code knows it is an example.
 
-Few, wide tensors rather than many: under ZeRO-3 on a CPU every tensor costs a gather. Head and embeddings
-are tied: in a trial (on other tasks) an untied head raised the general loss further (at 5 %: to 8.6, not 2.3).
+It has few, wide tensors: under ZeRO-3 on a CPU every tensor costs a gather. Head and embeddings are tied. In a trial
+(on other tasks) an untied head raised the general loss more (at a ratio of 5 %: to 8.6, not 2.3).
 """
 
 import torch
@@ -10,17 +10,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SPECIAL_TOKENS = (PAD, BOS, EOS)
-# 3 special tokens, then the 256 bytes in the order of their printable stand-ins.
+# 3 special tokens, then the 256 bytes in the order of the printable characters that stand for them.
 VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 
 def make_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose tokens are single bytes, with padding and truncation on the left.
 
-    No token is added around a text: whoever builds rows decides where BOS and EOS stand.
+    No token is added around a text: the code that builds rows decides where BOS and EOS stand.
 
     Args:
-        model_max_length: longest sequence of the model it is made for, in tokens.
+        model_max_length: longest sequence of the model, in tokens.
     Returns:
         A fast tokenizer of VOCAB_SIZE ids; ids 0, 1, 2 are pad, bos, eos.
     """
@@ -44,7 +44,7 @@ MAX_LENGTH = 256
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
-    """Return an untrained model in fp32, its weights drawn from seed; the global generator is left as it was.
+    """Return an untrained model in fp32, with weights drawn from seed. The global generator is not changed.
 
     Args:
         seed: of the initial weights.
@@ -57,7 +57,7 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 
 def model_config() -> LlamaConfig:
-    """Return the shape of the embedded model."""
+    """Return the configuration of the embedded model."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,

@@ -27,11 +27,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EmbeddedRecipe:
-    """Sizes of the generated data and settings of the runs; rates are AdamW's, batch sizes are over all ranks.
+    """Sizes of the generated data and settings of the runs. Rates are AdamW's; batch sizes are over all ranks.
 
     Attributes:
         num_base_rows: rows of base material; base_steps pass over them about 1.3 times.
-        text_share: part of them that is source text, in (0, 1); the others are base skills in equal parts.
+        text_share: part of them that is source text, in (0, 1). The rest is base skills in equal parts.
         text_bytes: length of a piece of source text.
         num_general_rows: pieces of held-out source text.
         num_train_rows: training rows of each task; also the rows of the statistics pass.
@@ -39,7 +39,7 @@ class EmbeddedRecipe:
         num_test_rows: rows of each task's test.json.
         base_steps: optimizer steps that make the base model.
         base_batch_size: rows of such a step.
-        base_learning_rate: its peak, after base_warmup_steps, then falling along a cosine to about 5 % of it.
+        base_learning_rate: its peak, after base_warmup_steps. It then falls along a cosine to about 5 % of the peak.
         base_warmup_steps: steps of linear warm-up.
         task_steps: optimizer steps of each task, at a rate that falls linearly to 0.
         task_batch_size: rows of such a step.

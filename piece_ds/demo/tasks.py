@@ -1,9 +1,9 @@
-"""The stream: small tasks with answers of one letter or one digit, which a rule solves and a table does not.
+"""The stream: small tasks with answers of one letter or one digit, which take a rule rather than a table.
 
-Each prompt has the form of a base skill ("NAME OPERAND:") with a name the base never saw, and each rule is related to a
-base skill, as real tasks stay close to what a pretrained model can do. A task far from the base mostly does damage: one
-with the answers A and B, which no skill has, multiplied the general loss of a seed. Neighbouring tasks differ in the
-kind of their answers, so that learning one overwrites how the model answers the earlier ones.
+Each prompt has the form of a base skill ("NAME OPERAND:") with a name that the base never saw. Each rule is related to
+a base skill, as real tasks stay close to what a pretrained model can do. A task far from the base mostly does damage:
+one with the answers A and B, which no skill has, multiplied the general loss for one seed. Neighbouring tasks differ in
+the kind of their answers. So learning one overwrites how the model answers the earlier ones.
 """
 
 import json
@@ -34,13 +34,13 @@ SKILLS = {**WORD_SKILLS, **NUMBER_SKILLS}
 
 
 def random_word(random: Random) -> str:
-    """Return lower-case letters, about a third of them vowels (as in English), of a length in WORD_LENGTHS."""
+    """Return lower-case letters, about a third of them vowels (as in English). The length is in WORD_LENGTHS."""
     length = random.randint(*WORD_LENGTHS)
     return "".join(random.choice(VOWELS if random.random() < 0.2 else ascii_lowercase) for _ in range(length))
 
 
 def random_number(random: Random) -> str:
-    """Return decimal digits, of a length in NUMBER_LENGTHS; the first one may be 0."""
+    """Return decimal digits; the first may be 0. The length is in NUMBER_LENGTHS."""
     return "".join(random.choices(digits, k=random.randint(*NUMBER_LENGTHS)))
 
 
@@ -49,7 +49,7 @@ RowMaker = Callable[[Random], Row]
 
 
 def skill_maker(name: str) -> RowMaker:
-    """Return the row maker of one skill of SKILLS, such as {"prompt": "smallest hello:", "answer": "e"}."""
+    """Return the row maker of one skill of SKILLS. It gives rows like {"prompt": "smallest hello:", "answer": "e"}."""
     draw, answer = (random_word, SKILLS[name]) if name in WORD_SKILLS else (random_number, SKILLS[name])
 
     def make_row(random: Random) -> Row:
@@ -59,17 +59,17 @@ def skill_maker(name: str) -> RowMaker:
     return make_row
 
 
-# A maker that gives this many repeated prompts in a row has run out of questions.
+# A maker that repeats prompts this many times in a row has run out of questions.
 MAX_REPEATS = 1000
 
 
 def draw_rows(make_row: RowMaker, num_rows: int, random: Random) -> list[Row]:
-    """Return num_rows rows of make_row with pairwise different prompts, in the order drawn.
+    """Return num_rows rows of make_row with different prompts, in the order drawn.
 
     Args:
         make_row: draws one row from the generator it is given.
         num_rows: rows wanted.
-        random: source of randomness; advanced.
+        random: source of randomness; it is advanced.
     Returns:
         A list of num_rows new dictionaries.
     Raises:
@@ -87,13 +87,13 @@ def draw_rows(make_row: RowMaker, num_rows: int, random: Random) -> list[Row]:
 
 
 def write_json(rows: list[Row], path: Path) -> None:
-    """Write rows to path as one JSON list; missing folders are made."""
+    """Write rows to path as one JSON list. Missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=0), encoding="utf-8")
 
 
 def write_jsonl(rows: Iterable[Row], path: Path) -> None:
-    """Write rows to path, one JSON object a line; missing folders are made."""
+    """Write rows to path, one JSON object per line. Missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -102,13 +102,13 @@ OPERAND_LENGTH = 5
 
 
 def largest_letter(random: Random) -> Row:
-    """Return which letter of a word is the last in the alphabet."""
+    """Return a row that asks for the letter of a word that is last in the alphabet."""
     word = _letters(random, OPERAND_LENGTH)
     return {"prompt": f"largest {word}:", "answer": max(word)}
 
 
 def odd_digit(random: Random) -> Row:
-    """Return which digit of a number is the first odd one; a number without one is drawn again."""
+    """Return a row that asks for the first odd digit of a number. A number without one is drawn again."""
     odd: list[str] = []
     while not odd:
         number = random.choices(digits, k=OPERAND_LENGTH)
@@ -117,13 +117,13 @@ def odd_digit(random: Random) -> Row:
 
 
 def end_letter(random: Random) -> Row:
-    """Return which letter ends a word."""
+    """Return a row that asks for the last letter of a word."""
     word = _letters(random, OPERAND_LENGTH)
     return {"prompt": f"end {word}:", "answer": word[-1]}
 
 
 def hidden_digit(random: Random) -> Row:
-    """Return which digit stands among the letters of a word, at any place."""
+    """Return a row that asks for the digit among the letters of a word, at any place."""
     digit = random.choice(digits)
     letters = _letters(random, OPERAND_LENGTH - 1)
     place = random.randint(0, len(letters))

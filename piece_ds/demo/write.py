@@ -1,4 +1,4 @@
-"""Write the embedded model, its base material and the task stream to a folder, as the ordinary files they stand for."""
+"""Write the embedded model, its base material and the task stream to a folder, as ordinary files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from piece_ds.demo.tasks import SKILLS, TASKS, Row, draw_rows, skill_maker, writ
 
 @dataclass(frozen=True)
 class EmbeddedPaths:
-    """Where write_embedded put things.
+    """The files that write_embedded() wrote.
 
     Attributes:
         model_dir: transformers folder with the untrained model and its tokenizer.
@@ -30,17 +30,17 @@ class EmbeddedPaths:
 
 
 def write_embedded(folder: Path, seed: int, recipe: EmbeddedRecipe | None = None) -> EmbeddedPaths:
-    """Make the embedded default under folder: the same bytes for the same seed, recipe and Python installation.
+    """Write the embedded default to folder: the same bytes for the same seed, recipe and Python installation.
 
     Args:
-        folder: made when missing; files of the same names are overwritten.
+        folder: made if missing. Files of the same names are overwritten.
         seed: of the initial weights and of every random choice.
         recipe: sizes of the data; None means the defaults.
     Returns:
         The paths written.
     Raises:
         RuntimeError: the Python installation carries no sources.
-    Cost: a few seconds and about 10 MB, mostly reading the standard library. Call it on one process.
+    Cost: a few seconds and about 10 MB, mostly for reading the standard library. Call it in one process.
     """
     recipe = recipe or EmbeddedRecipe()
     paths = EmbeddedPaths(
@@ -50,11 +50,17 @@ def write_embedded(folder: Path, seed: int, recipe: EmbeddedRecipe | None = None
         task_dir=folder / "tasks",
         task_names=tuple(TASKS),
     )
+
+    # The untrained model.
     make_model(seed).save_pretrained(paths.model_dir)
     make_tokenizer(MAX_LENGTH).save_pretrained(paths.model_dir)
+
+    # What the base learns, and the text that measures forgetting.
     base_rows, general_rows = _base_material(seed, recipe)
     write_jsonl(base_rows, paths.base_train_file)
     write_jsonl(general_rows, paths.general_file)
+
+    # The tasks.
     for name in paths.task_names:
         for split, rows in _task_splits(name, seed, recipe).items():
             write_json(rows, paths.task_dir / name / f"{split}.json")
