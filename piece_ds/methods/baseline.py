@@ -1,4 +1,7 @@
-"""What a method without a mask adds to plain sequential fine-tuning. The base class adds nothing: it is seqft."""
+"""Define what a method without a mask adds to plain sequential fine-tuning.
+
+The base class adds nothing: it is seqft.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from piece_ds.data.tasks import Task
 
 
 class Rows(Protocol):
-    """Rows of a task: a dataset, or anything with a length and items."""
+    """Rows of a task: a dataset, or any object with a length and items."""
 
     def __len__(self) -> int: ...
 
@@ -32,11 +35,11 @@ class TaskContext:
         index: of the task.
         num_tasks: of the stream.
         task: the rows.
-        earlier: the tasks before, in order.
-        folder: where the task's files go.
+        earlier: the earlier tasks, in order.
+        folder: of the task's files.
         previous: the folder of the task before, or None.
         collate: rows -> batch.
-        batch_size: rows of a micro-batch where gradients or outputs are taken beside training.
+        batch_size: rows of a micro-batch when gradients or outputs are taken besides training.
         seed: of what is drawn.
     """
 
@@ -59,14 +62,14 @@ class TaskContext:
 
 
 class Baseline:
-    """One object serves a whole stream: what it learns from a task it may use in the next.
+    """A method without a mask. One object serves a whole stream, so a task may use what an earlier one has left in it.
 
-    A task that was interrupted begins again from its start, so what lasts from task to task is read from files.
+    An interrupted task begins again from its start, so what lasts from task to task is read from files.
 
     Attributes:
         passing: names of folders in a task's folder that nobody needs once the next task is finished.
-        resumes_inside: whether a task that was interrupted goes on from the trainer's checkpoint.
-        saves_itself: whether save_model() is to be called in the trainer's place.
+        resumes_inside: whether an interrupted task resumes from the trainer's checkpoint.
+        saves_itself: whether save_model() is called instead of the trainer's.
         changes_gradient: whether it changes the reduced gradient, which optimizer offload does not allow.
     """
 
@@ -79,10 +82,12 @@ class Baseline:
         self.settings = settings
 
     def adapt(self, model: nn.Module, num_tasks: int, previous: Path | None) -> nn.Module:
-        """Return the model that the stream trains, made of the base model once.
+        """Return the model that the stream trains, made once from the base model.
 
         Args:
-            previous: folder of the last finished task, where a stream is resumed.
+            model: the base model.
+            num_tasks: of the stream.
+            previous: folder of the last finished task if a stream is resumed, else None.
         """
         return model
 
@@ -90,7 +95,7 @@ class Baseline:
         """Prepare for a task, before the trainer is made."""
 
     def rows(self, context: TaskContext) -> Rows:
-        """Return what is trained on."""
+        """Return the rows to train on."""
         return context.task.train
 
     def num_rows(self, task: Task, earlier: Sequence[Task]) -> int:
@@ -102,15 +107,20 @@ class Baseline:
         return context.collate
 
     def epoch(self, context: TaskContext) -> Callable[[torch.Generator], list[int]] | None:
-        """Return what draws one epoch's order of rows(); None leaves it to --train_sampling_strategy."""
+        """Return a function that draws one epoch's order of rows(); None leaves it to --train_sampling_strategy."""
         return None
 
     def engine_callback(self, context: TaskContext) -> "EngineCallback | None":
-        """Return what acts on the engine while it trains."""
+        """Return what acts on the engine while it trains, or None."""
         return None
 
     def extra_loss(self, inputs: dict[str, Tensor], outputs: Any) -> Tensor | None:
-        """Return what is added to the sum of a micro-batch's answer tokens' losses; may take keys out of inputs."""
+        """Return what is added to the sum of a micro-batch's answer tokens' losses, or None.
+
+        Args:
+            inputs: of the micro-batch, with what take() leaves out for the model.
+            outputs: of the model.
+        """
         return None
 
     def take(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,14 +128,16 @@ class Baseline:
         return inputs
 
     def end_task(self, engine: Any, context: TaskContext) -> None:
-        """Note what later tasks need, after the last step, with the engine still there."""
+        """Keep what later tasks need, after the last step, while the engine still exists."""
 
     def save_model(self, model: nn.Module, state: dict[str, Tensor], context: TaskContext, to: Path | None) -> None:
-        """Write a plain transformers folder; called on one rank, where saves_itself.
+        """Write a plain transformers folder. Called on one rank, if saves_itself.
 
         Args:
+            model: the trained model.
             state: the whole model's state_dict().
-            to: the folder, or None where the run keeps no models.
+            context: of the task.
+            to: the folder, or None if the run keeps no models.
         """
 
 
@@ -136,7 +148,7 @@ class EngineCallback:
         self.remove: list[Callable[[], None]] = []
 
     def begin(self, engine: Any) -> None:
-        """Begin: the engine exists and nothing has been trained. A collective."""
+        """Install everything. The engine exists and nothing has been trained. A collective."""
 
     def before_step(self, engine: Any) -> None:
         """Prepare for a step, before its first micro-batch. A collective."""

@@ -1,4 +1,4 @@
-"""estimate_mask(): from an engine and data to a mask, the first of the two calls that PIECE is; select(): from sums."""
+"""Make a mask: estimate_mask() from an engine and data, select() from sums."""
 
 from typing import Any
 
@@ -49,11 +49,12 @@ def estimate_mask(
     Returns:
         Mask; give it to attach().
     Raises:
-        UserError: an unknown method, a setting outside its range, a pattern of exclude that names nothing, a unit that
-            has no meaning with the method.
-        ValueError: importance_rows with micro-batches that are not MicroBatches, whose rows are not known.
+        UserError: the method is unknown, a setting is outside its range, a pattern of exclude names nothing, or the
+            unit has no meaning with the method.
+        ValueError: importance_rows is given, but micro_batches are not MicroBatches, so their rows are not known.
     Cost: of collect_statistics() and select().
     """
+    # What is asked for, of which parameters and rows.
     config = config_of(config, settings)
     method = find_method(config.method)
     if config.unit != "element" and not method.has_units:
@@ -126,9 +127,9 @@ def select(
         weight_of, candidates, device: as in select_by().
         settings: more fields of PieceConfig by name: budget, unit, importance_lambda, seed, exclude.
     Returns:
-        Mask with exactly k selected elements; k at most where rows or columns compete.
+        Mask with exactly k selected elements, or at most k if rows or columns compete.
     Raises:
-        ValueError: a setting outside its range, statistics that are not there, or nothing is eligible.
+        ValueError: a setting is outside its range, statistics are missing, or nothing is eligible.
     """
     config = config_of(None, {"method": method, "ratio": ratio, **settings})
     return _select(
@@ -145,7 +146,7 @@ def select(
 def count_selected(config: PieceConfig, model: nn.Module, task: str = "") -> int:
     """Return how many elements estimate_mask() will select in model, known before anything is scored.
 
-    Where rows or columns compete, it will select so many at most.
+    If rows or columns compete, this is the most that it will select.
     """
     layout = without(layout_of(model), config.exclude)
     return find_method(config.method).count(model, layout, config, task)

@@ -1,4 +1,4 @@
-"""EWC: a quadratic penalty holds each weight where it was, by the Fisher information of the tasks before."""
+"""EWC: a quadratic penalty holds each weight where it was, by the Fisher information of earlier tasks."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ FOLDER = "fisher"
 
 
 class EWC(Baseline):
-    """Online EWC: one Fisher information for all tasks so far, one anchor, the weights that the task begins with.
+    """Online EWC: one Fisher information for all tasks so far, and one anchor, the weights that the task begins with.
 
-    The penalty is lambda / 2 * sum of F (w - anchor)^2, where F = decay * F + F of the task, and F of a task is the
-    mean over its micro-batches of the squared gradient, at the weights that the task ended with. Its gradient is added
-    to the reduced one before norm and clip; the first task has none.
+    The penalty is lambda / 2 * sum of F (w - anchor)^2, with F = decay * F + F of the task. F of a task is the mean
+    over its micro-batches of the squared gradient, at the weights that the task ended with. The penalty's gradient is
+    added to the reduced one before norm and clip. The first task has no penalty.
 
     Cost: 8 bytes per trained weight of this rank while it trains (12 at ZeRO-1 in bf16); a statistics pass per task.
     Source: Kirkpatrick et al. 2017 (arXiv 1612.00796); online: Schwarz et al. 2018 (arXiv 1805.06370).
@@ -38,6 +38,8 @@ class EWC(Baseline):
             return
         layout = layout_of(engine.module)
         stats = collect_statistics(engine, context.micro_batches(context.task.train), False, layout=layout)
+
+        # Saved for the next task: earlier Fisher information, decayed, and this task's.
         fisher = stats.square_sum / stats.num_micro_batches
         if context.previous is not None:
             earlier = load_statistics(context.previous / FOLDER, layout, False, fisher.device)
@@ -56,6 +58,8 @@ class _Penalty(EngineCallback):
         self.term = GradientTerm(engine)
         layout = layout_of(engine.module)
         stats = load_statistics(self.folder, layout, False, engine.device)
+
+        # Both lie where this rank's gradients lie, so that the penalty needs no communication.
         self.fisher = self.term.ranges_of(layout, stats.square_sum)
         self.anchor = {name: (start, w.clone()) for name, (start, w) in self.term.weights().items()}
         self.remove.append(self.term.install(self._add))

@@ -21,7 +21,7 @@ class GEM(Baseline):
     """Gradient episodic memory: the gradient on each earlier task's kept rows is taken anew before every step.
 
     Cost: per step, a forward and backward of all kept rows (--memory_ratio of every earlier task), and 4 bytes per
-        trained weight and earlier task. It is what the method is.
+    trained weight and earlier task. This is inherent in the method.
     Source: Lopez-Paz and Ranzato 2017 (arXiv 1706.08840), with all parameters as one vector.
     """
 
@@ -63,6 +63,8 @@ class _Projection(EngineCallback):
         dots_K = self._dots([(memory, current) for memory in self.gradients_K])
         if bool((dots_K >= 0).all()):
             return
+
+        # Some product is negative: add the combination of memories that makes all of them non-negative.
         num = len(self.gradients_K)
         pairs = [(self.gradients_K[i], self.gradients_K[j]) for i in range(num) for j in range(num)]
         gram_KK = self._dots(pairs).reshape(num, num)
@@ -85,11 +87,18 @@ def _dot(first: Ranges, second: Ranges) -> Tensor:
 
 
 def dual_weights(gram_KK: np.ndarray, dots_K: np.ndarray, margin: float) -> np.ndarray:
-    """v >= margin that minimises v' P v / 2 + q' v: the gradient g + sum of v_k m_k is the nearest one to g with no
-    negative product with any m_k (margin 0), as P = m m' and q = m g.
+    """Return the v >= margin that minimises v' P v / 2 + q' v.
 
-    P gets a millionth of its mean eigenvalue on the diagonal, so that memories that point the same way have an answer.
+    Here P = m m' and q = m g, with the memories m and the gradient g. With margin 0, the gradient g + sum of v_k m_k is
+    the one nearest to g that has no negative product with any m_k. A millionth of P's mean eigenvalue is added to its
+    diagonal, so that memories in the same direction have a solution.
+
     Solved as non-negative least squares: with P = L L', |L' u + L^-1 (q + P margin)| over u = v - margin >= 0.
+
+    Args:
+        gram_KK: P, products of the memories' gradients.
+        dots_K: q, products of each memory's gradient and the step's.
+        margin: least weight of each memory.
     """
     size = len(dots_K)
     regular = gram_KK + np.eye(size) * max(float(np.trace(gram_KK)) / size * 1e-6, np.finfo(float).tiny)

@@ -1,4 +1,4 @@
-"""Selections of whole parameters: the norms alone (LayerNorm tuning), or half of the tensors (HFT)."""
+"""Select whole parameters: only the norms (LayerNorm tuning), or half of the tensors (HFT)."""
 
 import random
 import re
@@ -13,14 +13,16 @@ from piece_ds.selection.budget import layer_of
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 
-# What stands in a parameter's name where it belongs to attention; the rest of a block's matrices is feed-forward.
+# Names of attention's parameters match this. A block's other matrices are feed-forward.
 _ATTENTION = re.compile(r"attn|attention")
 
 
 def norm_names(model: nn.Module, layout: Layout, seed: int, task: str) -> set[str]:
-    """Return the eligible parameters of normalization layers: modules whose class is called so.
+    """Return the eligible parameters of normalization layers: modules whose class has "norm" in its name.
 
-    Source: LayerNorm tuning (Zhao et al., arXiv 2312.11420); a baseline of arXiv 2511.15375. seed and task have no say.
+    seed and task are not used.
+
+    Source: LayerNorm tuning (Zhao et al., arXiv 2312.11420); a baseline of arXiv 2511.15375.
     """
     inside = {
         f"{prefix}.{name}" if prefix else name
@@ -32,18 +34,20 @@ def norm_names(model: nn.Module, layout: Layout, seed: int, task: str) -> set[st
 
 
 def half_names(model: nn.Module, layout: Layout, seed: int, task: str) -> set[str]:
-    """Half of each block's parameters by category, drawn anew for each task, and all eligible ones outside blocks.
+    """Return half of each block's parameters by category, drawn for each task, and all eligible ones outside blocks.
 
     In a block, half of the attention's, half of the feed-forward's and half of the remaining parameters (norms) are
-    trained, the other half rests. Where a category has an odd number, the draws of successive blocks are rounded up and
-    down in turn. A bias goes with its weight.
+    trained; the other half is frozen. If a category has an odd number, the draws of successive blocks are rounded up
+    and down in turn. A bias goes with its weight.
 
-    Source: HFT (Hui et al., arXiv 2404.18466), category-level selection. The input embeddings, which the paper trains,
-        rest here as in every method.
+    Source: HFT (Hui et al., arXiv 2404.18466), category-level selection. The paper trains the input embeddings; here
+    they are frozen, as in every method.
     """
     draw = random.Random(f"{seed}/{task}")
     eligible = [info.name for info in layout.eligible()]
     names = {name for name in eligible if layer_of(name) == "other"}
+
+    # Group the modules of each block by category.
     groups: dict[tuple[str, str], list[str]] = {}
     for name in eligible:
         if name not in names:
@@ -51,6 +55,8 @@ def half_names(model: nn.Module, layout: Layout, seed: int, task: str) -> set[st
             members = groups.setdefault((layer_of(name), _category(model, name)), [])
             if unit not in members:
                 members.append(unit)
+
+    # Draw half of each group.
     round_up: dict[str, bool] = {}
     units: set[str] = set()
     for (_, category), members in groups.items():
@@ -78,10 +84,13 @@ def count_whole(names_of: Names, model: nn.Module, layout: Layout, seed: int, ta
 def select_whole(names_of: Names, request: SelectionRequest) -> Mask:
     """Return the mask of every element of the chosen parameters.
 
+    Args:
+        names_of: which parameters.
+        request: the selection.
     Raises:
         UserError: there is none.
-    Cost: 8 bytes per selected element of this rank, and of the whole model where training begins: half of a model of
-        billions of weights is better trained by freezing the other half.
+    Cost: 8 bytes per selected element of this rank, and of the whole model when training begins. Half of a model with
+    billions of weights is better trained by freezing the other half.
     """
     layout = request.layout
     names = names_of(request.model, layout, request.config.seed, request.options.task)

@@ -1,4 +1,4 @@
-"""LIFT: in every linear matrix, the weights that are largest once the matrix is brought to low rank."""
+"""LIFT: in every linear matrix, select the weights that are largest once the matrix is reduced to low rank."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ RANK_SHARE = 32  # a rank of 128 for a matrix of 4096 rows
 
 
 def select_lift(request: SelectionRequest) -> Mask:
-    """Return the mask: every matrix has its part of k, in proportion to its elements, as LIFT selects matrix by matrix.
+    """Return the mask of LIFT. Every matrix has its part of k, in proportion to its elements.
 
-    Taken once, before the task; the paper refreshes its selection while it trains, which would move weights that this
-    project promises to leave alone.
+    It is taken once, before the task. The paper refreshes its selection during training, which would move weights that
+    this project promises to leave alone.
 
     Cost: an eigendecomposition in fp64 per matrix, of its shorter side, on every rank; under ZeRO-3 a gather each.
     Source: LIFT (Liu et al., arXiv 2506.00772).
@@ -26,6 +26,7 @@ def select_lift(request: SelectionRequest) -> Mask:
     params = dict(request.model.named_parameters())
     score_N = torch.zeros(layout.num_owned, dtype=torch.float32, device=device)
     for info, part, offset in layout.owned():
+        # The low rank is that of the whole matrix, so every rank computes it and keeps its own range.
         whole = read_whole(params[info.name], request.engine.device).reshape(info.shape)
         rank = request.config.lift_rank or max(1, min(info.shape) // RANK_SHARE)
         score = low_rank(whole, rank).abs_().reshape(-1)
@@ -34,10 +35,10 @@ def select_lift(request: SelectionRequest) -> Mask:
 
 
 def low_rank(matrix: Tensor, rank: int) -> Tensor:
-    """Return the best approximation of a matrix of the given rank, in fp32 (Eckart and Young).
+    """Return the best approximation of a matrix with the given rank, in fp32 (Eckart and Young).
 
-    By the eigenvectors of the Gram matrix of the shorter side, in fp64: its condition is squared there, and the vectors
-    of the largest singular values, the only ones that are used, are as exact as fp32 can show.
+    It comes from the eigenvectors of the Gram matrix of the shorter side, in fp64. The condition number is squared
+    there. Only the vectors of the largest singular values are used, and they are as exact as fp32 can show.
     """
     if min(matrix.shape) <= rank:
         return matrix.to(torch.float32, copy=True)

@@ -1,4 +1,4 @@
-"""The matrices of a model's linear layers: what selections by matrix choose from."""
+"""Find the matrices of a model's linear layers, from which selections by matrix choose."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""LoRA, one adapter through the whole stream; and O-LoRA, an adapter per task, orthogonal to those before. On peft."""
+"""LoRA, one adapter through the whole stream; and O-LoRA, an adapter per task, orthogonal to earlier ones. On peft."""
 
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ FOLDER = "adapter"
 
 
 class LoRA(Baseline):
-    """Sequential LoRA: one adapter goes on from task to task; the base model rests.
+    """Sequential LoRA: one adapter is trained on from task to task, and the base model is frozen.
 
-    The task's model folder holds the adapter merged into the base model, in its dtype; `adapter` beside it holds the
-    adapter as peft writes it, from which a stream is resumed.
+    The task's model folder holds the adapter merged into the base model, in its dtype. `adapter` beside it holds the
+    adapter as peft writes it; a stream is resumed from there.
 
     Source: LoRA (Hu et al., arXiv 2106.09685), by peft.
     """
@@ -64,7 +64,7 @@ class LoRA(Baseline):
 
 
 def _resumed(model: nn.Module, folder: Path, names: list[str]) -> nn.Module:
-    """Return model with the adapters that folder holds; peft puts every one but `default` into a folder of its own."""
+    """Return model with the adapters that folder holds. peft gives every adapter but `default` its own folder."""
     places = {name: folder if name == "default" else folder / name for name in names}
     if not all((place / "adapter_config.json").is_file() for place in places.values()):
         raise UserError(f"{folder} does not hold the adapters {', '.join(names)}: the stream cannot go on from there")
@@ -79,7 +79,7 @@ def merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the base model's state with the active adapters added, from the whole model's state.
 
     Args:
-        model: read for structure and scaling alone; its weights may be partitioned.
+        model: only its structure and scaling are read; its weights may be partitioned.
         state: names as in model.state_dict(), whole tensors.
     Returns:
         names as in the base model's state_dict(), in its dtypes; sums are taken in fp32 and rounded once.
@@ -91,6 +91,8 @@ def merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
         owner, _, leaf = name.rpartition(".")
         if ".lora_" in name or not name.startswith(prefix):
             continue
+
+        # peft calls an adapted layer's own weight base_layer.weight.
         layer_name = owner.removesuffix(".base_layer")
         if layer_name in layers and owner.endswith(".base_layer") and leaf == "weight":
             tensor = _with_adapters(tensor, layer_name, layers[layer_name], state)
@@ -110,9 +112,9 @@ def _with_adapters(weight: Tensor, name: str, layer: LoraLayer, state: dict[str,
 
 
 class OLoRA(LoRA):
-    """An adapter per task, all added up; only the newest is trained, its A held orthogonal to every earlier A.
+    """An adapter per task, all added up. Only the newest is trained, its A held orthogonal to every earlier A.
 
-    The penalty is lambda * sum over layers and earlier tasks of |A_earlier A'|, summed over entries; its (sub)gradient
+    The penalty is lambda * sum over layers and earlier tasks of |A_earlier A'|, summed over entries. Its (sub)gradient
     is added to the reduced one before norm and clip.
 
     Cost: per step, the newest A factors are gathered on every rank.
@@ -152,6 +154,8 @@ class _Orthogonality(EngineCallback):
         self.fixed: dict[str, Tensor] = {}
         for name in (name for name in params if name.endswith(suffix)):
             self.shapes[name] = torch.Size(full_shape(params[name]))
+
+            # Earlier factors do not change any more, so they are gathered once.
             old = [params[name.replace(f".{self.newest}.", f".{other}.")] for other in self.earlier]
             whole = [read_whole(a, engine.device).float().reshape(self.shapes[name]) for a in old]
             self.fixed[name] = torch.cat(whole)
@@ -169,7 +173,8 @@ class _Orthogonality(EngineCallback):
         self.term.add_(term)
 
     def _whole(self, weights: dict[str, tuple[int, Tensor]]) -> dict[str, Tensor]:
-        """Return the newest A factors, whole, fp32, on every rank: each adds what it holds to zeros. A collective."""
+        """Return the newest A factors, whole, fp32, on every rank. A collective."""
+        # Each rank adds what it holds to zeros.
         sizes = [shape.numel() for shape in self.shapes.values()]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=collective_device())
         for name, part in zip(self.shapes, flat.split(sizes), strict=True):
@@ -183,9 +188,10 @@ class _Orthogonality(EngineCallback):
 
 
 def orthogonality_gradient(weight: float, fixed: Tensor, newest: Tensor) -> Tensor:
-    """Gradient in `newest` of weight * sum of |fixed newest'|.
+    """Return the gradient in `newest` of weight * sum of |fixed newest'|.
 
     Args:
+        weight: of the penalty.
         fixed: [earlier tasks * r, in].
         newest: [r, in].
     """

@@ -1,4 +1,4 @@
-"""LwF: while it learns new rows, the model is held to what it said about them before."""
+"""LwF: while the model learns new rows, it is held to its earlier predictions on them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ FILE, ROW = "teacher.bin", "teacher_row"
 class LwF(Baseline):
     """Learning without forgetting: CE + weight * T^2 * KL(before || now) at temperature T, over the answer tokens.
 
-    What the model says about every answer token is written down once, before the task (the first one too: then it is
-    the base model that is distilled), into OUTPUT_DIR/NN-task/teacher.bin, which is removed after the task.
+    The model's logits of every answer token are written once, before the task, into OUTPUT_DIR/NN-task/teacher.bin. The
+    file is removed after the task. In the first task the base model is distilled.
 
-    Cost: one forward pass over the rows, and a file of answer tokens * vocabulary * 2 bytes (4 for fp32 models), which
-        every rank maps: all nodes must see the output folder. The paper distils old heads; a language model has one.
+    Cost: one forward pass over the rows, and a file of answer tokens * vocabulary * 2 bytes (4 for fp32 models). Every
+    rank maps it, so all nodes must see the output folder. The paper distils old heads; a language model has one.
     Source: Li and Hoiem 2016 (arXiv 1606.09282).
     """
 
@@ -59,19 +59,24 @@ class LwF(Baseline):
 
 
 def distillation(student_AV: Tensor, teacher_AV: Tensor, temperature: float) -> Tensor:
-    """T^2 * sum over answer tokens of KL(teacher || student), both softened by the temperature; fp32, nats."""
+    """Return T^2 * sum over answer tokens of KL(teacher || student), both softened by the temperature; fp32, nats.
+
+    Args:
+        student_AV, teacher_AV: logits of A answer tokens over V words.
+        temperature: T.
+    """
     now = F.log_softmax(student_AV.float() / temperature, dim=-1)
     before = F.log_softmax(teacher_AV.float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(now, before, reduction="sum", log_target=True)
 
 
 def answer_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """[A, V]: the logits that predict the answer tokens, row by row."""
+    """Return the logits [A, V] that predict the answer tokens, row by row."""
     return logits[:, :-1][labels[:, 1:].to(logits.device) != IGNORED_LABEL]
 
 
 class Teacher:
-    """What a model said about every answer token of some rows, in a file.
+    """A model's logits of every answer token of some rows, in a file.
 
     Attributes:
         path: of the file.
@@ -82,6 +87,8 @@ class Teacher:
         self.path = path
         self.offsets = np.concatenate([[0], np.cumsum(num_answer_tokens)])
         self._shape, self._dtype = (int(self.offsets[-1]), vocabulary), dtype
+
+        # One rank makes the file; all of them write to it.
         if is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             np.memmap(path, dtype, "w+", shape=self._shape).flush()
@@ -89,18 +96,18 @@ class Teacher:
         self._values = np.memmap(path, dtype, "r+", shape=self._shape)
 
     def write(self, first_row: int, logits_AV: Tensor) -> None:
-        """Logits of all answer tokens of consecutive rows."""
+        """Write the logits of all answer tokens of consecutive rows."""
         begin = self.offsets[first_row]
         self._values[begin : begin + len(logits_AV)] = logits_AV.float().cpu().numpy()
 
     def finish(self) -> None:
-        """All ranks have written: read what they wrote."""
+        """Wait until all ranks have written, then open the file for reading."""
         self._values.flush()
         barrier()
         self._values = np.memmap(self.path, self._dtype, "r", shape=self._shape)
 
     def read(self, rows: list[int]) -> Tensor:
-        """[A, V] of rows, in their order."""
+        """Return the logits [A, V] of rows, in their order."""
         parts = [np.asarray(self._values[self.offsets[row] : self.offsets[row + 1]]) for row in rows]
         return torch.from_numpy(np.concatenate(parts))
 
@@ -133,6 +140,7 @@ class _Record(EngineCallback):
         self.method, self.context = method, context
 
     def begin(self, engine: Any) -> None:
+        # The file needs every row's number of answer tokens before the first is written.
         batches = self.context.micro_batches(self.context.task.train)
         counts = [sum(label != IGNORED_LABEL for label in row["labels"][1:]) for row in self.context.task.train]
         teacher = None

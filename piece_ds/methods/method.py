@@ -1,4 +1,4 @@
-"""Method: what one method is, in the terms by which everything else decides what it may be used with."""
+"""Define what one method is, in the terms by which everything else decides what it may be used with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ class Method:
         source: where the idea comes from.
         kind: SELECTION (it makes a mask) or BASELINE (it has none).
         needs: statistics that it takes: one of NEEDS, or GENERAL (those of general text beside the task's).
-        estimator: of a selection that is one top-k of scores; its statistics serve any ratio and budget.
-        select: of any other selection: the work, a collective; it has a budget of its own.
+        estimator: of a selection that is one top-k of scores. Its statistics serve any ratio and budget.
+        select: of any other selection: a collective that makes the mask, with a budget of its own.
         baseline: of a method without a mask.
         count: how many elements the mask will have.
-        ignores_ratio: the method says itself how much it selects.
-        needs_earlier_tasks: it selects by the masks of the tasks before, so it has no meaning for one task.
+        ignores_ratio: the method decides itself how much it selects.
+        needs_earlier_tasks: it selects by the masks of earlier tasks, so it has no meaning for one task.
         reads_images: proven with models that read images.
-        scores_elements: of a selection by select: its scores are of elements, so that rows and columns can compete.
+        scores_elements: of a selection by select: it scores elements, so that rows and columns can compete.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Method:
     scores_elements: bool = False
 
     def __post_init__(self) -> None:
+        # A wrong entry fails at import, not in a run.
         if self.needs not in (*NEEDS, GENERAL):
             raise ValueError(f"method {self.name!r}: needs is {self.needs!r}, expected one of {NEEDS} or {GENERAL!r}")
         if [self.estimator, self.select, self.baseline].count(None) != 2:
@@ -69,27 +70,27 @@ class Method:
 
     @property
     def has_mask(self) -> bool:
-        """Return whether it trains selected weights only."""
+        """Whether it trains only selected weights."""
         return self.kind == SELECTION
 
     @property
     def has_units(self) -> bool:
-        """Return whether rows and columns can compete: whole ones have a mean of scores, and no rule of their own."""
+        """Whether rows and columns can compete, by the mean score of their elements."""
         return self.estimator is not None or self.scores_elements
 
     @property
     def uses_ops(self) -> bool:
-        """Return whether it runs this package's kernels: it has a mask, or takes statistics."""
+        """Whether it runs this package's kernels: it has a mask, or takes statistics."""
         return self.has_mask or self.needs != "nothing"
 
     @property
     def changes_gradient(self) -> bool:
-        """Return whether it adds to the reduced gradient, which optimizer offload does not allow."""
+        """Whether it adds to the reduced gradient, which optimizer offload does not allow."""
         return self.baseline is not None and self.baseline.changes_gradient
 
     @property
     def trains_everything(self) -> bool:
-        """Return whether all eligible weights train."""
+        """Whether all eligible weights train."""
         return self.baseline is not None
 
 

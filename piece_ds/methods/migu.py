@@ -1,4 +1,4 @@
-"""MIGU: in every linear layer, the weights of the outputs whose activations are largest on the task's data."""
+"""MIGU: in every linear layer, select the weights of the outputs with the largest activations on the task's data."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ from piece_ds.zero.statistics import MicroBatchSource
 
 
 def select_migu(request: SelectionRequest) -> Mask:
-    """Return the mask: every matrix has its part of k, taken output by output in descending order of magnitude.
+    """Return the mask of MIGU. Every matrix has its part of k, taken output by output in descending order of magnitude.
 
     An output's magnitude is its share of the layer's L1 norm, averaged over the tokens of a micro-batch and summed over
-    the task's micro-batches. Taken once, before the task; the paper masks the gradient of every step by the
+    the task's micro-batches. It is taken once, before the task. The paper masks the gradient of every step by the
     magnitudes of that step's batch, which over a task moves every weight.
 
     Cost: one forward pass per micro-batch; each round gathers one number per output of the model from every rank.
@@ -31,6 +31,8 @@ def select_migu(request: SelectionRequest) -> Mask:
     layout = restricted(request.layout, names)
     magnitudes = output_magnitudes(request.engine, request.micro_batches, weights)
     device = request.device
+
+    # Every weight of an output has the output's score.
     score_N = torch.zeros(layout.num_owned, dtype=torch.float32, device=device)
     of = {weight.name: weight for weight in weights}
     for info, part, offset in layout.owned():
@@ -41,9 +43,14 @@ def select_migu(request: SelectionRequest) -> Mask:
 
 
 def output_magnitudes(engine: Any, micro_batches: MicroBatchSource, weights: list[LinearWeight]) -> dict[str, Tensor]:
-    """Weight's name -> normalized magnitude of each output (fp64, CPU), summed over micro-batches in their order.
+    """Return each weight's normalized output magnitudes (fp64, CPU), summed over micro-batches in their order.
 
     The same bits for every number of ranks. A layer that a micro-batch does not use adds nothing.
+
+    Args:
+        engine: deepspeed.DeepSpeedEngine.
+        micro_batches: all of the task's, the same on every rank.
+        weights: the linear layers.
     """
     total = {w.name: torch.zeros(_num_outputs(w), dtype=torch.float64) for w in weights}
     num_ranks, own = world_size(), dist.get_rank() if world_size() > 1 else 0
@@ -54,6 +61,8 @@ def output_magnitudes(engine: Any, micro_batches: MicroBatchSource, weights: lis
         seen = {w.name: torch.zeros_like(total[w.name]) for w in weights}
         with evaluating(engine), _watching(weights, batch.get("attention_mask"), seen):
             engine(**batch)
+
+        # In rank order, which is the micro-batches' order; repeated ones are left out.
         for row in _all_gather(torch.cat(list(seen.values())))[: len(micro_batches) - first]:
             for name, part in zip(total, row.split([t.numel() for t in total.values()]), strict=True):
                 total[name] += part
@@ -75,7 +84,7 @@ def _watching(weights: list[LinearWeight], attention: Tensor | None, seen: dict[
 
 
 def _watch(attention: Tensor | None, total: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
-    """Adds the mean over tokens of each output's share of the L1 norm; padding is no token."""
+    """Return a hook that adds the mean over tokens of each output's share of the L1 norm. Padding does not count."""
 
     def hook(_: nn.Module, args: Any, output: Tensor) -> None:
         magnitude = output.detach().double().abs().reshape(-1, output.shape[-1])

@@ -1,7 +1,7 @@
-"""Beyond PIECE: selections that also look at what the model knew before.
+"""Go beyond PIECE: selections that also look at what the model knew before.
 
-piece-ratio divides the task's Fisher information by that of general text, so that weights on which general ability
-rests are left alone. piece-s-disjoint is PIECE-S among the weights that no earlier task has trained.
+piece-ratio divides the task's Fisher information by that of general text, so weights that matter for general ability
+are left alone. piece-s-disjoint is PIECE-S among the weights that no earlier task has trained.
 """
 
 from dataclasses import replace
@@ -22,10 +22,10 @@ from piece_ds.zero.statistics import collect_statistics
 
 
 def select_ratio(request: SelectionRequest) -> Mask:
-    """Return the highest f / (g + d), where f and g are mean squared gradients: of the task and of general text.
+    """Return the mask of the highest f / (g + d). f and g are mean squared gradients of the task and of general text.
 
-    d, which keeps weights that neither uses from winning by a division by nothing, is the median of g's entries; of
-    those above zero, if it would be 0. An order statistic: the same bits for every number of ranks.
+    d keeps weights that neither uses from winning by a division by almost nothing. It is the median of g's entries, or
+    of those above zero if that median would be 0. As an order statistic it has the same bits for every number of ranks.
 
     Raises:
         UserError: there is no general text, or it gives no gradient.
@@ -47,7 +47,7 @@ def ratio_score(f: Tensor, g: Tensor, damping: float) -> Tensor:
 
 
 def select_disjoint(request: SelectionRequest) -> Mask:
-    """Return PIECE-S among the elements that are in no earlier task's mask.
+    """Return the mask of PIECE-S among the elements that are in no earlier task's mask.
 
     Raises:
         UserError: fewer than k elements are left.
@@ -57,7 +57,12 @@ def select_disjoint(request: SelectionRequest) -> Mask:
 
 
 def exclude_earlier(request: SelectionRequest, stats: GradientStats) -> Mask:
-    """Return PIECE-S of stats, whose entries at earlier positions are set to zero here."""
+    """Return the mask of PIECE-S of stats. Entries at earlier positions are set to zero in stats.
+
+    Raises:
+        UserError: fewer than k elements are free, or have a gradient.
+    """
+    # Are enough elements left?
     layout, taken = request.layout, _union(request)
     k = num_selected(layout, request.ratio)
     num_taken = sum(positions.numel() for positions in taken.values())
@@ -66,6 +71,8 @@ def exclude_earlier(request: SelectionRequest, stats: GradientStats) -> Mask:
             f"--method {request.method}: {layout.num_eligible - num_taken} weights are not taken by an "
             f"earlier task, {k} are asked for: lower --mask_ratio {request.ratio}"
         )
+
+    # A taken element has score 0.
     for info, part, offset in layout.owned():
         if info.name in taken and part.numel:
             whole = taken[info.name]
@@ -89,7 +96,7 @@ def _num_nonzero(stats: GradientStats) -> Tensor:
 
 
 def _union(request: SelectionRequest) -> dict[str, Tensor]:
-    """Parameter name -> ascending positions that any earlier task selected."""
+    """Return parameter name -> ascending positions that any earlier task selected."""
     eligible = {info.name for info in request.layout.eligible()}
     found: dict[str, list[Tensor]] = {}
     for index in request.options.earlier:

@@ -1,8 +1,8 @@
 """METHODS: every method by name, with what it is, what it needs and where it comes from. One entry each.
 
-Nothing else in the package knows a method by its name: what a method may be used with follows from its entry. An
-estimator of one's own joins the table by register_estimator(), or from an installed package by an entry point of the
-group `piece_ds.estimators` that names an Estimator.
+No other module knows a method by its name: what a method may be used with follows from its entry. A user's estimator
+joins the table by register_estimator(). An installed package can also name an Estimator in an entry point of the group
+`piece_ds.estimators`.
 """
 
 from collections.abc import Callable
@@ -61,10 +61,12 @@ def _half(model: nn.Module, layout: Layout, config: PieceConfig, task: str) -> i
 _PAPER = "arXiv 2511.15375"
 
 _TABLE = (
+    # One top-k of scores.
     estimated(PIECE_S, "|sum of g| / sqrt(sum of g^2 + lambda)", f"{_PAPER}, PIECE-S: second-order normalization"),
     estimated(PIECE_F, "sum of g^2", f"{_PAPER}, PIECE-F: diagonal empirical Fisher information"),
     estimated(RANDOM, "weights drawn uniformly", "control: uniform, seeded"),
     estimated(MAGNITUDE, "the largest absolute weights", "control: magnitude"),
+    # Selections with rules of their own.
     Method(
         name="lift",
         help="in linear layers, the largest weights after low-rank approximation",
@@ -125,6 +127,7 @@ _TABLE = (
         select=select_disjoint,
         needs_earlier_tasks=True,
     ),
+    # Methods without a mask.
     Method(
         name="seqft",
         help="every weight, task after task",
@@ -198,14 +201,14 @@ METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 def register_estimator(
     name: str, function: Callable[[Fragment], Tensor], *, needs: str, help: str = "", source: str = "registered"
 ) -> None:
-    """Add an importance estimator to METHODS: `--method NAME`, estimate_mask(method=NAME) and all else then know it.
+    """Add an importance estimator to METHODS. `--method NAME`, estimate_mask(method=NAME) and all else then know it.
 
     Args:
-        name: a new one; a name that is there already is refused.
+        name: a new one.
         function: Fragment -> scores of its elements: fp32, 1-D, >= 0, never NaN, larger is more important. It must
             depend only on the elements, not on where a fragment begins, so that any number of ranks selects the same.
-        needs: what the fragment must hold: 'nothing' (function reads only weights, or draws), 'squares', 'sum' or
-            'sum and squares' of the gradients over the task's micro-batches.
+        needs: what the fragment must hold: 'nothing' (function reads only weights, or draws), 'squares', 'sum' or 'sum
+            and squares' of the gradients over the task's micro-batches.
         help, source: what it does and where it comes from, for --help.
     Raises:
         ValueError: the name is taken, or needs is none of these.
@@ -215,7 +218,11 @@ def register_estimator(
 
 
 def find_method(name: str) -> Method:
-    """Return the method called name. Raises UserError with the nearest known name."""
+    """Return the method called name.
+
+    Raises:
+        UserError: there is none; the message names the nearest.
+    """
     _add_installed()
     if name not in METHODS:
         known = list(METHODS)
@@ -224,7 +231,11 @@ def find_method(name: str) -> Method:
 
 
 def find_estimator(name: str) -> Estimator:
-    """Return the estimator of a method that is one top-k of scores. Raises UserError for any other."""
+    """Return the estimator of a method that is one top-k of scores.
+
+    Raises:
+        UserError: the method is unknown or has no estimator.
+    """
     estimator = find_method(name).estimator
     if estimator is None:
         known = [method.name for method in METHODS.values() if method.estimator is not None]
@@ -257,7 +268,7 @@ def _add_installed() -> None:
     """Add the estimators of installed packages, each once.
 
     Raises:
-        UserError: an entry point that cannot be imported, is no Estimator, or has a name that is taken.
+        UserError: an entry point cannot be imported, is no Estimator, or has a name that is taken.
     """
     for point in entry_points(group=GROUP):
         if point.value in _installed:

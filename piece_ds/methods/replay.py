@@ -1,4 +1,4 @@
-"""Replay: rows of earlier tasks are trained again, after each epoch of new rows or mixed with them."""
+"""Replay: train rows of earlier tasks again, after each epoch of new rows or mixed with them."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ def kept_rows(task: Task, ratio: float, seed: int) -> Rows:
 class ReplayOnline(Baseline):
     """New rows and --memory_ratio of every earlier task's, shuffled together.
 
-    Source: TRACE (arXiv 2310.06762) and its authors' replay_online; here the kept rows are drawn, there the first ones.
+    Source: TRACE (arXiv 2310.06762) and its authors' replay_online. Here the kept rows are drawn; there they are the
+    first.
     """
 
     resumes_inside = False
@@ -40,9 +41,9 @@ class ReplayOnline(Baseline):
 
 
 class Replay(ReplayOnline):
-    """An epoch is all new rows, shuffled, and after them all kept rows of earlier tasks, shuffled.
+    """An epoch is all new rows, shuffled, then all kept rows of earlier tasks, shuffled.
 
-    With --max_steps below an epoch of new rows, no kept row is ever reached: count in epochs.
+    If --max_steps is below an epoch of new rows, no kept row is ever reached: count in epochs.
     """
 
     def epoch(self, context: TaskContext) -> Callable[[torch.Generator], list[int]] | None:

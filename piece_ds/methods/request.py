@@ -1,4 +1,4 @@
-"""What a selection may read: the engine, the task's data, and what the run knows besides."""
+"""Define what a selection may read: the engine, the task's data, and what the run knows besides."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,8 +22,8 @@ class SelectionOptions:
 
     Attributes:
         task: name of the task; draws that differ from task to task depend on it.
-        general: called for statistics of text that stands for general ability (squares at least, owned elements).
-        earlier: for each earlier task, parameter name -> ascending flat positions selected then.
+        general: called for statistics of text that stands for general ability (at least squares, owned elements).
+        earlier: for each earlier task, parameter name -> ascending flat positions that it selected.
     """
 
     task: str = ""
@@ -66,7 +66,7 @@ class SelectionRequest:
 
     @property
     def device(self) -> torch.device:
-        """Where statistics and scores live."""
+        """Device of statistics and scores."""
         return torch.device("cpu" if self.config.statistics_device == "cpu" else self.engine.device)
 
     def mask(self, index: dict[str, Tensor], num_selected: int) -> Mask:
@@ -79,15 +79,17 @@ class SelectionRequest:
         Args:
             score_N: fp32, >= 0, never NaN, laid out by Layout.owned() of the layout restricted to names.
             names: parameters that compete.
-            budget: as in select_by(); what competes is the config's unit.
+            budget: as in select_by(). What competes is the config's unit.
         """
         layout = restricted(self.layout, names)
+
+        # PIECE-F scores are the sums of squares themselves, so given scores can take their place.
         stats = GradientStats(layout, score_N, None)
         mask = select_by(PIECE_F, layout, self.ratio, stats=stats, budget=budget, unit=self.config.unit)
         return replace(mask, layout=self.layout, method=self.method)
 
 
 def restricted(layout: Layout, names: set[str]) -> Layout:
-    """Return layout with no eligible parameters but those among names."""
+    """Return layout in which only parameters among names are eligible."""
     infos = (replace(info, eligible=info.eligible and info.name in names) for info in layout.parameters)
     return replace(layout, parameters=tuple(infos))

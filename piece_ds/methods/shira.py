@@ -1,4 +1,4 @@
-"""SHiRA-random: positions drawn uniformly in every linear matrix, as many as peft's ShiraConfig(r) draws."""
+"""SHiRA-random: draw positions uniformly in every linear matrix, as many as peft's ShiraConfig(r) draws."""
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from piece_ds.state.partition import Layout
 
 
 def shira_counts(model: nn.Module, layout: Layout, ratio: float) -> dict[str, int]:
-    """Parameter name -> elements to select: k of the whole model, shared out by rows + columns.
+    """Return parameter name -> elements to select: k of the whole model, shared out by rows + columns.
 
-    peft gives a matrix r (rows + columns) positions; r here is k / sum of (rows + columns), whole or not.
+    peft gives a matrix r (rows + columns) positions. Here r is k / sum of (rows + columns), which need not be whole.
 
     Raises:
-        UserError: a matrix has fewer elements than its share.
+        UserError: there is no linear layer, or a matrix has fewer elements than its share.
     """
     names = {weight.name for weight in linear_weights(model)}
     infos = restricted(layout, names).eligible()
@@ -34,7 +34,7 @@ def shira_counts(model: nn.Module, layout: Layout, ratio: float) -> dict[str, in
 
 
 def select_shira(request: SelectionRequest) -> Mask:
-    """Return the mask; with peft's seed and a whole r, peft's very positions.
+    """Return the mask of drawn positions. With peft's seed and a whole r, they are exactly peft's positions.
 
     Cost: 8 bytes per element of the largest matrix on every rank, for its permutation.
     Source: SHiRA (Bhardwaj et al., arXiv 2406.13175); peft.tuners.shira.mask_functions.random_mask.
@@ -43,6 +43,7 @@ def select_shira(request: SelectionRequest) -> Mask:
     index = {}
     for info in request.layout.eligible():
         if counts.get(info.name, 0):
+            # Every rank draws for the whole matrix and keeps its own range.
             part = request.layout.partition(info)
             whole = _drawn(info.numel, counts[info.name], request.config.seed)
             own = whole[(whole >= part.start) & (whole < part.stop)]
@@ -52,6 +53,6 @@ def select_shira(request: SelectionRequest) -> Mask:
 
 
 def _drawn(numel: int, count: int, seed: int) -> Tensor:
-    """Return count positions out of numel, ascending; the generator starts anew for each matrix, as in peft."""
+    """Return count positions out of numel, ascending. The generator starts anew for each matrix, as in peft."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(numel, generator=generator)[:count].sort().values
