@@ -147,6 +147,9 @@ class BaselineArguments:
     lora_target_modules: str = field(
         default="all-linear", metadata={"help": "lora, o-lora: comma-separated names as in peft, or all-linear"}
     )
+    peft_config: str | None = field(
+        default=None, metadata={"help": "peft: JSON or YAML file of a PEFT method, as PEFT's adapter_config.json"}
+    )
     o_lora_lambda: float = field(default=0.5, metadata={"help": "o-lora: weight of the orthogonality penalty"})
 
     def __post_init__(self) -> None:

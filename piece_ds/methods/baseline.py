@@ -71,12 +71,14 @@ class Baseline:
         resumes_inside: whether an interrupted task resumes from the trainer's checkpoint.
         saves_itself: whether save_model() is called instead of the trainer's.
         changes_gradient: whether it changes the reduced gradient, which optimizer offload does not allow.
+        reads_peft_config: whether --peft_config says what it is.
     """
 
     passing: tuple[str, ...] = ()
     resumes_inside = True
     saves_itself = False
     changes_gradient = False
+    reads_peft_config = False
 
     def __init__(self, settings: BaselineArguments) -> None:
         self.settings = settings

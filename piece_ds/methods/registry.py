@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from torch import Tensor, nn
 
 from piece_ds.config.piece import PieceConfig
+from piece_ds.methods.any_peft import AnyPeft
 from piece_ds.methods.baseline import Baseline
 from piece_ds.methods.ewc import EWC
 from piece_ds.methods.gem import GEM
@@ -183,6 +184,14 @@ _TABLE = (
         source="LoRA, arXiv 2106.09685, by peft",
         kind=BASELINE,
         baseline=LoRA,
+        reads_images=False,
+    ),
+    Method(
+        name="peft",
+        help="the adapter that --peft_config describes, one through all tasks",
+        source="any method of PEFT that merges: OFT, DoRA, PiSSA, OSF, VeRA, IA3 ...",
+        kind=BASELINE,
+        baseline=AnyPeft,
         reads_images=False,
     ),
     Method(

@@ -107,6 +107,7 @@ def check_overwrite(settings: Settings, root: Path) -> None:
         "model_name_or_path": settings.model.model_name_or_path,
         "mask_file": method.mask_file,
         "statistics_file": method.statistics_file,
+        "peft_config": settings.baseline.peft_config,
         "general_statistics": method.general_statistics,
         "train_file": data.train_file,
         "eval_file": data.eval_file,
@@ -200,6 +201,8 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
             f"--unit {flags.unit} has no meaning with --method {method.name}, which does not choose by scores of "
             "elements; use it with piece-s, piece-f, piece-ratio, random or magnitude"
         )
+    if settings.baseline.peft_config and not (method.baseline and method.baseline.reads_peft_config):
+        raise UserError(f"--peft_config has no meaning with --method {method.name}: use --method peft")
     if flags.importance_rows and not (method.has_mask and flags.mask_file is None):
         raise UserError(
             f"--importance_rows has no meaning with {'--mask_file' if flags.mask_file else f'--method {method.name}'}: "

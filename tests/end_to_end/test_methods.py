@@ -14,13 +14,17 @@ from support.stream_runs import NUM_RANKS, RATIO, Material
 from piece_ds.methods.registry import METHODS
 
 FAST = ("hft", "o-lora", "ewc")  # freezing by name, adapters, a term in the gradient
-RESUMED = ("lora", "o-lora", "ewc", "gem", "piece-ratio", "hft")  # what lasts from task to task
+RESUMED = ("lora", "o-lora", "peft", "ewc", "gem", "piece-ratio", "hft")  # what lasts from task to task
 
 
 def runs_of(material: Material, methods: tuple[str, ...], config: str, bf16: bool, stops: bool) -> dict[str, dict]:
     runs = {}
     for method in methods:
         also = {"general_importance_file": material.root / "general.jsonl"} if method == "piece-ratio" else {}
+        if method == "peft":  # whose adapter takes a part of the base weights out, and reads their norms
+            peft = {"peft_type": "LORA", "target_modules": "all-linear", "use_dora": True, "init_lora_weights": "pissa"}
+            (material.root / "peft.json").write_text(json.dumps(peft))
+            also = {"peft_config": material.root / "peft.json"}
         for stop in (False, True) if stops and method in RESUMED else (False,):
             name = f"{method}-{config}{'-bf16' if bf16 else ''}{'-stopped' if stop else ''}"
             if bf16:
@@ -101,7 +105,7 @@ def check(material: Material, folder: Path, method: str) -> None:
     assert not {"mask.safetensors", "delta.safetensors"} & (tree(folder / "00-letter") | tree(folder / "01-text"))
     assert not list(folder.rglob("teacher.bin"))
     moved = changed(first, second)
-    if "lora" in method:  # the adapter's matrices, merged; lm_head is the output layer
+    if METHODS[method].baseline.saves_itself:  # the adapter's matrices, merged; lm_head is the output layer
         assert moved.keys() == {name for name in base if "_proj" in name}
         assert (folder / "01-text" / "adapter").is_dir()
     else:
