@@ -1,4 +1,4 @@
-"""From scores to a mask: the budget, the distributed threshold, the selected indices."""
+"""Turn scores into a mask: the budget, the distributed threshold, the selected indices."""
 
 from piece_ds.selection.budget import num_to_select
 from piece_ds.selection.candidates import LastPassFilter

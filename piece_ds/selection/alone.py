@@ -1,8 +1,8 @@
-"""The selection among candidates where one rank has them all on a GPU: put in order there, without asking the host.
+"""Select among candidates on one rank with a GPU: sort them there, without asking the host.
 
-Counting digits, as several ranks must, has the host read each digit before the next is counted. Candidates are few, so
-sorting them costs less than one such wait. From sums to positions the host reads two numbers: the sampled bound and how
-many candidates there are.
+With several ranks digits are counted, and the host reads each digit before the next is counted. Candidates are few, so
+sorting them costs less than one such wait. From sums to positions the host reads two numbers: the sampled bound and the
+number of candidates.
 
 Legend: C candidates, K selected elements, G budget groups.
 """
@@ -24,23 +24,24 @@ def decides_alone(layout: Layout, device: torch.device) -> bool:
 def first_in_order(
     candidates: ops.Candidates, layout: Layout, group_of: dict[str, int], num_to_take: list[int]
 ) -> Tensor:
-    """Return the k highest scores of each group, ties to the smaller position.
+    """Return the k highest scores of each group. Ties go to the smaller position.
 
     Args:
-        candidates: proven to contain the selection; all of their room is taken.
+        candidates: proven to contain the selection, without empty room (see proven()).
         layout: of one rank.
         group_of: parameter name -> its group; every candidate is of one of these parameters.
         num_to_take: k of each group.
     Returns:
         ascending positions in the flat buffer (int64, sum(num_to_take) elements), on the candidates' device.
-    Cost: three sorts of C or K elements, one more with several groups; the host does not wait.
+    Cost: three sorts of C or K elements, one more with several groups. The host does not wait.
     """
+    # Both sorts are stable, so equal scores stay in order of position.
     index_C, order_C = candidates.index.sort()
     by_score_C = candidates.score[order_C].argsort(descending=True, stable=True)
     if len(num_to_take) == 1:
         return index_C[by_score_C[: num_to_take[0]]].sort().values
 
-    # Candidates of a group stay in order of score; a candidate is taken where its place within the group is below k.
+    # Candidates of a group stay in order of score. The first k of each group are taken.
     group_C, by_group_C = _groups(index_C, layout, group_of)[by_score_C].sort(stable=True)
     groups_G = torch.arange(len(num_to_take), device=index_C.device)
     place_C = torch.arange(index_C.numel(), device=index_C.device) - torch.searchsorted(group_C, groups_G)[group_C]
@@ -49,8 +50,11 @@ def first_in_order(
 
 
 def fragments(position_K: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Parameter name -> ascending flat indices in the whole parameter (int64, CPU) of positions in the flat buffer.
+    """Return parameter name -> ascending flat indices in the whole parameter (int64, CPU) of flat-buffer positions.
 
+    Args:
+        position_K: ascending positions in the flat buffer.
+        layout: of this rank.
     Cost: one copy to the host, for which it waits.
     """
     host_K = position_K.cpu()
@@ -72,6 +76,6 @@ def _groups(index_C: Tensor, layout: Layout, group_of: dict[str, int]) -> Tensor
 
 
 def _compacted(value_C: Tensor, is_taken_C: Tensor, num_taken: int) -> Tensor:
-    """Return the taken ones, in order. Their number is known, so that nobody has to wait for it."""
+    """Return the taken values, in order. Their number is known, so the host does not wait for it."""
     place_C = torch.where(is_taken_C, is_taken_C.cumsum(0) - 1, num_taken)  # the others share a place past the end
     return value_C.new_empty(num_taken + 1).scatter_(0, place_C, value_C)[:num_taken]

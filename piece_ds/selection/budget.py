@@ -1,4 +1,4 @@
-"""How many elements may be selected, and which parameters share one budget."""
+"""Decide how many elements may be selected, and which parameters share one budget."""
 
 import logging
 import re
@@ -9,24 +9,29 @@ logger = logging.getLogger(__name__)
 
 
 def num_to_select(ratio: float, numel: int) -> int:
-    """k = max(1, int(ratio * numel)): the paper's rule."""
+    """Return k = max(1, int(ratio * numel)), the paper's rule."""
     return max(1, int(numel * ratio))
 
 
 def num_selected(layout: Layout, ratio: float) -> int:
-    """Return how many elements select() will select: k, or every eligible element where there are fewer."""
+    """Return how many elements select() will select: k, or every eligible element if there are fewer."""
     return min(num_to_select(ratio, layout.total), layout.num_eligible)
 
 
 def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[str], int]]:
-    """(names of the eligible parameters that compete, number of elements to select among them) per group.
+    """Return (names of the eligible parameters that compete, number of elements to select among them) per group.
 
-    budget 'model': one group; k counts every parameter of the model, embeddings included, as the paper's code does.
-    budget 'layer': one group per transformer block, and one for everything outside the blocks.
-    budget 'tensor': one group per parameter. For both, the same k is shared out in proportion to eligible elements.
-    k is at most the number of eligible elements; where that cuts it, a line is logged. A group whose share is nothing
-    is left out.
+    Args:
+        layout: of the model.
+        ratio: selected / all elements of the model. k counts every parameter, embeddings included, as the paper's code
+            does. It is at most the number of eligible elements; if that lowers it, a line is logged.
+        budget: 'model': one group. 'layer': one group per transformer block, and one for everything outside the blocks.
+            'tensor': one group per parameter. For the last two, the same k is shared out in proportion to eligible
+            elements, and a group without a share is left out.
+    Raises:
+        ValueError: nothing is eligible.
     """
+    # How many in all.
     eligible = layout.eligible()
     if not eligible:
         raise ValueError("the model has no eligible parameter: every one is frozen or the input embedding")
@@ -38,6 +43,8 @@ def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[
             num_to_select(ratio, layout.total),
             k,
         )
+
+    # Who competes with whom, and for how many of them.
     groups: dict[str, list[str]] = {}
     numel: dict[str, int] = {}
     for info in eligible:
@@ -49,7 +56,10 @@ def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[
 
 
 def share_out(k: int, weights: list[int]) -> list[int]:
-    """k cut into whole parts in proportion to weights, by largest remainder; equal remainders go to the earlier."""
+    """Return k shared out in whole parts, in proportion to weights, by largest remainder.
+
+    Equal remainders: earlier first.
+    """
     total = sum(weights)
     shares = [k * weight // total for weight in weights]
     by_remainder = sorted(range(len(weights)), key=lambda i: (-(k * weights[i] % total), i))
@@ -59,6 +69,6 @@ def share_out(k: int, weights: list[int]) -> list[int]:
 
 
 def layer_of(name: str) -> str:
-    """'model.layers.3' for a parameter of block 3; 'other' outside the blocks."""
+    """Return 'model.layers.3' for a parameter of block 3, 'other' for one outside the blocks."""
     match = re.match(r"(.*?\.\d+)\.", name)
     return match.group(1) if match else "other"

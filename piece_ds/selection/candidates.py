@@ -1,8 +1,8 @@
-"""Candidates: few elements that are proven to contain the selection, found in one pass over the scores or in none.
+"""Find candidates: few elements that are proven to contain the selection, in one pass over the scores or in none.
 
-A sample gives a lower bound of the k-th score; one pass keeps what reaches it, about 1.5 k elements; the counts over
-all ranks prove that these are enough. A bound that was too high or too low costs time, never exactness: the leading
-digits of all scores then give a bound that is certain.
+A sample gives a lower bound of the k-th score. One pass keeps what reaches it, about 1.5 k elements. The counts over
+all ranks prove that these are enough. A bound that was too high or too low costs time, never exactness: then the
+leading digits of all scores give a bound that is certain.
 
 Legend: G budget groups, D digits.
 """
@@ -27,13 +27,15 @@ from piece_ds.state.statistics import GradientStats
 
 
 class LastPassFilter:
-    """Filters the new sums in the same pass that writes them, by a bound sampled from the sums before.
+    """Filter the new sums in the same pass that writes them, by a bound sampled from the earlier sums.
 
-    One top-k of the whole model only. The bound is a guess, as scores still move; proven() says whether it was right.
+    Only for one top-k of the whole model. The bound is a guess, since scores still change; proven() says whether it
+    held.
     """
 
     def __init__(self, layout: Layout, scorer: Estimator, ratio: float, lam: float) -> None:
-        """
+        """Keep what selection will ask for.
+
         Args:
             layout: of the model.
             scorer: filters only if its scores come from the sums.
@@ -47,7 +49,7 @@ class LastPassFilter:
         self.candidates: ops.Candidates | None = None
 
     def begin(self, stats: GradientStats) -> None:
-        """The next gradients are the last ones. A collective.
+        """Sample the bound: the next gradients are the last ones. A collective.
 
         Args:
             stats: sums of everything before.
@@ -70,7 +72,12 @@ class LastPassFilter:
         num_nonfinite: Tensor,
         offset: int,
     ) -> None:
-        """ops.accumulate_() of an element's last gradient, whose place in the flat buffer is offset."""
+        """Add an element's last gradient as ops.accumulate_() does, and filter it if there is a bound.
+
+        Args:
+            grad, grad_sum, square_sum, scale, num_nonfinite: as in ops.accumulate_().
+            offset: place of the first element in the flat buffer.
+        """
         if self.candidates is None:
             ops.accumulate_(grad, grad_sum, square_sum, scale, num_nonfinite)
         else:
@@ -79,20 +86,23 @@ class LastPassFilter:
             )
 
     def proven(self) -> ops.Candidates | None:
-        """As proven(), of what the last pass found. A collective."""
+        """Return proven() of what the last pass found, or None without a bound. A collective."""
         return None if self.candidates is None else proven(self.candidates, self.k)
 
 
 logger = logging.getLogger(__name__)
 
-# A sample is 4 KiB in every 256 KiB: whole pages, 1/64 of the bytes. Below SAMPLE_FROM elements all are read.
+# A sample is 4 KiB in every 256 KiB: whole pages, 1/64 of the bytes. With fewer than SAMPLE_FROM elements all are read.
 SAMPLE_RUN, SAMPLE_STRIDE, SAMPLE_FROM = 1 << 10, 1 << 16, 1 << 22
 # Its keys are counted by 15 bits: exponent and 7 mantissa bits, so that a bin is 1 % wide.
 SAMPLE_SHIFT, SAMPLE_BITS = 16, 15
 
 
 def room_for(k: int, num_owned: int) -> int:
-    """Candidates that a rank has room for: one rank may own them all, and a bound may be too low by half."""
+    """Return the number of candidates that a rank has room for.
+
+    One rank may own all of them, and a bound may be too low by half.
+    """
     return min(num_owned, 4 * k + (1 << 16))
 
 
@@ -100,9 +110,13 @@ def sampled_bound(runs: Runs, k: int, num_elements: int, device: torch.device) -
     """Return a score that k elements or a few more of a single group probably reach, over all ranks.
 
     Args:
+        runs: this rank's scores.
+        k: of the group.
         num_elements: of the group, over all ranks.
+        device: of the scores.
     Cost: reads 1/64 of the scores; all-reduces 256 KiB; the host waits once, for one number.
     """
+    # Count the keys of a sample.
     is_whole = num_elements < SAMPLE_FROM
     run, stride = (1, 1) if is_whole else (SAMPLE_RUN, SAMPLE_STRIDE)
     counts_D = torch.zeros(1 << SAMPLE_BITS, dtype=torch.int64, device=device)
@@ -112,6 +126,8 @@ def sampled_bound(runs: Runs, k: int, num_elements: int, device: torch.device) -
             ops.score_histogram_(counts_D, *part.scores.part(begin), SAMPLE_SHIFT, SAMPLE_BITS, 0, run, stride)
     if world_size() > 1:
         counts_D = all_reduce_sum_(counts_D.to(collective_device()))
+
+    # Find the score that enough of the sample reach.
     expected = k * run / stride
     # Half as many again, or six standard deviations of a count where those are more.
     wanted = k if is_whole else math.ceil(max(1.5 * expected, expected + 6 * math.sqrt(expected) + 8))
@@ -120,7 +136,7 @@ def sampled_bound(runs: Runs, k: int, num_elements: int, device: torch.device) -
 
 
 def certain_bounds(runs: Runs, num_to_take: list[int], device: torch.device) -> list[float]:
-    """For each group, the smallest score with the k-th score's leading digit: at least k elements reach it."""
+    """Return, for each group, the smallest score with the k-th score's leading digit. At least k elements reach it."""
     shift, bits = DIGITS[0]
     counts_GD = digit_counts(runs(), shift, bits, [0] * len(num_to_take), device)
     return [_score_of(digit << shift) for digit, _ in digits_of_kth(counts_GD, num_to_take)]
@@ -132,14 +148,19 @@ def find_candidates(runs: Runs, num_to_take: list[int], layout: Layout, device: 
     Args:
         runs: as in find_thresholds(); names are not looked at.
         num_to_take: k of each group.
-    Cost: one pass over the scores; three where the sample misled, or where there are several groups.
+        layout: of the model.
+        device: of the scores.
+    Cost: one pass over the scores; three if the sample misled, or if there are several groups.
     """
+    # A guess first: with one group it is usually right.
     if len(num_to_take) == 1:
         bound = sampled_bound(runs, num_to_take[0], layout.num_eligible, device)
         candidates = proven(_collect(runs, [bound], num_to_take, layout, device), num_to_take[0])
         if candidates is not None:
             return candidates
         logger.info("the sampled bound %g did not prove enough candidates: all scores are counted", bound)
+
+    # Otherwise a bound that is certain. It may still let in too many.
     candidates = _collect(runs, certain_bounds(runs, num_to_take, device), num_to_take, layout, device)
     return proven(candidates, sum(num_to_take))
 
@@ -154,11 +175,13 @@ def _collect(
 
 
 def proven(candidates: ops.Candidates, k: int) -> ops.Candidates | None:
-    """Candidates without their empty room, if they must contain the selection. A collective.
+    """Return candidates without their empty room if they must contain the selection, else None. A collective.
 
-    They must where at least k elements over all ranks reached the bound and every one of them had room.
+    They must if at least k elements over all ranks reached the bound and every one of them had room.
+
     Cost: the host waits once.
     """
+    # All counts come to the host in one copy.
     found, capacity = candidates.num_found, candidates.capacity
     if world_size() == 1:
         count = total = int(found)
@@ -172,7 +195,7 @@ def proven(candidates: ops.Candidates, k: int) -> ops.Candidates | None:
 
 
 def candidate_runs(candidates: ops.Candidates, layout: Layout, group_of: dict[str, int]) -> list[Run]:
-    """Proven candidates as runs, one per parameter, in ascending order of position."""
+    """Return proven candidates as runs, one per parameter, in ascending order of position."""
     score, index = _ascending(candidates.score, candidates.index)
     owned = [(info, part, offset) for info, part, offset in layout.owned() if info.name in group_of]
     borders = torch.tensor([[offset, offset + part.numel] for _, part, offset in owned], device=index.device)
@@ -184,7 +207,7 @@ def candidate_runs(candidates: ops.Candidates, layout: Layout, group_of: dict[st
 
 
 def _ascending(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in ascending order of index. Providers on the CPU find candidates in this order already."""
+    """Return both in ascending order of index. Providers on the CPU find candidates in this order already."""
     if bool((index.diff() > 0).all()):
         return score, index
     order = index.argsort()
@@ -197,7 +220,7 @@ def _score_of(key: int) -> float:
 
 
 def runs_of(runs: list[Run]) -> Runs:
-    """Return a list of runs as something that can be passed over again."""
+    """Return a list of runs as a function that can be called again for every pass."""
 
     def again() -> Iterator[Run]:
         return iter(runs)

@@ -1,8 +1,8 @@
-"""Importance estimators: pure scoring functions, with what each needs. Their names stand in methods/registry.py.
+"""Define importance estimators: pure scoring functions, with what each needs. For their names see methods/registry.py.
 
-A scoring function receives one Fragment (a run of elements of one parameter, on one rank) and returns its scores:
-fp32, 1-D, larger is more important, >= +0 and never NaN. It must depend only on the elements, not on where a rank's
-range begins, so that the mask is the same for every number of ranks.
+A scoring function receives one Fragment (a run of elements of one parameter, on one rank) and returns its scores: fp32,
+1-D, larger is more important, >= +0 and never NaN. It must depend only on the elements, not on where a rank's range
+begins, so that the mask is the same for every number of ranks.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Fragment:
         parameter_index: position of the parameter in named_parameters().
         start: flat row-major index of the first element in the whole parameter.
         numel: elements in the run.
-        device: where scores are wanted.
+        device: on which scores are wanted.
         square_sum, grad_sum: statistics of these elements, fp32, or None if the method needs none.
         weight: returns the current values of these elements, fp32 (read only when called).
         lam: lambda of the second-order normalization.
@@ -42,13 +42,13 @@ class Fragment:
 
 
 def second_order(fragment: Fragment) -> Tensor:
-    """PIECE-S: |sum of g| / sqrt(sum of g^2 + lambda)."""
+    """Return PIECE-S scores: |sum of g| / sqrt(sum of g^2 + lambda)."""
     assert fragment.square_sum is not None
     return ops.score(fragment.grad_sum, fragment.square_sum, fragment.lam)
 
 
 def fisher(fragment: Fragment) -> Tensor:
-    """PIECE-F: the diagonal empirical Fisher information, sum of g^2."""
+    """Return PIECE-F scores: the diagonal empirical Fisher information, sum of g^2."""
     assert fragment.square_sum is not None
     return ops.score(None, fragment.square_sum)
 
@@ -64,7 +64,7 @@ def magnitude(fragment: Fragment) -> Tensor:
 def random_score(fragment: Fragment) -> Tensor:
     """Return a counter-based hash of (seed, parameter, element), uniform over the keys of non-negative fp32 numbers.
 
-    A generator's stream would depend on where ranges begin; a hash of the position does not.
+    A generator's stream would depend on where ranges begin. A hash of the position does not.
     """
     position = torch.arange(fragment.start, fragment.start + fragment.numel, device=fragment.device)
     stream = mix(torch.tensor(fragment.seed * 1_000_003 + fragment.parameter_index, device=fragment.device) + GAMMA)
@@ -82,10 +82,10 @@ class Estimator:
     Attributes:
         name: of the method; the mask bears it.
         score: Fragment -> fp32 scores.
-        needs: one of NEEDS. The sum of squares is always kept where anything is (4 bytes per owned element); the sum of
+        needs: one of NEEDS. If anything is needed, the sum of squares is kept (4 bytes per owned element). The sum of
             gradients costs 4 bytes more.
-        from_sums: score is ops.score of the sums (without grad_sum if only squares are needed), so that selection can
-            read the sums and never needs the scores themselves.
+        from_sums: score is ops.score of the sums (without grad_sum if only squares are needed). Selection can then read
+            the sums and never needs the scores themselves.
     """
 
     name: str
@@ -115,7 +115,9 @@ MAGNITUDE = Estimator("magnitude", magnitude)
 
 
 def checked(estimator: Estimator) -> Estimator:
-    """Return estimator with a check of every fragment's scores: for functions that others wrote.
+    """Return estimator with a check of every fragment's scores, for functions that others wrote.
+
+    The wrapped function raises ValueError for scores of another shape or dtype, negative ones and NaN.
 
     Cost: a pass over the scores of 4 M elements at a time.
     """

@@ -1,7 +1,7 @@
-"""Sums of non-negative fp32 numbers without any rounding: the same bits in any order and on any number of ranks.
+"""Add non-negative fp32 numbers without any rounding: the same bits in any order and on any number of ranks.
 
-A number is 24 bits at one of 254 places, so a sum is a long integer. It is kept as digits in base 2**32 whose carries
-wait in int64 until the end; adding digits commutes, unlike adding floating-point numbers.
+A number is 24 bits at one of 254 places, so a sum is a long integer. It is kept as digits in base 2**32, and carries
+stay in int64 until the end. Adding digits commutes, unlike adding floating-point numbers.
 
 Legend: N numbers, U sums, D digits.
 """
@@ -25,14 +25,15 @@ def empty_sums(num_sums: int, device: torch.device | str) -> Tensor:
 
 
 def add_(sums_UD: Tensor, number_N: Tensor, sum_N: Tensor) -> None:
-    """Add each number to its sum, exactly; sums of several ranks may be added element by element.
+    """Add each number to its sum, exactly. Sums of several ranks may be added element by element.
 
     Args:
         sums_UD: from empty_sums().
         number_N: fp32, >= 0, never NaN.
         sum_N: the row of sums_UD that each number belongs to, int64. At most 2**30 numbers to a row.
-    Cost: 64 bytes a number while it lasts.
+    Cost: 64 bytes a number during the call.
     """
+    # Take the number apart.
     key_N = number_N.view(torch.int32).to(torch.int64)
     exponent_N = key_N >> 23
     mantissa_N = (key_N & 0x7FFFFF) | ((exponent_N > 0).to(torch.int64) << 23)
@@ -51,10 +52,11 @@ def add_(sums_UD: Tensor, number_N: Tensor, sum_N: Tensor) -> None:
 
 
 def means(sums_UD: Tensor, count: int) -> np.ndarray:
-    """Return each exact sum, rounded once to fp64, divided by count in fp64; inf where a number was infinite.
+    """Return each exact sum, rounded once to fp64, divided by count in fp64; inf if a number was infinite.
 
     Cost: about a microsecond of Python a sum.
     """
+    # Carry, then read each row of digits as one integer.
     digits = sums_UD.cpu().numpy().copy()
     for digit in range(NUM_DIGITS - 1):
         digits[:, digit + 1] += digits[:, digit] >> DIGIT_BITS

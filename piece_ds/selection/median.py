@@ -1,4 +1,4 @@
-"""The exact median of what lies on all ranks."""
+"""Find the exact median over all ranks."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from piece_ds.state.statistics import GradientStats
 def median_of_importance(value_N: Tensor, layout: Layout) -> float:
     """Return the (lower) median of all ranks' values >= 0; of the positive ones if it would be 0. A collective.
 
-    An order statistic: the same bits for every number of ranks. A model whose general text leaves more than half of
-    its weights without a gradient has the median 0, which damps nothing: zeros are left out then.
+    As an order statistic it has the same bits for every number of ranks. If general text leaves more than half of a
+    model's weights without a gradient, the median is 0, which would damp nothing. Then zeros are left out.
 
     Args:
         value_N: fp32, >= 0, laid out by layout.owned().
@@ -25,6 +25,7 @@ def median_of_importance(value_N: Tensor, layout: Layout) -> float:
         UserError: no value is positive.
     Cost: four reads of value_N; 32 KiB of communication.
     """
+    # Which rank from the top the median has.
     positive = torch.tensor([int((value_N > 0).sum())])
     num_positive = int(all_reduce_sum_(positive.to(collective_device())))
     if num_positive == 0:
@@ -33,6 +34,8 @@ def median_of_importance(value_N: Tensor, layout: Layout) -> float:
     from_above = num_values // 2 + 1  # the lower median is this many values from the highest
     if from_above > num_positive:
         from_above = num_positive // 2 + 1
+
+    # PIECE-F scores are the values themselves, so selection's threshold is the median.
     group_of = {info.name: 0 for info in layout.eligible()}
     stats = GradientStats(layout, value_N, None)
     runs = ScoreSource(

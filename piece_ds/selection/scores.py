@@ -1,4 +1,7 @@
-"""The scores of this rank's elements, run by run, in the form that ops take: nothing is computed before it is used."""
+"""Yield the scores of this rank's elements, run by run, in the form that ops take.
+
+Nothing is computed before its use.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,14 +21,14 @@ WeightReader = Callable[[str, int, int], Tensor]
 
 
 class Scores(NamedTuple):
-    """Scores as ops take them: |grad_sum| / sqrt(square_sum + lam), or square_sum itself where grad_sum is None."""
+    """Scores as ops take them: |grad_sum| / sqrt(square_sum + lam), or square_sum itself if grad_sum is None."""
 
     grad_sum: Tensor | None
     square_sum: Tensor
     lam: float = 1.0
 
     def part(self, begin: int, end: int | None = None) -> "Scores":
-        """Views of elements [begin, end)."""
+        """Return views of elements [begin, end)."""
         grad_sum = None if self.grad_sum is None else self.grad_sum[begin:end]
         return Scores(grad_sum, self.square_sum[begin:end], self.lam)
 
@@ -43,7 +46,7 @@ class Run:
         group: the budget that its elements compete for.
         scores: of the elements.
         offset: where the first element lies in this rank's flat buffer (Layout.owned()).
-        position: flat index in the whole parameter of each element (int64), or of the first one where they are
+        position: flat index in the whole parameter of each element (int64), or of the first one if they are
             consecutive.
     """
 
@@ -64,14 +67,14 @@ Runs = Callable[[], Iterator[Run]]
 
 @dataclass(frozen=True)
 class ScoreSource:
-    """Everything that a method's scores come from; calling it yields the runs, in ascending order of offset.
+    """Everything that a method's scores come from. Calling it yields the runs, in ascending order of offset.
 
     Attributes:
-        layout: whose elements.
+        layout: of the model.
         group_of: parameter name -> budget group; parameters without one have no scores.
         scorer: the method.
         stats, weight_of, lam, seed: what it may read.
-        device: where scores are wanted.
+        device: on which scores are wanted.
     """
 
     layout: Layout
@@ -91,14 +94,17 @@ class ScoreSource:
                 yield from runs(info, part, offset, parameter_index[info.name])
 
     def spans(self) -> Iterator[Run]:
-        """The same scores in as few runs as there can be, for whoever looks at no name: a launch costs, not a run.
+        """Yield the same scores in as few runs as possible, for readers that need no names.
 
-        Parameters of one group whose sums lie side by side are one run, called by the first one's name.
+        Each run costs a launch. Parameters of one group whose sums lie side by side become one run, under the first
+        one's name.
         """
         if not self.scorer.from_sums:
             yield from self()
             return
         assert self.stats is not None
+
+        # Join neighbours of one group.
         pieces: list[tuple[str, int, int, int]] = []  # name, group, first element, past the last
         for info, part, offset in self.layout.owned():
             group = self.group_of.get(info.name)
@@ -122,6 +128,7 @@ class ScoreSource:
         yield Run(info.name, self.group_of[info.name], self._scores(grad_sum, square_sum), offset, part.start)
 
     def _computed(self, info: ParameterInfo, part: Partition, offset: int, parameter_index: int) -> Iterator[Run]:
+        # A part at a time, so that computed scores take little memory.
         for begin in range(0, part.numel, CHUNK):
             numel, start = min(CHUNK, part.numel - begin), part.start + begin
             grad_sum, square_sum = self.stats.fragment(offset + begin, numel) if self.stats else (None, None)

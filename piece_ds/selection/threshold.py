@@ -1,4 +1,4 @@
-"""Exact top-k over all ranks by radix select on histograms: only counts cross ranks, never scores.
+"""Find the exact top-k over all ranks by radix select on histograms: only counts cross ranks, never scores.
 
 Legend: G budget groups, D digits of one pass, P eligible parameters, W ranks.
 """
@@ -23,8 +23,8 @@ class Threshold:
     """The k-th largest score of one group.
 
     Attributes:
-        key: its 31-bit key; a score is above where its key is greater.
-        num_ties_to_take: elements with exactly this key that belong to the selection.
+        key: its 31-bit key. A score is above if its key is greater.
+        num_ties_to_take: number of elements with exactly this key that belong to the selection.
     """
 
     key: int
@@ -32,12 +32,12 @@ class Threshold:
 
 
 def find_thresholds(runs: Runs, num_to_take: list[int], device: torch.device) -> list[Threshold]:
-    """For each group, the score that keeps exactly its k elements over all ranks.
+    """Return, for each group, the score that keeps exactly its k elements over all ranks.
 
     Args:
         runs: called once per pass; yields this rank's elements, in any order.
         num_to_take: k of each group, between 1 and the group's number of elements over all ranks.
-        device: where scores live.
+        device: of the scores.
     Cost: produces the scores three times; all-reduces G * (2048 + 1024 + 1024) int64 counts, whatever the model.
     Source: radix select (Alabi et al. 2012), with the digit counts summed over ranks.
     """
@@ -45,6 +45,8 @@ def find_thresholds(runs: Runs, num_to_take: list[int], device: torch.device) ->
     remaining = list(num_to_take)
     for shift, bits in DIGITS:
         counts_GD = digit_counts(runs(), shift, bits, prefix, device)
+
+        # Elements with a greater digit are selected for certain; the search continues below them.
         for group, (digit, above) in enumerate(digits_of_kth(counts_GD, remaining)):
             remaining[group] -= above
             prefix[group] = (prefix[group] << bits) | digit
@@ -52,10 +54,15 @@ def find_thresholds(runs: Runs, num_to_take: list[int], device: torch.device) ->
 
 
 def digit_counts(runs: Iterable[Run], shift: int, bits: int, prefix_G: list[int], device: torch.device) -> Tensor:
-    """Return how often each digit at `shift` occurs over all ranks among a group's keys that start with its prefix.
+    """Return how often each digit at `shift` occurs, over all ranks, among a group's keys that start with its prefix.
 
+    Args:
+        runs: this rank's scores.
+        shift, bits: position and width of the digit.
+        prefix_G: of each group.
+        device: of the scores.
     Returns:
-        int64 [G, 2**bits], on device, or with several ranks where their collectives are.
+        int64 [G, 2**bits], on device, or with several ranks on the device of their collectives.
     """
     counts_GD = torch.zeros(len(prefix_G), 1 << bits, dtype=torch.int64, device=device)
     for run in runs:
@@ -64,13 +71,14 @@ def digit_counts(runs: Iterable[Run], shift: int, bits: int, prefix_G: list[int]
 
 
 def digits_of_kth(counts_GD: Tensor, k: list[int]) -> list[tuple[int, int]]:
-    """(digit of the k-th largest element, number of elements with a greater digit) of each group.
+    """Return (digit of the k-th largest element, number of elements with a greater digit) of each group.
 
     Args:
-        counts_GD: elements with each digit.
-        k: of each group; the digit is 0 where there are fewer elements.
-    Cost: where counts are on a GPU, the host waits once.
+        counts_GD: number of elements with each digit.
+        k: of each group; the digit is 0 if there are fewer elements.
+    Cost: if counts are on a GPU, the host waits once.
     """
+    # The digit is the greatest that k elements reach.
     at_least_GD = counts_GD.flip(1).cumsum(1).flip(1)
     k_G = on_device(k, counts_GD.device)
     digit_G = ((at_least_GD >= k_G.unsqueeze(1)).sum(1) - 1).clamp_(min=0)
@@ -79,13 +87,18 @@ def digits_of_kth(counts_GD: Tensor, k: list[int]) -> list[tuple[int, int]]:
 
 
 def on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """Numbers of the host on device (int64), without waiting for it: only pinned memory may be read after the call."""
+    """Return numbers of the host on device (int64), without waiting for it.
+
+    On CUDA only pinned memory may be read after the call.
+    """
     tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
 
 
 def tie_quotas(num_ties_P: Tensor, group_P: list[int], thresholds: list[Threshold], owner: int) -> list[int]:
-    """How many of its ties rank `owner` takes in each parameter: the first of each group in (parameter, index) order.
+    """Return how many of its ties rank `owner` takes in each parameter.
+
+    The first ties of each group in (parameter, index) order are taken.
 
     Args:
         num_ties_P: this rank's elements at the threshold of their group, per eligible parameter, int64.
@@ -94,10 +107,13 @@ def tie_quotas(num_ties_P: Tensor, group_P: list[int], thresholds: list[Threshol
         owner: this rank.
     Cost: one all-reduce of W x P int64, for W ranks.
     """
+    # Every rank's ties, on every rank.
     num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     table = torch.zeros(num_ranks, num_ties_P.numel(), dtype=torch.int64)
     table[owner] = num_ties_P
     table_WP = all_reduce_sum_(table.to(collective_device())).cpu()
+
+    # Hand out the ties in order of parameter, then of rank.
     left = [threshold.num_ties_to_take for threshold in thresholds]
     quotas = []
     for parameter, group in enumerate(group_P):

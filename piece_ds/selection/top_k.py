@@ -1,7 +1,7 @@
-"""The mask of exactly k elements with the highest scores of the whole model, over all ranks.
+"""Make the mask of exactly k elements with the highest scores of the whole model, over all ranks.
 
-The selection is a set, so it is exact: the same scores give the same mask for every number of ranks, and ties go to
-the smaller (parameter in named_parameters() order, flat row-major index).
+The selection is a set, so it is exact: the same scores give the same mask for every number of ranks. Ties go to the
+smaller (parameter in named_parameters() order, flat row-major index).
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ def select_by(
 
     Args:
         scorer: an importance estimator.
-        layout: of the model; scores exist for its eligible elements only.
+        layout: of the model; only its eligible elements have scores.
         ratio: selected / all elements of the model, in (0, 1]; see budget_groups for k.
         stats: gradient statistics, for estimators that use them.
         weight_of: (name, start, numel) -> current values of elements this rank owns, for estimators that use them.
@@ -48,29 +48,35 @@ def select_by(
         unit: what competes: 'element', 'row' or 'column' (see select_units()).
         lam: lambda of piece-s.
         seed: of `random`.
-        candidates: elements proven to contain the selection (see LastPassFilter), which spares the pass over stats.
-        device: where estimators without statistics compute; None means where stats are, else the CPU.
+        candidates: elements proven to contain the selection (see LastPassFilter), which saves the pass over stats.
+        device: on which estimators without statistics compute. None means the device of stats, else the CPU.
     Returns:
         Mask with exactly k selected elements; with rows or columns, with those that fit into k.
     Raises:
-        ValueError: the estimator needs statistics that are not there, or nothing is eligible.
-    Cost: one pass over the statistics, none with candidates; up to eight where more scores tie or share their leading
-        digit than there is room for candidates. Room: 12 bytes for 4 k candidates. Communicates counts only. One rank
-        on a GPU waits for it three times: for the bound, the number of candidates, and the positions.
+        ValueError: the estimator needs statistics that are missing, or nothing is eligible.
+    Cost: one pass over the statistics, none with candidates. Up to eight if more scores tie, or share their leading
+    digit, than there is room for. Room: 12 bytes for each of 4 k candidates. Only counts are communicated. One rank on
+    a GPU waits for it three times: for the bound, the number of candidates, and the positions.
     """
     if scorer.needs_statistics and (stats is None or (scorer.needs_sum and stats.grad_sum is None)):
         raise ValueError(
             f"method {scorer.name!r} needs gradient statistics with "
             f"{'sum and ' if scorer.needs_sum else ''}square sum: collect them first"
         )
+
+    # Who competes with whom, and by which scores.
     groups = budget_groups(layout, ratio, budget)
     num_to_take = [k for _, k in groups]
     group_of = {name: group for group, (names, _) in enumerate(groups) for name in names}
     device = stats.square_sum.device if stats is not None else torch.device(device or "cpu")
     source = ScoreSource(layout, group_of, scorer, stats, weight_of, device, lam, seed)
+
+    # Elements compete.
     if unit == ELEMENT:
         index = _select_elements(source, num_to_take, candidates)
         return Mask(layout, index, sum(num_to_take), scorer.name, ratio)
+
+    # Rows or columns compete, and single elements of what is no matrix.
     single_of, num_single = element_budget(layout, group_of, num_to_take, unit)
     elements = _select_elements(replace(source, group_of=single_of), num_single) if num_single else {}
     index, num_selected = select_units(source, num_to_take, unit, elements)
@@ -82,6 +88,8 @@ def _select_elements(
 ) -> dict[str, Tensor]:
     """Return this rank's positions of the k highest scores of each group, ascending. A collective."""
     layout, device, group_of = source.layout, source.device, source.group_of
+
+    # Few elements that must contain the selection.
     candidates = candidates or find_candidates(source.spans, num_to_take, layout, device)
     if candidates is not None and decides_alone(layout, device):
         return fragments(first_in_order(candidates, layout, group_of, num_to_take), layout)
@@ -105,6 +113,7 @@ def _take(
 
     Legend: R runs, P parameters.
     """
+    # Count each run's elements at the threshold; the host reads all counts at once.
     row_of = {name: row for row, name in enumerate(names)}
     row_R = []
     count_R = [torch.zeros(0, dtype=torch.int64, device=device)]
@@ -114,7 +123,11 @@ def _take(
         ops.score_histogram_(count_R[-1], *run.scores, shift=0, bits=0, prefix=thresholds[run.group].key)
     ties_R = torch.cat(count_R).cpu()
     ties_P = torch.zeros(len(names), dtype=torch.int64).index_add_(0, torch.tensor(row_R, dtype=torch.int64), ties_R)
+
+    # Which of them belong to the selection.
     left = dict(zip(names, tie_quotas(ties_P, [group_of[name] for name in names], thresholds, owner), strict=True))
+
+    # The positions.
     found: dict[str, list[Tensor]] = {}
     for run, count in zip(runs(), ties_R.tolist(), strict=True):
         quota = min(count, left[run.name])

@@ -1,6 +1,6 @@
-"""Whole input columns or output rows of matrices compete by the mean score of their elements.
+"""Let whole input columns or output rows of matrices compete by the mean score of their elements.
 
-Statistics are cut into flat row-major ranges, so a column's elements lie on several ranks. Their scores are summed
+Statistics are sharded into flat row-major ranges, so a column's elements lie on several ranks. Their scores are summed
 without rounding (see exact_sums), so every rank finds the same order of the same units and takes the same ones.
 
 Legend: U units of one matrix, E entries that compete: units, and elements of what is no matrix.
@@ -26,12 +26,12 @@ ADDED_AT_ONCE = 1 << 20  # scores: 64 MiB while they are added
 
 @dataclass(frozen=True)
 class Units:
-    """How one matrix is cut into units.
+    """How one matrix is divided into units.
 
     Attributes:
         width: elements of a stored row.
-        along_last: a unit is a stored column (its elements are `width` apart), else a stored row.
-        count: units.
+        along_last: whether a unit is a stored column (its elements are `width` apart); if not, a stored row.
+        count: number of units.
         size: elements of each.
     """
 
@@ -86,8 +86,9 @@ def select_units(
 ) -> tuple[dict[str, Tensor], int]:
     """Take units in order of score while no more than k elements are selected. A collective.
 
-    The order is: mean score, descending; parameters in the order of named_parameters(); the unit's or the element's
-    place in it. A group is full at the first unit that would exceed its k: nothing after it is taken.
+    The order is: mean score, descending; then parameters in the order of named_parameters(); then the unit's or the
+    element's place in its parameter. A group is full at the first unit that would exceed its k. Nothing after it is
+    taken.
 
     Args:
         source: the scores and the groups.
@@ -98,8 +99,8 @@ def select_units(
         (parameter name -> ascending positions on this rank, elements selected over all ranks).
     Raises:
         UserError: the first unit of every group has more elements than its k.
-    Cost: one pass over the scores, with two additions each; 88 bytes per unit of the model all-reduced, 12 per element
-        of `elements` gathered on every rank, a sort of both there.
+    Cost: one pass over the scores, with two additions each. 88 bytes per unit of the model are all-reduced. 12 bytes
+    per element of `elements` are gathered on every rank, and both are sorted there.
     """
     layout, group_of = source.layout, source.group_of
     cuts = {info.name: units_of(info, unit) for info in layout.eligible() if info.name in group_of}
@@ -159,6 +160,7 @@ def _fits(group_E: np.ndarray, size_E: np.ndarray, k_G: np.ndarray) -> np.ndarra
 
 def _unit_means(source: ScoreSource, matrices: dict[str, Units]) -> dict[str, np.ndarray]:
     """Return matrix name -> fp64 mean score of each unit, on every rank. A collective."""
+    # One row of sums a unit, those of each matrix side by side.
     starts, total = {}, 0
     for name, cut in matrices.items():
         starts[name] = total

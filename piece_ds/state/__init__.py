@@ -1,1 +1,1 @@
-"""The nouns: who owns which element, the gradient statistics, the mask."""
+"""The data that everything shares: who owns which element, the gradient statistics, the mask."""

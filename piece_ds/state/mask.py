@@ -1,7 +1,7 @@
-"""Which elements are selected. The working form is a sorted index list; packed bits exist only in files.
+"""Say which elements are selected. The working form is a sorted index list; packed bits exist only in files.
 
-At a density d the list costs 32 d bits per element in a file's int32 against 1 for a bit mask: they cross at 1/32, and
-0.1 % is far below.
+At a density d the list costs 32 d bits per element in a file's int32, a bit mask costs 1. They are equal at d = 1/32,
+and 0.1 % is far below.
 """
 
 from dataclasses import dataclass, field
@@ -21,9 +21,10 @@ class Mask:
     Attributes:
         layout: the model's parameters and this rank's ranges of them.
         index: parameter name -> ascending flat row-major positions in the whole parameter (int64, CPU), only those
-            inside this rank's range. A parameter without a key has nothing selected here.
+            inside this rank's range. A parameter without a key has nothing selected on this rank.
         num_selected: selected elements over all ranks.
         method, ratio: how it was made.
+        extra: more text to be kept in its file.
     """
 
     layout: Layout
@@ -48,17 +49,21 @@ def gather_fragments(
 
     Args:
         layout: of the model; names the parameters and their order.
-        fragments: parameter name -> this rank's values (CPU); absent where it has none.
+        fragments: parameter name -> this rank's values (CPU); absent if it has none.
         dtype_of: parameter name -> dtype of its fragments, the same on every rank.
     Returns:
-        parameter name -> CPU tensor; absent where no rank has any.
+        parameter name -> CPU tensor; absent if no rank has any.
     """
     if layout.num_ranks == 1:
         ordered = {info.name: fragments[info.name] for info in layout.parameters if info.name in fragments}
         return {name: values for name, values in ordered.items() if values.numel()}
+
+    # Send all parameters as one row of bytes, with their lengths.
     names = [info.name for info in layout.parameters]
     rows = [fragments[n].contiguous().view(torch.uint8) if n in fragments else torch.zeros(0).byte() for n in names]
     counts_WP, bytes_W = _all_gather_bytes(torch.tensor([row.numel() for row in rows]), torch.cat(rows))
+
+    # Put each parameter together again.
     pieces: dict[str, list[Tensor]] = {}
     for counts_P, received in zip(counts_WP, bytes_W, strict=True):  # rank order is ascending order of ranges
         for name, piece in zip(names, received.split(counts_P.tolist()), strict=True):
@@ -68,10 +73,17 @@ def gather_fragments(
 
 
 def _all_gather_bytes(counts: Tensor, values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Every rank's counts (int64, equal lengths) and values (uint8, as many as the counts' sum), in rank order."""
+    """Return every rank's counts (int64, equal lengths) and values (uint8), in rank order.
+
+    Args:
+        counts: bytes of each parameter on this rank.
+        values: as many bytes as the counts' sum.
+    """
     device = collective_device()
     gathered = [torch.empty_like(counts, device=device) for _ in range(world_size())]
     dist.all_gather(gathered, counts.to(device))
+
+    # all_gather needs equal sizes, so values are padded to the longest.
     longest = max(int(c.sum()) for c in gathered)
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: values.numel()] = values.to(device)

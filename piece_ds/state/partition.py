@@ -1,8 +1,8 @@
-"""Which rank owns which element of which parameter: the canonical layout of statistics, scores and masks.
+"""Say which rank owns which element of which parameter: the canonical layout of statistics, scores and masks.
 
-It is ZeRO-3's layout, used at every stage and for every world size: a parameter of n elements over W ranks is cut
-into chunks of c = ceil(n / W), and rank r owns the flat range [r c, min((r + 1) c, n)). Only parameters change the
-order (that of named_parameters()), so a position is named by (parameter index, flat index) whatever the world size.
+It is ZeRO-3's layout, used at every stage and for every world size. A parameter of n elements over W ranks is sharded
+into chunks of c = ceil(n / W), and rank r owns the flat range [r c, min((r + 1) c, n)). Parameters come in the order of
+named_parameters(), so (parameter index, flat index) names a position whatever the world size.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def index_dtype(numel: int) -> torch.dtype:
 
 
 def is_partitioned(*params: torch.Tensor) -> bool:
-    """Return whether ZeRO-3 has partitioned any of these parameters: then a rank holds only its chunk of them."""
+    """Return whether ZeRO-3 has partitioned any of these parameters. Then a rank holds only its chunk of them."""
     return any(hasattr(param, "ds_id") for param in params)
 
 
@@ -60,7 +60,13 @@ class ParameterInfo:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every parameter of a model, once, in named_parameters() order, and this rank's share of the eligible ones."""
+    """Every parameter of a model, once, in named_parameters() order, and this rank's share of the eligible ones.
+
+    Attributes:
+        parameters: all of them.
+        rank: of this process.
+        num_ranks: over which elements are sharded.
+    """
 
     parameters: tuple[ParameterInfo, ...]
     rank: int
@@ -68,7 +74,7 @@ class Layout:
 
     @property
     def total(self) -> int:
-        """Elements of the model: every parameter counted once, embeddings and frozen ones included."""
+        """Number of elements of the model: every parameter counted once, embeddings and frozen ones included."""
         return sum(info.numel for info in self.parameters)
 
     @property
@@ -77,18 +83,18 @@ class Layout:
 
     @property
     def num_owned(self) -> int:
-        """Eligible elements that this rank owns: the length of a statistics buffer."""
+        """Number of eligible elements that this rank owns: the length of a statistics buffer."""
         return sum(part.numel for _, part, _ in self.owned())
 
     def eligible(self) -> tuple[ParameterInfo, ...]:
         return tuple(info for info in self.parameters if info.eligible)
 
     def partition(self, info: ParameterInfo) -> Partition:
-        """This rank's range of one parameter."""
+        """Return this rank's range of one parameter."""
         return partition_of(info.numel, self.rank, self.num_ranks)
 
     def owned(self) -> Iterator[tuple[ParameterInfo, Partition, int]]:
-        """(parameter, range, offset of the range in this rank's flat buffer) for each eligible parameter."""
+        """Yield (parameter, range, offset of the range in this rank's flat buffer) for each eligible parameter."""
         offset = 0
         for info in self.eligible():
             part = self.partition(info)

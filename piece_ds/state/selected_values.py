@@ -1,7 +1,7 @@
 """SelectedValues: the one flat parameter that DeepSpeed optimises in compact mode, as a module of the model.
 
-It is never called, so ZeRO-3 never gathers it in forward or backward. It is no parameter of the model as its user sees
-it: it is in no layout, and state_dict() shows it only to training checkpoints.
+It is never called, so ZeRO-3 never gathers it in forward or backward. The model's user does not see it: it is in no
+layout, and state_dict() shows it only to training checkpoints.
 """
 
 from collections.abc import Iterator
@@ -25,6 +25,8 @@ class SelectedValues(nn.Module):
         decays: parameters whose selected elements weight decay acts on; None means all.
         may_have_fewer: whether a mask of fewer elements fits; the values after its own then stay 0.
         checkpoint: what a training checkpoint holds besides values: set before one is written, and by loading one.
+        saving: whether a training checkpoint is being written.
+        attached: whether an update trains the values.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class SelectedValues(nn.Module):
 
     @contextmanager
     def in_checkpoint(self, content: dict[str, Tensor]) -> Iterator[None]:
-        """Inside, the model's state_dict() has values and content, and the model's own parameters only if whole.
+        """Make the model's state_dict() inside have values and content, and the model's own parameters only if whole.
 
         Args:
             content: 'positions' and 'whole' (see update/compact.py), and anything else to be there after loading.
@@ -65,7 +67,10 @@ class SelectedValues(nn.Module):
             self.checkpoint, self.saving = None, False
 
     def join(self, model: nn.Module) -> None:
-        """Become a module of model, whose state dict stays the user's own, and freeze model's parameters."""
+        """Add this module to model and freeze model's parameters.
+
+        The model's state dict does not change for its user.
+        """
         for param in model.parameters():
             param.requires_grad_(False)
         model.add_module(NAME, self)
@@ -90,10 +95,12 @@ def selected_values(model: nn.Module) -> SelectedValues | None:
 
 
 def _hide(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A hook of state_dict(): see SelectedValues.in_checkpoint()."""
+    """Drop keys in a hook of state_dict(): see SelectedValues.in_checkpoint()."""
     values = selected_values(model)
     assert values is not None
     hidden: set[str] = set()
+
+    # For the user, the values do not exist. In a checkpoint that is not whole, the weights do not.
     if not values.saving:
         hidden = {key for key in state if key.startswith(f"{prefix}{NAME}.")}
     elif not _whole(values):
@@ -103,7 +110,7 @@ def _hide(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -
 
 
 def _excuse_missing(model: nn.Module, incompatible: Any) -> None:
-    """A hook of load_state_dict(): accept a state dict of the plain model, and a checkpoint without it."""
+    """Accept a state dict of the plain model and a checkpoint without it, in a hook of load_state_dict()."""
     values = selected_values(model)
     assert values is not None
     excused = set() if _whole(values) else _own_parameters(model)
@@ -112,10 +119,10 @@ def _excuse_missing(model: nn.Module, incompatible: Any) -> None:
 
 
 def _whole(values: SelectedValues) -> bool:
-    """Return whether the model's own parameters belong into the checkpoint at hand, or no checkpoint is."""
+    """Return whether the model's own parameters belong in the current checkpoint, or there is no checkpoint."""
     return values.checkpoint is None or bool(values.checkpoint["whole"])
 
 
 def _own_parameters(model: nn.Module) -> set[str]:
-    """Return names of the model's parameters, tied ones under every name, without SelectedValues'."""
+    """Return names of the model's parameters, tied ones under every name, without that of SelectedValues."""
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - {PARAMETER_NAME}

@@ -1,4 +1,4 @@
-"""splitmix64 (Steele, Lea, Flood 2014): a hash of positions, the same on every device and for every number of ranks."""
+"""Hash positions by splitmix64 (Steele, Lea, Flood 2014), the same on every device and for every number of ranks."""
 
 from torch import Tensor
 
@@ -15,5 +15,5 @@ def mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift logically: torch's shift is arithmetic on signed numbers."""
+    """Return x shifted logically. torch's shift is arithmetic on signed numbers."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

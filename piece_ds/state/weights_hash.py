@@ -1,8 +1,8 @@
-"""64 bits that tell one set of weights from another, and that a task delta can be added to and taken from.
+"""Fingerprint weights in 64 bits that tell one set from another, and that a task delta can be added to or taken from.
 
 The fingerprint is the sum modulo 2**64 of a hash of (parameter name, flat position, bits) over all elements. Ranks add
-their shares in any order, files add their tensors, and a changed element moves the sum by the difference of two
-hashes: the fingerprint of base + delta is known without reading the base again. It does not withstand an attacker.
+their shares in any order, and files add their tensors. A changed element moves the sum by the difference of two hashes.
+So the fingerprint of base + delta is known without reading the base again. It does not withstand an attacker.
 """
 
 import hashlib
@@ -20,18 +20,22 @@ CPU_CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 23
 
 
 def bits_of(values: Tensor) -> Tensor:
-    """values as integers of the same width; a view."""
+    """Return values as integers of the same width; a view."""
     return values.view(_INTEGER[values.element_size()])
 
 
 def hash_range(name: str, bits: Tensor, start: int = 0) -> int:
-    """Sum of the hashes of elements [start, start + bits.numel()) of a parameter, in [0, 2**64).
+    """Return the sum of the hashes of elements [start, start + bits.numel()) of a parameter, in [0, 2**64).
 
     Args:
+        name: of the parameter.
         bits: 1-D integers, see bits_of().
+        start: flat position of the first.
     """
     chunk = CPU_CHUNK if bits.device.type == "cpu" else DEVICE_CHUNK
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
+
+    # Positions within a chunk, made once; every chunk shifts them.
     positions = torch.arange(min(chunk, bits.numel()), device=bits.device) + _seed(name)
     for begin in range(0, bits.numel(), chunk):
         piece = bits[begin : begin + chunk]
@@ -40,9 +44,10 @@ def hash_range(name: str, bits: Tensor, start: int = 0) -> int:
 
 
 def hash_elements(name: str, index: Tensor, bits: Tensor) -> int:
-    """Sum of the hashes of some elements of a parameter, in [0, 2**64).
+    """Return the sum of the hashes of some elements of a parameter, in [0, 2**64).
 
     Args:
+        name: of the parameter.
         index: 1-D int64, flat positions in the whole parameter.
         bits: as many integers, see bits_of().
     """
@@ -50,7 +55,7 @@ def hash_elements(name: str, index: Tensor, bits: Tensor) -> int:
 
 
 def hexadecimal(fingerprint: int) -> str:
-    """16 digits, as files keep it."""
+    """Return the fingerprint as 16 digits, as files keep it."""
     return f"{fingerprint % 2**64:016x}"
 
 
@@ -59,5 +64,5 @@ def _seed(name: str) -> int:
 
 
 def _hash(positions: Tensor, bits: Tensor) -> Tensor:
-    """splitmix64's finalizer of position and bits; int64 arithmetic wraps around."""
+    """Return splitmix64's finalizer of position and bits. int64 arithmetic wraps around."""
     return mix(positions * GAMMA + bits.long())
