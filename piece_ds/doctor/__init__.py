@@ -1,4 +1,4 @@
-"""Whether this machine can do what a run needs: programs, devices, kernels, folders, collectives, and a tiny run."""
+"""Check whether this machine can do what a run needs: programs, devices, kernels, folders, collectives, a tiny run."""
 
 from piece_ds.doctor.findings import BAD, GOOD, NOTE, Finding
 from piece_ds.doctor.machine import examine

@@ -1,14 +1,20 @@
-"""One thing that was looked at, and what it means for a run."""
+"""One thing that was checked, and what it means for a run."""
 
 from dataclasses import dataclass
 
-# A run works; a run works without it, or slower; a run would fail.
+# GOOD: a run works. NOTE: a run works without it, or slower. BAD: a run would fail.
 GOOD, NOTE, BAD = "ok", "note", "FAIL"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, GOOD, NOTE or BAD, and what was found, in words."""
+    """The result of one check.
+
+    Attributes:
+        what: was checked.
+        status: GOOD, NOTE or BAD.
+        found: in words.
+    """
 
     what: str
     status: str

@@ -1,4 +1,4 @@
-"""Everything that examine() looks at, cheapest first; whatever goes wrong becomes a finding, never an exception."""
+"""Everything that examine() checks, cheapest first. Whatever goes wrong becomes a finding, never an exception."""
 
 import os
 import shutil
@@ -17,15 +17,16 @@ from piece_ds.ops.build_specs import compiler_version
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.versions import versions
 
-_LITTLE_SPACE = 1 << 30  # a compiled kernel, a mask and a delta of an 8B model fit
+_LITTLE_SPACE = 1 << 30  # room for a compiled kernel, a mask and a delta of an 8B model
 
 
 def examine(folder: str, num_ranks: int) -> Iterator[Finding]:
-    """Look at this machine.
+    """Check this machine; yield findings one by one.
 
     Args:
         folder: where runs would write.
         num_ranks: processes of the self-test.
+    Cost: see run_self_test(); ops are compiled if they are not yet.
     """
     found = versions()
     yield Finding("versions", GOOD, ", ".join(f"{name} {value}" for name, value in found.items() if name != "device"))
@@ -65,7 +66,7 @@ def _programs() -> Iterator[Finding]:
 
 
 def _backends() -> Iterator[Finding]:
-    """Yield each device's chosen provider, as a run would load it; it is compiled where it has to be."""
+    """Yield each device's chosen provider of ops, as a run would load it. It is compiled if needed."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         works, found = _tried(lambda device=device: backends.load(device))  # type: ignore[misc]
         others = [name for name in backends.providers(device) if name != found]
@@ -74,7 +75,7 @@ def _backends() -> Iterator[Finding]:
 
 
 def _deepspeed_ops() -> Finding:
-    """Offload needs DeepSpeed's CPU Adam, which is compiled on first use."""
+    """Return whether DeepSpeed's CPU Adam, which offload needs, is compiled or can be."""
 
     def look() -> str:
         from deepspeed.ops.op_builder import CPUAdamBuilder
@@ -94,7 +95,7 @@ def _is_built(builder: object) -> bool:
 
 
 def _folder(what: str, place: Path) -> Finding:
-    """Return whether a file can be written and read back there, and what is free."""
+    """Return whether a file can be written and read back in a folder, and how much space is free."""
 
     def look() -> str:
         inside = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
@@ -123,7 +124,7 @@ def _kernel_folder() -> str:
 def _tried(function: Callable[[], str]) -> tuple[bool, str]:
     try:
         return True, function()
-    except Exception as error:  # any of them is what was to be found out
+    except Exception as error:  # any failure is a finding
         return False, " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 

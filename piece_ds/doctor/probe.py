@@ -16,7 +16,7 @@ RATIO = 0.01
 
 
 def main() -> None:
-    """Try both, and write what was found on rank 0."""
+    """Try collectives and training, and write what rank 0 found."""
     start_distributed()
     found = {"collectives": _finding(*_try_collectives()), "statistics, mask, step": _finding(*_try_training())}
     if rank() == 0:
@@ -31,7 +31,7 @@ def _finding(wrong: list[str], right: str) -> dict[str, str]:
 
 
 def _try_collectives() -> tuple[list[str], str]:
-    """Return the ones that a run calls, with numbers that are known."""
+    """Run the collectives that a run calls, with known results; return what is wrong, and what is right."""
     size, own, device = world_size(), rank(), collective_device()
     mine = torch.arange(4.0, device=device) + 10 * own
     total = mine.clone()
@@ -42,6 +42,8 @@ def _try_collectives() -> tuple[list[str], str]:
     dist.all_to_all_single(received, torch.arange(size, device=device) + 100.0 * own)
     sent = torch.full((1,), float(own), device=device)
     dist.broadcast(sent, src=size - 1)
+
+    # Every result is a small whole number, so equality is exact.
     right = {
         "all-reduce": total.tolist() == [size * x + 10 * sum(range(size)) for x in range(4)],
         "all-gather": [part[0].item() for part in parts] == [10.0 * r for r in range(size)],
@@ -53,12 +55,16 @@ def _try_collectives() -> tuple[list[str], str]:
 
 
 def _try_training() -> tuple[list[str], str]:
-    """Take statistics, select a mask and step at ZeRO-3; exactly the selected weights may change."""
+    """Take statistics, select a mask and step at ZeRO-3; return what is wrong, and what is right.
+
+    Exactly the selected weights may change.
+    """
     import deepspeed
 
     from piece_ds.methods.estimate import estimate_mask
     from piece_ds.update.attach import attach, prepare_compact
 
+    # An engine as a run has it.
     model = _tiny_model()
     optimizer = torch.optim.AdamW(prepare_compact(model, ratio=RATIO).parameters(), lr=0.1)
     config = {
@@ -67,6 +73,8 @@ def _try_training() -> tuple[list[str], str]:
         "zero_allow_untested_optimizer": True,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    # Select a mask, and take one step.
     ids = torch.arange(32).view(4, 8)
     batches = [{"input_ids": row.view(1, 8), "labels": row.view(1, 8)} for row in ids]
     mask = estimate_mask(engine, batches, method="piece-s", ratio=RATIO)
@@ -75,6 +83,8 @@ def _try_training() -> tuple[list[str], str]:
     batch = {name: values.to(engine.device) for name, values in batches[rank() % len(batches)].items()}
     engine.backward(engine(**batch).loss)
     engine.step()
+
+    # Compare bits: no unselected weight may have changed, and every selected one must have.
     after = _weights(engine.module)
     outside = moved_outside(before, after, mask.whole())
     wrong = [f"unselected weights of {name} have changed on rank {rank()}" for name in outside]
@@ -88,7 +98,7 @@ def _try_training() -> tuple[list[str], str]:
 
 
 def moved_outside(before: dict[str, Tensor], after: dict[str, Tensor], selected: dict[str, Tensor]) -> list[str]:
-    """Return parameters in which an element has changed its bits that is not among the selected positions."""
+    """Return the parameters in which an element outside the selected positions has changed its bits."""
     return [
         name
         for name, old in before.items()
@@ -117,7 +127,7 @@ def _tiny_model() -> nn.Module:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all of the model's own weights, whole, flat, fp32. A collective."""
+    """Return copies of all of the model's own weights, whole, flat, fp32, on the CPU. A collective."""
     import deepspeed
 
     from piece_ds.state.partition import is_partitioned

@@ -1,4 +1,4 @@
-"""The self-test: some local processes join a group as a launcher's would, try collectives, and train a tiny model."""
+"""The self-test: local processes join a group as a launcher's would, try collectives, and train a tiny model."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from pathlib import Path
 from piece_ds.doctor.findings import BAD, GOOD, Finding
 
 TIMEOUT_SECONDS = 300.0  # a new machine compiles
-GRACE_SECONDS = 5.0  # that the others have to end by themselves once one has failed
+GRACE_SECONDS = 5.0  # for the others to end by themselves once one has failed
 _WHAT = "collectives", "statistics, mask, step"
 
 
 def run_self_test(num_ranks: int) -> Iterator[Finding]:
-    """Yield a finding for the collectives and one for the tiny run.
+    """Yield a finding for the collectives, one for the tiny run, and one for the time taken.
 
-    Cost: some ten seconds, most of it imports; on a new machine also what DeepSpeed compiles.
+    Cost: about ten seconds, mostly imports. A new machine also compiles what DeepSpeed needs.
     """
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="piece-doctor-") as folder:
@@ -63,7 +63,7 @@ def _free_port() -> int:
 
 
 def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float) -> list[int]:
-    """Exit codes; those that take too long, or wait for one that failed, are ended."""
+    """Return exit codes. Kill processes that take too long, or that wait for one that failed."""
     failed_at: float | None = None
     while any(process.poll() is None for process in processes):
         now = time.monotonic()
@@ -77,7 +77,7 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float) -> list[i
 
 
 def _last_words(folder: Path, codes: list[int]) -> str:
-    """Return the last line of the first process that failed by itself, else of any that was ended."""
+    """Return the last line of the first process that failed by itself, or else of any process that was killed."""
     failed = [rank for rank, code in enumerate(codes) if code > 0] or [rank for rank, code in enumerate(codes) if code]
     for rank in failed:
         lines = (folder / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()

@@ -1,4 +1,4 @@
-"""Which common accelerators a setting fits, and which lower ZeRO stage fits too."""
+"""Which common accelerators a setting fits, and at which lowest ZeRO stage it fits them."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ from piece_ds.plan.setting import Setting
 from piece_ds.plan.shapes import ModelShape
 
 GIB = 2**30
-# Nominal GB -> what bears it. A card's nominal size is close to as many GiB: an 80 GB H100 reports 79.6 GiB.
+# Nominal GB -> cards of that size. It is close to as many GiB: an 80 GB H100 reports 79.6 GiB.
 CARDS = {
     16: "T4, V100",
     24: "RTX 4090, L4, A10",
@@ -17,7 +17,7 @@ CARDS = {
     141: "H200",
     192: "B200, MI300X",
 }
-# The context of CUDA, its libraries' workspaces and fragmentation take the rest.
+# CUDA's context, its libraries' workspaces and fragmentation take the rest.
 USABLE_SHARE = 0.92
 
 YES, PERHAPS, NO = "yes", "perhaps", "no"
@@ -29,10 +29,10 @@ class CardVerdict:
 
     Attributes:
         gigabytes: the card's nominal size.
-        usable_bytes: of it.
-        fits: "yes" with all estimates, which are upper bounds; "perhaps" only without them; "no".
-        lowest_stage: the lowest ZeRO stage that fits with the same settings; None if none does.
-        lowest_stage_offloaded: the same with the optimizer on the CPU; only where lowest_stage is None.
+        usable_bytes: of that size.
+        fits: "yes" with all estimates, which are upper bounds; "perhaps" only without them; or "no".
+        lowest_stage: lowest ZeRO stage that fits with the same settings; None if none does.
+        lowest_stage_offloaded: the same with the optimizer on the CPU; set only if lowest_stage is None.
     """
 
     gigabytes: int
@@ -63,7 +63,10 @@ def fits(shape: ModelShape, setting: Setting, usable_bytes: float) -> str:
 
 
 def _lowest_stage(shape: ModelShape, setting: Setting, usable_bytes: float) -> int | None:
-    """The lowest stage at which setting fits for certain; offloading needs stage 1, and of parameters stage 3."""
+    """Return the lowest stage at which setting fits with all estimates; None if none does.
+
+    Offloading the optimizer needs stage 1 or higher, offloading parameters stage 3.
+    """
     first = 3 if setting.offload_param else 1 if setting.offload_optimizer else 0
     stages = (zero for zero in range(first, 4) if fits(shape, replace(setting, zero=zero), usable_bytes) == YES)
     return next(stages, None)

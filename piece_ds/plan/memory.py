@@ -1,9 +1,10 @@
-"""Bytes that one rank holds, term by term, at three moments of a task. ds_configs/ as they are; DeepSpeed 0.19.8.
+"""Bytes that one rank holds, term by term, at three moments of a task. For ds_configs/ as they are; DeepSpeed 0.19.8.
 
-Legend: N elements of the model, T elements that DeepSpeed optimises, E that may be selected, K selected ones, B bytes
-of a parameter's element, W ranks, w = W from stage 1 (else 1), p = W at stage 3 (else 1). The formulas of masked and
-compact mode are held against engines of two ranks by tests/distributed/test_plan_engines.py, to 5 % of the sum over all
-terms but those marked as estimates.
+Legend: N elements of the model, T elements that DeepSpeed optimises, E eligible elements, K selected elements, B bytes
+of a parameter's element, W ranks, w = W from stage 1 (else 1), p = W at stage 3 (else 1).
+
+tests/distributed/test_plan_engines.py compares the formulas of masked and compact mode with engines of two ranks. They
+agree to 5 % of the sum over all terms that are not marked as estimates.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 from piece_ds.plan.setting import Setting
 from piece_ds.plan.shapes import ModelShape
 
-# In time: the pass over the data that selects, a backward, the optimizer step. A run needs the most of the three.
+# In time: the statistics pass that selects, a backward pass, the optimizer step. A run needs the most of the three.
 MOMENTS = ("statistics", "backward", "step")
 
-# DeepSpeed's stage3 defaults: elements that may be gathered at a time, and that one sub-group steps at a time.
+# DeepSpeed's defaults for stage 3: elements that may be gathered at a time, and elements of a sub-group.
 MAX_LIVE, SUB_GROUP = 10**9, 10**9
-# Elements of one exchange in the statistics pass, and slots for candidates of the selection.
+# Elements of one exchange in the statistics pass; bytes of a selection candidate, and the fewest slots for them.
 EXCHANGE_BUCKET, CANDIDATE_BYTES, CANDIDATE_FLOOR = 1 << 25, 12, 1 << 16
 
 
@@ -26,7 +27,7 @@ class Term:
 
     Attributes:
         name: what it is.
-        formula: in the legend's letters.
+        formula: in the letters of the legend.
         size: bytes on this rank.
         moments: when it is there.
         on_host: in the CPU's memory instead of the accelerator's.
@@ -42,7 +43,7 @@ class Term:
 
 
 def memory_terms(shape: ModelShape, setting: Setting) -> list[Term]:
-    """Return every term for one rank."""
+    """Return every term for one rank that is not zero."""
     terms = [
         *_state(shape, setting),
         *_gradients(shape, setting),
@@ -53,21 +54,21 @@ def memory_terms(shape: ModelShape, setting: Setting) -> list[Term]:
 
 
 def peak(terms: list[Term], on_host: bool = False) -> tuple[float, str]:
-    """(bytes, moment) where one rank needs the most."""
+    """Return the most bytes that one rank needs, and the moment at which it needs them."""
     sizes = {moment: total(terms, moment, on_host) for moment in MOMENTS}
     moment = max(sizes, key=lambda name: sizes[name])
     return sizes[moment], moment
 
 
 def total(terms: list[Term], moment: str, on_host: bool = False) -> float:
-    """Return bytes of all terms that are there at one moment."""
+    """Return the bytes of all terms that are there at one moment."""
     return sum(term.size for term in terms if moment in term.moments and term.on_host == on_host)
 
 
 def _state(shape: ModelShape, setting: Setting) -> list[Term]:
-    """Return parameters, fp32 masters and Adam's two moments.
+    """Return the terms of parameters, fp32 masters and Adam's two moments.
 
-    Stage 0 in fp32 steps the parameters themselves; every other way keeps masters, also in fp32. Moments appear with
+    Stage 0 in fp32 steps the parameters themselves. Everything else keeps masters, even in fp32. Moments appear with
     the first step, after the statistics, except at stage 0 in 16 bits.
     """
     optimised, ranks, size = setting.optimised(shape), setting.optimizer_ranks, setting.itemsize
@@ -88,10 +89,11 @@ def _state(shape: ModelShape, setting: Setting) -> list[Term]:
 
 
 def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
-    """Gradients kept until the step, and the fp32 copy that the step makes.
+    """Return the terms of gradients kept until the step, and of the fp32 copy that the step makes.
 
-    Stage 0 keeps them whole; stage 1 reduces at the last micro-batch of a step, and keeps them whole until then; stages
-    2 and 3 add the reduced partition up in fp32. Compact mode has K fp32 sums on every rank beside its partition.
+    Stage 0 keeps whole gradients. Stage 1 reduces at the last micro-batch of a step, and keeps them whole until then.
+    Stages 2 and 3 add up the reduced partition in fp32. Compact mode keeps K fp32 sums on every rank besides its
+    partition.
     """
     if setting.update_mode == "compact":
         k = setting.selected(shape)
@@ -105,6 +107,8 @@ def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
                 on_host=setting.offload_optimizer,
             ),
         ]
+
+    # Every other mode, by stage.
     optimised, ranks, size, zero = setting.optimised(shape), setting.optimizer_ranks, setting.itemsize, setting.zero
     part, backward, step = optimised / ranks, ("backward",), ("step",)
     if zero == 0:
@@ -129,10 +133,11 @@ def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
 
 
 def _offloaded_gradients(shape: ModelShape, setting: Setting, part: float) -> list[Term]:
-    """Return what the CPU keeps besides masters and moments.
+    """Return the terms of gradients with the optimizer on the CPU.
 
-    Stages 1 and 2: the masters' gradients, a copy of the updated parameters, sums over micro-batches where there are
-    several, and a buffer of the largest parameter on either side. Stage 3: its flat buffer and the masters' gradients.
+    Stages 1 and 2 keep on the CPU: the masters' gradients, a copy of the updated parameters, sums over micro-batches if
+    there are several, and a buffer of the largest parameter, which the device has too. Stage 3 keeps its flat buffer
+    and the masters' gradients.
     """
     size = setting.itemsize
     if setting.zero == 3:
@@ -151,10 +156,11 @@ def _offloaded_gradients(shape: ModelShape, setting: Setting, part: float) -> li
 
 
 def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
-    """Return statistics, candidates, and where the selected elements are.
+    """Return the terms of statistics, candidates, and positions of the selected elements.
 
-    Masked: int64 positions in gradients and in masters, on the device and on the CPU, and the mask's own. Compact:
-    int32 positions in the weights and int64 ones in the masters on the device, all of them and the mask's on the CPU.
+    Masked mode keeps int64 positions in gradients and in masters, on the device and on the CPU, besides the mask's own.
+    Compact mode keeps on the device int32 positions in the weights and int64 positions in the masters. On the CPU it
+    keeps all of them and the mask's.
     """
     k = setting.selected(shape)
     if not k:
@@ -192,12 +198,14 @@ def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
 
 
 def _working(shape: ModelShape, setting: Setting) -> list[Term]:
-    """Buckets, gathered parameters and activations.
+    """Return the terms of buckets, gathered parameters and activations.
 
-    transformers sets the bucket to hidden^2 elements; stages 1 and 2 have two, made when backward begins. Stage 3 may
-    have 1e9 gathered elements at a time. Activations are those of gradient checkpointing: a layer's input per layer,
-    one layer inside (34 B a token and unit of hidden at 16 bits: Korthikanti et al. 2022, without the attention
-    matrix), and the logits in the model's dtype, in fp32 and their gradient.
+    transformers sets the bucket to hidden^2 elements. Stages 1 and 2 have two buckets, made when backward begins. Stage
+    3 may hold 1e9 gathered elements at a time. Activations are those of gradient checkpointing: the input of each
+    layer, the inside of one layer, and the logits in the model's dtype, in fp32, and their gradient.
+
+    Source: the inside of a layer is 34 bytes per token and unit of hidden at 16 bits, without the attention matrix
+        (Korthikanti et al. 2022).
     """
     size, tokens, hidden = setting.itemsize, setting.tokens, shape.hidden
     inside = 17 * size * tokens * hidden

@@ -1,4 +1,4 @@
-"""What a plan is for."""
+"""What a plan is for: how a model is trained."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained. Attributes as the flags of `piece_ds plan`; DeepSpeed as in ds_configs/.
+    """How a model is trained. Attributes are the flags of `piece_ds plan`; DeepSpeed is configured as in ds_configs/.
 
     Attributes:
         world: ranks.
@@ -23,6 +23,8 @@ class Setting:
         tokens: of a micro-batch on one rank.
         accumulation: micro-batches per optimizer step on one rank.
         lora_rank: of update_mode lora.
+    Raises:
+        UserError: a value is out of its range, or offloading does not fit the stage.
     """
 
     world: int = 1
@@ -55,22 +57,22 @@ class Setting:
 
     @property
     def optimizer_ranks(self) -> int:
-        """Ranks that share masters, moments and reduced gradients: all from stage 1."""
+        """Ranks that share masters, moments and reduced gradients: all of them from stage 1."""
         return self.world if self.zero >= 1 else 1
 
     @property
     def parameter_ranks(self) -> int:
-        """Ranks that share the parameters: all at stage 3."""
+        """Ranks that share the parameters: all of them at stage 3."""
         return self.world if self.zero == 3 else 1
 
     def selected(self, shape: ModelShape) -> int:
-        """k; 0 where nothing is selected."""
+        """Return the number of selected elements; 0 if the update mode selects none."""
         return max(1, int(self.ratio * shape.total)) if self.update_mode in ("masked", "compact") else 0
 
     def added(self, shape: ModelShape) -> int:
-        """Return elements of parameters that the update mode adds to the model's."""
+        """Return the elements of parameters that the update mode adds to the model's own."""
         return {"lora": self.lora_rank * shape.linear_edges, "compact": self.selected(shape)}.get(self.update_mode, 0)
 
     def optimised(self, shape: ModelShape) -> int:
-        """Return elements of the parameters that DeepSpeed optimises."""
+        """Return the elements of the parameters that DeepSpeed optimises."""
         return {"masked": shape.eligible, "full": shape.total}.get(self.update_mode, self.added(shape))

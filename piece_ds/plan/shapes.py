@@ -1,4 +1,4 @@
-"""The numbers of a model that memory and traffic depend on, from its configuration alone."""
+"""The sizes of a model that decide memory and traffic, from its configuration only."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 from piece_ds.models.eligible import input_embedding
 from piece_ds.models.layout import full_shape, layout_of
 
-# Published configurations; only what decides shapes.
+# Published configurations, reduced to what decides shapes.
 _QWEN = {
     "hidden_size": 1536,
     "intermediate_size": 8960,
@@ -44,14 +44,16 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Elements, unless said otherwise.
+    """Sizes of a model, in elements unless said otherwise.
 
     Attributes:
-        total: of the model, tied parameters counted once.
-        eligible: those that may be selected: all but the input embeddings.
+        total: of the model, with tied parameters counted once.
+        eligible: elements that may be selected.
         largest: of the largest eligible parameter.
-        linear_edges: sum of rows + columns of all Linear modules but a head; LoRA adds rank times as many.
-        hidden, layers, vocab: widths and number of blocks, for activations and DeepSpeed's bucket sizes.
+        linear_edges: sum of rows + columns of all Linear modules but a head. LoRA adds rank times as many elements.
+        hidden: width, for activations and DeepSpeed's bucket sizes.
+        layers: number of blocks.
+        vocab: number of token ids.
     """
 
     total: int
@@ -64,7 +66,7 @@ class ModelShape:
 
 
 def known_config(name: str) -> Any:
-    """transformers' configuration of a model in KNOWN: Qwen2.5-1.5B, Llama-3.1-8B, -70B and -405B."""
+    """Return transformers' configuration of a model in KNOWN: Qwen2.5-1.5B, Llama-3.1-8B, -70B and -405B."""
     import transformers
 
     kind, values = KNOWN[name]
@@ -72,7 +74,7 @@ def known_config(name: str) -> Any:
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """Count a model, which may be on the meta device."""
+    """Return the sizes of a model, which may be on the meta device."""
     layout = layout_of(model)
     text = model.config.get_text_config()
     embedding = input_embedding(model)

@@ -10,9 +10,9 @@ from piece_ds.runtime.errors import MachineError
 
 
 def cache_folder() -> Path:
-    """Where what is fetched or costly to compute is kept: PIECE_DS_CACHE, else piece_ds in the user's cache folder.
+    """Return the folder for what is fetched or costly to compute. It is not made here.
 
-    The user's cache folder is XDG_CACHE_HOME, else ~/.cache. Nothing is made here.
+    It is PIECE_DS_CACHE if that is set, else piece_ds in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
     """
     own = os.environ.get("PIECE_DS_CACHE")
     if own:
@@ -22,10 +22,10 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Inside, this process alone has the lock of path, among all that can see the file system.
+    """Hold the lock of path inside: no other process that sees the file system has it.
 
-    The system frees it when a process ends, however it ends. It needs no process group, so it also serves ranks that
-    have not met yet. The lock is a file beside path, which stays.
+    The system frees the lock when a process ends, however it ends. It needs no process group, so it also works for
+    ranks that have not met yet. The lock is a file beside path, which stays.
 
     Raises:
         MachineError: the folder cannot be written.

@@ -1,7 +1,7 @@
-"""torch's deterministic algorithms: switched on for a while, then as they were, and what to do where there is none.
+"""Switch torch's deterministic algorithms on for a while, and explain an operation that has none.
 
-Some backward passes on CUDA, attention's among them, add with atomics: in another order, and so to other bits, in every
-run. torch has other forms of most of them, which it takes on request.
+Some backward passes on CUDA, such as attention's, add with atomics. Every run adds in another order, so the bits
+differ. torch has deterministic forms of most of these operations, which it uses on request.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 
 from piece_ds.runtime.errors import UserError
 
-# Two buffers of 4 MiB: the larger of the settings that cuBLAS knows as deterministic.
+# Eight buffers of 4096 KiB: the larger of the two settings that make cuBLAS deterministic.
 CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 _SWITCH = "use_deterministic_algorithms"
@@ -21,19 +21,20 @@ _NAME = re.compile(r"^\s*([\w.:]+) does not have a deterministic implementation"
 
 
 def set_cublas_workspace() -> None:
-    """Give cuBLAS a workspace with which products are deterministic, unless the user has set one.
+    """Give cuBLAS a workspace that makes products deterministic, unless the user has set one.
 
-    Commands call it before CUDA starts. Later it is still right to call: torch asks for the variable at every product,
-    and gives each stream a workspace of its own, which is what cuBLAS needs to repeat its bits.
+    Commands call this before CUDA starts. A later call still works: torch reads the variable at every product. It gives
+    each stream a workspace of its own, which is what cuBLAS needs to repeat its bits.
     """
     os.environ.setdefault(*CUBLAS_WORKSPACE)
 
 
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """Inside, torch takes deterministic algorithms and raises RuntimeError where there is none; then as before.
+    """Make torch use deterministic algorithms inside; afterwards restore its settings.
 
-    New tensors are not filled: that is for finding programs that read what nobody wrote, and costs a write of each.
+    torch raises RuntimeError for an operation that has no deterministic form. New tensors are not filled: that serves
+    to find programs that read uninitialized memory, and costs one write of each tensor.
     """
     settings = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -49,7 +50,10 @@ def deterministic_algorithms() -> Iterator[None]:
 
 
 def nondeterministic_operation(error: BaseException) -> str | None:
-    """The operation that torch refused for want of a deterministic form, or None if error is about something else."""
+    """Return the operation that torch refused because it has no deterministic form;
+
+    None if error is about something else.
+    """
     message = str(error)
     if not isinstance(error, RuntimeError) or _SWITCH not in message:
         return None
@@ -59,7 +63,7 @@ def nondeterministic_operation(error: BaseException) -> str | None:
 
 @contextmanager
 def deterministic_run(wanted: bool) -> Iterator[None]:
-    """deterministic_algorithms() around a run that was asked to be so; nothing if not wanted.
+    """Use deterministic_algorithms() inside if wanted, else do nothing.
 
     Raises:
         UserError: the run met an operation that has no deterministic form.

@@ -1,4 +1,4 @@
-"""Rank arithmetic, the same with and without a process group: one process is world size 1, not a special case."""
+"""Rank arithmetic, the same with and without a process group. One process is world size 1, not a special case."""
 
 from typing import Any
 
@@ -7,22 +7,22 @@ import torch.distributed as dist
 
 
 def is_distributed() -> bool:
-    """True when a default process group exists."""
+    """Return whether a default process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:
-    """Return ranks in the default process group; 1 without one."""
+    """Return the number of ranks in the default process group; 1 without one."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def rank() -> int:
-    """This process's rank in the default process group; 0 without one."""
+    """Return this process's rank in the default process group; 0 without one."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def is_main() -> bool:
-    """True on the rank that writes files and prints."""
+    """Return whether this is the rank that writes files and prints."""
     return rank() == 0
 
 
@@ -40,7 +40,7 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max_(tensor: torch.Tensor) -> torch.Tensor:
-    """Reduce to the largest of all ranks' values, element by element, in place; return tensor."""
+    """Replace each element of tensor by the largest of all ranks' values, in place; return tensor."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
@@ -54,7 +54,7 @@ def collective_device() -> torch.device:
 
 
 def all_gather_objects(value: object) -> list[object]:
-    """Return every rank's picklable value, in rank order. For small values: it goes through pickle."""
+    """Return every rank's picklable value, in rank order. Use it for small values: they go through pickle."""
     if world_size() == 1:
         return [value]
     gathered: list[object] = [None] * world_size()
@@ -63,7 +63,7 @@ def all_gather_objects(value: object) -> list[object]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's picklable value on every rank."""
+    """Return rank 0's picklable value on every rank."""
     if world_size() == 1:
         return value
     box = [value]

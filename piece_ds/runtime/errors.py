@@ -1,7 +1,7 @@
-"""The exceptions whose message says all: input that cannot be used, and a machine that fails.
+"""Two exceptions whose message says everything: input that cannot be used, and a machine that fails.
 
-Launch scripts print it as a single line on stderr and exit with code 2 or 1; everything else keeps its traceback,
-because everything else is a defect of this package.
+Launch scripts print the message as one line on stderr and exit with code 2 or 1. Every other exception keeps its
+traceback, because it is a defect of this package.
 """
 
 from difflib import get_close_matches
@@ -12,13 +12,13 @@ class UserError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """The machine, not the input, is at fault, in a way that needs no traceback: a full disk, a lost rank.
+    """A fault of the machine, not of the input, that needs no traceback: a full disk, a lost rank.
 
-    Launch scripts print the message as a single line on stderr and exit with code 1.
+    Launch scripts print the message as one line on stderr and exit with code 1.
     """
 
 
 def nearest(word: str, choices: list[str]) -> str:
-    """' Did you mean X?' for the most similar of choices, or an empty string when none is similar."""
+    """Return ' Did you mean X?' for the most similar of choices; an empty string if none is similar."""
     matches = get_close_matches(word, choices, n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""

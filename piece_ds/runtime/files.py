@@ -1,4 +1,4 @@
-"""Files are written whole: to a temporary name in the same folder, flushed to disk, then renamed over the target."""
+"""Write files whole: to a temporary name in the same folder, flushed to disk, then renamed over the target."""
 
 import json
 import os
@@ -12,15 +12,18 @@ from safetensors import SafetensorError
 
 from piece_ds.runtime.errors import MachineError
 
-# What write_whole() and write_folder() leave behind where the process is killed in between.
+# What write_whole() and write_folder() leave behind if the process is killed in between.
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then put the result at path in one step. A crash leaves the old file or none.
+    """Call write(temporary path), then put the result at path in one step. A crash leaves the old file, or none.
 
+    Args:
+        path: of the file. Missing folders are made.
+        write: writes the path that it is given.
     Raises:
-        MachineError: the disk is full, the folder cannot be written ...; what stood at path is unchanged.
+        MachineError: the disk is full, the folder cannot be written, ... What was at path is unchanged.
     """
     path = Path(path)
     temporary = temporary_of(path)
@@ -38,13 +41,13 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(a temporary folder), then put that at path in one step. A crash leaves no folder at path.
+    """Call write(a temporary folder), then put that folder at path in one step. A crash leaves no folder at path.
 
     Args:
         path: must not exist, or be an empty folder.
         write: fills the folder that it is given.
     Raises:
-        MachineError: the disk is full, the folder cannot be written ...; nothing stands at path then.
+        MachineError: the disk is full, the folder cannot be written, ... Then nothing is at path.
     """
     temporary = temporary_of(path)
     try:
@@ -63,7 +66,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def not_written(path: Path | str, error: BaseException) -> MachineError:
-    """Return what to raise when writing to path failed."""
+    """Return the error to raise if writing to path failed."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     return MachineError(
         f"{path} could not be written ({error}; {shutil.disk_usage(folder).free} bytes are free there): what was there "
@@ -73,23 +76,23 @@ def not_written(path: Path | str, error: BaseException) -> MachineError:
 
 
 def temporary_of(path: Path) -> Path:
-    """Return where this process writes what will stand at path."""
+    """Return where this process writes what will be at path."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def temporaries(folder: Path) -> Iterator[Path]:
-    """Yield what killed processes left under folder, at any depth, of what they were writing."""
+    """Yield the temporary files and folders that killed processes left under folder, at any depth."""
     yield from [path for path in folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove them; only while nobody writes there."""
+    """Remove what killed processes left under folder. Call it only while nobody writes there."""
     for path in temporaries(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+    """Flush the names in a folder to the disk, if the system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -110,5 +113,5 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def _remove(temporary: Path) -> None:
-    with suppress(OSError):  # where the folder cannot be written, that is being reported
+    with suppress(OSError):  # a folder that cannot be written is being reported already
         temporary.unlink(missing_ok=True)

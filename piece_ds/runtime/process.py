@@ -1,4 +1,4 @@
-"""What every launch script shares: environment for one process, quiet logs, errors as one line and exit code 2."""
+"""What all launch scripts share: environment for one process, quiet logs, errors as one line and exit code 2."""
 
 import logging
 import os
@@ -20,16 +20,16 @@ from piece_ds.runtime.rank_status import claim, is_gone, is_late, missing_ranks
 from piece_ds.runtime.signals import STOP_CODE, Preempted
 from piece_ds.runtime.text import PrintableFormatter, printable
 
-# How long another rank leaves rank 0 to print an error that all of them have, before it speaks for itself.
+# How long other ranks wait for rank 0 to print an error that all of them have, before they print it themselves.
 OTHER_RANKS_WAIT_SECONDS = 5.0
 
 DEFAULT_TIMEOUT_SECONDS = 1800.0  # transformers' default of --ddp_timeout
 
 
 def run_command(main: Callable[[list[str]], None], words: list[str] | None = None) -> NoReturn:
-    """Run main(argv) as a program and leave with exit_code().
+    """Run main(argv) as a program, and exit with exit_code().
 
-    deepspeed's launcher adds --local_rank=N to the arguments; ranks come from the environment.
+    deepspeed's launcher adds --local_rank=N to the arguments. It is dropped: ranks come from the environment.
 
     Args:
         main: the program.
@@ -45,8 +45,11 @@ def run_command(main: Callable[[list[str]], None], words: list[str] | None = Non
 
 
 def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run main(argv). A UserError becomes one line on stderr and 2, a MachineError one and 1; a run that a signal has
-    stopped, one and 75. Any other exception is a defect or a lost rank: 1."""
+    """Run main(argv) and return its exit code.
+
+    A UserError prints one line on stderr and gives 2, a MachineError one line and 1. A run that a signal stopped prints
+    one line and gives 75. Any other exception is a defect or a lost rank and gives 1.
+    """
     try:
         main(argv)
     except UserError as error:
@@ -66,9 +69,10 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
 
 
 def _say_failure(error: Exception) -> None:
-    """One traceback a job: that of the first rank that failed by itself. A rank that lost another says so in a line.
+    """Print one traceback per job: that of the first rank that failed by itself.
 
-    Nobody waits for the others: their collectives with this rank fail at once, and launchers end them.
+    A rank that failed because it lost another one prints a line. Nobody waits for the others: their collectives with
+    this rank fail at once, and launchers end them.
     """
     own = os.environ["RANK"]
     if is_late(error):
@@ -83,7 +87,7 @@ def _say_failure(error: Exception) -> None:
 
 
 def _say_after_rank_0(message: str) -> None:
-    """On other ranks only where rank 0 has not ended them by then."""
+    """Print a message at once on rank 0. Other ranks print it only if rank 0 has not ended them by then."""
     if int(os.environ["RANK"]) != 0:
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
     _say(message)
@@ -94,7 +98,7 @@ def _say(message: str) -> None:
 
 
 def message_of(error: UserError) -> str:
-    """Its message; from a worker of a DataLoader, without the traceback that torch puts before it."""
+    """Return an error's message. torch's traceback before it is dropped if it came from a worker of a DataLoader."""
     text = str(error)
     name = f"{UserError.__module__}.{UserError.__name__}: "
     if text.startswith("Caught UserError in DataLoader worker"):
@@ -105,11 +109,11 @@ def message_of(error: UserError) -> str:
 def start_distributed(seconds: float | None = None) -> None:
     """Start torch.distributed through DeepSpeed, with the accelerator's backend; once per process.
 
-    transformers would start it too, but with --use_cpu not through DeepSpeed, which then counts one rank.
+    transformers would start it too. But with --use_cpu it does so without DeepSpeed, which then counts one rank.
 
     Args:
-        seconds: how long a collective waits for other ranks, in this group and in all that are made later:
-            DeepSpeed makes some, and hands no timeout on. None means torch's defaults for those.
+        seconds: how long a collective waits for other ranks, in this group and in all later ones. DeepSpeed makes some
+            of those, and passes no timeout on. None means torch's defaults for them.
     """
     import deepspeed
     from torch.distributed import distributed_c10d
@@ -117,14 +121,14 @@ def start_distributed(seconds: float | None = None) -> None:
     timeout = timedelta(seconds=seconds or DEFAULT_TIMEOUT_SECONDS)
     if seconds is not None:
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    # On a CPU DeepSpeed compiles an extension here for inference's all-reduce, which nothing in training calls: half a
-    # minute on a new machine, under a lock file that a killed process leaves behind and later ones wait for, silently.
+    # On a CPU DeepSpeed compiles an extension here, for all-reduce in inference, which training never calls. It takes
+    # half a minute on a new machine, under a lock file. A killed process leaves the file behind, and later ones wait.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timeout)
 
 
 def one_process_environment() -> None:
-    """Started with plain python, a script is rank 0 of 1."""
+    """Make a script that was started with plain python rank 0 of 1."""
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -134,9 +138,10 @@ def one_process_environment() -> None:
 
 
 def without_mpi() -> None:
-    """Let DeepSpeed start one process where no launcher has named ranks and there is no MPI to ask.
+    """Let DeepSpeed start one process if no launcher has named ranks and there is no MPI to ask.
 
-    Without the ranks' environment it asks mpi4py, and a script started with plain python ends in ModuleNotFoundError.
+    Without the ranks' environment DeepSpeed asks mpi4py. A script started with plain python then ends in
+    ModuleNotFoundError.
     """
     from deepspeed.comm import comm
 
@@ -156,10 +161,10 @@ def without_mpi() -> None:
 
 
 def _own_programs_first() -> None:
-    """Let torch build extensions with this environment's ninja, also when the environment has not been activated.
+    """Let torch build extensions with this environment's ninja, even if the environment is not activated.
 
-    Without one on the path DeepSpeed's extensions do not build; with another one they are built again for every
-    change between the two, half a minute each time.
+    Without ninja on the path, DeepSpeed's extensions do not build. If ninja changes between two runs they are built
+    again, half a minute each time.
     """
     programs = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
@@ -168,13 +173,13 @@ def _own_programs_first() -> None:
 
 
 def _quiet() -> None:
-    """Warnings and our own progress on rank 0; on the CPU, threads shared out among the ranks of this machine."""
+    """Show warnings and our own progress only on rank 0. On the CPU, divide threads among the ranks of this machine."""
     import torch
     import transformers
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    # Deprecations inside the libraries we call are not our users' business, four times a run.
+    # Users cannot act on deprecations inside the libraries that we call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))

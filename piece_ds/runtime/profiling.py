@@ -1,4 +1,7 @@
-"""Wall time of a run's phases, added up where they happen and taken where they are written down."""
+"""Wall time and peak memory of a run's phases.
+
+Times add up where work happens, and are read where they are reported.
+"""
 
 import re
 import time
@@ -9,11 +12,11 @@ from pathlib import Path
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc(5): sets the peak resident set size back to what is resident now
+_RESET_PEAK = "5"  # proc(5): resets the peak resident set size to the current one
 
 
 def reset_peaks() -> bool:
-    """Begin anew; whether the host's peak can be told (on Linux alone)."""
+    """Reset the memory peaks; return whether the host's peak can be read (only on Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -29,7 +32,7 @@ def peak_bytes() -> int | None:
 
 
 def host_peak_bytes() -> int | None:
-    """Return the most resident bytes of this process since reset_peaks(); None if /proc does not tell."""
+    """Return the most resident bytes of this process since reset_peaks(); None if /proc does not say."""
     try:
         found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     except OSError:
@@ -42,7 +45,7 @@ _seconds: dict[str, float] = {}
 
 @contextmanager
 def timed(phase: str) -> Iterator[None]:
-    """Add what happens inside to a phase's seconds; also a decorator."""
+    """Add the wall time inside to a phase's seconds. It also works as a decorator."""
     begin = time.perf_counter()
     try:
         yield
@@ -51,5 +54,5 @@ def timed(phase: str) -> Iterator[None]:
 
 
 def take_seconds(phase: str) -> float:
-    """Return a phase's seconds since they were last taken."""
+    """Return a phase's seconds since the last call, and start again at 0."""
     return _seconds.pop(phase, 0.0)

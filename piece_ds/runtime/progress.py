@@ -1,4 +1,4 @@
-"""One progress bar for the project: a bar on a terminal, a line a minute in a log, both on rank 0."""
+"""The project's one progress bar: a bar on a terminal, one line per minute in a log, both only on rank 0."""
 
 import logging
 import sys
@@ -15,7 +15,10 @@ SECONDS_BETWEEN_LINES = 60.0
 
 
 def progress_bar(items: Iterable, description: str, unit: str = "it", total: int | None = None) -> Iterable:
-    """Return items; as they pass, rank 0 shows a bar on a terminal, else a line now and then with the time left."""
+    """Return items, and show progress on rank 0 as they pass.
+
+    On a terminal that is a bar. Otherwise it is a log line per minute, with the time left if the total is known.
+    """
     if not is_main():
         return items
     if sys.stderr.isatty():

@@ -1,6 +1,6 @@
-"""Where every rank is, kept in the group's store, so that a rank that waits in vain can say for whom and where.
+"""Where every rank is, kept in the group's store. A rank that waits in vain can then say for whom, and where they were.
 
-Ranks write at points that all of them pass, one small message each. It is read only once a collective has failed.
+Ranks write one small message at points that all of them pass. It is read only after a collective has failed.
 """
 
 import json
@@ -14,10 +14,10 @@ from piece_ds.runtime.distributed import is_distributed, rank, world_size
 
 _PREFIX = "piece_ds/where/"
 
-# Ranks whose collectives run into the timeout do so within this time of each other.
+# Ranks that wait in the same collective time out within this many seconds of each other.
 GRACE_SECONDS = 3.0
 
-# What torch's backends say where another rank does not come, and where it has gone.
+# What torch's backends say if another rank does not come, and if it has gone.
 _LATE = ("timed out waiting", "timeout", "timed out")
 _GONE = (
     "connection closed by peer",
@@ -37,7 +37,7 @@ class _Own:
 
 
 def report_status(place: str) -> None:
-    """Note that this rank has come to a place, in words; no collective. Cost: one message to the store."""
+    """Note that this rank has reached a place, described in words. Not a collective. Cost: one message to the store."""
     _Own.count, _Own.place = _Own.count + 1, place
     _write("at")
 
@@ -53,15 +53,15 @@ def is_gone(error: BaseException) -> bool:
 
 
 def missing_ranks() -> str:
-    """After a collective has run into its timeout: the ranks that it waited for, and where they were last seen.
+    """Return which ranks a timed-out collective waited for, and where they were last seen.
 
-    Every rank that waited calls it within GRACE_SECONDS; those that have not by then are missing.
+    Every rank that waited calls this within GRACE_SECONDS. Ranks that have not done so by then are missing.
     """
     _write("waits")
     time.sleep(GRACE_SECONDS)
     seen = {other: _read(other) for other in range(world_size())}
     missing = {other: found for other, found in seen.items() if found is None or found["state"] != "waits"}
-    if not missing:  # each waits for another: they are not at the same place
+    if not missing:  # all of them wait, but at different places: the one furthest behind is at fault
         fewest = min(found["count"] for found in seen.values() if found is not None)
         missing = {other: found for other, found in seen.items() if found is not None and found["count"] == fewest}
     shown = "; ".join(f"rank {other} was last seen at {_shown(found)}" for other, found in missing.items())
@@ -69,7 +69,7 @@ def missing_ranks() -> str:
 
 
 def claim(what: str) -> int:
-    """1 for the first rank that claims this, 2 for the next ...; 1 without a store."""
+    """Return 1 for the first rank that claims `what`, 2 for the next, and so on; always 1 without a store."""
     store = _store()
     try:
         return int(store.add(f"{_PREFIX}{what}", 1)) if store is not None else 1
@@ -85,7 +85,7 @@ def _write(state: str) -> None:
     store = _store()
     if store is not None:
         found = {"state": state, "count": _Own.count, "place": _Own.place, "time": time.time()}
-        with suppress(RuntimeError):  # the store has gone with the rank that held it: the next collective will say so
+        with suppress(RuntimeError):  # the store is gone with the rank that held it; the next collective says so
             store.set(f"{_PREFIX}{rank()}", json.dumps(found))
 
 
@@ -100,7 +100,7 @@ def _read(other: int) -> dict[str, Any] | None:
 
 
 def _store() -> Any:
-    """Return the store that the default group was made with; None in one process."""
+    """Return the store that the default group was made with; None in a single process."""
     if not is_distributed() or world_size() == 1:
         return None
     from torch.distributed.distributed_c10d import _get_default_store
@@ -109,5 +109,5 @@ def _store() -> Any:
 
 
 def _is_of_group(error: BaseException) -> bool:
-    """gloo's errors are plain RuntimeErrors that name one of its source files."""
+    """Return whether an error is of a collective. gloo raises plain RuntimeErrors that name one of its source files."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/" in str(error))

@@ -1,6 +1,6 @@
-"""Content that came from outside this process, checked against a schema before anything trusts it.
+"""Check content from outside this process against a schema before anything trusts it.
 
-pydantic does the checking. What does not fit becomes a UserError of one line that names the file, the place in it, what
+pydantic does the checking. What does not fit becomes a UserError of one line. It names the file, the place in it, what
 was expected there and what came.
 """
 
@@ -13,7 +13,7 @@ from piece_ds.runtime.errors import UserError
 
 T = TypeVar("T")
 
-# Whole numbers of a file: sizes, counts and positions. Numbers of 64 bits are what tensors can be indexed with.
+# Whole numbers of a file: sizes, counts and positions. Tensors can be indexed with 64 bits.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 _SHOWN = 60  # characters of a wrong value that a message repeats
@@ -23,8 +23,9 @@ def read_file(path: Path | str, what: str, remedy: str) -> bytes:
     """Return the bytes of a regular file.
 
     Args:
-        what: names the kind of file in a message, such as "results".
-        remedy: what to do when it cannot be used.
+        path: of the file.
+        what: kind of file, for the message, such as "results".
+        remedy: what to do if it cannot be used.
     Raises:
         UserError: there is no such file, it is a folder, a pipe or a device, or it cannot be read.
     """
@@ -36,7 +37,7 @@ def read_file(path: Path | str, what: str, remedy: str) -> bytes:
 
 
 def require_file(path: Path | str, what: str, remedy: str) -> None:
-    """Raise UserError unless path is a regular file; a pipe would be waited for without end."""
+    """Raise UserError unless path is a regular file. Reading a pipe might never end."""
     try:
         is_file = Path(path).is_file()
         exists = is_file or Path(path).exists()
@@ -50,8 +51,13 @@ def require_file(path: Path | str, what: str, remedy: str) -> None:
 def read_json(path: Path | str, kind: type[T], what: str, remedy: str) -> T:
     """Return the content of a JSON file as kind: a dataclass, TypedDict or pydantic model.
 
-    Whole numbers, texts and lists are taken as they are, never converted.
+    Numbers, texts and lists are taken as they are, never converted.
 
+    Args:
+        path: of the file.
+        kind: what the content must be.
+        what: kind of file, for the message.
+        remedy: what to do if it cannot be used.
     Raises:
         UserError: the file cannot be read, is not JSON, or does not fit kind.
     """
@@ -66,8 +72,11 @@ def checked(content: Any, kind: type[T], what: str, remedy: str, *, strict: bool
     """Return content as kind.
 
     Args:
-        what: the object, as the message names it.
-        strict: accept no text where a number belongs. Metadata of safetensors files are texts, so they are converted.
+        content: to check.
+        kind: what it must be.
+        what: name of the object, for the message.
+        remedy: what to do if it cannot be used.
+        strict: accept no text in place of a number. Metadata of safetensors files are texts, so they are converted.
     Raises:
         UserError: content does not fit kind.
     """
@@ -78,7 +87,7 @@ def checked(content: Any, kind: type[T], what: str, remedy: str, *, strict: bool
 
 
 def _first(error: ValidationError) -> str:
-    """Say the first thing that does not fit, in a few words."""
+    """Return the first problem in a few words."""
     found = error.errors(include_url=False)[0]
     place = ".".join(str(part)[:_SHOWN] for part in found["loc"])
     shown = "" if found["type"] == "missing" else f", got {_shorten(found['input'])}"

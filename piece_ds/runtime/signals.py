@@ -1,7 +1,8 @@
-"""A signal that asks a run to end, heeded by all ranks at the same point of the run.
+"""Signals that ask a run to end. All ranks act on them at the same point of the run.
 
 SIGTERM, SIGUSR1 or SIGINT on any rank is only noted when it comes. At points that every rank passes (the end of an
-optimizer step, a round of statistics, a batch of an evaluation) the ranks agree whether one of them has noted one.
+optimizer step, a round of statistics, a batch of an evaluation), the ranks agree whether one of them has noted a
+signal.
 """
 
 import signal
@@ -14,14 +15,14 @@ import torch
 from piece_ds.runtime.distributed import all_reduce_max_, collective_device, world_size
 from piece_ds.runtime.rank_status import report_status
 
-# EX_TEMPFAIL of sysexits.h: not a failure, try again later. No shell, launcher or kernel uses it for anything else.
+# EX_TEMPFAIL of sysexits.h: no failure, try again later. No shell, launcher or kernel uses it for anything else.
 STOP_CODE = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preempted(Exception):
-    """The run ended because a signal asked for it, at a point from which it can go on. The message says where."""
+    """The run ended because a signal asked for it, at a point from which it can resume. The message says where."""
 
 
 class _Notice:
@@ -29,8 +30,8 @@ class _Notice:
 
     Attributes:
         heeding: signals are noted instead of ending the process, on all ranks.
-        signum: the first signal noted here, 0 without one.
-        agreed: all ranks know of one.
+        signum: first signal noted here; 0 if there is none.
+        agreed: all ranks know of a signal.
     """
 
     heeding = False
@@ -40,7 +41,10 @@ class _Notice:
 
 @contextmanager
 def signal_handling() -> Iterator[None]:
-    """Inside, SIGNALS are noted; call it on every rank, in the main thread. A second SIGINT ends its process."""
+    """Note SIGNALS inside instead of ending the process; call it on every rank, in the main thread.
+
+    A second SIGINT ends its process.
+    """
     _Notice.heeding, _Notice.signum, _Notice.agreed = True, 0, False  # first: a signal may follow its handler at once
     before = {number: signal.signal(number, _note) for number in SIGNALS}
     try:
@@ -58,20 +62,20 @@ def _note(signum: int, frame: Any) -> None:
 
 
 def stop_asked() -> bool:
-    """Return whether any rank has noted a signal; the same answer on all ranks. A collective of one number.
+    """Return whether any rank has noted a signal. All ranks get the same answer. A collective of one number.
 
-    False, without communication, outside signal_handling().
+    Outside signal_handling() it is False, without communication.
     """
     if _Notice.heeding and not _Notice.agreed:
         number = _largest_of_ranks(_Notice.signum)
-        # Without one, a signal that came while this rank waited for the others stays noted for the next time.
+        # If there is none, a signal that came while this rank waited for the others stays noted for the next time.
         if number:
             _Notice.signum, _Notice.agreed = number, True
     return _Notice.heeding and _Notice.agreed
 
 
 def _largest_of_ranks(number: int) -> int:
-    """Return the largest of all ranks' numbers. One rank asks nobody, and does not wait for its device."""
+    """Return the largest of all ranks' numbers. A single rank asks nobody, and does not wait for its device."""
     if world_size() == 1:
         return number
     return int(all_reduce_max_(torch.tensor([number], device=collective_device())))

@@ -1,30 +1,30 @@
-"""Text from outside (names of files, tasks, runs, tensors) made fit to print.
+"""Make text from outside (names of files, tasks, runs, tensors) fit to print.
 
-One function a target, used by everything that writes there:
+Each target has one function, used by everything that writes there:
 
-- a terminal, a log, Markdown, a plain file: `printable()`.
-- HTML: templates that escape by themselves (piece_ds/report/html.py), which hand every value to `printable()` first.
-- a figure: a renderer that hands every text to `printable()` (piece_ds/report/style.py), with mathtext off.
-- a table of rich: `rich.text.Text(printable(...))`, which reads no markup (piece_ds/report/table.py).
+- A terminal, a log, Markdown or a plain file: `printable()`.
+- HTML: templates that escape values themselves (piece_ds/report/html.py), after `printable()`.
+- A figure: a renderer that passes every text through `printable()` (piece_ds/report/style.py), with mathtext off.
+- A table of rich: `rich.text.Text(printable(...))`, which reads no markup (piece_ds/report/table.py).
 """
 
 import logging
 import unicodedata
 
-# Control characters, format characters (which turn the direction of writing round), lone surrogates (which no UTF-8
-# holds), private use, unassigned; and the two separators that end a line.
+# Control characters, format characters (which can reverse the direction of writing), lone surrogates (which UTF-8
+# cannot hold), private use, unassigned; and the two separators that end a line.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_KEPT = {"\u200c", "\u200d"}  # joiners, which Persian, Indic scripts and emoji are written with
+_KEPT = {"\u200c", "\u200d"}  # joiners, which Persian, Indic scripts and emoji need
 
 
 def printable(text: object, keep: str = "") -> str:
-    """Return str(text) with every character that is not to be seen as its escape, such as \\x1b.
+    """Return str(text) with every invisible character replaced by its escape, such as \\x1b.
 
-    A terminal then receives no command, a file can be written as UTF-8, and a name stays in its line. Text of visible
-    characters is returned as it is. Applying it twice changes nothing more.
+    So a terminal receives no command, a file can be written as UTF-8, and a name stays on its line. Visible text is
+    returned as it is. A second call changes nothing more.
 
     Args:
-        text: anything; lone surrogates are what Python makes of bytes in a file's name that are no UTF-8.
+        text: anything. Python makes lone surrogates of bytes in a file name that are not UTF-8.
         keep: unprintable characters to leave, such as a newline.
     """
     text = str(text)
@@ -42,7 +42,7 @@ def _escaped(letter: str) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """A log's lines with every unprintable character escaped but line breaks and tabs, which tracebacks have."""
+    """Log formatter that escapes every unprintable character except line breaks and tabs, which tracebacks need."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), keep="\n\t")

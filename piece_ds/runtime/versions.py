@@ -1,4 +1,4 @@
-"""Versions of what the numbers depend on."""
+"""Versions of the software and the device that results depend on."""
 
 import platform
 import sys
@@ -11,7 +11,7 @@ import transformers
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return name -> version of the packages that results depend on, of Python, and the name of the device."""
     modules = {"torch": torch, "deepspeed": deepspeed, "transformers": transformers, "accelerate": accelerate}
     found = {"piece_ds": version("piece_ds")}
     found |= {name: str(module.__version__) for name, module in modules.items()}

@@ -1,8 +1,8 @@
-"""Three small tasks of an office: a date in words to ISO 8601, an order to JSON, a question to SQL.
+"""Three small office tasks: a date in words to ISO 8601, an order to JSON, a question to SQL.
 
-They are what the embedded default teaches a real pretrained model. Rows are short, every one has one right answer that
-its prompt determines, and the base model has next to none of them right: it knows what the words mean, not what form
-the answer has to take.
+The embedded default teaches them to a real pretrained model. Rows are short, and the prompt of each determines its one
+right answer. The base model gets almost none of them right: it knows what the words mean, but not which form the answer
+must have.
 """
 
 from piece_ds.demo.office.dates import date_in_words

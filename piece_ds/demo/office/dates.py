@@ -1,4 +1,4 @@
-"""A date as it is written or said, to ISO 8601: "the third of March, nineteen eighty-four" -> 1984-03-03."""
+"""A date as people write or say it, to ISO 8601: "the third of March, nineteen eighty-four" -> 1984-03-03."""
 
 import datetime
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _TENS = words("- - twenty thirty forty fifty sixty seventy eighty ninety")
 _ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth"}
 _ORDINALS |= {"twelve": "twelfth", "twenty": "twentieth", "thirty": "thirtieth"}
 
-# Around the date; {} is where it stands.
+# Sentences around the date, which replaces {}.
 _FRAMES = (
     "{}",
     "It is due on {}.",
@@ -37,14 +37,14 @@ _FRAMES = (
 
 
 def date_in_words(random: Random) -> Row:
-    """A date between FIRST_DAY and LAST_DAY in one of 14 sentences and 14 ways of saying it."""
+    """Return a row with a date from FIRST_DAY to LAST_DAY, in one of 14 sentences and 14 ways to say it."""
     day = FIRST_DAY + datetime.timedelta(days=random.randrange((LAST_DAY - FIRST_DAY).days + 1))
     said = random.choice(_FORMS)(day, random.choice(_YEARS)(day.year))
     return {"prompt": f"{random.choice(_FRAMES).format(said)}\nDate:", "answer": day.isoformat()}
 
 
 def cardinal(number: int) -> str:
-    """number in words, 0 <= number < 100: "forty-two"."""
+    """Return number in words, 0 <= number < 100: "forty-two"."""
     if number < len(_ONES):
         return _ONES[number]
     tens, ones = divmod(number, 10)
@@ -52,19 +52,19 @@ def cardinal(number: int) -> str:
 
 
 def ordinal(number: int) -> str:
-    """The place of number in words, 1 <= number < 100: "twenty-first"."""
+    """Return the ordinal of number in words, 1 <= number < 100: "twenty-first"."""
     head, hyphen, last = cardinal(number).rpartition("-")
     return f"{head}{hyphen}{_ORDINALS.get(last, f'{last}th')}"
 
 
 def ordinal_digits(number: int) -> str:
-    """The place of number in digits: 1st, 2nd, 3rd, 4th, 11th, 21st."""
+    """Return the ordinal of number in digits: 1st, 2nd, 3rd, 4th, 11th, 21st."""
     suffix = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{suffix}"
 
 
 def year_in_words(year: int) -> str:
-    """How a year is said: nineteen eighty-four, two thousand and five, twenty nineteen."""
+    """Return how a year is said: nineteen eighty-four, two thousand and five, twenty nineteen."""
     century, rest = divmod(year, 100)
     if century == 20 and rest < 10:
         return "two thousand" + (f" and {cardinal(rest)}" if rest else "")

@@ -1,4 +1,4 @@
-"""A sentence that orders something, to JSON: customer, item, quantity, city, in that order, as json.dumps writes it."""
+"""A sentence that orders something, to JSON: customer, item, quantity, city, in this order, as json.dumps writes it."""
 
 import json
 from random import Random
@@ -7,7 +7,7 @@ from piece_ds.demo.office.dates import cardinal
 from piece_ds.demo.office.words import CITIES, COLOURS, FIRST_NAMES, GOODS, LAST_NAMES
 from piece_ds.demo.tasks import Row
 
-# {n} the quantity, {g} the goods, {w} who orders, {c} where to.
+# {n} is the quantity, {g} the goods, {w} the customer, {c} the city.
 _SENTENCES = (
     "{w} from {c} orders {n} {g}.",
     "Please send {n} {g} to {w} in {c}.",
@@ -29,11 +29,11 @@ _SENTENCES = (
     "Put {w} down for {n} {g}, and deliver in {c}.",
 )
 _QUANTITIES = (*range(2, 21), 24, 25, 30, 36, 40, 45, 50, 60, 64, 72, 75, 80, 90, 96, 100, 120, 144, 150, 200, 250, 500)
-SAID_UP_TO = 20  # quantities that may stand in words
+SAID_UP_TO = 20  # quantities up to this may be in words
 
 
 def order_to_json(random: Random) -> Row:
-    """An order of one kind of goods by one customer."""
+    """Return a row with an order of one kind of goods by one customer."""
     quantity = random.choice(_QUANTITIES)
     in_words = quantity <= SAID_UP_TO and random.random() < 0.5
     goods = f"{random.choice(COLOURS)} {random.choice(GOODS)}" if random.random() < 0.7 else random.choice(GOODS)

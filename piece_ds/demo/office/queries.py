@@ -13,10 +13,10 @@ class Table:
     """A table that can be asked about.
 
     Attributes:
-        name: its name, a plural.
-        key: the column that answers "which".
-        texts: columns of text with values that occur.
-        numbers: columns of numbers with values that may be asked for.
+        name: a plural.
+        key: column that answers "which".
+        texts: text columns -> their values.
+        numbers: number columns -> values to ask about.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Table:
     numbers: dict[str, tuple[int, ...]]
 
     def schema(self) -> str:
-        """As the prompt shows it: staff(name, city, team, salary, age)."""
+        """Return the table as the prompt shows it: staff(name, city, team, salary, age)."""
         return f"{self.name}({', '.join((self.key, *self.texts, *self.numbers))})"
 
 
@@ -53,7 +53,7 @@ TABLES = (
 
 
 def question_to_sql(random: Random) -> Row:
-    """A question of one of seven kinds about one of TABLES, in one of several wordings."""
+    """Return a row with one of seven kinds of question about one of TABLES, in one of several wordings."""
     table = random.choice(TABLES)
     question, answer = random.choice(_KINDS)(table, random)
     return {"prompt": f"{table.schema()}\n{question}\nSQL:", "answer": answer}

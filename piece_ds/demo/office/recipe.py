@@ -34,22 +34,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class OfficeRecipe:
-    """Sizes of the data and settings of the runs; rates are AdamW's peaks, batch sizes are over all ranks.
+    """Sizes of the data and settings of the runs. Rates are AdamW's peaks; batch sizes are over all ranks.
 
     Attributes:
         tasks: of OFFICE_TASKS, in the order of the stream.
-        num_train_rows: rows of each task's train.json; a task passes once over them.
-        num_test_rows: held-out rows of each task, answered in words after each task.
-        num_general_rows, general_tokens: text that is judged on and that no method sees.
+        num_train_rows: rows of each task's train.json; a task passes over them once.
+        num_test_rows: held-out rows of each task, answered after each task.
+        num_general_rows, general_tokens: text to evaluate on, which no method sees.
         task_steps: optimizer steps of each task, at a rate that falls linearly to 0.
         task_batch_size: rows of such a step.
         mask_ratio: selected weights / weights of the model.
         mask_learning_rate: of the recommended recipe, whose steps are scaled by general importance.
-        replay_weight: S of --general_replay, in the runs with replay.
-        full_learning_rate, lora_learning_rate: of those it is compared with, to learn about as much.
+        replay_weight: weight of --general_replay, in the runs with replay.
+        full_learning_rate, lora_learning_rate: of the methods it is compared with, so that they learn about as much.
         importance_batch_size: rows of a micro-batch of the statistics.
-        importance_rows: rows of each task that its statistics are taken of.
-        max_new_tokens: to generate for an answer, its end included.
+        importance_rows: rows of each task that its statistics are taken from.
+        max_new_tokens: to generate for an answer, with its end token.
         adam_beta2: beta1 is 0.9, weight decay 0, clipping 1.0 throughout.
     """
 

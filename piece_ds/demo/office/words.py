@@ -1,8 +1,8 @@
-"""The vocabulary that the office's tasks share: names, places, goods."""
+"""The vocabulary that the office tasks share: names, places, goods."""
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of text, which white space parts."""
+    """Return the words of text, separated by white space."""
     return tuple(text.split())
 
 

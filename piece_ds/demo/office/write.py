@@ -1,4 +1,4 @@
-"""Write the office's tasks, and the general text that is judged on, as the files that a user would bring."""
+"""Write the office tasks and the general text to evaluate on, as the files that a user would bring."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from piece_ds.demo.tasks import draw_rows, write_json, write_jsonl
 
 @dataclass(frozen=True)
 class OfficePaths:
-    """Where write_office() put things.
+    """The files that write_office() wrote.
 
     Attributes:
         task_dir: folder of NAME/{train,test}.json.
@@ -27,15 +27,17 @@ class OfficePaths:
 
 
 def write_office(folder: Path, seed: int, tokenizer: PreTrainedTokenizerBase, recipe: OfficeRecipe) -> OfficePaths:
-    """Make the material under folder: the same bytes for the same seed, recipe, tokenizer and Python installation.
+    """Write the material to folder: the same bytes for the same seed, recipe, tokenizer and Python installation.
+
+    Call it in one process.
 
     Args:
-        folder: made when missing; files of the same names are overwritten.
+        folder: made if missing. Files of the same names are overwritten.
         seed: of every choice.
-        tokenizer: of the model that will be judged on the general text.
+        tokenizer: of the model that will be evaluated on the general text.
         recipe: sizes.
     Returns:
-        The paths written. Call it on one process.
+        The paths written.
     """
     paths = OfficePaths(folder / "tasks", folder / "general.jsonl")
     for name in recipe.tasks:
@@ -43,6 +45,8 @@ def write_office(folder: Path, seed: int, tokenizer: PreTrainedTokenizerBase, re
         rows = draw_rows(OFFICE_TASKS[name], num_rows, Random(f"{seed}/{name}"))
         write_json(rows[: recipe.num_train_rows], paths.task_dir / name / "train.json")
         write_json(rows[recipe.num_train_rows :], paths.task_dir / name / "test.json")
+
+    # The general text is encoded here, so that all rows have the same length.
     encoder = Encoder(tokenizer, cutoff=recipe.general_tokens)
     general = builtin_rows(encoder, recipe.num_general_rows, recipe.general_tokens, seed)
     write_jsonl((dict(row) for row in general), paths.general_file)

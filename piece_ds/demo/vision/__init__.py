@@ -1,6 +1,6 @@
 """The embedded example with images: drawings, questions about them, and two small vision-language models.
 
-Everything is drawn and built from a seed and written as ordinary files, as the rest of the embedded example.
+Everything is made from a seed and written as ordinary files, like the rest of the embedded example.
 """
 
 from piece_ds.demo.vision.models import FAMILIES, write_model

@@ -14,9 +14,9 @@ _CELLS = 3  # per side
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is in a picture: shapes of one kind and colour, which fill a grid in reading order, moved by (x, y) pixels.
+    """Content of a picture: shapes of one kind and colour, which fill a grid in reading order, moved by (x, y) pixels.
 
-    In this order the number of shapes can be seen from where they end, which so small a model learns in few steps.
+    In this order the number of shapes can be seen from where they end. Such a small model learns that in few steps.
     """
 
     shape: str
@@ -39,7 +39,7 @@ class Drawing:
 
 
 def random_drawing(random: Random) -> Drawing:
-    """Everything about it is independent of everything else."""
+    """Return a drawing whose properties are all independent of each other."""
     return Drawing(
         random.choice(SHAPES),
         random.choice(list(COLOURS)),

@@ -36,7 +36,14 @@ _IMAGE_IN_TEMPLATE = {"llava": "<image>", "qwen3-vl": "<|vision_start|><|image_p
 
 
 def write_model(family: str, folder: Path, seed: int, words: Sequence[str] = ()) -> None:
-    """An untrained model of FAMILIES in fp32 with its processor, as a transformers folder; words are one token each."""
+    """Write an untrained model of FAMILIES in fp32 with its processor, as a transformers folder.
+
+    Args:
+        family: one of FAMILIES.
+        folder: to write to.
+        seed: of the weights. The global generator is not changed.
+        words: each becomes one token.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         make_model(family, len(words)).save_pretrained(folder)
@@ -44,7 +51,10 @@ def write_model(family: str, folder: Path, seed: int, words: Sequence[str] = ())
 
 
 def make_processor(family: str, words: Sequence[str] = ()) -> ProcessorMixin:
-    """A tokenizer of bytes and words, image processor and a chat template that puts the image before the question."""
+    """Return a processor: a tokenizer of bytes and words, an image processor, and a chat template.
+
+    The template puts the image before the question.
+    """
     tokenizer = _tokenizer(family, words)
     template = (
         "{% for message in messages %}{% for part in message['content'] %}"
@@ -68,7 +78,7 @@ def make_processor(family: str, words: Sequence[str] = ()) -> ProcessorMixin:
 
 
 def make_model(family: str, num_words: int = 0) -> PreTrainedModel:
-    """Return the model with weights of the global generator."""
+    """Return the model, with weights drawn from the global generator."""
     text = {
         "vocab_size": VOCAB_SIZE + len(_IMAGE_TOKENS[family]) + num_words,
         "hidden_size": 96,

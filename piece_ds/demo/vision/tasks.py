@@ -12,7 +12,7 @@ from piece_ds.demo.vision.models import IMAGE_SIZE
 
 Answer = Callable[[Drawing], str]
 
-# What the base learns, so that a tower sees and a language model answers; none of the stream's answers is among these.
+# The base learns these, so that the tower sees and the language model answers. No answer of the stream is among them.
 BASE: dict[str, tuple[str, Answer]] = {
     "shape": ("Which shape?", lambda drawing: drawing.shape),
     "ground": ("Which ground?", lambda drawing: drawing.background),
@@ -21,7 +21,7 @@ BASE: dict[str, tuple[str, Answer]] = {
     "letter": ("Number as a letter?", lambda drawing: "abcd"[drawing.number - 1]),
     "few": ("Few or many?", lambda drawing: "few" if drawing.number <= MOST // 2 else "many"),
 }
-# The stream's tasks: four answers each, equally frequent, so that chance is a quarter.
+# The stream's tasks. Each has four equally frequent answers, so chance is a quarter.
 TASKS: dict[str, tuple[str, Answer]] = {
     "colour": ("What colour?", lambda drawing: drawing.colour),
     "number": ("How many?", lambda drawing: str(drawing.number)),
@@ -29,7 +29,10 @@ TASKS: dict[str, tuple[str, Answer]] = {
 
 
 def words() -> list[str]:
-    """Return every word of the questions and their answers, sorted: spelling is no part of what is to be learned."""
+    """Return every word of the questions and answers, sorted.
+
+    As tokens they need not be spelled, which is not the task.
+    """
     looks = product(SHAPES, COLOURS, BACKGROUNDS, range(1, MOST + 1))
     drawings = [Drawing(*look, noise=0, x=0, y=0) for look in looks]
     texts = [text for prompt, answer in (BASE | TASKS).values() for text in (prompt, *map(answer, drawings))]
@@ -37,10 +40,16 @@ def words() -> list[str]:
 
 
 def write_task(names: dict[str, tuple[str, Answer]], folder: Path, sizes: dict[str, int], seed: str) -> None:
-    """folder/SPLIT.json and folder/images: sizes[SPLIT] questions of names in turn, each about a drawing of its own.
+    """Write folder/SPLIT.json and folder/images.
 
-    Drawings are drawn one after another from one generator; a drawing that was there before is drawn again, so that
-    no split shares one with another.
+    Drawings come one after another from one generator. A drawing that was there before is drawn again, so no split
+    shares one with another.
+
+    Args:
+        names: questions, asked in turn, each about a drawing of its own.
+        folder: made if missing.
+        sizes: split -> number of rows.
+        seed: of the drawings.
     """
     random, seen = Random(seed), set()
     images = folder / "images"

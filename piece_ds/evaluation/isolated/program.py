@@ -103,7 +103,7 @@ def _execute(source: str) -> dict[str, Any] | None:
 
 
 def _serve(wire: Any, receiver: Any, answers: int, names: dict[str, Any] | None, function: str) -> None:
-    """Answer calls with [True, value] or [False, reason]."""
+    """Send the result of each call: [True, value] or [False, reason]."""
     wire.send(answers, [names is not None and callable(names.get(function)), "loaded"])
     while names is not None:
         arguments, keywords = (wire.decode(part) for part in receiver.receive())
