@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _worker(options: argparse.Namespace, zero: str, dtype: str, methods: list[str], repeats: int) -> dict[str, Any]:
-    """Method -> row, measured in a process group of their own."""
+    """Return method -> row, measured in a process group of its own."""
     with tempfile.NamedTemporaryFile() as file:
         arguments = [
             str(WORKER),
@@ -123,7 +123,7 @@ def _worker(options: argparse.Namespace, zero: str, dtype: str, methods: list[st
 
 
 def _with_ratios(alone: dict[str, dict[str, Any]], method: str) -> dict[str, Any]:
-    """A method's row with ratios to methods of other processes."""
+    """Return a method's row with ratios to methods of other processes."""
     row = dict(alone[method][method])
     for other in ("full", "lora"):
         theirs = alone.get(other, {}).get(other, {}).get("step_ms")

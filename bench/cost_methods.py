@@ -19,10 +19,10 @@ class Trained(NamedTuple):
     """A model that can be trained.
 
     Attributes:
-        step: batch -> nothing; one whole training step.
-        state_bytes: of masters and moments on this rank, once a step has been made.
+        step: makes one whole training step with a batch.
+        state_bytes: bytes of masters and moments on this rank, after the first step.
         num_gradients: elements of the gradient that a step reduces over ranks.
-        close: frees it.
+        close: frees the model.
     """
 
     step: Callable[[dict[str, torch.Tensor]], None]
@@ -32,7 +32,7 @@ class Trained(NamedTuple):
 
 
 def with_deepspeed(method: str, model: nn.Module, config: dict[str, Any]) -> Trained:
-    """An engine over model, trained by method."""
+    """Return an engine over model, trained by method."""
     layout = layout_of(model)
     model = _adapted(method, model)
     if method == "compact":
@@ -64,7 +64,7 @@ def _numel(param: nn.Parameter) -> int:
 
 
 def without_deepspeed(method: str, model: nn.Module) -> Trained:
-    """Plain torch in one process: fp32 masters for 16-bit weights, as DeepSpeed keeps them."""
+    """Return plain torch in one process, with fp32 masters for 16-bit weights, as DeepSpeed keeps them."""
     model = _adapted(method, model)
     device = next(model.parameters()).device
     mask = None
@@ -134,7 +134,10 @@ def _step_of(
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer, count_values: bool = True) -> int:
-    """Moments, and the values that the optimizer steps where they are not the model's own."""
+    """Return the bytes of moments and, if count_values, of the values that the optimizer steps.
+
+    Values count only if they are not the model's own parameters.
+    """
     moments = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
     return moments + count_values * sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
 

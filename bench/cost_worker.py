@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _in_turn(options: argparse.Namespace, device: torch.device) -> None:
-    """One method after another in this process, each alone in memory; what is measured is written at once."""
+    """Measure one method after another in this process. Each is alone in memory; rows are written at once."""
     rows: dict[str, Any] = {}
     for method in options.methods:
         _free()
@@ -97,7 +97,7 @@ def _in_turn(options: argparse.Namespace, device: torch.device) -> None:
             failure = ""
         except torch.OutOfMemoryError:
             failure = "out of memory"
-        except Exception as error:  # the other methods are worth having
+        except Exception as error:  # the other methods can still be measured
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             traceback.print_exc()
         model = None  # noqa: F841 - after a failure it still holds one
@@ -112,7 +112,7 @@ def _in_turn(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def _free() -> None:
-    """What the last method held: engines are cycles."""
+    """Free what the last method held. Engines are reference cycles, so they need the collector."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -177,7 +177,7 @@ def _row(
 
 
 def _timed(function: Callable[[], None]) -> float:
-    """Seconds of one call on the slowest rank."""
+    """Return the seconds of one call on the slowest rank."""
     _synchronize()
     begin = time.perf_counter()
     function()
@@ -193,7 +193,7 @@ def _synchronize() -> None:
 
 
 def _peak_bytes() -> int:
-    """Most memory in use so far: the allocator's on a GPU, the process's on a CPU."""
+    """Return the most memory in use so far: the allocator's on a GPU, the process's on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

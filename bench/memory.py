@@ -80,7 +80,7 @@ def _measure(mode: str, stage: int, options: argparse.Namespace) -> dict[str, An
 
 
 def _alive_bytes() -> int:
-    """Every storage once."""
+    """Return the bytes of all storages that are alive, each counted once."""
     gc.collect()
     found = {}
     for candidate in gc.get_objects():

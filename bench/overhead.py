@@ -103,7 +103,7 @@ def _row(
 
 
 def _timed(function: Callable[[], Any]) -> float:
-    """Seconds of one call on the slowest rank."""
+    """Return the seconds of one call on the slowest rank."""
     _synchronize()
     dist.barrier()
     begin = time.perf_counter()

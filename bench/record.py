@@ -1,4 +1,4 @@
-"""How every benchmark writes its rows: what was measured, and on which device, versions, commit and day."""
+"""Write the rows of every benchmark: what was measured, and on which device, versions, commit and day."""
 
 import csv
 import os
@@ -11,14 +11,14 @@ import torch
 
 
 def device_name() -> str:
-    """'cpu-2-cores' or the GPU's name, as it stands in file names."""
+    """Return 'cpu-2-cores' or the GPU's name, in the form used in file names."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().replace(" ", "-").lower()
     return f"cpu-{os.cpu_count()}-cores"
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
-    """One CSV line per row, with device, torch, further versions, commit and date at its end."""
+    """Write one CSV line per row, with device, torch, further versions, commit and date at its end."""
     commit = os.environ.get("PIECE_DS_COMMIT") or commit_of()
     facts = {
         "device": device_name(),
@@ -35,7 +35,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
 
 
 def commit_of() -> str:
-    """Of the working tree; empty where there is no git, or no repository."""
+    """Return the commit of the working tree; empty without git or outside a repository."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()

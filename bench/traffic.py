@@ -43,18 +43,18 @@ _CLONE_NEWNET = 0x40000000
 
 
 def selection_bytes(num_ranks: int, num_parameters: int) -> float:
-    """What one rank receives during select() of one budget; see the formula above."""
+    """Return the bytes that one rank receives in select() of one budget; see the formula above."""
     counts = (1 << SAMPLE_BITS) + 2 + sum(1 << bits for _, bits in DIGITS) + num_ranks * num_parameters
     return 2 * (num_ranks - 1) / num_ranks * 8 * counts
 
 
 def statistics_bytes(num_ranks: int, num_elements: int) -> float:
-    """What one rank receives in a round of statistics."""
+    """Return the bytes that one rank receives in a round of statistics."""
     return (num_ranks - 1) / num_ranks * num_elements * ITEMSIZE
 
 
 def main() -> None:
-    """Measure, then extrapolate."""
+    """Measure, then extrapolate, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "traffic.csv")
     output = parser.parse_args().output
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(name: str, width: int, num_ranks: int) -> dict[str, Any]:
-    """One job of num_ranks processes in a namespace of its own."""
+    """Return the row of one job of num_ranks processes in a namespace of its own."""
     with tempfile.TemporaryDirectory() as folder:
         leader = os.fork()
         if leader == 0:
@@ -78,7 +78,7 @@ def measure(name: str, width: int, num_ranks: int) -> dict[str, Any]:
 
 
 def extrapolate(name: str) -> dict[str, Any]:
-    """The formulas alone."""
+    """Return a row with only the formulas."""
     eligible = layout_of(empty_model(known_config(name))).eligible()
     return _row(name, FAR, len(eligible), sum(info.numel for info in eligible), None, None)
 
@@ -99,7 +99,7 @@ def _row(
 
 
 def _lead(width: int, num_ranks: int, folder: Path) -> None:
-    """In a child: make the namespace, start the ranks in it, wait for them."""
+    """Make the namespace, start the ranks in it, and wait for them. Runs in a child process, which ends here."""
     apart = ctypes.CDLL(None).unshare(_CLONE_NEWNET) == 0
     if apart:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
@@ -151,7 +151,7 @@ def _be_rank(rank: int, num_ranks: int, width: int, folder: Path, apart: bool) -
 
 
 def _on_the_wire() -> int:
-    """Bytes that have crossed this namespace's loopback."""
+    """Return the bytes that have crossed this namespace's loopback."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:"))
 

@@ -1,4 +1,4 @@
-"""accumulate_: one read of the gradient, one read and write of each sum."""
+"""accumulate_: add a gradient to both sums. One read of the gradient, one read and write of each sum."""
 
 import torch
 import triton
@@ -11,9 +11,13 @@ from piece_ds.kernels.launch import BLOCK, DTYPES, OPTIONS, grid, require_sums, 
 
 @triton.jit
 def add_gradient(grad_ptr, sum_ptr, square_ptr, scale, num_nonfinite_ptr, position, mask, WITH_SUM: tl.constexpr):
-    """Update the sums at position; returns them as (sum, square sum)."""
+    """Add a gradient at position to the sums; return the new (sum, square sum).
+
+    Non-finite entries count as 0 and are counted in num_nonfinite_ptr.
+    """
     grad = to_float(tl.load(grad_ptr + position, mask=mask, other=0.0))
     finite = is_finite(grad)
+    # One atomic per program, and none if all entries are finite.
     num_bad = tl.sum((finite == 0).to(tl.int32))
     tl.atomic_add(num_nonfinite_ptr, num_bad.to(tl.int64), mask=num_bad > 0, sem="relaxed")
     grad = tl.where(finite, grad, 0.0) * scale
@@ -43,7 +47,7 @@ def _accumulate_kernel(
 
 
 def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale: float, num_nonfinite: Tensor) -> None:
-    """See piece_ds.ops.accumulate_."""
+    """Add a gradient to both sums; see piece_ds.ops.accumulate_."""
     n = grad.numel()
     grad = check_accumulate(grad, grad_sum, square_sum, num_nonfinite)
     if n > 0:
@@ -53,7 +57,7 @@ def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale
 
 
 def check_accumulate(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, num_nonfinite: Tensor) -> Tensor:
-    """The gradient, contiguous; it is only read."""
+    """Check the arguments; return the gradient, contiguous. It is only read."""
     grad = grad.contiguous()
     require_vector("grad", grad, square_sum.numel(), *DTYPES)
     require_sums(grad_sum, square_sum)

@@ -1,4 +1,4 @@
-"""accumulate_filter_: accumulate_, and filter_ of the new sums while they are still in registers."""
+"""accumulate_filter_: accumulate_, then filter_ of the new sums while they are still in registers."""
 
 import triton
 import triton.language as tl
@@ -47,7 +47,7 @@ def accumulate_filter_(
     candidate_index: Tensor,
     num_candidates: Tensor,
 ) -> None:
-    """See piece_ds.ops.accumulate_filter_."""
+    """Add a gradient to both sums and append candidates; see piece_ds.ops.accumulate_filter_."""
     n = grad.numel()
     grad = check_accumulate(grad, grad_sum, square_sum, num_nonfinite)
     require_candidates(candidate_score, candidate_index, num_candidates)

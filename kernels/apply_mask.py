@@ -1,4 +1,7 @@
-"""apply_mask_: put the selected entries aside, zero the gradient, put them back; the norm comes with the first step."""
+"""apply_mask_: copy the selected entries aside, zero the gradient, write them back.
+
+The first step gives the norm too.
+"""
 
 from collections.abc import Sequence
 
@@ -58,7 +61,7 @@ def _apply_mask_keep_list_kernel(
 
 @triton.jit
 def keep(value, j, mask, scale, kept_ptr, partial_ptr, num_nonfinite_ptr, SCALED: tl.constexpr):
-    """Put entries aside; their count and norm where they are wanted."""
+    """Copy entries aside; add up non-finite entries and squares if they are wanted."""
     if SCALED:
         value = from_float(to_float(value) * scale, value.dtype)
     tl.store(kept_ptr + j, value, mask=mask)
@@ -67,7 +70,7 @@ def keep(value, j, mask, scale, kept_ptr, partial_ptr, num_nonfinite_ptr, SCALED
         num_bad = tl.sum((is_finite(x) == 0).to(tl.int32))
         tl.atomic_add(num_nonfinite_ptr, num_bad.to(tl.int64), mask=num_bad > 0, sem="relaxed")
     if partial_ptr is not None:
-        tl.store(partial_ptr + tl.program_id(0), tl.sum(x.to(tl.float64) * x.to(tl.float64)))
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(x.to(tl.float64) * x.to(tl.float64)))  # no atomics: repeatable
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def _apply_mask_scatter_kernel(grad_ptr, index_ptr, kept_ptr, n_elements, BLOCK:
 def apply_mask_(
     grad: Tensor, index: Tensor, scale: float, square_norm: Tensor | None, num_nonfinite: Tensor | None
 ) -> None:
-    """See piece_ds.ops.apply_mask_."""
+    """Zero all but the selected entries of a gradient; see piece_ds.ops.apply_mask_."""
     n, k = grad.numel(), index.numel()
     require_vector("grad", grad, n, *DTYPES)
     require_vector("index", index, k, torch.int64)
@@ -89,6 +92,8 @@ def apply_mask_(
     if k == 0:
         grad.zero_()
         return
+
+    # Copy the selected entries aside; their norm comes on the way.
     kept, partial = room_for(grad, k, square_norm)
     _apply_mask_keep_kernel[grid(k)](
         grad, index, scale, kept, partial, num_nonfinite, n, k, scale != 1.0, BLOCK, **CHECKED_OPTIONS
@@ -102,7 +107,9 @@ def apply_mask_(
 def apply_mask_list_(
     grads: Sequence[Tensor], index: Tensor, scale: float, square_norm: Tensor | None, num_nonfinite: Tensor | None
 ) -> None:
-    """See piece_ds.ops.apply_mask_list_."""
+    """Zero all but the selected entries of several gradients; see piece_ds.ops.apply_mask_list_."""
+
+    # One run of memory is as good as one tensor.
     k, runs = index.numel(), runs_of("grads", grads, index.device)
     if runs.flat is not None or k == 0:
         for grad in grads if runs.flat is None else [runs.flat]:
@@ -111,6 +118,8 @@ def apply_mask_list_(
     require_vector("index", index, k, torch.int64)
     require_vector("square_norm", square_norm, 1, torch.float64)
     require_vector("num_nonfinite", num_nonfinite, 1, torch.int64)
+
+    # Copy the selected entries aside, zero all gradients, write them back.
     kept, partial = room_for(grads[0], k, square_norm)
     _apply_mask_keep_list_kernel[grid(k)](
         runs.begins,
@@ -135,6 +144,6 @@ def apply_mask_list_(
 
 
 def room_for(grad: Tensor, k: int, square_norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(entries put aside, partial sums of the norm where it is wanted)."""
+    """Return room for the entries copied aside and, if the norm is wanted, for one fp64 partial sum per program."""
     partial = None if square_norm is None else grad.new_empty(num_blocks(k), dtype=torch.float64)
     return grad.new_empty(k), partial

@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: one element's arithmetic, as csrc/include/piece/scalar.h has it."""
+"""Device functions that several kernels share: the arithmetic of one element, as in csrc/include/piece/scalar.h."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,17 @@ FLT_MAX = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def positions_of_block(n_elements, BLOCK: tl.constexpr):
-    """(positions, which of them exist) of this program's elements, 64 bits wide."""
+    """Return the positions of this program's elements, int64, and which of them exist."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return position, position < n_elements
 
 
 @triton.jit
 def to_float(x):
-    """x in fp32. bf16 by its bits: exact for denormals too, and in Triton's interpreter, whose own cast is not."""
+    """Return x in fp32.
+
+    bf16 is converted by its bits. This is exact for denormals too, and in Triton's interpreter, whose own cast is not.
+    """
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -24,7 +27,7 @@ def to_float(x):
 
 @triton.jit
 def from_float(x, DTYPE: tl.constexpr):
-    """x in DTYPE, rounded to nearest even; bf16 by its bits, as in to_float."""
+    """Return x in DTYPE, rounded to nearest even; bf16 by its bits, as in to_float()."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -36,7 +39,7 @@ def from_float(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def bits_of(x):
-    """x's bits as an integer of its size."""
+    """Return the bits of x as an integer of the same size."""
     if x.dtype == tl.float32:
         return x.to(tl.int32, bitcast=True)
     else:
@@ -50,7 +53,10 @@ def is_finite(x):
 
 @triton.jit
 def score_of(total, square, lam, WITH_SUM: tl.constexpr):
-    """The score: never NaN, never -0; square itself without a sum. Square root and division are IEEE's."""
+    """Return the score: |sum| / sqrt(square sum + lam), or the square sum if there is no sum.
+
+    It is never NaN and never -0. Square root and division are IEEE's, so all providers give the same bits.
+    """
     if WITH_SUM:
         magnitude = (total.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
         value = tl.div_rn(magnitude, tl.sqrt_rn(square + lam))
@@ -73,7 +79,10 @@ def load_score(sum_ptr, square_ptr, lam, position, mask, WITH_SUM: tl.constexpr)
 
 @triton.jit
 def append(found, score, index, candidate_score_ptr, candidate_index_ptr, num_candidates_ptr, capacity):
-    """Append where found: one atomic a program. Candidates without room are counted only."""
+    """Append candidates where found is true. Candidates without room are only counted.
+
+    Each program makes one atomic addition, so the order of programs in the list is not fixed.
+    """
     count = tl.sum(found.to(tl.int32))
     if count > 0:
         first = tl.atomic_add(num_candidates_ptr, count.to(tl.int64), sem="relaxed")
@@ -85,7 +94,7 @@ def append(found, score, index, candidate_score_ptr, candidate_index_ptr, num_ca
 
 @triton.jit
 def load_position(index_ptr, j, mask, limit):
-    """index[j], which has to lie in [0, limit): the kernel stops with a message where it does not."""
+    """Return index[j], and whether it exists and lies in [0, limit). Outside of it, the kernel stops with a message."""
     position = tl.load(index_ptr + j, mask=mask, other=0)
     inside = (position >= 0) & (position < limit)
     tl.device_assert(inside, "piece_ds: a position in index lies outside of its tensor", mask=mask)

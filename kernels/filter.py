@@ -1,4 +1,4 @@
-"""filter_: the elements whose score reaches a bound, in one read of the sums."""
+"""filter_: append the elements whose score reaches a bound, in one read of the sums."""
 
 import triton
 import triton.language as tl
@@ -39,7 +39,7 @@ def filter_(
     candidate_index: Tensor,
     num_candidates: Tensor,
 ) -> None:
-    """See piece_ds.ops.filter_."""
+    """Append candidates; see piece_ds.ops.filter_."""
     require_sums(grad_sum, square_sum)
     require_candidates(candidate_score, candidate_index, num_candidates)
     n = square_sum.numel()

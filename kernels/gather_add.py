@@ -1,4 +1,4 @@
-"""gather_add_: the selected entries of a gradient, added to a list."""
+"""gather_add_: add the selected entries of a gradient to a list."""
 
 import torch
 import triton
@@ -18,7 +18,7 @@ def _gather_add_kernel(grad_ptr, index_ptr, scale, total_ptr, limit, n_elements,
 
 
 def gather_add_(grad: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
-    """See piece_ds.ops.gather_add_."""
+    """Add the selected entries of a gradient to total; see piece_ds.ops.gather_add_."""
     n, k = grad.numel(), index.numel()
     grad = grad.contiguous()
     require_vector("grad", grad, n, *DTYPES)

@@ -1,4 +1,4 @@
-"""index_to_mask: positions to packed bits, by integer atomics on words of 32 bits."""
+"""index_to_mask: positions to packed bits, with integer atomics on 32-bit words."""
 
 import torch
 import triton
@@ -19,7 +19,7 @@ def _index_to_mask_kernel(index_ptr, words_ptr, limit, n_elements, BLOCK: tl.con
 
 
 def index_to_mask(index: Tensor, n: int) -> Tensor:
-    """See piece_ds.ops.index_to_mask."""
+    """Return packed bits of positions; see piece_ds.ops.index_to_mask."""
     k = index.numel()
     require_vector("index", index, k, torch.int64)
     words = index.new_zeros(num_blocks(n, 32), dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What every Triton launcher needs: checks at the door, the grid, and options that keep arithmetic as it is written."""
+"""What every Triton launcher needs: argument checks, the grid, and options that keep arithmetic as it is written."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ import torch
 import triton
 from torch import Tensor
 
-# Elements per program. 4 warps x 8 elements: two 16-byte loads of fp32 or one of bf16 per thread.
+# Elements per program. With 4 warps that is 8 elements a thread: two 16-byte loads of fp32, or one of bf16.
 BLOCK = 1024
 
-# Fused multiply-adds round once where reference.py rounds twice. Newer versions of Triton do not fuse on their own;
-# it is said all the same, because results depend on it.
+# Fused multiply-adds round once, reference.py rounds twice. Newer versions of Triton do not fuse by themselves, but
+# results depend on it, so it is said.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
-# Positions are checked on the device; overflow checks, which come with assertions, would cost and find nothing.
+# Positions are checked on the device. Overflow checks, which come with assertions, would cost time and find nothing.
 CHECKED_OPTIONS: dict[str, Any] = {**OPTIONS, "debug": True, "sanitize_overflow": False}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def num_blocks(n: int, block: int = BLOCK) -> int:
-    """Programs of `block` elements for n elements."""
+    """Return how many programs of `block` elements n elements need."""
     return -(-n // block)
 
 
@@ -29,7 +29,7 @@ def require(holds: bool, message: str) -> None:
 
 
 def require_vector(name: str, tensor: Tensor | None, n: int, *dtypes: torch.dtype) -> None:
-    """tensor, where there is one, has n contiguous elements of one of dtypes."""
+    """Raise RuntimeError unless tensor is None or has n contiguous elements of one of dtypes."""
     if tensor is None:
         return
     require(tensor.dtype in dtypes, f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
@@ -50,5 +50,5 @@ def require_candidates(score: Tensor, index: Tensor, num_found: Tensor) -> None:
 
 
 def grid(n: int, block: int = BLOCK) -> tuple[int]:
-    """One program for every `block` elements; n > 0."""
+    """Return the grid with one program for every `block` elements; n > 0."""
     return (triton.cdiv(n, block),)

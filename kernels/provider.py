@@ -41,13 +41,17 @@ OPS: dict[str, Callable[..., Any]] = {
 
 
 def register() -> None:
-    """Make these the kernels of CUDA tensors."""
+    """Register the ops as the kernels of CUDA tensors."""
     for name in SCHEMAS:
         torch.library.impl(f"{NAMESPACE}::{name}", "cuda", on_own_device(OPS[name]))
 
 
 def on_own_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function, run while its first tensor's device is the current one, where Triton launches; all have to be there."""
+    """Return function, made to run while its first tensor's device is the current one, on which Triton launches.
+
+    Raises:
+        RuntimeError: when called, if not all tensors are on that device.
+    """
 
     @wraps(function)
     def call(*arguments: object) -> object:

@@ -1,6 +1,6 @@
-"""A list of tensors as one range of positions: a table of where its runs of memory lie, and a search in it.
+"""A list of tensors as one range of positions: a table of its runs of memory, and a search in the table.
 
-Tensors that lie side by side in one storage are one run, so that the parts of a flat buffer are as good as a tensor.
+Tensors that lie side by side in one storage are one run. So the parts of a flat buffer are as good as one tensor.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,10 @@ from piece_ds.kernels.launch import DTYPES, require, require_vector
 
 @triton.jit
 def place_of(position, mask, begins_ptr, addresses_ptr, num_runs, total, ELEMENT: tl.constexpr, STEPS: tl.constexpr):
-    """(pointers to positions of the list, which of them exist); bisects for the run, STEPS = bits of num_runs - 1."""
+    """Return pointers to positions of the list, and which of the positions exist.
+
+    The run is found by bisection; STEPS is the number of bits of num_runs - 1.
+    """
     inside = (position >= 0) & (position < total)
     tl.device_assert(inside, "piece_ds: a position in index lies outside of its tensor", mask=mask)
     inside = mask & inside
@@ -32,13 +35,13 @@ def place_of(position, mask, begins_ptr, addresses_ptr, num_runs, total, ELEMENT
 
 
 class Runs(NamedTuple):
-    """What place_of needs.
+    """The table that place_of() needs.
 
     Attributes:
         begins, addresses: int64, on the tensors' device: first position and address of each run.
-        num_runs, total: of the list; positions are [0, total).
+        num_runs, total: runs, and elements; positions are in [0, total).
         steps: bits of num_runs - 1.
-        flat: the list as one tensor, where it is one run.
+        flat: the list as one tensor, if it is one run; else None.
     """
 
     begins: Tensor
@@ -50,7 +53,15 @@ class Runs(NamedTuple):
 
 
 def runs_of(name: str, tensors: Sequence[Tensor], device: torch.device) -> Runs:
-    """The table of tensors on device; the host does not wait for it."""
+    """Return the table of tensors, on device. The host does not wait for the copy.
+
+    Args:
+        name: of the list, for messages.
+        tensors: contiguous, of one dtype, all on device.
+        device: of the table.
+    Raises:
+        RuntimeError: a tensor is not contiguous, or not of the common dtype or device.
+    """
     runs: list[tuple[int, int]] = []
     total, end, storage = 0, -1, -1
     kept = [tensor for tensor in tensors if tensor.numel()]
@@ -63,6 +74,8 @@ def runs_of(name: str, tensors: Sequence[Tensor], device: torch.device) -> Runs:
         total += tensor.numel()
         end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
         storage = tensor.untyped_storage().data_ptr()
+
+    # Pinned memory lets the copy run beside the host.
     table = torch.tensor(list(zip(*runs, strict=True)) or [(), ()], dtype=torch.int64, pin_memory=device.type == "cuda")
     begins, addresses = table.to(device, non_blocking=True)
     flat = kept[0].as_strided((total,), (1,)) if len(runs) == 1 else None

@@ -1,7 +1,7 @@
 """sampled_gradient_: selected entries of grad_output^T input, each a dot product of two columns over the tokens.
 
-Columns are strided, a sector of 32 bytes for 2 or 4 useful ones, so torch transposes both matrices, some tokens at a
-time; then a dot product reads two runs of consecutive elements. csrc/cuda/sampled_gradient.cu counts the bytes.
+Columns are strided: each read of 32 bytes has 2 or 4 useful ones. So torch transposes both matrices, some tokens at a
+time, and a dot product then reads two runs of consecutive elements. csrc/cuda/sampled_gradient.cu counts the bytes.
 """
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from piece_ds.kernels.elements import load_position, positions_of_block, to_float
 from piece_ds.kernels.launch import CHECKED_OPTIONS, DTYPES, grid, require, require_vector
 
-# Entries a program works on, and tokens it reads of each at a time.
+# Entries per program, and tokens that it reads of each at a time.
 ENTRIES, TOKENS = 8, 256
-# Both transposed matrices of one round stay in the L2 of a large GPU; a round has at least 64 tokens.
+# Both transposed matrices of one round fit into the L2 of a large GPU. A round has at least 64 tokens.
 SCRATCH_BYTES, MIN_TOKENS = 32 << 20, 64
 
 
@@ -48,7 +48,7 @@ def _sampled_gradient_kernel(
 
 
 def sampled_gradient_(grad_output: Tensor, input: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
-    """See piece_ds.ops.sampled_gradient_."""
+    """Add selected entries of a weight's gradient to total; see piece_ds.ops.sampled_gradient_."""
     k = index.numel()
     require(
         grad_output.dim() == 2 and input.dim() == 2 and grad_output.shape[0] == input.shape[0],
@@ -60,6 +60,8 @@ def sampled_gradient_(grad_output: Tensor, input: Tensor, index: Tensor, scale: 
     )
     require_vector("index", index, k, torch.int64)
     require_vector("total", total, k, torch.float32)
+
+    # Rounds of tokens, small enough for the scratch memory.
     tokens, width = input.shape
     bytes_per_token = input.element_size() * (width + grad_output.shape[1])
     step = max(MIN_TOKENS, SCRATCH_BYTES // max(1, bytes_per_token) // MIN_TOKENS * MIN_TOKENS)

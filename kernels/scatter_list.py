@@ -1,4 +1,4 @@
-"""scatter_list_: values to positions of many tensors in one launch."""
+"""scatter_list_: write values to positions of many tensors in one launch."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def _scatter_list_kernel(
 
 
 def scatter_list_(weights: Sequence[Tensor], index: Tensor, values: Tensor) -> None:
-    """See piece_ds.ops.scatter_list_."""
+    """Write values to positions of many tensors; see piece_ds.ops.scatter_list_."""
     k, runs = index.numel(), runs_of("weights", weights, index.device)
     require_vector("index", index, k, torch.int64)
     if k > 0:
@@ -41,7 +41,7 @@ def scatter_list_(weights: Sequence[Tensor], index: Tensor, values: Tensor) -> N
 
 
 def scatter_runs(runs: Runs, index: Tensor, values: Tensor) -> None:
-    """values[j] to position index[j] of the list; at least one."""
+    """Write values[j] to position index[j] of the list. There must be at least one value."""
     k = index.numel()
     table = (runs.begins, runs.addresses, runs.num_runs, runs.total)
     _scatter_list_kernel[grid(k)](*table, index, values, k, runs.steps, BLOCK, **CHECKED_OPTIONS)

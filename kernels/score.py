@@ -1,4 +1,4 @@
-"""score: |sum| / sqrt(square sum + lam), one read of the sums and one write."""
+"""score: |sum| / sqrt(square sum + lam). One read of the sums and one write."""
 
 import torch
 import triton
@@ -16,7 +16,7 @@ def _score_kernel(sum_ptr, square_ptr, out_ptr, lam, n_elements, WITH_SUM: tl.co
 
 
 def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float) -> Tensor:
-    """See piece_ds.ops.score."""
+    """Return the scores of all elements; see piece_ds.ops.score."""
     require_sums(grad_sum, square_sum)
     out, n = torch.empty_like(square_sum), square_sum.numel()
     if n > 0:

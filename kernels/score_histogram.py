@@ -1,7 +1,7 @@
-"""score_histogram_: counts of one digit of the keys, by torch.histc of the digits of Triton's scores.
+"""score_histogram_: count one digit of the keys, with torch.histc over digits of Triton's scores.
 
-A histogram of 2048 bins in Triton takes a table through shared memory for every block: on an H200 it ran at 5 % of the
-copy's bandwidth, half as fast as plain torch. torch's kernel keeps a table a block; scores come from the kernel of
+A histogram of 2048 bins in Triton passes a table through shared memory for every block. On an H200 it ran at 5 % of the
+copy's bandwidth, half as fast as plain torch. torch's kernel keeps one table per block. Scores come from the kernel of
 `score`, which is three times as fast as torch's chain. Nothing here waits for the device.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from piece_ds.kernels.launch import require, require_sums, require_vector
 from piece_ds.kernels.score import score
 
-# Scores alive at a time: 64 MiB. Fewer than 2^24, so that counts are exact also where torch keeps them in fp32.
+# Scores alive at a time: 64 MiB. They are fewer than 2^24, so counts are exact even if torch keeps them in fp32.
 CHUNK = (1 << 24) - (1 << 16)
 MAX_INTEGER_BITS = 15  # torch multiplies an integer by the number of bins before it divides
 
@@ -29,7 +29,7 @@ def score_histogram_(
     run: int,
     stride: int,
 ) -> None:
-    """See piece_ds.ops.score_histogram_."""
+    """Count one digit of the scores' keys; see piece_ds.ops.score_histogram_."""
     require(
         0 <= bits <= 16 and shift >= 0 and shift + bits <= 31,
         f"score_histogram_ expected 0 <= bits <= 16, shift >= 0 and shift + bits <= 31, got shift {shift}, bits {bits}",
@@ -44,15 +44,15 @@ def score_histogram_(
         sums = None if grad_sum is None else grad_sum[part]
         key = score(sums, square_sum[part], lam).view(torch.int32)
         digit = (key >> shift) & ((1 << bits) - 1)
-        if shift + bits < 31:  # what has another prefix is out of range, and histc leaves it out
+        if shift + bits < 31:  # keys with another prefix go out of range, and histc ignores them
             digit = torch.where((key >> (shift + bits)) == prefix, digit, -1)
-        if bits > MAX_INTEGER_BITS or digit.is_cpu:  # on the CPU torch counts floats alone
+        if bits > MAX_INTEGER_BITS or digit.is_cpu:  # on the CPU torch counts only floats
             digit = digit.to(torch.float32)
         counts += torch.histc(digit, bins=1 << bits, min=0, max=1 << bits).to(torch.int64)
 
 
 def _sampled_parts(tensor: Tensor, run: int, stride: int) -> Iterator[slice | Tensor]:
-    """What picks the sampled elements out of tensor, some at a time."""
+    """Yield slices or positions that pick the sampled elements out of tensor, at most CHUNK at a time."""
     n = tensor.numel()
     if run >= stride:
         yield from (slice(begin, begin + CHUNK) for begin in range(0, n, CHUNK))

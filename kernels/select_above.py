@@ -1,7 +1,7 @@
-"""select_above: ascending positions of the scores above a key and of the first ties with it.
+"""select_above: ascending positions of the scores above a key, and of the first ties with it.
 
-Count per block, prefix over the blocks, write: a scan across programs inside of one kernel would have them wait for
-each other. The prefix is torch's.
+Count per block, add up over the blocks, write. A scan across programs inside one kernel would make them wait for each
+other, so the sums over blocks are torch's.
 """
 
 import torch
@@ -15,7 +15,7 @@ from piece_ds.kernels.launch import BLOCK, OPTIONS, grid, num_blocks, require, r
 
 @triton.jit
 def compare_keys(sum_ptr, square_ptr, lam, key, position, mask, WITH_SUM: tl.constexpr):
-    """(1 where the key is greater, 1 where it is the same), int32."""
+    """Return 1 where the element's key is greater than key, and 1 where it is equal; int32."""
     own = load_score(sum_ptr, square_ptr, lam, position, mask, WITH_SUM).to(tl.int32, bitcast=True)
     return (mask & (own > key)).to(tl.int32), (mask & (own == key)).to(tl.int32)
 
@@ -44,7 +44,7 @@ def _select_above_write_kernel(
     WITH_SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # What stands before this block, and before the next one.
+    # How many elements are found before this block, and before the next one.
     above, above_end = tl.load(above_ptr + tl.program_id(0)), tl.load(above_ptr + tl.program_id(0) + 1)
     ties, ties_end = tl.load(ties_ptr + tl.program_id(0)), tl.load(ties_ptr + tl.program_id(0) + 1)
     if (above_end > above) | ((ties_end > ties) & (ties < num_ties)):
@@ -52,13 +52,13 @@ def _select_above_write_kernel(
         is_above, is_tie = compare_keys(sum_ptr, square_ptr, lam, key, position, mask, WITH_SUM)
         above_before = above + tl.cumsum(is_above) - is_above
         ties_before = ties + tl.cumsum(is_tie) - is_tie
-        # Positions written before this one: all above, and of the ties as many as were wanted.
+        # Positions written before this one: all above the key, and as many ties as were wanted.
         place = above_before + tl.where(ties_before < num_ties, ties_before, num_ties)
         tl.store(out_ptr + place, position, mask=(is_above > 0) | ((is_tie > 0) & (ties_before < num_ties)))
 
 
 def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: int, num_ties: int) -> Tensor:
-    """See piece_ds.ops.select_above."""
+    """Return the selected positions; see piece_ds.ops.select_above."""
     require_sums(grad_sum, square_sum)
     require(
         0 <= key < 1 << 31 and num_ties >= 0,
@@ -67,7 +67,7 @@ def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: i
     n = square_sum.numel()
     if n == 0:
         return square_sum.new_empty(0, dtype=torch.int64)
-    # Entry b + 1 counts block b, so that the prefix sums of the blocks' counts begin with 0.
+    # Entry b + 1 counts block b, so that the prefix sums begin with 0.
     before = square_sum.new_zeros(2, num_blocks(n) + 1, dtype=torch.int64)
     common, with_sum = (grad_sum, square_sum, lam, key), grad_sum is not None
     _select_above_count_kernel[grid(n)](*common, before[0, 1:], before[1, 1:], n, with_sum, BLOCK, **OPTIONS)

@@ -1,4 +1,4 @@
-"""sparse_adamw_: one AdamW step of the selected elements and their new values into the weight, in one pass."""
+"""sparse_adamw_: one AdamW step of the selected elements, with new values written into the weight, in one pass."""
 
 import math
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _sparse_adamw_list_kernel(
     WEIGHT_HOLDS_VALUE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """weight_ptr is any of the weights: it says their type."""
+    """Step elements of a list of weights. weight_ptr is any of the weights: it gives their type."""
     j, mask = positions_of_block(n_elements, BLOCK)
     position = tl.load(index_ptr + j, mask=mask, other=0)
     element = weight_ptr.dtype.element_ty
@@ -88,7 +88,7 @@ def step_elements(
     numbers,
     WEIGHT_HOLDS_VALUE: tl.constexpr,
 ):
-    """One step of the elements j, and their weights at place."""
+    """Make one AdamW step of the elements j, and write their weights at place."""
     grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, correction = numbers
     element = place.dtype.element_ty
     grad = tl.load(grad_ptr + j, mask=mask, other=0.0) * grad_scale
@@ -104,7 +104,7 @@ def step_elements(
     tl.store(exp_avg_ptr + j, first, mask=mask)
     tl.store(exp_avg_sq_ptr + j, second, mask=mask)
     after = from_float(value, element)
-    if WEIGHT_HOLDS_VALUE:  # an element is a line of its own: what keeps its rounding costs none
+    if WEIGHT_HOLDS_VALUE:  # each write touches a memory line of its own: skip those that change nothing
         inside = inside & (bits_of(after) != bits_of(from_float(old, element)))
     tl.store(place, after, mask=inside)
 
@@ -125,7 +125,7 @@ def sparse_adamw_(
     step: int,
     weight_holds_value: bool,
 ) -> None:
-    """See piece_ds.ops.sparse_adamw_."""
+    """Make one AdamW step of the selected elements; see piece_ds.ops.sparse_adamw_."""
     require(step >= 1, f"sparse_adamw_ expected step >= 1, got {step}")
     k = index.numel()
     require_vector("weight", weight, weight.numel(), *DTYPES)
@@ -153,7 +153,10 @@ def sparse_adamw_(
 def numbers_of(
     grad_scale: float, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
 ) -> tuple[float, ...]:
-    """A step's numbers as the kernels take them, in fp64; Triton rounds each to fp32 once, as it hands them over."""
+    """Return a step's numbers as the kernels take them, in fp64.
+
+    Triton rounds each to fp32 once when it passes them.
+    """
     step_size, correction = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
     decay = 1.0 - lr * weight_decay
     return grad_scale, decay, 1.0 - beta1, beta2, 1.0 - beta2, eps, step_size, correction
@@ -175,7 +178,7 @@ def sparse_adamw_list_(
     step: int,
     weight_holds_value: bool,
 ) -> None:
-    """See piece_ds.ops.sparse_adamw_list_."""
+    """Make one AdamW step of selected elements of many weights; see piece_ds.ops.sparse_adamw_list_."""
     require(step >= 1, f"sparse_adamw_list_ expected step >= 1, got {step}")
     k, runs = index.numel(), runs_of("weights", weights, index.device)
     require_vector("index", index, k, torch.int64)

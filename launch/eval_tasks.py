@@ -1,4 +1,4 @@
-"""Loss, scores and general ability of a model on tasks.
+"""Measure loss, scores and general ability of a model on tasks.
 
 deepspeed launch/eval_tasks.py --deepspeed ds_configs/zero3.json --model_name_or_path M [flags]
 """

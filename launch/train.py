@@ -2,7 +2,8 @@
 
 deepspeed launch/train.py --deepspeed ds_configs/zero3.json [flags]
 
-Without a model it makes a small one and a small stream of tasks itself, and ends with the result table.
+Without --model_name_or_path it runs the embedded default: three office tasks on a small pretrained model. If no package
+index has that model, it makes a smaller one and simpler tasks itself.
 """
 
 import sys

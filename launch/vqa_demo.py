@@ -1,4 +1,4 @@
-"""Two small vision-language models that the project makes itself learn two tasks about its own drawings.
+"""Train two small vision-language models, made by the project itself, on two tasks about its own drawings.
 
 deepspeed launch/vqa_demo.py --deepspeed ds_configs/zero2.json [flags]
 """

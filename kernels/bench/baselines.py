@@ -1,7 +1,6 @@
-"""What the ops are compared with: the reference code's chain of torch calls, the best chain that we know, and both
-compiled.
+"""What the ops are compared with: the reference code's chain of torch calls, the best known chain, and both compiled.
 
-`authors`: as the code of arXiv 2511.15375 computes it, minus its copies to the host. `best`: the fastest eager torch
+`authors` computes as the code of arXiv 2511.15375 does, minus its copies to the host. `best` is the fastest eager torch
 with the same result on finite input.
 """
 
@@ -30,7 +29,7 @@ def best_score(grad_sum: Tensor, square_sum: Tensor) -> Tensor:
 
 
 def authors_select(grad_sum: Tensor, square_sum: Tensor, k: int) -> Tensor:
-    """A boolean mask; packing it is left out."""
+    """Return a boolean mask. Packing it is left out."""
     score = authors_score(grad_sum, square_sum)
     mask = torch.zeros_like(score, dtype=torch.bool)
     mask[torch.topk(score, k).indices] = True
@@ -42,7 +41,7 @@ def topk_alone(score: Tensor, k: int) -> Tensor:
 
 
 def authors_apply_mask(grad: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """grad * mask in a hook, then what an optimizer wrapper does: unscale and norm."""
+    """Return grad * mask, as in a hook, then unscaled, and its norm, as an optimizer wrapper does."""
     grad = grad * mask
     grad.mul_(scale)
     return grad, torch.linalg.vector_norm(grad, dtype=torch.float32)
@@ -68,7 +67,7 @@ def gather_add(grad: Tensor, index: Tensor, scale: float, total: Tensor) -> None
 
 
 def fused_adamw(grad: Tensor, value: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> None:
-    """torch.optim.AdamW(fused=True) on one tensor, without the optimizer's own overhead."""
+    """Step one tensor like torch.optim.AdamW(fused=True), without the optimizer's own overhead."""
     torch._fused_adamw_(
         [value],
         [grad],
@@ -89,7 +88,7 @@ def fused_adamw(grad: Tensor, value: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
 def compact_adamw(
     grad: Tensor, value: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, weight: Tensor, index: Tensor
 ) -> None:
-    """Fused AdamW on the compacted vector, then the scatter."""
+    """Step the compacted vector with fused AdamW, then scatter it."""
     fused_adamw(grad, value, exp_avg, exp_avg_sq, step)
     weight.index_copy_(0, index, value.to(weight.dtype))
 
@@ -97,7 +96,7 @@ def compact_adamw(
 def changed_adamw(
     grad: Tensor, value: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, weight: Tensor, index: Tensor
 ) -> None:
-    """Fused AdamW on the compacted vector, then the scatter of what rounds differently than before."""
+    """Step the compacted vector with fused AdamW, then scatter only values whose rounding changed."""
     before = value.to(weight.dtype)
     fused_adamw(grad, value, exp_avg, exp_avg_sq, step)
     after = value.to(weight.dtype)

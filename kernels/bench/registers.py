@@ -59,14 +59,14 @@ def _rows(report: str, code: str) -> list[str]:
 
 
 def _kernel(mangled: str) -> str:
-    """The kernel's own name in a mangled one: the part whose length stands before it."""
+    """Return the kernel's own name in a mangled one: the part with its length before it."""
     found = re.search(r"\d+([a-z][a-z_]*_kernel)", mangled)
     assert found is not None, mangled[:80]
     return found.group(1)
 
 
 def _bytes_before_a_branch(section: str) -> int:
-    """Most bytes that one thread asks device memory for between two labels or branches."""
+    """Return the most bytes that one thread loads from device memory between two labels or branches."""
     most = current = 0
     for line in section.splitlines():
         if re.match(r"\s*\.L_", line) or re.search(r"\b(BRA|EXIT|BAR|WARPSYNC)\b", line):

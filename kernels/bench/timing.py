@@ -1,7 +1,7 @@
-"""Timing on machines that are noisy and shared: every round runs all contestants and a copy, and ratios are paired.
+"""Timing on noisy, shared machines: every round runs all contestants and a copy, and ratios are paired.
 
-A round takes a second or less, so what slows the machine slows everything in it; the median over rounds of a ratio is
-the result. Caches are emptied before each sample, as they are between two calls in training.
+A round takes at most about a second. So what slows the machine slows everything in the round, and the result is the
+median of the ratio over rounds. Caches are flushed before each sample, as they are between two calls in training.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ COPY_BYTES = 256 << 20
 
 @dataclass
 class Samples:
-    """Milliseconds of one contestant, one a round."""
+    """Milliseconds of one contestant, one per round."""
 
     ms: list[float] = field(default_factory=list)
 
@@ -28,7 +28,7 @@ class Samples:
         return float(torch.tensor(self.ms, dtype=torch.float64).quantile(q))
 
     def times_slower_than(self, other: "Samples") -> float:
-        """Median of the ratios of the same rounds."""
+        """Return the median of the ratios of the same rounds."""
         return statistics.median(a / b for a, b in zip(self.ms, other.ms, strict=True))
 
 
@@ -44,9 +44,10 @@ class Clock:
     def rounds(
         self, contestants: dict[str, Callable[[], object]], prepare: Callable[[], object], num_rounds: int
     ) -> tuple[dict[str, Samples], Samples]:
-        """(samples of each contestant, GB/s of a copy in the same rounds); the first two rounds do not count.
+        """Return the samples of each contestant, and GB/s of a copy in the same rounds.
 
-        Another contestant begins each round: the first call after the copy's own threads is up to 0.1 ms slower.
+        The first two rounds do not count. Each round begins with another contestant: the first call after the copy's
+        own threads is up to 0.1 ms slower.
         """
         results = {name: Samples() for name in contestants}
         copies = Samples()
@@ -64,10 +65,10 @@ class Clock:
         return results, copies
 
     def ms(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call with cold caches."""
+        """Return the milliseconds of one call with cold caches."""
         self._flush.add_(1.0)
         if self.device != "cpu":
-            self._flush.amax()  # the L2 then holds clean lines: writing dirty ones back is not the contestant's work
+            self._flush.amax()  # leaves clean lines in the L2: the contestant must not pay for writing dirty ones back
         if self.device == "cpu":
             begin = time.perf_counter()
             call()
@@ -80,7 +81,7 @@ class Clock:
         return start.elapsed_time(end)
 
     def copy_gbps(self) -> float:
-        """Bytes read and written by the fastest copy we know here, per nanosecond."""
+        """Return the bandwidth of the fastest known copy, in bytes read and written per nanosecond (GB/s)."""
         ms = self.ms(lambda: self._target.copy_(self._source))
         if self.device == "cpu":  # the C library's memcpy streams past the caches, torch's copy does not
             ms = min(ms, self.ms(lambda: _copy_on_all_threads(self._target, self._source)))
