@@ -1,1 +1,1 @@
-"""Settings: dataclasses, flags and YAML, defaults."""
+"""Hold the settings: dataclasses, flags and YAML, defaults."""

@@ -1,6 +1,6 @@
-"""Settings that transformers' TrainingArguments does not have and that name no method: meaning, unit, range, default.
+"""Define settings that transformers' TrainingArguments does not have and that name no method.
 
-The launch scripts turn these dataclasses into flags through HfArgumentParser; library code receives the dataclasses.
+The launch scripts turn these dataclasses into flags through HfArgumentParser. Library code receives the dataclasses.
 Ranges are checked in __post_init__, so a bad value is refused before a model or a data file is touched.
 """
 
@@ -97,11 +97,14 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        # Ranges.
         for name in ("max_prompt_len", "max_ans_len", "max_new_tokens"):
             require_positive(name, getattr(self, name))
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
+
+        # Flags and YAML spell booleans in several ways.
         template = str(self.chat_template).lower()
         self.chat_template = {"yes": "true", "1": "true", "no": "false", "0": "false"}.get(template, template)
         require_choice("chat_template", self.chat_template, CHAT_TEMPLATE)
@@ -109,6 +112,8 @@ class DataArguments:
             raise UserError(f"--validation_share must be in (0, 1), got {self.validation_share}")
         if self.validation_share is not None and self.eval_file:
             raise UserError("--validation_share and --eval_file both say what is held out; give one of them")
+
+        # An older name of --general_text.
         if self.general_importance_file:
             if self.general_text not in (None, self.general_importance_file):
                 raise UserError(
@@ -116,6 +121,8 @@ class DataArguments:
                     f"{self.general_text}: give one of them"
                 )
             self.general_text = self.general_importance_file
+
+        # Flags that belong together or exclude each other.
         if self.train_file and self.task_dir:
             raise UserError("give either --train_file (one task) or --task_dir with --tasks (a stream), not both")
         if bool(self.task_dir) != bool(self.tasks):
@@ -125,7 +132,7 @@ class DataArguments:
 
     @property
     def cutoff(self) -> int:
-        """Return the most tokens that a prompt, and separately an answer, may keep."""
+        """The most tokens that a prompt, and separately an answer, may keep."""
         return self.max_prompt_len + self.max_ans_len
 
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed configurations that travel with the package, by name: --deepspeed zero3 is ds_configs/zero3.json."""
+"""Find the DeepSpeed configurations of the package by name: --deepspeed zero3 is ds_configs/zero3.json."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ def config_names() -> list[str]:
 
 
 def config_path(name: str) -> str:
-    """Return the file of a name; what is no name, or a file of the user's, comes back as it is."""
+    """Return the file of a name. A file of the user's, or what is no name, is returned as it is."""
     own = FOLDER / f"{name.removesuffix('.json')}.json"
     if Path(name).exists() or Path(name).name != name or not own.is_file():
         return name
@@ -20,7 +20,7 @@ def config_path(name: str) -> str:
 
 
 def with_config_paths(flags: Sequence[str]) -> list[str]:
-    """Return flags with the file in place of a name behind --deepspeed."""
+    """Return flags in which --deepspeed is followed by a file instead of a name."""
     found = list(flags)
     for index, flag in enumerate(found):
         if flag == "--deepspeed" and index + 1 < len(found):

@@ -1,4 +1,4 @@
-"""Values of flags that a user need not give: what suits this machine, and the DeepSpeed configuration."""
+"""Choose values of flags that a user need not give: what suits this machine, and the DeepSpeed configuration."""
 
 import sys
 from collections.abc import Collection
@@ -26,15 +26,21 @@ def machine_defaults(given: Collection[str]) -> dict[str, Any]:
         **DEFAULTS,
         "use_cpu": get_accelerator().device_name() == "cpu",
     }
+
+    # The user wants checkpoints.
     if "save_steps" in given:
         del defaults["save_strategy"]
+
+    # A progress bar in a log file is noise.
     if not sys.stderr.isatty():
         defaults["disable_tqdm"] = True
     return defaults
 
 
 def timeout_seconds(text: str | None) -> float | None:
-    """Return --ddp_timeout before TrainingArguments is built, which looks for a process group.
+    """Return --ddp_timeout in seconds, or None without it.
+
+    Needed before TrainingArguments, which expects a process group.
 
     Raises:
         UserError: it is no positive number.

@@ -1,4 +1,4 @@
-"""Flags of the methods: how weights are chosen and updated, and what the methods without a mask need."""
+"""Define the flags of the methods: how weights are chosen and updated, and what the methods without a mask need."""
 
 from dataclasses import dataclass, field
 from math import isfinite
@@ -7,7 +7,7 @@ from piece_ds.config.piece import FieldError, PieceConfig, split_patterns
 from piece_ds.config.ranges import require_positive
 from piece_ds.runtime.errors import UserError
 
-# The one place of defaults: flags, callback and library calls have the same.
+# The only place of defaults: flags, callback and library calls share them.
 _DEFAULT = PieceConfig()
 # Fields of PieceConfig whose flags have another name.
 _FLAG_OF = {"ratio": "mask_ratio"}
@@ -99,6 +99,8 @@ class MethodArguments:
         budget = self.forgetting_budget
         if budget is not None and not (isfinite(budget) and budget >= 0):
             raise UserError(f"--forgetting_budget must be 0 or more nats, got {budget}")
+
+        # PieceConfig checks the ranges that it knows; its message then names the flag instead of the field.
         try:
             self.config()
         except FieldError as error:
@@ -109,7 +111,11 @@ class MethodArguments:
             raise UserError(f"--statistics_save_steps must be 0 or more, got {self.statistics_save_steps}")
 
     def config(self, seed: int = 42, exclude: str | None = None, save_full: bool = False) -> PieceConfig:
-        """Return what these flags, with those of other groups, say of the method."""
+        """Return what these flags, together with those of other groups, say of the method.
+
+        Args:
+            seed, exclude, save_full: from the other groups.
+        """
         return PieceConfig(
             method=self.method,
             ratio=self.mask_ratio,

@@ -1,4 +1,4 @@
-"""PieceConfig: how PIECE selects weights and trains them, once for the flags, PieceCallback and estimate_mask()."""
+"""PieceConfig: how PIECE selects and trains weights, defined once for the flags, PieceCallback and estimate_mask()."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -39,7 +39,7 @@ class FieldError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class PieceConfig:
-    """Settings of the method. Whoever makes one gets checked values, or a ValueError that names the field.
+    """Settings of the method. Values are checked when one is made.
 
     Attributes:
         method: name in methods.registry.METHODS.
@@ -53,13 +53,15 @@ class PieceConfig:
         statistics_device: 'auto' (the accelerator) or 'cpu'.
         lift_rank: rank of LIFT's approximation; None means 1/32 of a matrix's shorter side.
         exclude: fnmatch patterns of parameters that are never selected; a text with commas is split.
-        update_mode: 'compact' (DeepSpeed optimises only the selected values) or 'masked' (every weight; the gradient is
-            masked).
+        update_mode: 'compact' (DeepSpeed optimises only the selected values) or 'masked' (it optimises every weight,
+            and the gradient is masked).
         selected_gradient: in compact mode, 'auto' (linear layers form only their selected gradients) or 'dense'.
         step_scale: 'none', or 'general': the update of weight i is multiplied by sqrt(d / (F_i + d)), where F is the
             mean squared gradient of general text and d its median.
         save_full: in compact mode, training checkpoints hold the whole model.
         seed: of everything that is drawn.
+    Raises:
+        FieldError: a value is outside its range; the error names the field.
     """
 
     method: str = "piece-s"
@@ -96,11 +98,11 @@ class PieceConfig:
 
 
 def config_of(config: PieceConfig | None, settings: Mapping[str, Any]) -> PieceConfig:
-    """Return config with settings in place of its fields; without one, the defaults with settings.
+    """Return config with settings in place of its fields; if it is None, the defaults with settings.
 
     Raises:
-        TypeError: a setting that does not exist.
-        FieldError: one outside its range.
+        TypeError: a setting does not exist.
+        FieldError: a setting is outside its range.
     """
     known = [field.name for field in fields(PieceConfig)]
     for name in settings:
@@ -110,7 +112,7 @@ def config_of(config: PieceConfig | None, settings: Mapping[str, Any]) -> PieceC
 
 
 def split_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return patterns as a tuple: those of a text with commas between them, without blanks."""
+    """Return patterns as a tuple. A text is split at its commas, and blanks are removed."""
     if patterns is None:
         return ()
     parts = patterns.split(",") if isinstance(patterns, str) else patterns

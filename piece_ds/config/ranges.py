@@ -1,10 +1,10 @@
-"""Checks of single flags."""
+"""Check single flags."""
 
 from piece_ds.runtime.errors import UserError, nearest
 
 
 def require_choice(name: str, value: str, choices: list[str]) -> None:
-    """Raise UserError naming the nearest choice when value is not one of choices."""
+    """Raise UserError, with the nearest choice, if value is not one of choices."""
     if value not in choices:
         raise UserError(f"--{name} {value!r} is unknown; known: {', '.join(choices)}.{nearest(value, choices)}")
 

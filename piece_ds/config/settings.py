@@ -1,7 +1,7 @@
-"""Flags and YAML become checked settings. TrainingArguments is built afresh for every task.
+"""Turn flags and YAML into checked settings. TrainingArguments is built afresh for every task.
 
-transformers resolves the "auto" values of a DeepSpeed configuration in place, once, inside TrainingArguments; a second
-task must not inherit the first one's, so what is kept is the list of flags, not the object.
+transformers resolves the "auto" values of a DeepSpeed configuration in place, once, inside TrainingArguments. A second
+task must not inherit the first one's. So the list of flags is kept, not the object.
 """
 
 import argparse
@@ -31,9 +31,9 @@ class Settings:
 
     Attributes:
         model, data, method, output, evaluation, baseline: this project's settings.
-        flags: the flags that transformers' TrainingArguments is made from.
-        given: names of the flags and YAML keys that were set by the user, without dashes.
-        source: what they were made of.
+        flags: the flags for transformers' TrainingArguments.
+        given: names of the flags and YAML keys that the user has set, without dashes.
+        source: command line, YAML and defaults that they were made of.
     """
 
     model: ModelArguments
@@ -50,7 +50,7 @@ class Settings:
         """Return a fresh TrainingArguments with overrides in place of the flags' values.
 
         Raises:
-            UserError: a value that transformers refuses.
+            UserError: transformers refuses a value.
         """
         parser = _parser((TrainingArguments,))
         extra = [item for name, value in overrides.items() for item in (f"--{name}", str(value))]
@@ -68,12 +68,17 @@ class Settings:
         return value
 
     def with_flags(self, **flags: Any) -> "Settings":
-        """These settings with more flags of TrainingArguments."""
+        """Return these settings with more flags of TrainingArguments."""
         extra = tuple(item for name, value in flags.items() for item in (f"--{name}", str(value)))
         return replace(self, flags=self.flags + extra)
 
     def rebuilt(self, defaults: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> "Settings":
-        """Return what the same command line and YAML file mean with more defaults below them, and overrides above."""
+        """Return the settings of the same command line and YAML file with other values around them.
+
+        Args:
+            defaults: values of what neither gives.
+            overrides: values that win over both.
+        """
         source = self.source
         above = tuple(item for name, value in (overrides or {}).items() for item in _as_flags(name, value))
         filled = replace(source, command=source.command + above, defaults={**source.defaults, **defaults})
@@ -84,7 +89,7 @@ class Settings:
         return {cls.__name__: asdict(value) for cls, value in zip(OURS, self._ours(), strict=True)}
 
     def shown(self) -> dict[str, Any]:
-        """Return what the user set, with the values in force: the settings that a report shows."""
+        """Return what the user set, with the values in force, as a report shows it."""
         arguments = self.training_arguments()
         found = {}
         for name in sorted(self.given):
@@ -108,7 +113,7 @@ class _Source:
 
     @property
     def names(self) -> frozenset[str]:
-        """Return the names of the flags on the command line and of the keys in the file."""
+        """Names of the flags on the command line and of the keys in the file."""
         return frozenset({_flag_name(a) for a in self.command if a.startswith("--")} | set(self.config))
 
 
@@ -125,13 +130,13 @@ def load_settings(argv: list[str]) -> Settings:
 
 
 def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Settings:
-    """Return settings of the command line and of --config FILE, YAML. Flags win over YAML, YAML over defaults.
+    """Return the settings of a command line and of its --config FILE (YAML). Flags win over YAML, YAML over defaults.
 
     Args:
         argv: without the program's name.
         defaults: values of flags that neither the command line nor the YAML file gives.
     Raises:
-        UserError: an unknown flag or key (with the nearest known), a value of the wrong type or outside its range.
+        UserError: a flag or key is unknown (the nearest is named), or a value has the wrong type or range.
     """
     source = _source_of(argv)
     return _build(replace(source, defaults=defaults or {}), source.names)
@@ -143,7 +148,7 @@ def _source_of(argv: list[str]) -> _Source:
 
 
 def _build(source: _Source, given: frozenset[str]) -> Settings:
-    # Names first: a misspelt key would be taken for a flag's missing value.
+    # Check names first: a misspelt key would be taken for a flag's missing value.
     known = _known_flags()
     for name in source.config:
         if name not in known:
@@ -153,6 +158,8 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
     filled = {**source.defaults, **source.config}
     flags = [item for name, value in filled.items() for item in _as_flags(name, value)] + list(source.command)
     flags = with_config_paths(flags)
+
+    # Ours first. What is left must be transformers' own.
     ours = _parser(OURS)
     *parsed, rest = ours.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     for item in rest:
@@ -173,7 +180,7 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
 
 
 class _OneLineParser(HfArgumentParser):
-    """argparse prints its whole usage before an error; a user wants the error."""
+    """argparse prints its whole usage before an error; a user wants only the error."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -189,6 +196,7 @@ def print_help(meanings: Mapping[str, str]) -> None:
     Args:
         meanings: name of a flag -> help to show in place of its own.
     """
+    # A launcher starts several processes; one of them speaks.
     if os.environ.get("RANK", "0") != "0":
         return
     parser = _parser((*OURS, TrainingArguments))
@@ -219,7 +227,12 @@ def _as_flags(name: str, value: Any) -> list[str]:
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return argv without --config FILE, and the content of FILE."""
+    """Return argv without --config FILE, and the content of FILE.
+
+    Raises:
+        UserError: FILE is missing, or no YAML mapping.
+    """
+    # Take the flag out.
     rest, path = [], None
     items = iter(argv)
     for item in items:
@@ -231,6 +244,8 @@ def _take_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             path = item.split("=", 1)[1]
         else:
             rest.append(item)
+
+    # Read the file.
     if path is None:
         return rest, {}
     if not Path(path).is_file():

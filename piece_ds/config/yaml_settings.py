@@ -1,4 +1,4 @@
-"""Every setting as YAML that --config reads back: what `--print_config` prints."""
+"""Print every setting as YAML that --config reads back: what `--print_config` prints."""
 
 from dataclasses import fields
 from enum import Enum
@@ -11,7 +11,8 @@ from piece_ds.config.settings import Settings
 
 
 def settings_yaml(settings: Settings) -> str:
-    """Return all settings with the values in force and what they mean, ours first, then TrainingArguments'."""
+    """Return all settings with the values in force and what they mean: ours first, then TrainingArguments'."""
+    # Ours, each with its help as a comment.
     lines = []
     for part in (
         settings.model,
@@ -23,6 +24,8 @@ def settings_yaml(settings: Settings) -> str:
     ):
         lines += ["", f"# {type(part).__name__}: {_first_line(type(part).__doc__)}"]
         lines += [_entry(field.name, getattr(part, field.name), field.metadata.get("help")) for field in fields(part)]
+
+    # transformers' own, from the flags: TrainingArguments itself would start what it configures.
     given = HfArgumentParser((TrainingArguments,), allow_abbrev=False).parse_args(list(settings.flags))
     lines += ["", "# TrainingArguments: transformers' own; see its page for what they mean"]
     lines += [
@@ -39,7 +42,7 @@ def _entry(name: str, value: Any, meaning: str | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return value as YAML has it; what is empty is not given."""
+    """Return value as YAML has it. Empty containers count as not given."""
     if isinstance(value, Enum):
         return value.value
     if value in ([], {}, ()):

@@ -1,1 +1,1 @@
-"""What is read and refused before a weight is loaded."""
+"""Read and refuse what can be refused before a weight is loaded."""

@@ -1,4 +1,4 @@
-"""What is refused before a weight is read: settings that do not fit each other or the data."""
+"""Refuse, before a weight is read, settings that do not fit each other or the data."""
 
 import json
 import logging
@@ -18,12 +18,12 @@ from piece_ds.runtime.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-# transformers' names of the optimizers in zero/door.py's PROVEN_OPTIMIZERS that it can make.
+# transformers' names of those optimizers in zero/supported.py's PROVEN_OPTIMIZERS that it can make.
 PROVEN_OPTIM = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
 
 
 def check_method_reads_images(method: str, config: Any) -> None:
-    """Raise UserError for a method that is not proven with a model that reads images."""
+    """Raise UserError if the model reads images and the method is not proven with such models."""
     if reads_images(config) and not find_method(method).reads_images:
         raise UserError(
             f"--method {method} is not proven with models that read images (its adapters, memory or "
@@ -32,7 +32,12 @@ def check_method_reads_images(method: str, config: Any) -> None:
 
 
 def check_deepspeed_file(path: str | None) -> None:
-    """Raise UserError unless path is a readable DeepSpeed configuration without what the engine would refuse later."""
+    """Raise UserError unless path is a readable DeepSpeed configuration without what the engine would refuse later.
+
+    Args:
+        path: of a JSON file, or JSON text itself.
+    """
+    # Is it there, and is it JSON?
     if path is None or not (path.startswith("{") or Path(path).is_file()):
         raise UserError(
             f"--deepspeed {path}: no such file; ds_configs/ has one for every ZeRO stage, and their names do too: "
@@ -46,6 +51,8 @@ def check_deepspeed_file(path: str | None) -> None:
         raise UserError(f"--deepspeed {path} cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed {path} must hold an object of settings, got {type(content).__name__}")
+
+    # Is anything in it that has not been proven?
     for keys, allowed, instead in _DEEPSPEED_REFUSALS:
         value = _at(content, keys)
         if value is not None and value not in allowed:
@@ -54,7 +61,7 @@ def check_deepspeed_file(path: str | None) -> None:
             )
 
 
-# What zero/door.py refuses of an engine, as far as the file tells: there the model is loaded already.
+# What zero/supported.py refuses of an engine, as far as the file tells. There, the model has been loaded already.
 # (keys, values that are allowed besides absence, what to do)
 _DEEPSPEED_REFUSALS: list[tuple[tuple[str, ...], tuple[Any, ...], str]] = [
     (("zero_optimization", "stage"), (0, 1, 2, 3), "use stage 0, 1, 2 or 3"),
@@ -79,7 +86,12 @@ def _at(content: Any, keys: tuple[str, ...]) -> Any:
 
 
 def check_training(arguments: TrainingArguments, masked: bool) -> None:
-    """Raise UserError where TrainingArguments ask for something that masked training is not proven with."""
+    """Raise UserError if TrainingArguments ask for something that masked training is not proven with.
+
+    Args:
+        arguments: of the run.
+        masked: whether steps act on single weights: by a mask, or by a step scale.
+    """
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     if masked and optimizer not in PROVEN_OPTIM:
         raise UserError(f"--optim {optimizer}: a zero gradient may move a weight; use one of {', '.join(PROVEN_OPTIM)}")
@@ -87,7 +99,7 @@ def check_training(arguments: TrainingArguments, masked: bool) -> None:
 
 
 def check_offload(method: str, arguments: TrainingArguments) -> None:
-    """Raise UserError where the optimizer is offloaded and the method changes the reduced gradient."""
+    """Raise UserError if the optimizer is offloaded and the method changes the reduced gradient."""
     device = arguments.hf_deepspeed_config.get_value("zero_optimization.offload_optimizer.device", "none")
     if find_method(method).changes_gradient and device != "none":
         raise UserError(
@@ -97,11 +109,18 @@ def check_offload(method: str, arguments: TrainingArguments) -> None:
 
 
 def check_overwrite(settings: Settings, root: Path) -> None:
-    """Raise UserError if --overwrite_output_dir contradicts another flag or would remove what the run reads."""
+    """Raise UserError if --overwrite_output_dir contradicts another flag or would remove what the run reads.
+
+    Args:
+        settings: of the run.
+        root: --output_dir.
+    """
     if not settings.output.overwrite_output_dir:
         return
     if resumes_from(settings.training_arguments()):
         raise UserError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: give one of them")
+
+    # Nothing that the run reads may lie in the folder that it removes.
     data, method = settings.data, settings.method
     read = {
         "model_name_or_path": settings.model.model_name_or_path,
@@ -121,13 +140,13 @@ def check_overwrite(settings: Settings, root: Path) -> None:
 
 
 def check_kernels(method: str, arguments: TrainingArguments) -> None:
-    """Raise UserError unless the ops that method needs can run on this device; builds them where they have to be."""
+    """Raise UserError unless the ops that method needs can run on this device. They are built now if necessary."""
     if find_method(method).uses_ops:
         ops.load(arguments.device.type)
 
 
 def resumes_from(arguments: TrainingArguments) -> bool:
-    """--resume_from_checkpoint as yes or no: where to go on is found in --output_dir.
+    """Return --resume_from_checkpoint as yes or no. Where to resume is found in --output_dir.
 
     Raises:
         UserError: it names a checkpoint; a stream has one per task.
@@ -145,7 +164,7 @@ _RESUME = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no
 
 
 def check_mask(settings: Settings, config: Any) -> None:
-    """Raise UserError where --mask_file is damaged or of another model; only the model's configuration is needed."""
+    """Raise UserError if --mask_file is damaged or of another model. Only the model's configuration is needed."""
     if settings.method.mask_file is None:
         return
     if not find_method(settings.method.method).has_mask:
@@ -154,7 +173,12 @@ def check_mask(settings: Settings, config: Any) -> None:
 
 
 def check_sources(settings: Settings, num_tasks: int) -> None:
-    """Raise UserError if a method lacks what it selects by, or a setting is given that it would ignore."""
+    """Raise UserError if a method lacks what it selects by, or a setting is given that it would ignore.
+
+    Args:
+        settings: of the run.
+        num_tasks: of the stream.
+    """
     flags, data, method = settings.method, settings.data, find_method(settings.method.method)
     needing = _needing_general_text(settings)
 
@@ -168,6 +192,7 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
             f"--method {method.name} avoids earlier tasks' weights: it needs a stream (--task_dir, --tasks)"
         )
 
+    # What the forgetting budget needs.
     if flags.forgetting_budget is not None and not method.has_mask:
         raise UserError(f"--forgetting_budget has no meaning with --method {method.name}, which has no delta to scale")
     if flags.forgetting_budget is not None and not (data.general_file or data.general_text):
@@ -194,6 +219,8 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
             f"--step_scale {flags.step_scale} has no meaning with --method {method.name}: general text has no "
             "importance for adapters that begin with the task"
         )
+
+    # With a given mask nothing is selected, so selection's settings have no meaning.
     if flags.unit != "element" and flags.mask_file:
         raise UserError(f"--unit {flags.unit} has no meaning with --mask_file, which says what is selected")
     if flags.unit != "element" and not method.has_units:
@@ -215,7 +242,7 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
 
 
 def _needing_general_text(settings: Settings) -> list[str]:
-    """Return the flags that use text which stands for general ability."""
+    """Return the flags in use that need text which stands for general ability."""
     flags, method = settings.method, find_method(settings.method.method)
     asked = {
         f"--method {method.name}": method.needs == GENERAL,
@@ -226,10 +253,17 @@ def _needing_general_text(settings: Settings) -> list[str]:
 
 
 def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow_smaller: bool) -> None:
-    """Raise UserError where the last step of an epoch would accumulate fewer micro-batches than the others.
+    """Raise UserError if the last step of an epoch would accumulate fewer micro-batches than the others.
 
-    Nothing would be dropped, but that step's rows would weigh more; it is an option, not an accident.
+    Nothing would be dropped, but that step's rows would weigh more. The user must want this.
+
+    Args:
+        name: of the task.
+        rows: number of its training rows.
+        arguments: of the run.
+        allow_smaller: log a warning instead.
     """
+    # How the rows divide into micro-batches and steps.
     accumulation = arguments.gradient_accumulation_steps
     per_round = arguments.per_device_train_batch_size * world_size()
     rounds = -(-rows // per_round)
@@ -237,6 +271,8 @@ def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow
     ends_early = 0 < arguments.max_steps <= rounds // accumulation
     if rounds % accumulation == 0 or ends_early:
         return
+
+    # Say by how much the last step is smaller.
     left = rounds % accumulation
     message = (
         f"task {name}: {rows} rows make {rounds} micro-batches of {arguments.per_device_train_batch_size} rows on "

@@ -1,4 +1,4 @@
-"""The rows of --general_text, whoever brings them: a file, the Python installation, or the base model itself."""
+"""Read the rows of --general_text, from a file, from the Python installation, or written by the base model itself."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ MAX_WHOLE_BYTES = 20e9
 
 
 def read_general_text(settings: Settings, processing: Processing) -> datasets.Dataset | None:
-    """The encoded rows of --general_text where a file or the Python installation has them; None where neither does.
+    """Return the encoded rows of --general_text if a file or the Python installation has them, else None.
 
     Args:
-        settings: the run's.
+        settings: of the run.
         processing: the model's tokenizer or processor.
     Raises:
         UserError: the file cannot be used.
@@ -45,13 +45,13 @@ def read_general_text(settings: Settings, processing: Processing) -> datasets.Da
 
 
 def write_general_text(settings: Settings, processing: Processing, dtype: torch.dtype) -> datasets.Dataset | None:
-    """The encoded rows that the base model writes for --general_text self; None without it. A collective.
+    """Return the encoded rows that the base model writes for --general_text self; None without it. A collective.
 
     Args:
         settings, processing: as in read_general_text().
         dtype: to load the model in.
     Raises:
-        UserError: the model's files are not here.
+        UserError: the model's files are not on this machine.
     Cost: once per base model, see write_rows().
     """
     if settings.data.general_text != SELF:
@@ -72,7 +72,7 @@ def write_general_text(settings: Settings, processing: Processing, dtype: torch.
 
 
 def check_general_text(settings: Settings, config: Any) -> None:
-    """Raise UserError where the model cannot write text of its own, before anything is read."""
+    """Raise UserError if the model cannot write text of its own, before anything is read."""
     if settings.data.general_text != SELF:
         return
     source = settings.model.model_name_or_path

@@ -1,4 +1,7 @@
-"""What every launch script reads before a weight is read: configuration, tokenizer, tasks; every refusal on the way."""
+"""Read what every launch script needs before the weights: configuration, tokenizer, tasks.
+
+Refuse what cannot be used.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -45,7 +48,7 @@ class Inputs:
         scorers: task -> name of its scorer.
         general: tokenized text that no task trains, or None.
         general_importance: tokenized rows of --general_text, which stand for general ability, or None.
-        arguments: made from settings; while it lives, transformers loads models partitioned under ZeRO-3.
+        arguments: made from settings. While this object lives, transformers loads models partitioned under ZeRO-3.
         baseline: the method, if it is one without a mask.
         claim: of training, on the run's folder; checked, not made.
         reporters: of training.
@@ -66,17 +69,18 @@ class Inputs:
 
     @property
     def output_file(self) -> Path:
-        """Return the one file that selection and evaluation write; asked for by preflight()."""
+        """The one file that selection and evaluation write. preflight() has checked that it is given."""
         assert self.settings.output.output_file is not None
         return Path(self.settings.output.output_file)
 
 
 def load_inputs(settings: Settings) -> Inputs:
-    """Read and check them, cheapest first, then start torch.distributed.
+    """Read and check all inputs, cheapest first, then start torch.distributed.
 
     Raises:
-        UserError: a file, folder or setting that cannot be used; nothing has been written.
+        UserError: a file, folder or setting cannot be used. Nothing has been written.
     """
+    # What flags and the model's configuration tell.
     check_deepspeed_file(settings.flag("deepspeed"))
     config = load_config(settings.model)
     require_weights(settings.model)
@@ -88,10 +92,14 @@ def load_inputs(settings: Settings) -> Inputs:
     data = settings.data
     if data.packing:
         check_packing(config, settings.model.attn_implementation)
+
+    # The tokenizer, and flags that need no rows.
     tokenizer = _tokenizer(settings, config)
     check_processor(tokenizer)
     parse_scorers(settings.evaluation.scorers)
     check_ability(settings.evaluation)
+
+    # The tasks and their scorers.
     tasks = load_task_stream(data, tokenizer, _seed(settings))
     about_images = [task.name for task in tasks if task.has_images]
     scorers = choose_scorers([(task.name, task.answers) for task in tasks], settings.evaluation.scorers, about_images)
@@ -99,6 +107,8 @@ def load_inputs(settings: Settings) -> Inputs:
     scorers |= {
         name: scorer for name, scorer in plain.items() if name not in parse_scorers(settings.evaluation.scorers)
     }
+
+    # General text, and whether all rows fit the model.
     general = None
     if data.general_file:
         general = load_general(data.general_file, tokenizer, data.cutoff, max_rows=data.max_eval_samples, images=data)
@@ -106,6 +116,8 @@ def load_inputs(settings: Settings) -> Inputs:
     others = {"--general_file": general, "--general_text": general_text}
     check_rows_fit(config, tasks, others, tokenizer_of(tokenizer).pad_token_id)
     check_prompts_fit(config, tasks, scorers, (data.max_new_tokens, settings.evaluation.max_new_tokens_text))
+
+    # From here on, ranks talk to each other.
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     if general_text is None:
@@ -127,7 +139,7 @@ def load_inputs(settings: Settings) -> Inputs:
 
 
 def _tokenizer(settings: Settings, config: Any) -> Processing:
-    """Return the model's tokenizer or processor; for rows of token ids alone, a model does without."""
+    """Return the model's tokenizer or processor. If all rows are token ids, a model may have none."""
     try:
         return load_tokenizer(settings.model, config)
     except UserError:
@@ -138,7 +150,7 @@ def _tokenizer(settings: Settings, config: Any) -> Processing:
 
 
 def _seed(settings: Settings) -> int:
-    """--seed, before TrainingArguments is built, which refuses what is no number."""
+    """Return --seed before TrainingArguments is built, which refuses it if it is no number."""
     given = settings.flag("seed") or ""
     return int(given) if given.removeprefix("-").isdigit() else TrainingArguments.seed
 
@@ -146,8 +158,8 @@ def _seed(settings: Settings) -> int:
 def with_precision(settings: Settings, dtype: torch.dtype) -> tuple[Settings, torch.dtype]:
     """Return settings that say the precision, and the dtype to load and train in.
 
-    --bf16 and --fp16 decide; without them the dtype of the model's files decides whether DeepSpeed runs in bf16 or
-    fp16. (With 16-bit weights and neither flag DeepSpeed would take the optimizer step in 16 bits.)
+    --bf16 and --fp16 decide. Without them, the dtype of the model's files decides whether DeepSpeed runs in bf16 or
+    fp16. (With 16-bit weights and neither flag, DeepSpeed would take the optimizer step in 16 bits.)
     """
     arguments = settings.training_arguments()
     if arguments.bf16 or arguments.fp16:

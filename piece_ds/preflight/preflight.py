@@ -1,4 +1,4 @@
-"""preflight(): every check of a job before a weight is read and before anything is written."""
+"""preflight(): check a whole job before a weight is read and before anything is written."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -53,13 +53,13 @@ DECISIVE = (
 def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
     """Check everything that can be checked without the weights, and return what was read on the way.
 
-    Starts torch.distributed and builds kernels that are not there yet; writes nothing into the user's folders.
+    It starts torch.distributed and builds kernels that are missing. It writes nothing into the user's folders.
 
     Args:
         settings: of the job.
         job: TRAIN, SELECT or EVALUATE.
     Raises:
-        UserError: a setting, file or folder that cannot be used, or ranks that were not started alike.
+        UserError: a setting, file or folder cannot be used, or ranks were not started alike.
     """
     # The flags, without a file.
     method = find_method(settings.method.method)
@@ -125,6 +125,8 @@ def _claim_of(inputs: Inputs) -> Claim:
     decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}
     # Any number of ranks may resume a masked run, as long as a step has the same micro-batches.
     decisive["gradient_accumulation_steps * ranks"] = arguments.gradient_accumulation_steps * world_size()
+
+    # A run without a mask resumes only with the sharding it began with.
     cut = _cut_of(arguments)
     configuration = {**settings.resolved(), "TrainingArguments": decisive}
     if isinstance(inputs.baseline, Baseline):  # only DeepSpeed's own checkpoint holds all masters and moments
@@ -144,5 +146,5 @@ def _cut_of(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return value as JSON has it: enums of transformers by their value."""
+    """Return value as JSON has it: enums of transformers become their value."""
     return getattr(value, "value", value)

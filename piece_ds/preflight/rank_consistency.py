@@ -1,6 +1,6 @@
-"""Ranks that were started with different things are found before anything is written, not after a day.
+"""Find ranks that were started with different things, before anything is written and not after a day.
 
-Each rank says what it has, as short fingerprints; what is not the same everywhere is named, with the ranks.
+Each rank reports short fingerprints of what it has. What is not the same everywhere is named, with the ranks.
 """
 
 import hashlib
@@ -25,9 +25,11 @@ _PLACES = ("image", "where")  # columns that say where a row's image and the row
 
 
 def require_rank_consistency(inputs: Inputs) -> None:
-    """Raise UserError, on all ranks, unless all ranks have the same packages, settings, weights, mask and rows.
+    """Raise UserError, on all ranks, unless all of them have the same packages, settings, weights, mask and rows.
 
-    A collective. Cost: a pass over the tokens, and 4 MiB of each file of weights.
+    A collective.
+
+    Cost: a pass over the tokens, and 4 MiB of each file of weights.
     """
     if world_size() > 1:
         difference = first_difference(all_gather_objects(_fingerprints(inputs)))  # type: ignore[arg-type]
@@ -38,7 +40,7 @@ def require_rank_consistency(inputs: Inputs) -> None:
 
 
 def first_difference(of_ranks: list[dict[str, str]]) -> str | None:
-    """Return the first thing that is not the same on all ranks, in words; None where everything is.
+    """Return the first thing that is not the same on all ranks, in words; None if everything is.
 
     Args:
         of_ranks: each rank's thing -> its value or fingerprint.
@@ -48,6 +50,7 @@ def first_difference(of_ranks: list[dict[str, str]]) -> str | None:
         for rank, found in enumerate(of_ranks):
             ranks_with.setdefault(found.get(thing, "absent"), []).append(rank)
         if len(ranks_with) > 1:
+            # Most ranks are right: name the ones that differ from them.
             usual = max(ranks_with, key=lambda value: (len(ranks_with[value]), -ranks_with[value][0]))
             other, ranks = next((value, ranks) for value, ranks in ranks_with.items() if value != usual)
             return (
@@ -59,6 +62,8 @@ def first_difference(of_ranks: list[dict[str, str]]) -> str | None:
 
 def _fingerprints(inputs: Inputs) -> dict[str, str]:
     found = {f"version of {name}": value for name, value in versions().items() if name not in _OF_THE_MACHINE}
+
+    # The program and its settings.
     found["piece_ds's source"] = _digest_of_files(sorted(Path(__file__).parents[1].rglob("*.py")))
     settings = inputs.settings
     for values in settings.resolved().values():
@@ -68,10 +73,14 @@ def _fingerprints(inputs: Inputs) -> dict[str, str]:
         json.dumps(inputs.arguments.hf_deepspeed_config.config, sort_keys=True, default=str).encode()
     )
     found["the model's configuration"] = _digest(inputs.config.to_json_string().encode())
+
+    # The files.
     digests = weights_digests(model_source(str(settings.model.model_name_or_path)))
     found |= {f"the weights in {name}": digest for name, digest in digests.items()}
     if settings.method.mask_file is not None:
         found["the mask"] = _digest_of_files([Path(settings.method.mask_file)])
+
+    # The rows.
     for task in inputs.tasks:
         for split in ("train", "eval", "test"):
             found[f"the {split} rows of task {task.name}"] = _digest_of_rows(getattr(task, split))
@@ -82,12 +91,15 @@ def _fingerprints(inputs: Inputs) -> dict[str, str]:
 
 
 def _is_a_place(name: str) -> bool:
-    """Machines may keep the same files in different folders; what is in them is compared."""
+    """Return whether a setting names a place.
+
+    Machines may keep the same files in different folders: contents are compared.
+    """
     return name.endswith(("_file", "_dir", "_path", "_statistics"))
 
 
 def _flags(inputs: Inputs) -> dict[str, Any]:
-    """TrainingArguments without what names a rank, a place or a time."""
+    """Return TrainingArguments without what names a rank, a place or a time."""
     known = inputs.arguments.to_dict()
     own = ("local_rank", "output_dir", "logging_dir", "deepspeed", "run_name", "hub_token", "use_cpu")
     return {name: str(value) for name, value in known.items() if name not in own and not name.startswith("_")}
@@ -102,6 +114,8 @@ def _digest_of_files(paths: list[Path]) -> str:
 
 def _digest_of_rows(rows: datasets.Dataset) -> str:
     digest = hashlib.sha256(str(len(rows)).encode())
+
+    # As Arrow bytes: no row becomes a Python object.
     bare = rows.remove_columns([name for name in _PLACES if name in rows.column_names])
     for table in bare.with_format("arrow").iter(_ROWS_AT_A_TIME):
         sink = pyarrow.BufferOutputStream()

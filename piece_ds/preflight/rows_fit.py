@@ -1,5 +1,7 @@
-"""Rows that a model cannot take are refused before its weights are read: ids without a row in the embedding, and rows
-longer than the positions that it has."""
+"""Refuse rows that a model cannot take, before its weights are read.
+
+These are token ids without a row in the embedding, and rows longer than the model's positions.
+"""
 
 import logging
 from typing import Any
@@ -18,15 +20,16 @@ logger = logging.getLogger(__name__)
 def check_rows_fit(
     config: Any, tasks: list[Task], others: dict[str, datasets.Dataset | None], pad_id: int | None
 ) -> None:
-    """Raise UserError where a token id, a label or a row's length is past what the model has.
+    """Raise UserError if a token id, a label or a row's length exceeds what the model has.
 
     Args:
         config: the model's.
         tasks: of the stream.
-        others: flag -> encoded text that is judged on or that importance is taken of.
-        pad_id: what batches are padded with.
+        others: flag -> encoded text that is evaluated, or that importance is taken of; None if it is not given.
+        pad_id: token id that pads batches.
     Cost: a pass over the tokens.
     """
+    # What the model has, and the rows by the name of their place.
     text = config.get_text_config()
     size, positions = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
     named = {
@@ -49,6 +52,7 @@ def _check_ids(rows: datasets.Dataset, name: str, size: int) -> None:
     for column in ("input_ids", "labels"):
         largest = compute.max(compute.list_flatten(rows.data.column(column))).as_py()
         if largest is not None and largest >= size:
+            # Only now is it worth reading rows one by one.
             number = next(i for i, ids in enumerate(rows[column], start=1) if max(ids, default=IGNORED_LABEL) >= size)
             raise UserError(
                 f"{name} row {number}: {column} holds {max(rows[column][number - 1])}, but the model's embedding has "
@@ -69,9 +73,11 @@ def _check_lengths(rows: datasets.Dataset, name: str, positions: int, rotary: bo
 
 
 def check_prompts_fit(config: Any, tasks: list[Task], scorers: dict[str, str], new_tokens: tuple[int, int]) -> None:
-    """Raise UserError where a prompt leaves no position for the answer that is generated.
+    """Raise UserError if a prompt leaves no position for the answer that is generated.
 
     Args:
+        config: the model's.
+        tasks: of the stream.
         scorers: task -> name of its scorer.
         new_tokens: most tokens of a short answer, and of free text.
     """
