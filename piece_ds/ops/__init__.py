@@ -1,6 +1,6 @@
-"""The ops that the project exists for, as checked Python functions over torch.ops.piece_ds.
+"""The ops of this project, as checked Python functions over torch.ops.piece_ds.
 
-schema.py lists them, reference.py says exactly what they mean, backends.py chooses who runs them (PIECE_DS_BACKEND);
+schema.py lists them, reference.py says exactly what they mean, and backends.py chooses the provider (PIECE_DS_BACKEND).
 `python -m piece_ds.ops` prints the choice.
 """
 

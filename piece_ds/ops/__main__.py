@@ -1,4 +1,4 @@
-"""`python -m piece_ds.ops`: which provider serves which op."""
+"""Print which provider serves which op: `python -m piece_ds.ops`."""
 
 from piece_ds.ops.backends import report
 

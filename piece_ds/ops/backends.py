@@ -1,9 +1,8 @@
-"""Which provider serves the ops on a device: chosen once per process, logged, never exchanged behind the caller's back.
+"""Choose the provider of the ops on a device: once per process, logged, and never changed without the caller.
 
-PIECE_DS_BACKEND names it ('reference' and, per device, the compiled ones); PIECE_DS_ISA names the instruction set of
-the C++ one ('avx512', 'avx2', 'scalar'; the best one otherwise). Nothing is built or registered at import: load() does
-it, when the first tensor of a device type arrives or earlier where a caller wants it (before torch.compile, before
-timing).
+PIECE_DS_BACKEND names it ('reference' and, per device, the compiled ones). PIECE_DS_ISA names the instruction set of
+the C++ one ('avx512', 'avx2', 'scalar'; else the best one). Nothing is built or registered at import. load() does it
+when the first tensor of a device type arrives, or earlier if a caller asks (before torch.compile, before timing).
 """
 
 import ctypes
@@ -59,7 +58,7 @@ def load(device_type: str) -> str:
     """Register the kernels for tensors of device_type ('cpu', 'cuda') and return their provider's name.
 
     Raises:
-        UserError: PIECE_DS_BACKEND names no provider of this device, or the provider cannot be built here.
+        UserError: PIECE_DS_BACKEND names no provider, or the provider cannot be built on this machine.
     """
     if device_type not in _LOADED:
         name = _chosen(device_type)
@@ -70,12 +69,17 @@ def load(device_type: str) -> str:
 
 
 def load_for(tensor: Tensor) -> None:
-    """load() for a tensor's device. Asking a device for its type takes 20 us with cold caches."""
+    """Load the provider for a tensor's device."""
+    # Asking a device for its type takes 20 us with cold caches; these two flags are cheaper.
     load("cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type)
 
 
 def select_isa(library: Path, name: str) -> str:
-    """Make the C++ provider use the instruction set `name`, or the best one if it is empty; returns its name."""
+    """Make the C++ provider use the instruction set `name`, or the best one if it is empty; return its name.
+
+    Raises:
+        UserError: there is no such set, or the processor lacks it.
+    """
     select = ctypes.CDLL(str(library)).piece_ds_select_isa
     select.argtypes, select.restype = [ctypes.c_char_p], ctypes.c_char_p
     selected = select(name.encode())
@@ -97,7 +101,7 @@ def _chosen(device_type: str) -> str:
 
 
 def providers(device_type: str) -> list[str]:
-    """Return names of what can serve a device ('cpu', 'cuda'), the default first."""
+    """Return the names of the providers that can serve a device ('cpu', 'cuda'), the default first."""
     return list(_PROVIDERS[device_type])
 
 
@@ -111,7 +115,11 @@ def report() -> str:
 
 
 def provider(op: str, device_type: str) -> str:
-    """Name of the implementation that runs `op` on tensors of device_type ('cpu', 'cuda')."""
+    """Return the name of the provider that runs `op` on tensors of device_type ('cpu', 'cuda').
+
+    Raises:
+        ValueError: there is no such op.
+    """
     if op not in SCHEMAS:
         raise ValueError(f"no op {op!r}; known: {', '.join(SCHEMAS)}")
     return load(device_type)

@@ -1,4 +1,4 @@
-"""What is compiled for each provider: sources, compiler arguments, and the digest that names a build."""
+"""Say what is compiled for each provider: sources, compiler arguments, and the digest that names a build."""
 
 import hashlib
 import os
@@ -38,11 +38,11 @@ class BuildSpec:
     nvcc_args: tuple[str, ...] = ()
 
     def source_files(self) -> list[Path]:
-        """Absolute paths of the files to compile, in a fixed order."""
+        """Return absolute paths of the files to compile, in a fixed order."""
         return [path for pattern in self.sources for path in sorted(CSRC.glob(pattern))]
 
     def library_name(self) -> str:
-        """name and a hash of sources, headers and arguments: what the library is, whatever compiled it."""
+        """Return the name and a hash of sources, headers and arguments: what the library is, whatever compiled it."""
         files = [path for folder in self.folders for path in sorted((CSRC / folder).rglob("*")) if path.is_file()]
         parts = [*self.cxx_args, *self.nvcc_args]
         for path in files:
@@ -72,7 +72,7 @@ def _digest(parts: list[str]) -> str:
 
 
 def compiler_version() -> str:
-    """Command and version of the C++ compiler, empty if there is none."""
+    """Return command and version of the C++ compiler; empty if there is none."""
     command = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(command[0]) is None:
         return ""
@@ -81,7 +81,7 @@ def compiler_version() -> str:
 
 
 def require_compiler() -> None:
-    """Raise UserError where there is no C++ compiler."""
+    """Raise UserError if there is no C++ compiler."""
     if not compiler_version():
         raise UserError(
             f"piece_ds compiles its kernels on first use and found no C++ compiler {os.environ.get('CXX') or 'c++'!r}: "

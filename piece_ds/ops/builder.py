@@ -1,6 +1,6 @@
-"""DeepSpeed's op builders for the compiled providers: what is compiled is extension.py's, how is theirs.
+"""Adapt DeepSpeed's op builders to the compiled providers. extension.py decides what is compiled, they do it.
 
-Also what setup.py compiles ahead of time. Imported only to build: DeepSpeed is slow to import.
+setup.py also compiles ahead of time with them. Imported only to build, since DeepSpeed is slow to import.
 """
 
 import os
@@ -29,8 +29,14 @@ from piece_ds.runtime.errors import UserError
 class _PieceBuilder:
     """What both builders share; mixed in before DeepSpeed's class.
 
-    DeepSpeed keys loaded ops by name and looks installed ones up in a table of its own, so names carry our prefix and a
-    hash, and load() goes its own way.
+    DeepSpeed keys loaded ops by name, and looks installed ones up in a table of its own. So names carry our prefix and
+    a hash, and building goes through compile_in() instead of load().
+
+    Attributes:
+        recipe: what is compiled.
+        device_type: 'cpu' or 'cuda'.
+        name: of the library.
+        instead: setting that serves if nothing can be compiled.
     """
 
     recipe: BuildSpec
@@ -57,7 +63,7 @@ class _PieceBuilder:
         return []
 
     def compile_in(self, folder: Path) -> None:
-        """Build under folder, which nobody else uses, and load the result.
+        """Build under folder, which no other process uses, and load the result.
 
         Raises:
             UserError: a compiler is missing or fails.
@@ -74,6 +80,7 @@ class _PieceBuilder:
             MissingCUDAException,
             CUDAMismatchException,
         ) as error:
+            # A compiler's output is long: one line for the user, all of it in a file.
             log = folder.parent / f"{self.name}.log"
             log.write_text(str(error), encoding="utf-8")
             raise UserError(
@@ -82,11 +89,11 @@ class _PieceBuilder:
             ) from error
 
     def check_toolkit(self) -> None:
-        """Raise what DeepSpeed raises where the toolkit does not fit."""
+        """Raise what DeepSpeed raises if the toolkit does not fit."""
 
 
 class PieceCPUBuilder(_PieceBuilder, CPUOpBuilder):
-    """The C++ provider; no argument depends on the machine that compiles."""
+    """Builder of the C++ provider; no argument depends on the machine that compiles."""
 
     recipe = BUILD_SPECS["cpu"]
     device_type = "cpu"
@@ -94,7 +101,10 @@ class PieceCPUBuilder(_PieceBuilder, CPUOpBuilder):
 
 
 class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
-    """The CUDA provider. DeepSpeed's own arguments hold --use_fast_math, which flushes denormals and approximates."""
+    """Builder of the CUDA provider.
+
+    It replaces DeepSpeed's own arguments: their --use_fast_math flushes denormals and approximates.
+    """
 
     recipe = BUILD_SPECS["cuda"]
     device_type = "cuda"
@@ -109,9 +119,9 @@ class PieceCUDABuilder(_PieceBuilder, CUDAOpBuilder):
 
 
 def toolkit_of_nvcc() -> str | None:
-    """Folder of the toolkit that nvcc belongs to, as it says itself; None if there is no nvcc on the path.
+    """Return the folder of the toolkit that nvcc belongs to, as it says itself; None if no nvcc is on the path.
 
-    The nvcc on the path may be a wrapper that lies elsewhere, where no header stands beside it.
+    The nvcc on the path may be a wrapper in another folder, without headers beside it.
     """
     if shutil.which("nvcc") is None:
         return None
@@ -121,7 +131,7 @@ def toolkit_of_nvcc() -> str | None:
 
 
 def use_toolkit_of_nvcc() -> None:
-    """Have torch and DeepSpeed compile with the toolkit that nvcc belongs to, unless CUDA_HOME names another.
+    """Make torch and DeepSpeed compile with the toolkit that nvcc belongs to, unless CUDA_HOME names another.
 
     torch looks at `which nvcc` once, when its module of builders is imported.
     """
@@ -143,7 +153,7 @@ BUILDERS: dict[str, Any] = {"cpu": PieceCPUBuilder, "cuda": PieceCUDABuilder}
 
 @contextmanager
 def _environment(folder: Path) -> Iterator[None]:
-    """torch builds under folder, with the ninja that stands beside this Python."""
+    """Make torch build under folder, with the ninja that is installed beside this Python."""
     saved = {name: os.environ.get(name) for name in ("TORCH_EXTENSIONS_DIR", "PATH")}
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])

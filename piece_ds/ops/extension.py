@@ -1,8 +1,8 @@
-"""A compiled provider as a library file: found ahead of time, found in the cache, or built once, whoever asks.
+"""Provide a compiled provider as a library file: compiled ahead of time, found in the cache, or built once.
 
-Files, not modules, decide: a library's name holds a hash of everything that went into it, so that an edited source or
-another torch never meets an old binary. Whoever builds holds a lock that the operating system releases when its process
-ends, however it ends, and moves the finished library into place in one step.
+Files decide, not modules. A library's name holds a hash of everything that went into it, so an edited source or another
+torch never meets an old binary. A process that builds holds a lock, which the operating system releases however that
+process ends. It moves the finished library into place in one step.
 """
 
 import fcntl
@@ -36,12 +36,13 @@ logger = logging.getLogger(__name__)
 def load_extension(device_type: str) -> Path:
     """Load the compiled provider of device_type ('cpu', 'cuda'), which registers its ops; return its library's file.
 
-    Taken in this order: compiled with the package (PIECE_DS_BUILD_OPS=1), in the cache, built now.
+    In this order: compiled with the package (PIECE_DS_BUILD_OPS=1), in the cache, built now.
 
     Raises:
-        UserError: it has to be built and cannot be here.
-    Cost: some milliseconds; seconds (CPU) or minutes (CUDA) where it has to be built, in one process of the machine.
+        UserError: it must be built and cannot be on this machine.
+    Cost: some milliseconds. If it must be built, seconds (CPU) or minutes (CUDA), in one process of the machine.
     """
+    # Compiled with the package.
     recipe = BUILD_SPECS[device_type]
     if not recipe.source_files():
         raise UserError(f"no sources of the {device_type} kernels under {CSRC}: install piece_ds from a whole checkout")
@@ -50,6 +51,8 @@ def load_extension(device_type: str) -> Path:
     for path in ahead_of_time:
         if path.exists():
             return _import(name, path)
+
+    # In the cache, under a name that also tells torch, machine and compiler.
     name = f"{name}_{_digest(_environment(device_type))}"
     folder = _cache_folder()
     compiler = compiler_version()
@@ -59,6 +62,8 @@ def load_extension(device_type: str) -> Path:
             return _import(built_elsewhere[0].stem, built_elsewhere[0])
         require_compiler()
     name = f"{name}_{_digest([compiler])}"
+
+    # Built once for the machine.
     path = folder / f"{name}.so"
     if not path.exists():
         with _locked(path.with_suffix(".lock")):
@@ -94,7 +99,10 @@ def _cache_folder() -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among all processes; a process that dies lets go. The file stays: deleting it would let two in."""
+    """Hold a lock among all processes of the machine. A process that dies releases it.
+
+    The file stays: deleting it would let two processes in.
+    """
     with open(path, "a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

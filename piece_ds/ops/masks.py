@@ -1,4 +1,4 @@
-"""Between the two forms of a mask: ascending positions, the working form, and packed bits, the form in files."""
+"""Convert between the two forms of a mask: ascending positions in memory, packed bits in files."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,12 @@ from piece_ds.ops.backends import load_for
 
 
 def index_to_mask(index: Tensor, n: int) -> Tensor:
-    """Packed bits (uint8, ceil(n / 8)) with ones at index (int64, unique, in [0, n)); padding bits are zero."""
+    """Return packed bits (uint8, ceil(n / 8)) with ones at index. Padding bits are zero.
+
+    Args:
+        index: int64, unique, in [0, n).
+        n: number of elements.
+    """
     load_for(index)
     return torch.ops.piece_ds.index_to_mask(index, n)
 

@@ -1,9 +1,9 @@
-"""The pure torch meaning of every op: the oracle of the compiled providers, and a provider where it is asked for.
+"""Define every op in pure torch: the oracle of the compiled providers, and a provider if it is asked for.
 
 Numerics are defined to the bit, so that every provider and every device can agree: fp32, each operation rounded to
-nearest once (product, then sum: no fused multiply-add), IEEE square root and division, no flushing of denormals;
-scalars are computed in fp64 and rounded to fp32 once. Left open, within what their docstrings say: the order of
-candidates, and the order of additions in square_norm and sampled_gradient_.
+nearest once (product, then sum: no fused multiply-add), IEEE square root and division, no flushing of denormals.
+Scalars are computed in fp64 and rounded to fp32 once. Two things are left open, within what their docstrings say: the
+order of candidates, and the order of additions in square_norm and sampled_gradient_.
 """
 
 import math
@@ -19,6 +19,7 @@ CHUNK = 1 << 17
 
 
 def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale: float, num_nonfinite: Tensor) -> None:
+    """Add grad * scale and its square to the sums, with non-finite entries counted and taken as 0."""
     for start in range(0, grad.numel(), CHUNK):
         part = slice(start, start + CHUNK)
         value = _finite(grad[part], num_nonfinite)
@@ -30,7 +31,7 @@ def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale
 
 
 def _finite(value: Tensor, num_nonfinite: Tensor) -> Tensor:
-    """value in fp32 with NaN and infinities counted and zeroed; it may be value itself, which is not written."""
+    """Return value in fp32 with NaN and infinities counted and zeroed. It may be value itself, which is not written."""
     # On the CPU, where looking at a result costs nothing, one reduction spares three passes in the usual case.
     if value.device.type == "cpu" and torch.isfinite(torch.stack(torch.aminmax(value))).all():
         return value.to(torch.float32)
@@ -52,11 +53,13 @@ def accumulate_filter_(
     candidate_index: Tensor,
     num_candidates: Tensor,
 ) -> None:
+    """Add the gradient as accumulate_() does, then filter the new sums."""
     accumulate_(grad, grad_sum, square_sum, scale, num_nonfinite)
     filter_(grad_sum, square_sum, lam, bound, offset, candidate_score, candidate_index, num_candidates)
 
 
 def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float) -> Tensor:
+    """Return |grad_sum| / sqrt(square_sum + lam), or a copy of square_sum if grad_sum is None."""
     if grad_sum is None:
         result = square_sum.clone()
     else:
@@ -66,7 +69,10 @@ def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float) -> Tensor:
 
 
 def _sqrt_rn_(x: Tensor) -> Tensor:
-    """Square root, correctly rounded. torch's CPU sqrt goes through a vector library that is 1 ulp off at times."""
+    """Replace x by its correctly rounded square root and return it.
+
+    torch's CPU sqrt goes through a vector library that is sometimes off by 1 ulp.
+    """
     if x.device.type != "cpu":
         return x.sqrt_()
     import numpy as np
@@ -77,7 +83,7 @@ def _sqrt_rn_(x: Tensor) -> Tensor:
 
 
 def _chunks(grad_sum: Tensor | None, square_sum: Tensor, lam: float) -> Iterator[tuple[int, Tensor]]:
-    """(position of the first element, scores) of every chunk."""
+    """Yield (position of the first element, scores) of every chunk."""
     for start in range(0, square_sum.numel(), CHUNK):
         part = slice(start, start + CHUNK)
         yield start, score(None if grad_sum is None else grad_sum[part], square_sum[part], lam)
@@ -94,8 +100,11 @@ def score_histogram_(
     run: int,
     stride: int,
 ) -> None:
+    """Count the digits of the sampled keys that start with prefix."""
     for start, scores in _chunks(grad_sum, square_sum, lam):
         key = scores.view(torch.int32)  # order-preserving for non-negative floats
+
+        # Keep the sample, then the keys with this prefix.
         if run < stride:
             position = torch.arange(start, start + key.numel(), device=key.device)
             key = key[position % stride < run]
@@ -115,6 +124,7 @@ def filter_(
     candidate_index: Tensor,
     num_candidates: Tensor,
 ) -> None:
+    """Append every element with score >= bound, in ascending order, and count also those without room."""
     for start, scores in _chunks(grad_sum, square_sum, lam):
         found = (scores >= bound).nonzero().squeeze(1)
         first = int(num_candidates)
@@ -125,6 +135,7 @@ def filter_(
 
 
 def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: int, num_ties: int) -> Tensor:
+    """Return ascending positions of greater keys, and of the first num_ties keys that are equal."""
     selected = [torch.zeros(0, dtype=torch.int64, device=square_sum.device)]
     for start, scores in _chunks(grad_sum, square_sum, lam):
         keys = scores.view(torch.int32)
@@ -136,6 +147,7 @@ def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: i
 
 
 def index_to_mask(index: Tensor, n: int) -> Tensor:
+    """Return packed bits with ones at index; bit j of byte i is element 8 i + j."""
     bits = torch.zeros((n + 7) // 8, dtype=torch.uint8, device=index.device)
     one = torch.ones_like(index, dtype=torch.uint8)
     # Each element has a bit of its own, so adding is or-ing.
@@ -143,6 +155,7 @@ def index_to_mask(index: Tensor, n: int) -> Tensor:
 
 
 def mask_to_index(bits: Tensor) -> Tensor:
+    """Return ascending positions of the ones in packed bits."""
     byte = bits.nonzero().squeeze(1)  # few bytes have a bit at 0.1 %: expand only those
     position = torch.arange(8, dtype=torch.uint8, device=bits.device)
     is_set = (bits[byte].unsqueeze(1) >> position) & 1
@@ -152,9 +165,12 @@ def mask_to_index(bits: Tensor) -> Tensor:
 def apply_mask_(
     grad: Tensor, index: Tensor, scale: float, square_norm: Tensor | None, num_nonfinite: Tensor | None
 ) -> None:
+    """Zero grad outside index and multiply it by scale inside."""
     kept = grad[index]
     if scale != 1.0:
         kept = (kept.to(torch.float32) * scale).to(grad.dtype)
+
+    # Norm and finite check read only what is kept, as written.
     if square_norm is not None:
         square_norm += kept.to(torch.float64).square().sum()
     if num_nonfinite is not None:
@@ -166,17 +182,23 @@ def apply_mask_(
 def apply_mask_list_(
     grads: list[Tensor], index: Tensor, scale: float, square_norm: Tensor | None, num_nonfinite: Tensor | None
 ) -> None:
+    """Mask each of grads by its part of index."""
     for grad, position, _ in _each(grads, index):
         apply_mask_(grad, position, scale, square_norm, num_nonfinite)
 
 
 def scatter_list_(weights: list[Tensor], index: Tensor, values: Tensor) -> None:
+    """Write values at index into the concatenation of weights."""
     for weight, position, part in _each(weights, index):
         weight[position] = values[part]
 
 
 def _each(tensors: list[Tensor], index: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """(tensor, positions in it, which of index they are) for ascending positions in the concatenation of tensors."""
+    """Yield (tensor, positions in it, which of index they are) for ascending positions in the concatenation of tensors.
+
+    Raises:
+        IndexError: a position is outside the concatenation.
+    """
     begin = low = 0
     for tensor in tensors:
         end = begin + tensor.numel()
@@ -188,10 +210,12 @@ def _each(tensors: list[Tensor], index: Tensor) -> Iterator[tuple[Tensor, Tensor
 
 
 def gather_add_(grad: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
+    """Add grad[index] * scale to total."""
     total += grad[index].to(torch.float32) * scale
 
 
 def sampled_gradient_(grad_output: Tensor, input: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
+    """Add the entries of grad_output^T input at index, times scale, to total."""
     num_tokens, width = input.shape
     # Entries at a time: two gathered blocks of CHUNK elements.
     step = max(1, CHUNK // max(1, num_tokens))
@@ -218,6 +242,8 @@ def sparse_adamw_(
     step: int,
     weight_holds_value: bool,
 ) -> None:
+    """Take one AdamW step of value, and write it to weight[index] in the weight's dtype."""
+    # Decay and moments.
     before = value.to(weight.dtype, copy=True)
     g = grad * grad_scale
     value.mul_(1.0 - lr * weight_decay)
@@ -227,6 +253,8 @@ def sparse_adamw_(
     step_size, correction = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
     denominator = _sqrt_rn_(exp_avg_sq.clone()) * correction + eps
     value.sub_((exp_avg / denominator) * step_size)
+
+    # Write the weights; only those whose bits change, if the weight is known to hold the old value.
     after = value.to(weight.dtype)
     if weight_holds_value:
         changed = _bits(after) != _bits(before)
@@ -250,6 +278,7 @@ def sparse_adamw_list_(
     step: int,
     weight_holds_value: bool,
 ) -> None:
+    """Take one AdamW step for each of weights, with its part of the values and of index."""
     numbers = (grad_scale, lr, beta1, beta2, eps, weight_decay, step, weight_holds_value)
     for weight, position, part in _each(weights, index):
         sparse_adamw_(grad[part], value[part], exp_avg[part], exp_avg_sq[part], weight, position, *numbers)
@@ -260,6 +289,6 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def register(device_type: str) -> None:
-    """Make these the kernels of device_type ('cpu', 'cuda')."""
+    """Register these functions as the kernels of device_type ('cpu', 'cuda')."""
     for name in SCHEMAS:
         torch.library.impl(f"{NAMESPACE}::{name}", device_type, globals()[name])

@@ -1,9 +1,9 @@
-"""The table of contents of the extension: every op of namespace piece_ds, its schema and its fake tensor rule.
+"""List every op of namespace piece_ds, with its schema and its fake tensor rule.
 
-Providers fill these in per device (backends.py chooses one per device and process). Tensors are 1-D and contiguous
-unless said otherwise; counts, positions and offsets are int64; a name ending in `_` writes the arguments marked
-(a!), (b!). Where an op takes scores it takes (grad_sum, square_sum, lam) and computes them as `score` does, so that
-none is ever stored; (None, x, lam) stands for the scores x themselves. reference.py gives each op's exact meaning.
+Providers implement them per device (backends.py chooses one per device and process). Tensors are 1-D and contiguous
+unless said otherwise. Counts, positions and offsets are int64. A name ending in `_` writes the arguments marked (a!),
+(b!). An op on scores takes (grad_sum, square_sum, lam) and computes them as `score` does, so that none is ever stored;
+(None, x, lam) stands for the scores x themselves. reference.py gives each op's exact meaning.
 """
 
 import torch
@@ -19,7 +19,7 @@ SCHEMAS = {
     "accumulate_filter_": "(Tensor grad, Tensor(a!)? grad_sum, Tensor(b!) square_sum, float scale,"
     " Tensor(c!) num_nonfinite, float lam, float bound, int offset, Tensor(d!) candidate_score,"
     " Tensor(e!) candidate_index, Tensor(f!) num_candidates) -> ()",
-    # |sum| / sqrt(square_sum + lam), or square_sum itself where grad_sum is None
+    # |sum| / sqrt(square_sum + lam), or square_sum itself if grad_sum is None
     "score": "(Tensor? grad_sum, Tensor square_sum, float lam) -> Tensor",
     # counts[d] += number of scores whose key has the given leading bits and d as its next `bits` bits, among the
     # elements i with i % stride < run
@@ -60,7 +60,7 @@ for _name, _schema in SCHEMAS.items():
 
 
 def _writes_only(*arguments: object) -> None:
-    """The fake rule of every op that returns nothing."""
+    """Return nothing: the fake rule of every op that only writes its arguments."""
 
 
 for _name, _schema in SCHEMAS.items():

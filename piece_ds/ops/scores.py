@@ -1,8 +1,8 @@
-"""From gradients to scores, and from scores to the elements with the highest ones.
+"""Turn gradients into scores, and scores into the elements with the highest ones.
 
-Where a function takes (grad_sum, square_sum, lam), it works on the scores that score() would return, which are never
-stored; (None, x, lam) stands for the scores x themselves. A score's key is its 31 low bits as an integer: scores are
-never negative, so the order of keys is the order of scores.
+A function that takes (grad_sum, square_sum, lam) works on the scores that score() would return. They are never stored;
+(None, x, lam) stands for the scores x themselves. A score's key is its 31 low bits as an integer. Scores are never
+negative, so the order of keys is the order of scores.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,9 @@ def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale
         grad_sum: fp32, as long as grad, or None if only squares are needed.
         square_sum: fp32, as long as grad.
         scale: factor applied in fp32 before both sums; the inverse of a loss scale.
-        num_nonfinite: int64, one element; receives the number of NaN and infinite entries, which count as 0.
+        num_nonfinite: int64, one element. The number of NaN and infinite entries, which count as 0, is added to it.
+    Raises:
+        ValueError: the shapes differ.
     Cost: reads grad once, reads and writes each sum once.
     """
     _check_sums(grad, grad_sum, square_sum)
@@ -30,8 +32,10 @@ def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale
 
 
 def score(grad_sum: Tensor | None, square_sum: Tensor, lam: float = 1.0) -> Tensor:
-    """|grad_sum| / sqrt(square_sum + lam), or a copy of square_sum where grad_sum is None; fp32, >= +0, never NaN.
+    """Return |grad_sum| / sqrt(square_sum + lam), or a copy of square_sum if grad_sum is None. Fp32, >= +0, never NaN.
 
+    Raises:
+        ValueError: lam is not positive.
     Source: arXiv 2511.15375, second-order normalization (PIECE-S) and Fisher (PIECE-F).
     """
     _check_lam(lam)
@@ -45,8 +49,8 @@ class Candidates:
 
     Attributes:
         score: fp32, capacity elements; the first count() of them are valid.
-        index: int64, same length; the element's position.
-        num_found: int64, one element; more than the capacity where not everything found had room.
+        index: int64, same length: the element's position.
+        num_found: int64, one element; more than the capacity if not everything found had room.
     """
 
     score: Tensor
@@ -54,7 +58,7 @@ class Candidates:
     num_found: Tensor
 
     def count(self) -> int:
-        """Return elements found, with or without room for them. Waits for the device."""
+        """Return the number of elements found, with or without room for them. Waits for the device."""
         return int(self.num_found)
 
     @property
@@ -73,9 +77,16 @@ def accumulate_filter_(
     offset: int,
     candidates: Candidates,
 ) -> None:
-    """accumulate_() and then filter_() of the new sums, in one pass over them."""
+    """Add a gradient as accumulate_() does and filter the new sums as filter_() does, in one pass over them.
+
+    Args:
+        grad, grad_sum, square_sum, scale, num_nonfinite: as in accumulate_().
+        lam, bound, offset, candidates: as in filter_().
+    """
     _check_sums(grad, grad_sum, square_sum)
     _check_lam(lam)
+
+    # In the schema's order: ops take positional arguments.
     load_for(grad)
     torch.ops.piece_ds.accumulate_filter_(
         grad,
@@ -93,7 +104,7 @@ def accumulate_filter_(
 
 
 def empty_candidates(capacity: int, device: torch.device | str) -> Candidates:
-    """Room for capacity candidates: 12 bytes each."""
+    """Return room for capacity candidates, 12 bytes each."""
     return Candidates(
         torch.empty(capacity, dtype=torch.float32, device=device),
         torch.empty(capacity, dtype=torch.int64, device=device),
@@ -116,8 +127,9 @@ def score_histogram_(
 
     Args:
         counts: int64, 2**bits elements. Written.
-        shift, bits: position and width (at most 16) of the digit; shift + bits == 31 means the leading digit (prefix
-            unused), bits == 0 counts the keys equal to prefix << shift in their leading bits.
+        grad_sum, square_sum, lam: the scores.
+        shift, bits: position and width (at most 16) of the digit. shift + bits == 31 means the leading digit (prefix
+        unused). bits == 0 counts the keys whose leading bits equal prefix.
         prefix: value of the bits above the digit.
         run, stride: only elements i with i % stride < run count: a sample.
     Cost: reads the sampled elements once.
@@ -132,7 +144,13 @@ def filter_(
 ) -> None:
     """Append every element with score >= bound to candidates, as (score, offset + position), in any order.
 
-    candidates.num_found grows also for elements that find no room; what has room is then an arbitrary part.
+    candidates.num_found also counts elements without room; those with room are then an arbitrary part.
+
+    Args:
+        grad_sum, square_sum, lam: the scores.
+        bound: least score to keep.
+        offset: added to positions.
+        candidates: receives what is found.
     Cost: one read of the sums.
     """
     _check_lam(lam)
@@ -143,8 +161,12 @@ def filter_(
 
 
 def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: int, num_ties: int) -> Tensor:
-    """Ascending positions (int64) of scores with a greater key and of the first num_ties scores with exactly this one.
+    """Return ascending positions (int64) of scores with a greater key, and of the first num_ties with exactly this one.
 
+    Args:
+        grad_sum, square_sum, lam: the scores.
+        key: of the threshold.
+        num_ties: number of elements with that key to take.
     Cost: one or two reads of the sums. Waits for the device.
     """
     _check_lam(lam)

@@ -1,4 +1,4 @@
-"""Work on the selected elements alone: masking a gradient, gathering it, sampling it, stepping and scattering."""
+"""Work on only the selected elements: mask a gradient, gather it, sample it, step and scatter."""
 
 from collections.abc import Sequence
 
@@ -20,17 +20,19 @@ def apply_mask_(
     square_norm: Tensor | None = None,
     num_nonfinite: Tensor | None = None,
 ) -> None:
-    """Zero a 1-D gradient outside index and multiply it by scale inside; the norm and the finite check come with it.
+    """Zero a 1-D gradient outside index and multiply it by scale inside.
 
-    Entries are selected, not multiplied by 0: inf and NaN outside do not leak.
+    Optionally take its norm and count non-finites.
+
+    Entries are selected, not multiplied by 0, so inf and NaN outside do not leak.
 
     Args:
         grad: bf16, fp16 or fp32, 1-D, contiguous. Written.
         index: int64, unique positions in grad.
         scale: factor applied in fp32 to the selected entries, the inverse of a loss scale; 1 keeps their bits.
-        square_norm: fp64, one element; receives the sum of squares of the selected entries as written. The order of
-            its additions is the provider's, the same in every call.
-        num_nonfinite: int64, one element; receives the number of selected entries that are NaN or infinite.
+        square_norm: fp64, one element. The sum of squares of the selected entries as written is added to it. The
+            provider chooses the order of additions, the same in every call.
+        num_nonfinite: int64, one element. The number of selected entries that are NaN or infinite is added to it.
     Cost: one write of grad; reads only the selected entries.
     """
     load_for(grad)
@@ -44,20 +46,21 @@ def apply_mask_list_(
     square_norm: Tensor | None = None,
     num_nonfinite: Tensor | None = None,
 ) -> None:
-    """apply_mask_() of many gradients in one call, as if they lay one after the other.
+    """Mask many gradients in one call, as apply_mask_() would mask their concatenation.
 
     Args:
         grads: of one dtype, each 1-D and contiguous; may be empty. Written.
         index: int64, ascending unique positions in their concatenation.
-    Cost: as apply_mask_(); tensors that lie side by side in memory are as good as one, of others a GPU takes 160 at a
-        launch.
+        scale, square_norm, num_nonfinite: as in apply_mask_().
+    Cost: as apply_mask_(). Tensors that lie side by side in memory cost as much as one; of others a GPU takes 160 at a
+    launch.
     """
     load_for(index)
     torch.ops.piece_ds.apply_mask_list_(grads, index, scale, square_norm, num_nonfinite)
 
 
 def scatter_list_(weights: Sequence[Tensor], index: Tensor, values: Tensor) -> None:
-    """Write values at positions of many tensors in one call, as if they lay one after the other.
+    """Write values at positions of many tensors in one call, as if they were concatenated.
 
     Args:
         weights: of one dtype, each 1-D and contiguous. Written at index, nowhere else.
@@ -69,11 +72,12 @@ def scatter_list_(weights: Sequence[Tensor], index: Tensor, values: Tensor) -> N
 
 
 def gather_add_(grad: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
-    """total[j] += float32(grad[index[j]]) * scale.
+    """Add float32(grad[index[j]]) * scale to total[j].
 
     Args:
         grad: bf16, fp16 or fp32, 1-D, contiguous.
         index: int64 positions in grad.
+        scale: factor applied in fp32.
         total: fp32, as long as index. Written.
     """
     load_for(grad)
@@ -88,7 +92,9 @@ def sampled_gradient_(grad_output: Tensor, input: Tensor, index: Tensor, scale: 
         input: same dtype, [tokens, in], contiguous.
         index: int64, ascending flat row-major positions in the weight [out, in].
         scale: factor applied in fp32 to each entry.
-        total: fp32, as long as index. Written. Products and sums are fp32; their order is the provider's.
+        total: fp32, as long as index. Written. Products and sums are fp32; the provider chooses their order.
+    Raises:
+        ValueError: the shapes do not fit.
     Cost: 2 tokens len(index) operations where the dense gradient has 2 tokens out in, and a read of both tensors.
     Source: sampled dense-dense matrix multiplication (SDDMM), Nisa et al. 2018.
     """
@@ -118,21 +124,23 @@ def sparse_adamw_(
     grad_scale: float = 1.0,
     weight_holds_value: bool = False,
 ) -> None:
-    """One AdamW step of the selected elements, and their new values into the weight, in one pass.
+    """Take one AdamW step of the selected elements and write their new values into the weight, in one pass.
 
     Args:
         grad: fp32, K elements: gradient of the selected elements.
         value, exp_avg, exp_avg_sq: fp32, K elements: master values and moments. Written.
-        weight: bf16, fp16 or fp32, 1-D; weight[index] = value, rounded to nearest even. Nothing else is written.
+        weight: bf16, fp16 or fp32, 1-D. weight[index] = value, rounded to nearest even. Nothing else is written.
         index: int64, K unique positions in weight.
+        lr, beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.
         step: 1 for the first step.
         grad_scale: factor applied in fp32 to grad first: unscaling and clipping.
-        weight_holds_value: weight[index] is value, rounded, before the step too, as every step leaves it: only what
-            rounds to other bits than before is written. The result is the same.
-    Cost: 24 bytes read and 12 written per selected element, and a cache line of the weight read and written for each
-        that is written: of bf16 weights of deviation 0.02 some 7 % in a step of 2.5e-6 on average.
+        weight_holds_value: weight[index] already equals value, rounded, before the step, as every step leaves it. Then
+            only weights whose rounded bits change are written. The result is the same.
+    Cost: 24 bytes read and 12 written per selected element. Each written weight also costs a read and a write of its
+    cache line. Of bf16 weights with deviation 0.02, some 7 % are written in a step of 2.5e-6 on average.
     Source: decoupled weight decay, arXiv 1711.05101, in the order of torch.optim.AdamW.
     """
+    # In the schema's order: ops take positional arguments.
     load_for(grad)
     _sparse_adamw_(
         grad,
@@ -169,13 +177,15 @@ def sparse_adamw_list_(
     grad_scale: float = 1.0,
     weight_holds_value: bool = False,
 ) -> None:
-    """sparse_adamw_() of many weights in one call, as if they lay one after the other.
+    """Step many weights in one call, as sparse_adamw_() would step their concatenation.
 
     Args:
         grad, value, exp_avg, exp_avg_sq: fp32, K elements, those of the first weight first.
         weights: of one dtype, each 1-D and contiguous.
         index: int64, K ascending unique positions in their concatenation.
+        others: as in sparse_adamw_().
     """
+    # In the schema's order: ops take positional arguments.
     load_for(grad)
     _sparse_adamw_list_(
         grad,
