@@ -48,9 +48,11 @@ class Case:
 
 
 def cases(n: int, device: str, compiled: bool) -> Iterator[Case]:
-    """Every case at n elements but AdamW's.
+    """Yield every case at n elements except AdamW's.
 
     Args:
+        n: elements.
+        device: "cpu" or "cuda".
         compiled: also race torch.compile, which takes a while to compile.
     """
     compile_ = partial(torch.compile, dynamic=False) if compiled else None
@@ -62,7 +64,7 @@ def cases(n: int, device: str, compiled: bool) -> Iterator[Case]:
 
 
 def _sums(n: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of many small gradients whose scale differs from layer to layer, as in a language model."""
+    """Return sums of many small gradients whose scale differs from layer to layer, as in a language model."""
     generator = torch.Generator(device).manual_seed(0)
     layer = torch.exp(torch.randn(-(-n // (1 << 16)), device=device, generator=generator))
     scale = layer.repeat_interleave(1 << 16)[:n] * 1e-2
@@ -211,7 +213,7 @@ def _masks(n: int, device: str, compile_: Callable | None) -> Iterator[Case]:
 
 
 def _lists(n: int, device: str) -> Iterator[Case]:
-    """As many tensors as Llama-3-8B has, each in memory of its own, in one call and one by one."""
+    """Yield cases of as many tensors as Llama-3-8B has, each with its own memory: in one call, and one by one."""
     size = -(-n // NUM_TENSORS)
     grads = [torch.randn(min(size, n - begin), device=device).bfloat16() for begin in range(0, n, size)]
     k = max(1, int(RATIO * n))
@@ -259,7 +261,9 @@ def _lists(n: int, device: str) -> Iterator[Case]:
 
 
 def adamw_cases(n: int, device: str) -> Iterator[Case]:
-    """sparse_adamw_ on n weights; at 50 M the calls themselves, 0.1 ms with cold caches, still count on a CPU.
+    """Yield cases of sparse_adamw_ on n weights.
+
+    At 50 M weights the calls themselves, 0.1 ms with cold caches, still count on a CPU.
 
     Cost: 22 bytes of memory for each weight, of which the dense rival holds 16.
     """

@@ -81,6 +81,7 @@ class Artifact:
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """Return elements [start, stop) of a 1-D tensor. Raise UserError unless it is 1-D and has them."""
         try:
+            # A slice reads only its own bytes.
             piece = self._file.get_slice(name)
             if len(piece.get_shape()) != 1 or piece.get_shape()[0] < stop:
                 raise ValueError(f"{name!r} has shape {piece.get_shape()}, expected one dimension of {stop} or more")
@@ -117,6 +118,7 @@ def open_artifact(path: Path | str, kind: Kind, verify: bool = True) -> Iterator
         _check_kind(path, kind, strings)
         metadata = checked(strings, Metadata, f"{kind.what} {path}: metadata", kind.remedy)
         artifact = Artifact(path, kind, strings, metadata, names, file)
+        # Files of other programs may have no checksum: they are read, if their kind allows it.
         must_match = verify and (metadata.checksum is not None or kind.needs_checksum)
         if must_match and metadata.checksum != _checksum(artifact.names, artifact.tensor):
             raise UserError(f"{kind.what} {path} is damaged: its checksum does not match its content; {kind.remedy}")
@@ -174,6 +176,7 @@ def check_index(artifact: Artifact, name: str, index: Tensor, numel: int | None)
         raise artifact.refuse(
             f"indices of {name!r} are {index.dtype} with {index.dim()} dimensions, expected 1-D int32 or int64"
         )
+    # Strictly ascending, so that no element is written twice and the last position bounds all.
     bound = 2**63 - 1 if numel is None else numel
     if index.numel() == 0 or int(index[0]) < 0 or int(index[-1]) >= bound or bool((index[1:] <= index[:-1]).any()):
         raise artifact.refuse(f"indices of {name!r} are not ascending positions below {bound}")
@@ -189,6 +192,7 @@ def _check_kind(path: Path, kind: Kind, strings: Mapping[str, str]) -> None:
 def _checksum(names: Any, read: Any) -> str:
     """Return the sha256 of tensors that read() returns one by one. Memory: one tensor."""
     digest = hashlib.sha256()
+    # Names are part of the digest: two tensors of equal bytes cannot be exchanged unnoticed.
     for name in sorted(names):
         digest.update(name.encode())
         digest.update(read(name).contiguous().flatten().view(torch.uint8).numpy().data)

@@ -28,8 +28,12 @@ def write_manifest(folder: Path | str, names: Iterable[str] | None = None) -> No
     barrier()
     found = [folder / name for name in names] if names is not None else [folder]
     files = _files(folder, found)
+
+    # Each rank reads a part of the files. Flushing them first makes the manifest the last thing on disk.
     own = {name: _digest(folder / name, sync=True) for name in files[rank() :: world_size()]}
     sums = {name: digest for share in all_gather_objects(own) for name, digest in share.items()}  # type: ignore[attr-defined]
+
+    # One rank collects the digests.
     if is_main():
         for inner in sorted({(folder / name).parent for name in files}):
             sync_folder(inner)
@@ -78,6 +82,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         raise UserError(f"{path} is empty: it is damaged, or the folder was not written to its end")
     sums = {}
     for number, line in enumerate(lines, start=1):
+        # Two spaces between digest and name, as sha256sum writes them.
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != 64 or Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path} line {number}: expected a sha256 and a file in the folder, got {line[:80]!r}")

@@ -76,6 +76,7 @@ def check_mask_file(path: Path | str, layout: Layout | None = None) -> dict[str,
         for name in parameters_in(file):
             numel = int(torch.Size(known[name]).numel()) if layout is not None else file.metadata.numel(name)
             count += _check_parameter(file, name, numel)
+        # An empty mask trains nothing: it is a mistake.
         stated = file.metadata.selected
         if count == 0 or stated not in (None, count):
             raise file.refuse(f"it selects {count} elements, its metadata says {stated}")
@@ -145,6 +146,7 @@ def _problem(path: Path | str, layout: Layout) -> str | None:
 def _positions(file: Artifact, name: str, start: int, stop: int) -> Tensor:
     """Return the selected positions in [start, stop) of one parameter, int64."""
     if file.strings["version"] == "1":
+        # A part may begin inside a byte: read whole bytes, then drop what is outside.
         first_byte = start // 8
         found = ops.mask_to_index(file.part(name, first_byte, (stop + 7) // 8)) + 8 * first_byte
     else:
@@ -165,6 +167,7 @@ def _check_parameter(file: Artifact, name: str, numel: int | None) -> int:
         raise file.refuse(
             f"{name!r} has {bits.numel()} bytes, a parameter of {numel} elements needs {(numel + 7) // 8}"
         )
+    # The count would hide bits past the end, and the mask would select other elements than it says.
     if numel is not None and numel % 8 and int(bits[-1]) >> (numel % 8):
         raise file.refuse(f"{name!r} has bits set past its last element: it was packed for another shape")
     return int(np.bitwise_count(bits.numpy()).sum(dtype=np.int64))
@@ -180,6 +183,7 @@ def _check_model(file: Artifact, layout: Layout) -> None:
                 f"{nearest(name, list(known)) or '.'} Give the model it was made for"
             )
         shape = shapes.get(name, list(known[name]))
+        # The fingerprint below would find this too, but cannot name the parameter.
         if shape != list(known[name]):
             raise file.refuse(
                 f"{name!r} has shape {shape}, this model's is {list(known[name])}: it is a mask of another model"

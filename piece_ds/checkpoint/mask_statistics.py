@@ -34,6 +34,7 @@ def place_of(name: str) -> Place:
 
     For example, model.layers.3.self_attn.q_proj.weight is in layer '3' and module 'self_attn.q_proj'.
     """
+    # The first number in a name is the layer; experts have a second one.
     match = re.match(r".*?\.(\d+)\.(.+)$", name)
     layer, rest = (match.group(1), match.group(2)) if match else (OUTSIDE, name)
     return Place(layer, rest.removesuffix(".weight"))
@@ -59,6 +60,7 @@ def mask_statistics(index: dict[str, Tensor], numel: dict[str, int]) -> dict[str
 
 def overlap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     """Return the Jaccard index of two masks: shared / united selected elements, in [0, 1]."""
+    # Positions of a mask are distinct, which isin() may assume.
     shared = sum(int(torch.isin(first[n], second[n], assume_unique=True).sum()) for n in first.keys() & second.keys())
     united = sum(i.numel() for i in first.values()) + sum(i.numel() for i in second.values()) - shared
     return shared / united if united else 0.0

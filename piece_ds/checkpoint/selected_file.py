@@ -27,6 +27,7 @@ def save_selected_state(path: Path | str, mask: Mask, state: SelectedState) -> N
         sizes = [positions.numel() for positions in index.values()]
         tensors: dict[str, Tensor] = {f"{name}.indices": positions for name, positions in index.items()}
         for part in PARTS:
+            # clone(): safetensors refuses tensors that share memory.
             pieces = zip(index, state.tensors[part].split(sizes), strict=True)
             tensors |= {f"{name}.{part}": piece.clone() for name, piece in pieces}
         metadata = {**describe(mask, index), "step": str(state.step), "counters": json.dumps(state.counters)}
@@ -52,6 +53,7 @@ def load_selected_state(path: Path | str, mask: Mask) -> SelectedState:
         not torch.equal(tensors[f"{name}.indices"], positions) for name, positions in index.items()
     ):
         raise UserError(f"{path} is of another mask: its positions differ from the task's")
+    # All values are fp32, whatever the model's dtype: masters and moments.
     expected = {f"{name}.{part}": (torch.float32, index[name].shape) for name in index for part in PARTS}
     wrong = next((name for name, like in expected.items() if (tensors[name].dtype, tensors[name].shape) != like), None)
     if wrong is not None:

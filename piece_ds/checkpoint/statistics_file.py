@@ -38,6 +38,7 @@ class PartialStatistics:
 
     def begin(self, stats: GradientStats) -> None:
         """Fill stats with the newest saved sums, if there are any."""
+        # Rank 0 decides: file systems may show other ranks an older state.
         kept = broadcast_object(self._newest() if is_main() else None)
         if kept is not None:
             load_statistics_into(stats, kept, self.source)
@@ -52,6 +53,7 @@ class PartialStatistics:
         place = self.folder / f"{stats.num_micro_batches:09d}"
         save_statistics(place, stats, self.source)
         if is_main():
+            # The new sums are complete, so older ones are of no use.
             for other in self.folder.iterdir():
                 if other != place:
                     shutil.rmtree(other)
@@ -59,6 +61,7 @@ class PartialStatistics:
         exit_if_signalled(f"after {stats.num_micro_batches} micro-batches of statistics")
 
     def _newest(self) -> Path | None:
+        # Names are padded numbers, so the largest name is the newest.
         complete = [path for path in self.folder.glob("*") if has_statistics(path)]
         return max(complete, default=None)
 
@@ -88,6 +91,7 @@ def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, 
         source: what they are of (data file, batch size, ...). load_statistics() compares it.
     """
     folder, layout = Path(folder), stats.layout
+    # Copies, as safetensors refuses views that share memory.
     tensors = {}
     for info, part, offset in layout.owned():
         grad_sum, square_sum = stats.fragment(offset, part.numel)

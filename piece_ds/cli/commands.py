@@ -23,6 +23,7 @@ def launched_command(words: list[str]) -> str | None:
     Args:
         words: the command line without the program's name. deepspeed's launcher puts --local_rank=N before the command.
     """
+    # The launcher's own flag may come first.
     first = next((word for word in words if not word.startswith(("--local_rank", "--local-rank"))), None)
     return first if first in LAUNCHED else None
 
@@ -30,6 +31,7 @@ def launched_command(words: list[str]) -> str | None:
 def run_launched(command: str, words: list[str]) -> NoReturn:
     """Run a command of LAUNCHED as a program, with the rest of its command line, and exit."""
     rest = list(words)
+    # Only the first occurrence is the command; a value of a flag may be the same word.
     rest.remove(command)
 
     def main(argv: list[str]) -> None:

@@ -138,6 +138,7 @@ def open_model(arguments: argparse.Namespace) -> ModelFolder:
 
 def _empty_model(arguments: argparse.Namespace) -> nn.Module:
     if not Path(model_source(arguments.model)).is_dir():
+        # A Hub id is not enough: the folder's files are read and written.
         what = "a file" if Path(arguments.model).exists() else "nothing there"
         raise UserError(f"{arguments.model}: expected a transformers model folder, found {what}")
     source = ModelArguments(model_name_or_path=arguments.model, trust_remote_code=arguments.trust_remote_code)

@@ -62,6 +62,7 @@ def merge_models(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     folder = open_model(arguments)
+    # The other deltas are compared with the first one by merge_deltas().
     verify(folder, [Step(deltas[0])])
 
     # Write the delta, or the model with it.
@@ -69,6 +70,7 @@ def merge_models(arguments: argparse.Namespace) -> None:
         merge_deltas(deltas, merge, output)
         say_size(output)
         return
+    # The merged delta is only a step on the way to the model.
     with tempfile.TemporaryDirectory() as scratch:
         merged = Path(scratch) / "merged.safetensors"
         merge_deltas(deltas, merge, merged)

@@ -86,6 +86,7 @@ def _run_small(settings: Settings, folder: RunFolder, seed: int) -> list[RunResu
     """Make the base model, run the method over the stream, then sequential fine-tuning for comparison."""
     recipe = EmbeddedRecipe()
     base = folder.root / "base"
+    # Only a folder that holds a run is ours to clear.
     if settings.output.overwrite_output_dir and is_main() and folder.run_file.exists():
         shutil.rmtree(base, ignore_errors=True)  # it may be of another seed
     barrier()

@@ -52,6 +52,7 @@ def evaluate(settings: Settings) -> tuple[EvalResult, dict[str, str]]:
     model: Any = inference_model(load_model(settings.model, inputs.dtype), arguments)
     if not reads_images(inputs.config):
         padding = pad_id(tokenizer_of(inputs.tokenizer))
+        # A model that sees padding or later tokens would give wrong losses without any error.
         check_rows(model, answer_tokens(inputs.tasks[0].test), padding, arguments.per_device_eval_batch_size == 1)
 
     # Evaluate all tasks.

@@ -39,6 +39,7 @@ def train(model: str | Path, tasks: Any, output_dir: str | Path, **settings: Any
             f"model is a {type(model).__name__}, expected a folder or a Hub id: write it with save_pretrained() beside "
             "its tokenizer, and give the folder"
         )
+    # A notebook is one process without a launcher.
     one_process_environment()
     flags = {"model_name_or_path": model, "output_dir": output_dir, **_task_flags(tasks, Path(output_dir)), **settings}
     argv = [item for name, value in flags.items() for item in _as_flag(name, value)]
@@ -77,6 +78,7 @@ def _place(stem: Path, rows: str | Path | Rows) -> None:
     """Put one split where a stream's folder has it: as a link to a file, or as a file of rows."""
     if is_main():
         stem.parent.mkdir(parents=True, exist_ok=True)
+        # An earlier call may have left this split in another format.
         for suffix in READERS:
             stem.with_suffix(suffix).unlink(missing_ok=True)
         if isinstance(rows, str | Path):

@@ -149,6 +149,7 @@ def _chosen(settings: Settings, known: list[Contender], recipe: OfficeRecipe) ->
     own = settings.method.method
     if "method" not in settings.given:
         return known
+    # A known method keeps its tuned rate; another one gets that of full fine-tuning.
     flags = next((c.flags for c in known if c.flags["method"] == own), {"learning_rate": recipe.full_learning_rate})
     return [Contender(own, "", flags), *(c for c in known if c.name == "seqft" != own)]
 
@@ -185,6 +186,7 @@ def frontier_grid(comparison: Comparison) -> Grid:
     rows = []
     for run, folder in zip(comparison.runs, comparison.folders, strict=True):
         summary = run.matrix.summary()
+        # One delta per task, so the mean is the price of keeping one task.
         deltas = [path.stat().st_size for path in folder.glob("[0-9][0-9]-*/delta.safetensors")]
         rows.append(
             (

@@ -58,6 +58,7 @@ def markdown_table(setting: Setting, models: list[str]) -> Iterator[str]:
     for model in models:
         shape = _shape(model)
         for world in TABLE_RANKS:
+            # All modes side by side, everything else equal.
             settings = [replace(setting, world=world, update_mode=mode) for mode in TABLE_MODES]
             memory = [_training_and_selection(memory_terms(shape, s)) for s in settings]
             traffic = [f"{_step_traffic(shape, s) / GB:.2f}" for s in settings[2:]]
@@ -67,6 +68,7 @@ def markdown_table(setting: Setting, models: list[str]) -> Iterator[str]:
 def _training_and_selection(terms: list[Term]) -> str:
     sums = [term for term in terms if not term.is_estimate]
     training = max(total(sums, moment) for moment in MOMENTS[1:])
+    # Full fine-tuning and LoRA have no selection to pay for.
     selects = any(term.name == "statistics" for term in terms)
     return f"{training / GB:.2f}" + (f" / {total(sums, MOMENTS[0]) / GB:.2f}" if selects else "")
 

@@ -60,6 +60,7 @@ def _settings(folder: Path, from_results: Mapping[str, Any]) -> dict[str, Any]:
     content = read_json(path, dict[str, Any], "run's configuration", "copy the run's folder again")
     parts = {name: value for name, value in content.items() if name not in _LEFT_OUT}
     nested = [part for part in parts.values() if isinstance(part, dict)]
+    # run.json groups settings (model, data, ...); a comparison needs only their names.
     flat = {name: value for part in nested for name, value in part.items()}
     flat |= {name: value for name, value in parts.items() if not isinstance(value, dict)}
     root = _own_root(folder)

@@ -51,6 +51,7 @@ def select_mask(settings: Settings) -> Mask:
     # An engine without an optimizer is enough for gradients.
     engine = statistics_engine(model, arguments)
     if not reads_images(inputs.config) and not settings.data.packing:
+        # One row per micro-batch is never padded.
         one_row_at_a_time = settings.method.importance_batch_size == 1
         padding = pad_id(tokenizer_of(inputs.tokenizer))
         check_rows(engine, answer_tokens(task.train), padding, one_row_at_a_time)

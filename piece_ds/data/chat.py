@@ -42,6 +42,7 @@ class ChatTemplate:
     @property
     def marks_generation(self) -> bool:
         """Whether the template itself says which tokens the assistant generates."""
+        # A tokenizer may have several templates by name.
         own = self.tokenizer.chat_template
         template = self.source or (own.get("default", "") if isinstance(own, dict) else own or "")
         return _GENERATION.search(template) is not None
@@ -79,6 +80,7 @@ class ChatTemplate:
         """
         text = self.text(messages, where)
         for index, message in enumerate(messages, start=1):
+            # Templates for images ignore plain text: such a row would teach an empty answer.
             if message["role"] == "assistant" and _answer(message) not in text:
                 raise UserError(
                     f"{where}: the chat template leaves out what turn {index} says (one for images may expect parts "

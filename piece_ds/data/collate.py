@@ -89,6 +89,7 @@ class Collator:
             input_ids, labels and attention_mask, int64, (len(rows), padded length), on the CPU.
         """
         longest = max(len(row["input_ids"]) for row in rows)
+        # A single row needs no padding, so no model can be disturbed by it.
         multiple = self.multiple if len(rows) > 1 else 1
         shape = (len(rows), -(-longest // multiple) * multiple)
         input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)

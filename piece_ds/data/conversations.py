@@ -59,9 +59,11 @@ def checked_messages(value: Any, key: str, where: str) -> Messages:
 def _checked_turn(turn: Any, where: str) -> dict[str, str]:
     if not isinstance(turn, dict):
         raise UserError(f"{where}: expected an object with role and content, got {type_name(turn)}")
+    # OpenAI's keys first, then ShareGPT's.
     keys = next((pair for pair in (("role", "content"), ("from", "value")) if all(key in turn for key in pair)), None)
     if keys is None:
         raise UserError(f"{where}: no role and content (or from and value), it has {sorted(map(str, turn))}")
+    # An unknown key with a value (tool calls, images) may change what the turn means.
     unknown = [key for key, value in turn.items() if key not in _IGNORED_KEYS and value not in (None, [], "", {})]
     if unknown:
         raise UserError(f"{where}: {unknown[0]!r} in a turn is not supported; remove the key or the row")
@@ -109,6 +111,7 @@ def from_alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
         for pair in pairs
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
+    # Check under the row's own keys, so that messages name them.
     names = ("instruction", "output")
     for name, text in zip(names, pairs[-1], strict=True):
         if not text_of(text, name, where).strip():

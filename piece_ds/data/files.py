@@ -59,6 +59,7 @@ def read_data_file(path_or_name: str, images: bool = False, columns: Columns = N
     if _is_hub_name(path_or_name, path):
         return _from_hub(path_or_name, images, columns)
     _check_file(path)
+    # The first row decides the columns of the whole file.
     form = first_format(path, columns)
     features = features_of(form.kind, images)
     if path.stat().st_size <= IN_MEMORY_BYTES:
@@ -123,6 +124,7 @@ def _through_cache(path: Path, features: datasets.Features, images: bool, column
     try:
         return datasets.Dataset.from_generator(_cached_rows, features=features, gen_kwargs=key)
     except datasets.exceptions.DatasetGenerationError as error:
+        # The datasets library wraps our message in its own error.
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise

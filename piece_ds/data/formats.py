@@ -105,6 +105,7 @@ def format_of(row: Any, where: str) -> RowFormat:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with prompt and answer, got {type_name(row)}")
     for form in FORMATS:
+        # The same keys hold texts or messages: the value's type tells.
         is_of_messages = form.convert is not _completion_messages or isinstance(row.get("completion"), list)
         if all(key in row for key in form.keys) and is_of_messages:
             return form
@@ -174,6 +175,7 @@ def renamed_row(row: Any, columns: dict[str, str], where: str) -> Any:
         raise UserError(
             f"{where}: --columns names {missing[0]!r}, it has {str(names)[:200]}.{nearest(missing[0], names)}"
         )
+    # A renamed column hides one that already has the known name.
     kept = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
     return {**kept, **{known: row[name] for name, known in columns.items()}}
 
@@ -196,6 +198,7 @@ def checked_rows(
         where = f"{source} row {number}"
         row = renamed_row(raw, columns or {}, where)
         form = format_of(row, where)
+        # One file, one format: a mixed file is more likely a mistake.
         first = first or form
         if form is not first:
             raise UserError(

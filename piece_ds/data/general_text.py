@@ -53,6 +53,7 @@ def builtin_rows(encoder: Encoder, num_rows: int, num_tokens: int, seed: int) ->
     random = Random(f"{seed}/general text")
     rows: list[list[int]] = []
     for text in _prose(random):
+        # One piece per text, from its start, so that rows are independent of each other.
         window = encoder.windows(text)[0]["input_ids"][:num_tokens] if text.strip() else []
         if len(window) == num_tokens:
             rows.append(window)

@@ -22,6 +22,7 @@ def hold_out(rows: datasets.Dataset, share: float, seed: int, source: str) -> tu
     if len(rows) < 2:
         raise UserError(f"{source} has {len(rows)} row: --validation_share needs at least 2")
     num_held_out = min(max(1, round(share * len(rows))), len(rows) - 1)
+    # numpy's generator gives the same numbers on every platform.
     order = np.random.default_rng(abs(seed)).permutation(len(rows))
     chosen, kept = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])
     return rows.select(kept), rows.select(chosen)

@@ -60,6 +60,7 @@ class ImageCollator:
     def _batch(self, rows: Sequence[Row], pad: Collator) -> dict[str, Tensor]:
         # Every rank must run the vision tower: see the class.
         whole = [*rows] if any(row.get("image") for row in rows) else [*rows, self._stand_in()]
+        # The processor sees only rows with images; the other rows are token ids already.
         unfolded, joined = self._unfold([row for row in whole if row.get("image")])
         remaining = iter(unfolded)
         sequences = [_with_answer(next(remaining), row["labels"]) if row.get("image") else row for row in whole]
@@ -77,6 +78,7 @@ class ImageCollator:
         """
         texts = [row["text"] for row in rows]
         options = ImagePrompt(self.processor).options(texts[0])
+        # Padded on the left, so that every prompt ends where its answer will begin.
         encoded = self.processor(
             text=texts,
             images=[[_image_of(row)] for row in rows],
@@ -86,6 +88,7 @@ class ImageCollator:
             **options,
         )
         mask = encoded.pop("attention_mask").bool()
+        # Tensors with one entry per token have the mask's shape; the others belong to images.
         along = [name for name, tensor in encoded.items() if tensor.shape[:2] == mask.shape]
         for name in along:
             if name != "input_ids":

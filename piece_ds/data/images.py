@@ -38,6 +38,7 @@ class ImageFolder:
 
     def find(self, path: str) -> Path | None:
         """Return the file that path means, or None if there is none. Raise UserError if two files may be meant."""
+        # Data sets made on Windows have backslashes.
         given = PurePath(path.replace("\\", "/"))
         if given.is_absolute() and os.path.isfile(given):
             return Path(given)

@@ -77,6 +77,7 @@ def read_rows(path: Path) -> Iterator[Any]:
         UserError: the text is not UTF-8, or a line does not parse; the message names the line.
     """
     try:
+        # Text is decoded while it is read, so the error can come from any row.
         yield from READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         line = _first_undecodable_line(path)
@@ -87,6 +88,7 @@ def read_json(path: Path) -> Iterator[Any]:
     """Yield the items of a JSON list, or the lines of JSON lines (if the file begins with an object)."""
     with _open_text(path) as file:
         head = file.read(4096).lstrip(WHITESPACE)
+        # Many files of JSON lines are named .json.
         if head.startswith("{"):
             yield from read_jsonl(path)
             return
@@ -115,6 +117,7 @@ def read_csv(path: Path) -> Iterator[dict[str, Any]]:
         reader = csv.DictReader(file, strict=True)
         try:
             header = [name.strip() for name in reader.fieldnames or []]
+            # A dict would keep only the last of two columns of one name.
             repeated = _first_repeated(header)
             if repeated is not None:
                 raise UserError(f"{path}: the CSV header names {repeated!r} twice; name each column once")

@@ -86,11 +86,13 @@ def text_of(value: Any, key: str, where: str) -> str:
 
     Answers may also be finite numbers: they become text as Python writes them (11, 2.5).
     """
+    # bool is an int to isinstance(), but no answer.
     if key == "answer" and type(value) in (int, float) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{where}: {key} must be text, got {type_name(value)}")
     try:
+        # Such text cannot be written as UTF-8 later.
         value.encode()
     except UnicodeEncodeError:
         raise UserError(

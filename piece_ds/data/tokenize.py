@@ -49,6 +49,7 @@ class Encoder:
             turn = [{"role": "user", "content": prompt}]
             prompt = ChatTemplate(self.tokenizer).text(turn, f"prompt {prompt[:40]!r}", generation_prompt=True)
             return self._ids(prompt)[-self.cutoff :]
+        # The end of a prompt matters most: it is what the answer follows.
         ids = self._ids(prompt)[-self.cutoff :]
         return [self._bos_id(), *ids] if len(ids) < self.cutoff else ids
 

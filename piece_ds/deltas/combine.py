@@ -107,6 +107,7 @@ def _check(deltas: Sequence[Delta]) -> None:
         raise UserError(
             f"delta {deltas[bases.index(None)].path} has no fingerprint: nothing can show what it is based on"
         )
+    # Either all start from one base, or each from the result of the one before.
     stacked = all(before.result_fingerprint == after.base_fingerprint for before, after in pairwise(deltas))
     if len(set(bases)) > 1 and not stacked:
         raise UserError(
@@ -128,12 +129,14 @@ def _sparsified(delta: Delta, number: int, merge: Merge) -> dict[str, Tensor]:
         return found
     if merge.how == "ties":
         sizes = torch.cat([tau.abs() for tau in found.values()])
+        # The largest over the whole model, as the method's threshold is the task's and not a layer's.
         chosen = top(sizes, max(1, int(merge.density * sizes.numel())))
         for (name, tau), places in zip(found.items(), split(chosen, [t.numel() for t in found.values()]), strict=True):
             found[name] = torch.zeros_like(tau).index_copy_(0, places, tau[places])
         return found
     for name, tau in found.items():
         seed = hashlib.sha256(f"{merge.seed} {number} {name}".encode()).digest()[:8]
+        # Each delta and parameter has its own draw, whatever others are merged with it.
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
         drawn = torch.rand(tau.numel(), generator=generator, dtype=torch.float64) < merge.density
         found[name] = torch.where(drawn, tau / merge.density, 0.0)
@@ -148,6 +151,7 @@ def _merged(parts: Sequence[tuple[Change, float, Tensor]], merge: Merge) -> Chan
     weight = torch.zeros(len(parts), 1, dtype=torch.float64)
     for row, (change, of_task, tau) in reversed(list(enumerate(parts))):
         assert change.previous is not None
+        # Positions are sorted, so bisection finds them.
         places = torch.searchsorted(index, change.index)
         base[places] = change.previous  # runs backwards, so the first task's value wins: it saw the base itself
         weighted[row, places] = of_task * tau

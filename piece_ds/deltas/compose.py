@@ -82,11 +82,13 @@ def _overlay(name: str, changes: Sequence[Change]) -> tuple[Tensor, Tensor, Tens
     """Return (ascending positions, last values, first previous values or None) of one parameter."""
     index = torch.cat([change.index for change in changes]).unique()
     values = torch.empty(index.numel(), dtype=changes[0].values.dtype)
+    # Forwards, so that the last value wins.
     for change in changes:
         values[torch.searchsorted(index, change.index)] = change.values
     previous = None
     if all(change.previous is not None for change in changes):
         previous = torch.empty_like(values)
+        # Backwards, so that the first previous value wins.
         for change in reversed(changes):
             assert change.previous is not None
             previous[torch.searchsorted(index, change.index)] = change.previous

@@ -69,6 +69,7 @@ class Delta:
 
     def change(self, name: str) -> Change:
         """Return the change of one parameter. Memory: its part of the file."""
+        # open_delta() has verified the checksum.
         with open_artifact(self.path, DELTA, verify=False) as file:
             previous = file.tensor(f"{name}.previous") if self.reversible else None
             unscaled = file.tensor(f"{name}.unscaled") if self.scale != 1.0 else None
@@ -90,6 +91,7 @@ def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
         elif (path / DELTA_NAME).is_file():
             found.append(path / DELTA_NAME)
         else:
+            # Folders of tasks begin with a number; a folder named otherwise is no task of the run.
             tasks = [file for file in path.glob(f"*/{DELTA_NAME}") if file.parent.name.partition("-")[0].isdigit()]
             if not tasks:
                 what = "none in it" if path.exists() else "nothing there"
@@ -97,6 +99,7 @@ def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
                     f"{path}: expected a delta file, or a folder of a task or of a run that holds "
                     f"{DELTA_NAME}, found {what}"
                 )
+            # By number, as text would put 10 before 9.
             found += sorted(tasks, key=lambda file: int(file.parent.name.partition("-")[0]))
     return found
 

@@ -58,6 +58,7 @@ def require_stored_names(delta: Delta) -> None:
     parameter's own name would fit no checkpoint. Only the model knows the stored names.
     """
     for name, shape in delta.shapes.items():
+        # Names tell what transformers changes while it loads.
         parts = name.split(".")
         stacked = "experts" in parts and (len(shape) > 2 or parts[-1] not in ("weight", "bias"))
         renamed = bool({"language_model", "visual", "vision_tower", "vision_model"} & set(parts))
@@ -87,6 +88,8 @@ def export_peft(delta: Delta, output: Path | str, linear: set[str], base_model: 
     """
     if not delta.reversible:
         raise UserError(f"delta {delta.path} has no previous values, which an adapter of differences needs")
+
+    # PEFT can hold only weights of Linear modules, and only so many elements of each.
     outside = [name for name in delta.shapes if name not in linear]
     if outside:
         raise UserError(
@@ -127,6 +130,7 @@ def _shira(change: Change, shape: tuple[int, ...], rank: int) -> tuple[Tensor, T
     assert change.previous is not None
     length = rank * sum(shape)
     difference = (change.values.double() - change.previous.double()).float()
+    # PEFT adds in fp32 and rounds: count where that misses the delta's value.
     reproduced = (change.previous.float() + difference).to(change.values.dtype)
     index = torch.zeros(length, dtype=torch.int64)
     weight = torch.zeros(length)

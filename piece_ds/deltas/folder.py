@@ -138,6 +138,7 @@ def _files(root: Path) -> dict[str, dict[str, str]]:
 
     A single file has no index; its names are empty.
     """
+    # transformers and other programs disagree which of two wins, so two are refused.
     both = [name for name in (SINGLE_NAME, INDEX_NAME) if (root / name).exists()]
     if len(both) == 2:
         raise UserError(
@@ -154,6 +155,7 @@ def _files(root: Path) -> dict[str, dict[str, str]]:
     index = read_json(root / INDEX_NAME, _Index, "index of safetensors files", "copy the model folder again")
     found: dict[str, dict[str, str]] = {}
     for name, file in index.weight_map.items():
+        # A name with a folder in it would be a file outside the model folder.
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(
                 f"{root / INDEX_NAME} names {file[:80]!r}: expected the name of a safetensors file in the same folder"
@@ -186,6 +188,7 @@ def _header(path: Path, file: str) -> dict[str, Stored]:
     """Return the tensors of one file. The safetensors library checks the header; we read the offsets from it."""
     require_file(path, "model file", "copy the model folder again")
     try:
+        # The library finds headers that do not fit the file.
         with safe_open(path, framework="np"):
             pass
         with open(path, "rb") as handle:

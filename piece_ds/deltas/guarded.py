@@ -55,6 +55,7 @@ def locked(root: Path) -> Iterator[None]:
     """
     path = root / _LOCK_NAME
     try:
+        # O_NOFOLLOW: a link by this name may lead anywhere.
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UserError(f"{root} cannot be changed in place ({error.strerror}): use --output") from None
@@ -102,9 +103,11 @@ def replace_file(path: Path, change: Callable[[Path], object]) -> None:
     before = path.stat()
 
     def write(temporary: Path) -> None:
+        # Nobody else may read the copy while it is written, whatever the folder's mode.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         shutil.copyfile(path, temporary)
         change(temporary)
+        # require_changeable() has checked that this process may do so.
         if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
             os.chown(temporary, before.st_uid, before.st_gid)
         os.chmod(temporary, stat.S_IMODE(before.st_mode))

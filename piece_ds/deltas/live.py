@@ -97,6 +97,7 @@ def _dtensor_writer(whole: DTensor, index: Tensor) -> Callable[[Tensor], None]:
     """
     local = whole.to_local()
     chunks = whole.__create_chunk_list__()
+    # A rank that holds nothing has nothing to write; several blocks are not supported.
     if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local.shape) or local.numel() == 0:
         if local.numel() == 0:
             return lambda values: None

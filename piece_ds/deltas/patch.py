@@ -72,6 +72,7 @@ def _rename(temporary: Path, output: Path) -> None:
 def require_free(output: Path) -> None:
     """Raise UserError if something exists at output, or nothing can be written there."""
     try:
+        # A dangling link does not exist, but its name is taken.
         taken = output.exists() or output.is_symlink()
         if not taken:
             output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +126,7 @@ def _begin(folder: ModelFolder, steps: Sequence[Step]) -> tuple[Unfinished, bool
     """
     record = read_record(folder.root)
     applied = record.after(*_split(steps), folder.root).applied
+    # The same steps on the same delta files: then the note is of this very call.
     what = tuple((step.verb, step.delta.metadata.get("checksum")) for step in steps)
     for file in folder.files:
         require_changeable(folder.root / file)
@@ -134,6 +136,7 @@ def _begin(folder: ModelFolder, steps: Sequence[Step]) -> tuple[Unfinished, bool
         _check_note(folder, record.unfinished)
         return replace(record.unfinished, applied=applied), True
     note = Unfinished(what, applied, verify(folder, steps).files)
+    # The note is on disk before the first byte of the model changes.
     write_record(folder.root, replace(record, unfinished=note))
     return note, False
 

@@ -80,6 +80,7 @@ class Record:
             UserError: a delta to revert is not on top, or a delta to apply is there already.
         """
         applied = list(self.applied)
+        # A folder without a record (a plain copy) may hold deltas all the same: verify() decides then.
         for delta in removed if applied else ():
             top = applied.pop() if applied else None
             if top is None or not _same(top, entry_of(delta)):

@@ -87,6 +87,7 @@ def prune_delta(delta: Delta, keep: float, output: Path | str, by: str = PRUNE_B
         raise UserError(f"by is {by!r}: expected one of {', '.join(PRUNE_BY)}")
     require_previous(delta, "pruning")
     changes = {name: delta.change(name) for name in delta.shapes}
+    # One budget over all parameters.
     scores = torch.cat([_size(change, by) for change in changes.values()])
     chosen = top(scores, max(1, int(keep * scores.numel())))
     kept = dict(zip(changes, split(chosen, (change.index.numel() for change in changes.values())), strict=True))

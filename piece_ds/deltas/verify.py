@@ -120,9 +120,11 @@ def _visit(folder: ModelFolder, name: str, steps: Sequence[Step], counts: list[_
         The tensor's hash, and what the steps add to it.
     """
     place, parameter = folder.stored[name], folder.parameter_of[name]
+    # A tensor of a dtype that no delta can have is not part of the fingerprint.
     if place.dtype is None:
         return 0, 0
     flat = map_bits(folder.root / place.file, place, "c")
+    # Hashes of elements add up, so a change needs only the elements it touches.
     own, changes = hash_range(parameter, flat), 0
     for step, count in zip(steps, counts, strict=True):
         if parameter in step.delta.shapes:

@@ -41,6 +41,7 @@ def write_delta(
     difference = 0
     for name, change in kept.items():
         assert change.previous is not None
+        # A finite value that became infinite would destroy the model unnoticed.
         if bool((change.values.isinf() & change.previous.isfinite() & _finite(change.unscaled)).any()):
             raise UserError(f"{output} is not written: a value of {name!r} is too large for {change.values.dtype}")
         tensors[f"{name}.indices"] = index_tensor(change.index, prod(shapes[name]))

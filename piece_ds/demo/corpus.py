@@ -53,6 +53,7 @@ def draw_text_rows(paths: list[Path], num_rows: int, num_bytes: int, random: Ran
         A list of num_rows rows; pieces may overlap.
     """
     texts = [path.read_bytes().decode("ascii", errors="ignore") for path in paths]
+    # One text, so that a file's chance is proportional to its size.
     joined = "\n".join(text.replace("\r", " ") for text in texts)
     rows: list[Row] = []
     while len(rows) < num_rows:

@@ -79,6 +79,7 @@ def draw_rows(make_row: RowMaker, num_rows: int, random: Random) -> list[Row]:
     num_repeats = 0
     while len(rows) < num_rows:
         row = make_row(random)
+        # Repeats in a row, not in total: a large space has repeats too.
         num_repeats = num_repeats + 1 if row["prompt"] in rows else 0
         if num_repeats > MAX_REPEATS:
             raise ValueError(f"only {len(rows)} of {num_rows} different prompts exist; last one: {row['prompt']!r}")

@@ -68,6 +68,7 @@ def write_embedded(folder: Path, seed: int, recipe: EmbeddedRecipe | None = None
 
 
 def _base_material(seed: int, recipe: EmbeddedRecipe) -> tuple[list[Row], list[Row]]:
+    # Each part has a generator of its own, so that a change of one part leaves the others as they are.
     random = Random(f"{seed}/base")
     learned, held_out = split_files(source_files(), random)
     num_text_rows = int(recipe.num_base_rows * recipe.text_share)

@@ -98,6 +98,7 @@ def _folder(what: str, place: Path) -> Finding:
     """Return whether a file can be written and read back in a folder, and how much space is free."""
 
     def look() -> str:
+        # The folder may not exist yet: a run would make it.
         inside = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
         with tempfile.TemporaryFile(dir=inside) as probe:
             probe.write(b"piece_ds")

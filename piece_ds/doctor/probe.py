@@ -26,6 +26,7 @@ def main() -> None:
 
 
 def _finding(wrong: list[str], right: str) -> dict[str, str]:
+    # One rank's problem is everyone's.
     everywhere = [problem for problems in all_gather_objects(wrong) for problem in problems]  # type: ignore[attr-defined]
     return {"status": BAD if everywhere else GOOD, "found": "; ".join(everywhere) or right}
 

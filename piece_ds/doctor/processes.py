@@ -50,6 +50,7 @@ def _start(rank: int, num_ranks: int, port: int, folder: Path) -> "subprocess.Po
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
     }
+    # Local processes must not fight for the cores.
     environment.setdefault("OMP_NUM_THREADS", "1")
     with open(folder / f"rank{rank}.log", "wb") as log:
         command = [sys.executable, "-m", "piece_ds.doctor.probe", str(folder / "result.json")]
@@ -67,6 +68,7 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float) -> list[i
     failed_at: float | None = None
     while any(process.poll() is None for process in processes):
         now = time.monotonic()
+        # A non-zero code; the others may wait for that process forever.
         if any(process.poll() for process in processes):
             failed_at = failed_at or now
         if now > deadline or (failed_at is not None and now > failed_at + GRACE_SECONDS):
@@ -78,6 +80,7 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float) -> list[i
 
 def _last_words(folder: Path, codes: list[int]) -> str:
     """Return the last line of the first process that failed by itself, or else of any process that was killed."""
+    # A positive code is the process's own; a negative one is a signal, probably ours.
     failed = [rank for rank, code in enumerate(codes) if code > 0] or [rank for rank, code in enumerate(codes) if code]
     for rank in failed:
         lines = (folder / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()

@@ -82,8 +82,10 @@ def parse_letter(text: str) -> str | None:
 
     A first line that lists several options repeats the prompt. It answers nothing, unless a cue follows.
     """
+    # Full-width letters and signs of Chinese text become ASCII.
     text = unicodedata.normalize("NFKC", text).strip()
     cued = _CUED_LETTER.search(text)
+    # Models that repeat the prompt list the options first.
     first_line = text.split("\n", 1)[0]
     if {"A", "B"} <= set(_LISTED_LETTER.findall(first_line)):
         return cued.group(1) if cued else None

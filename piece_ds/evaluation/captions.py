@@ -19,6 +19,7 @@ def bleu(outputs: Sequence[str], golds: References, order: int) -> float:
     from sacrebleu.metrics.bleu import BLEU
 
     most = max(map(len, golds))
+    # sacrebleu takes references by column, with None if a row has fewer.
     columns: Any = [[row[i] if i < len(row) else None for row in golds] for i in range(most)]
     metric = BLEU(lowercase=True, max_ngram_order=order, effective_order=False)
     return metric.corpus_score(list(outputs), columns).score / 100

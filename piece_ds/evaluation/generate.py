@@ -116,6 +116,7 @@ def generate_texts(
         shares = shard_batches(lengths, batch_size)
         for share in progress_bar(shares, description, unit="batch"):
             exit_if_signalled("during an evaluation")
+            # Without partitioned parameters a filler batch would only cost time.
             if not share.counted and not synced:
                 continue
             inputs = inputs_of(share.indices)
@@ -168,6 +169,7 @@ def generation_config(
     An answer ends at the tokenizer's EOS or at any of the model's own end tokens. Chat models have several.
     """
     own = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    # Chat models end a turn and a text with different tokens: any of them ends an answer.
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(

@@ -70,6 +70,7 @@ def passed(problems: list[Problem], completions: list[str], tries: Callable[[Sub
         completions: one per problem, the same on every rank.
         tries: runs one submission.
     """
+    # Interleaved, so that slow problems in a row fall to different ranks.
     own = range(rank(), len(problems), world_size())
     found = [
         (index, tries(problems[index].submission(completions[index])))

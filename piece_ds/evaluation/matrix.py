@@ -63,6 +63,7 @@ class Measure:
         It is positive if ability was lost. None for fewer than two tasks.
         """
         last = len(self.after) - 1
+        # For a loss the best value is the lowest, and a rise is what was lost.
         sign, best = (1.0, max) if self.higher_is_better else (-1.0, min)
         losses: list[float | None] = []
         for task in range(last):

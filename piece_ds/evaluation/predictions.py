@@ -60,6 +60,7 @@ def rescore(path: Path | str, scorer: str | None = None, scoring: str = SCORINGS
     """
     prompts, answers, outputs = read_predictions(path)
     task = Path(path).stem
+    # The file is named after its task, which decides the scorer unless one is given.
     name = scorer or choose_scorers([(task, answers)])[task]
     if not get_scorer(name).generates:
         raise UserError(f"--scorer {name} scores no texts; one of the others does")

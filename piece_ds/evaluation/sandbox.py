@@ -19,7 +19,7 @@ from piece_ds.runtime.errors import UserError
 TIMEOUT_SECONDS = 5.0  # what the method's authors allow a HumanEval problem
 MEMORY_BYTES = 1 << 30
 _JUDGE = Path(__file__).parent / "isolated" / "judge.py"
-_KEPT = ("LD_LIBRARY_PATH", "PATH")  # all of the environment that the judge gets: it may hold secrets
+_KEPT = ("LD_LIBRARY_PATH", "PATH")  # all that the judge gets of the environment, which may hold secrets
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def check_sandbox() -> None:
             "--humaneval: generated code cannot be run shut off on this machine (it takes Linux with "
             "seccomp on x86_64 or aarch64); leave the flag out"
         )
+    # A kernel may accept the filter and not enforce it: try what must fail.
     for harmful in _HARMFUL:
         program = f"def run():\n    try:\n        {harmful}\n    except OSError:\n        return 'stopped'\n"
         if not passes(Submission(program, "run", check)):

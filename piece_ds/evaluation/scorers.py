@@ -133,6 +133,7 @@ def choose_scorers(
     for task in chosen:
         if task not in golds:
             raise UserError(f"--scorers: no task {task!r}; tasks are {', '.join(golds)}.{nearest(task, [*golds])}")
+    # A task's own answers decide only if neither the flag nor its name does.
     by_answers = {task: _by_answers(texts, task in about_images) for task, texts in golds.items()}
     return {task: chosen.get(task) or OF_TRACE.get(task) or by_answers[task] for task in golds}
 
@@ -141,6 +142,7 @@ def _by_answers(golds: list[str], about_images: bool) -> str:
     kind = answer_kind(golds)
     if not about_images or kind == LETTER:
         return _OF_KIND[kind]
+    # Answers to questions about images are a few words, captions are sentences.
     short = sum(len(gold.split()) <= MAX_WORDS_OF_VQA for gold in golds)
     return "vqa" if 2 * short > len(golds) else "caption"
 

@@ -63,6 +63,7 @@ def write_rows(
         tokens by 135 M parameters in bf16 on one core, 21 s.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # The same token begins the rows of training.
     first = eos if bos is None else bos
     written = generate_texts(
         model,
@@ -95,6 +96,7 @@ def self_written_file(
     Returns:
         A JSONL file of rows of input_ids and labels, which every flag for a data file accepts.
     """
+    # Another model or other settings make another file.
     key = hashlib.sha256(json.dumps([digest, asdict(writing)]).encode()).hexdigest()[:16]
     path = cache_folder() / "general_text" / f"self-{key}.jsonl"
     if not all(all_gather_objects(path.is_file())):

@@ -20,6 +20,7 @@ def bleu_4(outputs: Sequence[str], golds: Sequence[str]) -> float:
     """
     from sacrebleu.metrics.bleu import BLEU
 
+    # The default rule would make one token of a Chinese sentence.
     tokenize = "zh" if any(re.search(f"[{_SPACELESS}]", gold) for gold in golds) else "13a"
     return BLEU(tokenize=tokenize).corpus_score(list(outputs), [list(golds)]).score / 100
 

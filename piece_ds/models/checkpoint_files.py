@@ -75,6 +75,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         if not (folder / file).is_file():
             raise UserError(f"{folder / file} is missing, which {INDEX_NAME} names: fetch the checkpoint again")
         found |= _headers(folder / file)
+    # transformers would fill these with random numbers and only warn.
     absent = sorted(where.keys() - found.keys())
     if absent:
         raise UserError(
@@ -146,6 +147,7 @@ def hold_the_same(one: tuple[str, StoredTensor], other: tuple[str, StoredTensor]
         return False
     with safe_open(first.path, framework="pt") as file, safe_open(second.path, framework="pt") as other_file:
         a, b = file.get_slice(name), other_file.get_slice(other_name)
+        # In parts: both tensors whole would need twice the memory of an embedding.
         starts = range(0, first.shape[0], _ROWS) if first.shape else range(1)
         parts = [slice(start, start + _ROWS) if first.shape else ... for start in starts]
         return all(torch.equal(_bits(a[part]), _bits(b[part])) for part in parts)

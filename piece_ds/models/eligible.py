@@ -69,6 +69,7 @@ def in_towers(model: nn.Module) -> set[str]:
 def embedding_names(model: nn.Module) -> set[str]:
     """Return the input embedding's name in named_parameters(). A head tied to it has no name of its own there."""
     embedding = input_embedding(model)
+    # By identity, as names differ from one architecture to the next.
     return {name for name, param in model.named_parameters() if param is embedding}
 
 
@@ -97,6 +98,7 @@ def make_eligible(model: nn.Module, patterns: Iterable[str]) -> list[str]:
         UserError: a pattern makes nothing eligible; the message says why.
     """
     names = [name for name, _ in model.named_parameters()]
+    # Only what the rule leaves out can be added: a pattern that adds nothing is a mistake to report.
     left_out = in_towers(model) | embedding_names(model)
     added: set[str] = set()
     for pattern in patterns:
@@ -104,6 +106,7 @@ def make_eligible(model: nn.Module, patterns: Iterable[str]) -> list[str]:
         if not matching & left_out:
             raise UserError(f"--eligible {pattern!r} makes nothing eligible: {_reason(matching, left_out)}")
         added |= matching & left_out
+    # The choice is kept on the model, so that every later layout of it agrees.
     setattr(model, _ADDED, frozenset(added))
     return [name for name in names if name in added]
 

@@ -48,6 +48,7 @@ def _folder(source: str) -> Path | None:
 
 def _sampled(path: Path) -> str:
     size = path.stat().st_size
+    # The samples include the first and the last bytes of the file.
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         for number in range(NUM_SAMPLES):

@@ -57,6 +57,7 @@ def convert_gguf(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         weight = _dequantized(tensor)
+        # llama.cpp stores these two in another order of rows.
         if name.endswith(("attn_q.weight", "attn_k.weight")):
             heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
             weight = _half_by_half(weight, heads)

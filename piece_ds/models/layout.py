@@ -31,6 +31,7 @@ def layout_of(model: nn.Module) -> Layout:
             continue
         shape = full_shape(param)
         numel = int(torch.Size(shape).numel())
+        # Compact mode freezes all weights, so requires_grad says nothing then.
         eligible = (param.requires_grad and name not in left_out) if values is None else name in values.eligible
         infos.append(ParameterInfo(name, shape, numel, eligible, id(param) in in_first))
     return Layout(tuple(infos), rank(), world_size())

@@ -101,6 +101,7 @@ def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
     if arguments.dtype != "auto":
         return _DTYPES[arguments.dtype]
     folder = files_folder(arguments)
+    # config.json may name another dtype than the files hold: the files win.
     in_files = None if folder is None else main_dtype(stored_tensors(folder))
     stated = in_files or getattr(config, "dtype", None) or torch.float32
     return _DTYPES[stated] if isinstance(stated, str) else stated
@@ -129,6 +130,7 @@ def load_model(
             model, info = _auto_class(config).from_pretrained(source, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    # transformers only warns of parameters that it made up.
     refuse_incomplete(f"the model in {source}", model, info)
     return model
 
@@ -137,6 +139,7 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
     """Return the model on the meta device, from its configuration only. No weight is read and no memory is taken."""
     with without_zero3(), torch.device("meta"):
         model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        # An untied head would be counted twice.
         model.tie_weights()
     return model
 
@@ -152,6 +155,7 @@ def names_in_files(model: nn.Module) -> dict[str, str]:
     transformers renames while loading (GPT-NeoX's embed_out). Experts that it stacks while loading are not in the
     result under the names of their parts.
     """
+    # Tied weights are one object under several names.
     parameter_of = {id(param): name for name, param in model.named_parameters()}
     stored = [*model.named_parameters(remove_duplicate=False)]
     stored += revert_weight_conversion(model, dict(model.state_dict(keep_vars=True))).items()

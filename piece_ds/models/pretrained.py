@@ -90,6 +90,7 @@ def fetch(name: str) -> Path:
         return folder
     with locked(folder):
         if not _is_complete(folder):  # another process may have brought it meanwhile
+            # No other process can be writing here: we hold the lock.
             for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
                 shutil.rmtree(left)
             with TemporaryDirectory(prefix="piece_ds-") as scratch:

@@ -40,6 +40,7 @@ def check_checkpoint(arguments: ModelArguments, config: Any) -> None:
 
 def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
     """Raise UserError if config.json describes a quantized model, an encoder-decoder, or no causal language model."""
+    # Most quantized checkpoints say so here; _check_dtypes() finds the others.
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         known = quantization if isinstance(quantization, dict) else vars(quantization)
@@ -54,6 +55,7 @@ def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
             f"{source} is an encoder-decoder ({name}): as a causal model it would lose its encoder and have "
             "random weights; give a decoder-only model"
         )
+    # A model's own code may provide a causal class that transformers does not know.
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_images(config) and not remote:
         raise UserError(

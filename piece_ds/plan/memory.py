@@ -72,6 +72,7 @@ def _state(shape: ModelShape, setting: Setting) -> list[Term]:
     the first step, after the statistics, except at stage 0 in 16 bits.
     """
     optimised, ranks, size = setting.optimised(shape), setting.optimizer_ranks, setting.itemsize
+    # Only plain fp32 training at stage 0 needs no copy of the weights.
     has_masters = setting.zero > 0 or size < 4
     early = MOMENTS if setting.zero == 0 and size < 4 else MOMENTS[1:]
     host = setting.offload_optimizer
@@ -167,6 +168,7 @@ def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
         return []
     owned, statistics = shape.eligible / setting.world, MOMENTS[:1]
     sums, letters = (2, "8 E / W") if setting.method == "piece-s" else (1, "4 E / W")
+    # A rank cannot have more candidates than elements.
     room = min(owned, 4 * k + CANDIDATE_FLOOR)
     bucket = min(EXCHANGE_BUCKET, shape.eligible)
     part = k / setting.optimizer_ranks
@@ -212,6 +214,7 @@ def _working(shape: ModelShape, setting: Setting) -> list[Term]:
     layers = size * tokens * hidden * shape.layers + inside
     reduces = setting.update_mode != "compact" or setting.zero == 3  # stage 3 makes its bucket whatever it optimises
     bucket = {1: 2 * size, 2: 2 * size, 3: 4}.get(setting.zero, 0) * hidden**2
+    # One rank, or a lower stage, holds whole parameters anyway.
     gathered = size * min(shape.total, MAX_LIVE) if setting.zero == 3 and setting.world > 1 else 0
     forward = MOMENTS[:2]
     return [

@@ -79,6 +79,7 @@ def shape_of(model: nn.Module) -> ModelShape:
     text = model.config.get_text_config()
     embedding = input_embedding(model)
     head = model.get_output_embeddings()
+    # LoRA leaves out the head, and a head that is the embedding.
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head and m.weight is not embedding]
     return ModelShape(
         total=layout.total,

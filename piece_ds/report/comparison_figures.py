@@ -64,6 +64,7 @@ def _frontier(groups: Sequence[Group]) -> list[ReportFigure]:
 
     Groups behind the furthest are left out.
     """
+    # Runs that have come less far have learned fewer tasks: their means say something else.
     furthest = max(group.num_finished for group in groups)
     groups = [group for group in groups if group.num_finished == furthest]
     rates = {group.settings.get("learning_rate") for group in groups}
@@ -115,6 +116,7 @@ def _line_and_label(group: Group, groups: Sequence[Group]) -> tuple[str, str]:
     of_method = [other for other in groups if other.first.method == group.first.method]
     rates = {shown(other.settings.get("learning_rate")) for other in of_method}
     ratio, rate = f"{100 * group.first.ratio:g} %", group.settings.get("learning_rate")
+    # What else differs within the method must be part of the line's name.
     others = [
         f"{name} {shown(value)}"
         for name, value in group.settings.items()

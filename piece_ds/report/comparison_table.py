@@ -33,6 +33,7 @@ def comparison_grids(groups: Sequence[Group]) -> list[Grid]:
 
 
 def _grid(title: str, names: Sequence[str], columns: Columns, num_settings: int) -> Grid:
+    # A column that no group has a value for would only take room.
     kept = [(label, cells) for label, cells in columns if any(cell != ABSENT for cell in cells)]
     rows = [(name, *(cells[index] for _, cells in kept)) for index, name in enumerate(names)]
     num_text = 1 + sum(any(cell != ABSENT for cell in cells) for _, cells in columns[:num_settings])
@@ -109,6 +110,7 @@ def _with_interval(values: Sequence[float | None], form: Callable[[float | None]
     known = [value for value in values if value is not None]
     if not known:
         return ABSENT
+    # A diverged run has no interval, but its group must show that it diverged.
     found = over_repetitions(known) if all(map(isfinite, known)) else Interval(fmean(known), None)
     if not found.half_width:  # one run, or runs with equal values
         return form(found.mean)

@@ -77,6 +77,7 @@ def _draw(axes: Axes, points: Sequence[FrontierPoint], panel: int, look: LineSty
     known = [(point.learned, kept) for point in points if (kept := point.kept[panel]) is not None]
     seeds = [(x, y) for point in points for x, kept in point.repetitions if (y := kept[panel]) is not None]
     axes.plot(*_columns(known), marker=look.marker, label=points[0].method, markersize=6.5, **look.line)
+    # With one seed each, the seeds are the points themselves.
     if len(seeds) > len(known):
         axes.scatter(*_columns(seeds), marker=look.marker, color=look.color, alpha=0.35, s=14)
 
@@ -102,6 +103,7 @@ def _name_axes(
     axes: Axes, x_label: str, title: str, x_is_loss: bool, is_loss: bool, values: Sequence[float | None]
 ) -> None:
     axes.margins(0.12)
+    # Inverted, so that better is right for losses too.
     if x_is_loss:
         axes.invert_xaxis()
     else:

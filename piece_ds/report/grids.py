@@ -178,12 +178,14 @@ def cost_grid(runs: Sequence[RunResults]) -> Grid:
     known = dict.fromkeys(key for cost in costs for key, value in cost.items() if value is not None)
     # Known costs come first, in the order of the work; others follow as a run wrote them.
     keys = [*(key for key in _COST_ORDER if key in known), *(key for key in known if key not in _COST_ORDER)]
+    # Steps that were skipped are worth a column only if there were any.
     keys = [key for key in keys if key not in _SHOWN_WHERE_MET or any(cost.get(key) for cost in costs)]
     named, has_masks = len(runs) > 1, any(run.masks for run in runs)
     rows = []
     for run in runs:
         counts = run.selected_counts
         for task, cost in run.cost.items():
+            # Methods without a mask, such as plain fine-tuning, select nothing.
             selected, total = counts.get(task, (None, None))
             mask = f"{selected:,} of {total:,}" if total else ABSENT
             values = (quantity(key, cost.get(key)) for key in keys)
@@ -242,6 +244,7 @@ def _in_unit(value: float, units: Sequence[tuple[int, str]], from_count: int = 1
     units must be sorted, the largest first.
     """
     size, unit = next((pair for pair in units if abs(value) >= from_count * pair[0]), units[-1])
+    # Whole bytes; two decimals for parts of a second.
     num_decimals = 0 if unit == "B" else 2 if unit == "s" and value < 1 else 1
     return f"{value / size:,.{num_decimals}f} {unit}"
 

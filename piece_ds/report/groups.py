@@ -83,6 +83,7 @@ def group_runs(runs: Sequence[tuple[str, RunResults]]) -> list[Group]:
     # Split groups whose seeds repeat.
     parts: list[tuple[list[tuple[str, RunResults]], bool]] = []
     for members in found.values():
+        # Equal seeds mean the same run twice, not a repetition.
         alike = len({_seeds(run) for _, run in members}) < len(members)
         parts += [([member], True) for member in members] if alike else [(members, False)]
 
@@ -119,6 +120,7 @@ def _require_one_stream(runs: Sequence[tuple[str, RunResults]]) -> None:
 
 def _differing(runs: Sequence[RunResults]) -> list[str]:
     """Return the names of settings that all runs record but that differ, without seeds and places."""
+    # A setting that only some runs record (another version) cannot be compared.
     names = [name for name in runs[0].settings if all(name in run.settings for run in runs)]
     kept = [name for name in names if name not in FREE and name not in SEEDS]
     return [name for name in kept if len({repr(run.settings.get(name)) for run in runs}) > 1]
@@ -142,6 +144,7 @@ def _labelled(groups: list[Group]) -> list[Group]:
     labelled = []
     for group in groups:
         namesakes = [other for other in groups if other.name == group.name]
+        # Only what differs among groups of the same name is needed to tell them apart.
         apart = [
             f"{name} {shown(value)}"
             for name, value in group.settings.items()

@@ -119,6 +119,7 @@ def mask_heat_maps(masks: Mapping[str, Counts]) -> bytes:
     with figure_style():
         figure, all_axes = new_axes(width * num_columns + 0.9, height * num_rows + 1.5, len(masks), num_columns)
         for place, (axes, (title, part)) in enumerate(zip(all_axes, shares.items(), strict=True)):
+            # Below the scale's lower end, so that "none" gets its own colour and not that of a missing module.
             image = _image(axes, np.where(part == -np.inf, low - 1, part), low, high)
             is_lowest = place + num_columns >= len(masks)
             label_ticks(axes, modules if is_lowest else [""] * len(modules))
@@ -165,6 +166,7 @@ def overlap_heat_map(overlaps: Sequence[Sequence[float]], tasks: Sequence[str], 
     """
     values = _array(overlaps, len(tasks))
     np.fill_diagonal(values, nan)
+    # All masks may be disjoint: then the scale needs some upper end.
     highest = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
     with figure_style():
         side = 0.55 * max(len(tasks), 3)
@@ -224,6 +226,7 @@ def _image(axes: Axes, values: np.ndarray, low: float, high: float) -> AxesImage
 
 def _write_cells(axes: Axes, image: AxesImage, values: np.ndarray, form: Callable[[float], str]) -> None:
     """Write each known value into its cell, light on dark or dark on light."""
+    # Text colour follows the cell's lightness, which cividis raises evenly with the value.
     tones = np.asarray(image.norm(values))
     for row, column in np.argwhere(np.isfinite(values)):
         color = "white" if tones[row, column] < 0.55 else "black"

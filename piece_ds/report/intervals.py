@@ -39,6 +39,7 @@ def over_rows(share: float, num_rows: int, confidence: float = CONFIDENCE) -> tu
 
     Source: Wilson 1927.
     """
+    # Wilson's interval is centred between the share and 1/2, and never leaves [0, 1].
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle = share + z * z / (2 * num_rows)
     reach = z * sqrt(share * (1 - share) / num_rows + (z / (2 * num_rows)) ** 2)

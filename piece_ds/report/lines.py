@@ -123,6 +123,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     reach = max(1, len(values) // SMOOTHING_PARTS)
     averages = []
     for index in range(len(values)):
+        # The window stays centred, so it shrinks towards both ends.
         near = min(reach, index, len(values) - 1 - index)
         window = values[index - near : index + near + 1]
         averages.append(sum(window) / len(window))
@@ -137,6 +138,7 @@ def _mean_and_band(several: Sequence[Sequence[tuple[int, float | None]]]) -> tup
     at: dict[int, list[float]] = {}
     for curve in several:
         for place, value in curve:
+            # A diverged value would stretch the axis until nothing else can be read.
             if value is not None and isfinite(value):
                 at.setdefault(place, []).append(value)
     places = sorted(at)
@@ -171,6 +173,7 @@ def _fill(axes: Axes, band: Band, look: LineStyle) -> None:
 def _name_tasks(axes: Axes, tasks: Sequence[str], starts: Sequence[int], lengths: Sequence[int]) -> None:
     """Write each task's name above its part of the curve. If there are very many, only those with room are named."""
     figure = axes.get_figure(root=True)
+    # Names go from left to right; one that would touch its neighbour is left out.
     room, taken = 0.8 * (figure.get_figwidth() if figure else 0.0) / max(starts[-1], 1), 0.0
     for start, length, task in zip(starts, lengths, tasks, strict=False):
         middle, width = start + length / 2, max(room * length, MIN_NAME_INCHES)

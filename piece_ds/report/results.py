@@ -115,6 +115,7 @@ class RunResults:
             UserError: values have another format or version, or a part is missing or of the wrong form.
         """
         content = checked(values, Results, "results", "run again", strict=True).model_dump(exclude_unset=True)
+        # Required parts fail above; optional ones keep the defaults of older files.
         parts = {part: content[part] for part in ("method", "ratio", "masks", "overlaps", "logs", "cost")}
         known = ("measures", "ability", "settings", "notes", "rows", "changes", "forgetting")
         optional = {part: content[part] for part in known if part in content}

@@ -19,6 +19,7 @@ def make_figures(runs: Sequence[RunResults]) -> list[ReportFigure]:
 
     Comparisons show only the runs with the same tasks as the first run.
     """
+    # Curves of other tasks would share an axis that means something else.
     alike = {run.name: [run] for run in runs if run.tasks == runs[0].tasks}
     figures = line_figures(alike)
     for index, run in enumerate(runs):
@@ -143,5 +144,6 @@ def _has_values(values: Values) -> bool:
 
 def _file_stem(name: str) -> str:
     """Return name with a hyphen for everything but ASCII letters, digits, dots and hyphens."""
+    # Names may hold anything; file names should not.
     kept = [letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name]
     return "".join(kept).strip("-.") or "run"

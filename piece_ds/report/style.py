@@ -130,6 +130,7 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
         A note for the title; empty if the axis stays linear.
     """
     known = [value for value in values if isfinite(value)]
+    # A log axis has no zero, and without a wide spread it only confuses.
     if not known or min(known) <= 0 or max(known) < WIDE * min(known):
         return ""
     axes.set_yscale("log")
@@ -161,6 +162,7 @@ def new_axes(width: float, height: float, num_panels: int = 1, num_columns: int 
 def figure_style() -> Iterator[None]:
     """Set the style inside. A character that no installed font has becomes a box, without a warning."""
     installed = set(fontManager.get_font_names())
+    # Task names may be Chinese: matplotlib's own font has no such characters.
     fonts = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in installed)]
     with matplotlib.rc_context({**STYLE, "font.family": fonts}), warnings.catch_warnings():  # type: ignore[dict-item]
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

@@ -78,6 +78,7 @@ def _parts(grid: Grid, width: int) -> list[Grid]:
     parts: list[list[int]] = []
     taken = width
     for column in range(named, len(grid.header)):
+        # This column does not fit any more: start a new part.
         if taken + widths[column] + BORDER > width:
             parts.append([])
             taken = taken_by_names

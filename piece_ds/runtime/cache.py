@@ -38,6 +38,7 @@ def locked(path: Path) -> Iterator[None]:
         raise MachineError(
             f"the cache folder {lock.parent} cannot be written ({error}): name another one with PIECE_DS_CACHE"
         ) from error
+    # Closing the file frees the lock.
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -37,6 +37,7 @@ def deterministic_algorithms() -> Iterator[None]:
     to find programs that read uninitialized memory, and costs one write of each tensor.
     """
     settings = torch.utils.deterministic
+    # The caller may have its own settings.
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = settings.fill_uninitialized_memory
     set_cublas_workspace()

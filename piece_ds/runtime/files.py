@@ -67,6 +67,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 def not_written(path: Path | str, error: BaseException) -> MachineError:
     """Return the error to raise if writing to path failed."""
+    # The disk that is full is the one of the nearest folder that exists.
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     return MachineError(
         f"{path} could not be written ({error}; {shutil.disk_usage(folder).free} bytes are free there): what was there "

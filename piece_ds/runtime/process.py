@@ -59,6 +59,7 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
         _say_after_rank_0(f"error: {error}")
         return 1
     except Preempted as stop:
+        # All ranks stop at the same point, so one line is enough.
         if int(os.environ["RANK"]) == 0:
             _say(f"{stop}; the same command with --resume_from_checkpoint True goes on")
         return STOP_CODE
@@ -133,6 +134,7 @@ def one_process_environment() -> None:
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
+        # Port 0 lets the system choose a free one.
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
@@ -204,6 +206,7 @@ def _leave(code: int) -> NoReturn:
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
+    # A lost peer would block a clean shutdown, so leave at once.
     if code:
         os._exit(code)
     sys.exit(0)

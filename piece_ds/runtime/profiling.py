@@ -17,6 +17,7 @@ _RESET_PEAK = "5"  # proc(5): resets the peak resident set size to the current o
 
 def reset_peaks() -> bool:
     """Reset the memory peaks; return whether the host's peak can be read (only on Linux)."""
+    # The allocator keeps the accelerator's peak, the kernel the host's.
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:

@@ -32,6 +32,7 @@ def _with_lines(items: Iterable, description: str, unit: str, total: int | None)
     begin = said = time.monotonic()
     for count, item in enumerate(items):
         now = time.monotonic()
+        # The first item is no measure of speed.
         if count and now - said >= SECONDS_BETWEEN_LINES:
             said = now
             of, left = "", ""

@@ -57,6 +57,7 @@ def missing_ranks() -> str:
 
     Every rank that waited calls this within GRACE_SECONDS. Ranks that have not done so by then are missing.
     """
+    # Ranks that are not missing say that they wait.
     _write("waits")
     time.sleep(GRACE_SECONDS)
     seen = {other: _read(other) for other in range(world_size())}

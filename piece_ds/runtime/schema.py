@@ -90,6 +90,7 @@ def _first(error: ValidationError) -> str:
     """Return the first problem in a few words."""
     found = error.errors(include_url=False)[0]
     place = ".".join(str(part)[:_SHOWN] for part in found["loc"])
+    # The input of a missing entry is the whole object, which says nothing.
     shown = "" if found["type"] == "missing" else f", got {_shorten(found['input'])}"
     problem = f"not JSON ({found['ctx']['error']})" if found["type"] == "json_invalid" else found["msg"][:200] + shown
     return " ".join(f"{place + ': ' if place else ''}{problem}".split())

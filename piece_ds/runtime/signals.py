@@ -57,6 +57,7 @@ def signal_handling() -> Iterator[None]:
 
 def _note(signum: int, frame: Any) -> None:
     _Notice.signum = _Notice.signum or signum
+    # A second Ctrl-C must work even if the run never reaches a point where ranks agree.
     if signum == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -28,6 +28,7 @@ def printable(text: object, keep: str = "") -> str:
         keep: unprintable characters to leave, such as a newline.
     """
     text = str(text)
+    # The common case, without looking at every character.
     if text.isascii() and text.isprintable():
         return text
     return "".join(letter if _is_visible(letter) or letter in keep else _escaped(letter) for letter in text)

@@ -144,5 +144,6 @@ def qwen3_vl_config(text: dict) -> Qwen3VLConfig:
 def _tokenizer(family: str, words: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer(MAX_LENGTH)
     tokenizer.add_special_tokens({"additional_special_tokens": list(_IMAGE_TOKENS[family])})
+    # Whole words as tokens: spelling is no part of what is to be learned.
     tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True, normalized=False) for word in words])
     return tokenizer
