@@ -49,6 +49,8 @@ def _sampled_gradient_kernel(
 
 def sampled_gradient_(grad_output: Tensor, input: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
     """Add selected entries of a weight's gradient to total; see piece_ds.ops.sampled_gradient_."""
+
+    # Check shapes, dtypes and lengths.
     k = index.numel()
     require(
         grad_output.dim() == 2 and input.dim() == 2 and grad_output.shape[0] == input.shape[0],

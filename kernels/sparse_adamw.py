@@ -180,6 +180,8 @@ def sparse_adamw_list_(
 ) -> None:
     """Make one AdamW step of selected elements of many weights; see piece_ds.ops.sparse_adamw_list_."""
     require(step >= 1, f"sparse_adamw_list_ expected step >= 1, got {step}")
+
+    # Check the arguments; an empty selection has nothing to step.
     k, runs = index.numel(), runs_of("weights", weights, index.device)
     require_vector("index", index, k, torch.int64)
     for name, tensor in (("grad", grad), ("value", value), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):

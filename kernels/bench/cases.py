@@ -1,4 +1,4 @@
-"""One benchmark case an op: its inputs, its bytes by the model of memory traffic, and its rivals."""
+"""One benchmark case per op: its inputs, its bytes by the model of memory traffic, and its rivals."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,11 +31,11 @@ class Case:
     """An op at one size.
 
     Attributes:
-        op, dtype, n: what the row says.
-        num_bytes: least memory traffic of one call; 0 where it is not bound by memory.
+        op, dtype, n: written into the row.
+        num_bytes: least memory traffic of one call; 0 if the op is not bound by memory.
         run: the op.
-        prepare: puts back what run consumes; not timed.
-        rivals: 'authors', 'best_eager', 'compile', 'topk' -> call with the same job.
+        prepare: restores what run consumes; not timed.
+        rivals: 'authors', 'best_eager', 'compile', 'topk' -> call that does the same job.
     """
 
     op: str
@@ -51,8 +51,6 @@ def cases(n: int, device: str, compiled: bool) -> Iterator[Case]:
     """Yield every case at n elements except AdamW's.
 
     Args:
-        n: elements.
-        device: "cpu" or "cuda".
         compiled: also race torch.compile, which takes a while to compile.
     """
     compile_ = partial(torch.compile, dynamic=False) if compiled else None
@@ -232,7 +230,7 @@ def _lists(n: int, device: str) -> Iterator[Case]:
             grad[part] = values[cuts[i] : cuts[i + 1]]
 
     what = f"({len(grads)} tensors)"
-    rivals = {"best_eager": one_by_one}  # our own op, once a tensor
+    rivals = {"best_eager": one_by_one}  # our own op, once per tensor
     yield Case(f"apply_mask_list_ {what}", "bf16", n, 2 * n, partial(ops.apply_mask_list_, grads, index), rivals=rivals)
     yield Case(
         f"scatter_list_ {what}",
@@ -261,9 +259,7 @@ def _lists(n: int, device: str) -> Iterator[Case]:
 
 
 def adamw_cases(n: int, device: str) -> Iterator[Case]:
-    """Yield cases of sparse_adamw_ on n weights.
-
-    At 50 M weights the calls themselves, 0.1 ms with cold caches, still count on a CPU.
+    """Yield cases of sparse_adamw_ on n weights. At 50 M, the calls themselves (0.1 ms, cold) still count on a CPU.
 
     Cost: 22 bytes of memory for each weight, of which the dense rival holds 16.
     """
@@ -277,7 +273,7 @@ def adamw_cases(n: int, device: str) -> Iterator[Case]:
     run = partial(
         ops.sparse_adamw_, *state, weight, index, lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3
     )
-    for _ in range(3):  # values away from where rounding to bf16 put them
+    for _ in range(3):  # move values away from where rounding to bf16 put them
         run()
     before, start = weight[index], value.clone()
     run()

@@ -100,6 +100,8 @@ def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, 
             tensors[f"{info.name}.grad_sum"] = grad_sum.cpu().clone()
     write_artifact(folder / _shard(layout.rank, layout.num_ranks), STATISTICS, tensors, {})
     barrier()
+
+    # The index comes last: a folder with an index is complete.
     if is_main():
         write_json(
             folder / INDEX,

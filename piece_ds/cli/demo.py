@@ -153,6 +153,8 @@ def _train_base(base: Path, paths: EmbeddedPaths, recipe: EmbeddedRecipe, settin
         data_collator=make_collator(tokenizer),
         processing_class=tokenizer,
     )
+
+    # Train it, and free the memory before the stream begins.
     trainer.train()
     trainer.save_model(str(base))
     release(trainer)

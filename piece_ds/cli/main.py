@@ -45,6 +45,7 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
         command.set_defaults(run=f"piece_ds.cli.delta:{name}_deltas")
         return command
 
+    # What changes nothing, and what changes a model.
     add("list", "One line per delta", model=False)
     add("inspect", "Where a delta lies and how far it moves", model=False)
     for name, text in (("apply", "Put deltas on a model"), ("revert", "Take a model's last deltas off")):
@@ -52,6 +53,8 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
         target.add_argument("--output", metavar="FOLDER", help="write a changed copy here")
         target.add_argument("--in_place", action="store_true", help="change MODEL_FOLDER, file by file")
     _add_algebra(commands, add)
+
+    # What writes another file.
     compose = add("compose", "One delta that equals a stack", model=False)
     compose.add_argument("--output", metavar="FILE", required=True)
     compose.add_argument("--without_previous", action="store_true", help="6 bytes a value in 16 bits; no revert")
@@ -64,6 +67,8 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
 
 def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that compute a new delta or model from others."""
+
+    # merge: a model, or one delta.
     merge = add("merge", "A plain copy of a model with deltas on it: a stack, or tasks merged into one change")
     merge.add_argument(
         "--output", metavar="PATH", required=True, help="a folder for the model, or F.safetensors for the delta alone"
@@ -78,6 +83,8 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
     merge.add_argument("--density", type=float, default=1.0, help="ties: share of largest changes; dare: share drawn")
     merge.add_argument("--scale", type=float, default=1.0, help="the merged change is multiplied by it")
     merge.add_argument("--seed", type=int, default=42, help="of dare's draws; default: %(default)s")
+
+    # scale and prune: part of one delta.
     scale = add("scale", "A delta whose changes are multiplied by ALPHA; any other is reached from it", model=False)
     scale.add_argument("--alpha", type=float, required=True, help="0 is the base, 1 the task")
     scale.add_argument("--output", metavar="FILE", required=True)
@@ -87,12 +94,16 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
         "--by", choices=["change", "relative"], default="change", help="|change|, or |change| / |weight|"
     )
     prune.add_argument("--output", metavar="FILE", required=True)
+
+    # diff: two models, so it is not built by add().
     diff = commands.add_parser("diff", help="A delta of two model folders", description="From MODEL_A to MODEL_B.")
     diff.add_argument("model", metavar="MODEL_A", help="transformers folder with safetensors files")
     diff.add_argument("other", metavar="MODEL_B", help="of the same architecture and dtype")
     diff.add_argument("--ratio", type=float, help="keep the largest changes: a share of the model; default: all")
     diff.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
     diff.add_argument("--output", metavar="FILE", required=True)
+
+    # These functions are in a module of their own.
     diff.set_defaults(run="piece_ds.cli.delta_algebra:diff_models")
     merge.set_defaults(run="piece_ds.cli.delta_algebra:merge_models")
     scale.set_defaults(run="piece_ds.cli.delta_algebra:scale_deltas")

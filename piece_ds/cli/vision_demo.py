@@ -36,6 +36,8 @@ def main(argv: list[str]) -> None:
     settings = load_settings(argv)
     if settings.model.model_name_or_path or settings.data.train_file or settings.data.task_dir:
         raise UserError("this example makes its models and data itself; launch/train.py takes yours")
+
+    # Refuse what would be overwritten, before minutes of training.
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     root = Path(settings.flag("output_dir") or DEFAULT_OUTPUT)
     RunFolder(root).require_free(resume=False)

@@ -28,12 +28,16 @@ def list_items(text: str, path: Path) -> Iterator[Any]:
         UserError: text is not one JSON list; the message names the line.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_once_each)
+
+    # An empty file is an empty list; anything else must begin a list.
     index = _skip_space(text, 0)
     if index == len(text):
         return
     if text[index] != "[":
         raise _malformed(path, text, index, "expected a list of rows")
     index = _skip_space(text, index + 1)
+
+    # One item, then a comma or the end. No comma may come before the end.
     while text[index : index + 1] != "]":
         try:
             item, index = decoder.raw_decode(text, index)
@@ -49,6 +53,8 @@ def list_items(text: str, path: Path) -> Iterator[Any]:
                 raise _malformed(path, text, index, "comma before the end of the list")
         elif text[index : index + 1] != "]":
             raise _malformed(path, text, index, "expected , or ] after a row")
+
+    # Nothing may follow the list.
     if _skip_space(text, index + 1) != len(text):
         raise _malformed(path, text, _skip_space(text, index + 1), "text after the list")
 

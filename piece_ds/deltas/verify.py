@@ -99,6 +99,8 @@ def verify(folder: ModelFolder, steps: Sequence[Step]) -> Verified:
             counted.add(parameter)
         if before != after:
             verified.files[file] = hexadecimal(before), hexadecimal(after)
+
+    # Compare what each step found with what it expects, in order.
     for step, count in zip(steps, counts, strict=True):
         verified.fingerprints.append(hexadecimal(total))
         _check_weights(folder, step, count, verified.fingerprints[-1])
@@ -195,6 +197,8 @@ def _check_kind(folder: ModelFolder, step: Step) -> None:
             f"delta {delta.path} was made for another model than {folder.root}: parameter names or shapes "
             "differ; give the model that the run began with"
         )
+
+    # Every tensor that the delta changes must be there, in its shape and dtype.
     for name, shape in delta.shapes.items():
         if shapes.get(name) != shape:
             raise UserError(

@@ -65,6 +65,8 @@ def _humaneval(
     asked, problems = settings.evaluation, humaneval.load_problems()
     by_authors = asked.scoring == AUTHORS
     encoder = Encoder(tokenizer, settings.data.cutoff)
+
+    # One completion per problem.
     texts = generate_texts(
         model,
         [encoder.prompt_ids(problem.prompt) for problem in problems],

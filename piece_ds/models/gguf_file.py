@@ -80,6 +80,7 @@ def _config_of(fields: dict[str, Any], ties_head: bool, source: Path) -> LlamaCo
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise UserError(f"{source}: expected a GGUF file of a Llama, got one of {architecture!r}")
+    # Fields have the prefix of their part: the model's sizes, and the ids of special tokens.
     of_model = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
     of_tokens = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     num_heads = of_model["attention.head_count"]

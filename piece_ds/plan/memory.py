@@ -117,6 +117,8 @@ def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
             Term("gradients", "B T", size * optimised, MOMENTS[1:]),
             Term("fp32 gradients", "4 T", 4 * optimised if size < 4 else 0, step),
         ]
+
+    # Offloading keeps the reduced partition on the CPU.
     if setting.offload_optimizer:
         return _offloaded_gradients(shape, setting, part)
     if zero == 1:
@@ -166,11 +168,15 @@ def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
     k = setting.selected(shape)
     if not k:
         return []
+
+    # What a rank owns, and how much room candidates get.
     owned, statistics = shape.eligible / setting.world, MOMENTS[:1]
     sums, letters = (2, "8 E / W") if setting.method == "piece-s" else (1, "4 E / W")
     # A rank cannot have more candidates than elements.
     room = min(owned, 4 * k + CANDIDATE_FLOOR)
     bucket = min(EXCHANGE_BUCKET, shape.eligible)
+
+    # Where positions are kept depends on the update mode.
     part = k / setting.optimizer_ranks
     compact = setting.update_mode == "compact"
     return [

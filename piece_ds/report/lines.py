@@ -57,6 +57,7 @@ def stream_figure(
         width = max((1.6 + 0.55 * max(len(moments), 5)) * len(panels), 5.5)
         figure, all_axes = new_axes(width, 3.3 + legend_height(names), num_panels=max(len(panels), 1))
         for axes, (title, runs) in zip(all_axes, panels.items(), strict=False):
+            # One line per run, from the first moment with a value.
             curves = [_mean_and_band([list(enumerate(values)) for values in several]) for several in runs.values()]
             first = min((points[0][0] for points, _ in curves if points), default=0)
             for run, (points, band), look in zip(runs, curves, looks(families or names), strict=True):

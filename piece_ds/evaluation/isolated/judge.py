@@ -39,6 +39,8 @@ def _judge(wire: Any, job: dict[str, Any]) -> bool:
     """Return whether the tests pass."""
     command = [sys.executable, "-I", "-B", str(Path(__file__).with_name("program.py")), str(os.getpid())]
     limits = [str(job["memory_bytes"]), str(int(job["timeout_seconds"]) + 2)]
+
+    # Start the program's process, with limits of its own.
     process = subprocess.Popen(
         [*command, *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/"
     )
@@ -49,6 +51,8 @@ def _judge(wire: Any, job: dict[str, Any]) -> bool:
         wire.send(questions, [job["program"], job["function"]])
         if receiver.receive(time.monotonic() + START_SECONDS) != "ready":
             return False
+
+        # From here on the program's own time counts. It must load before it is called.
         deadline = time.monotonic() + job["timeout_seconds"]
         if receiver.receive(deadline) != [True, "loaded"]:
             return False
