@@ -13,6 +13,7 @@ def config_names() -> list[str]:
 
 def config_path(name: str) -> str:
     """Return the file of a name. A file of the user's, or what is no name, is returned as it is."""
+    # A file of the user's wins over a name.
     own = FOLDER / f"{name.removesuffix('.json')}.json"
     if Path(name).exists() or Path(name).name != name or not own.is_file():
         return name
@@ -22,6 +23,8 @@ def config_path(name: str) -> str:
 def with_config_paths(flags: Sequence[str]) -> list[str]:
     """Return flags in which --deepspeed is followed by a file instead of a name."""
     found = list(flags)
+
+    # Both spellings: two items, or one with "=".
     for index, flag in enumerate(found):
         if flag == "--deepspeed" and index + 1 < len(found):
             found[index + 1] = config_path(found[index + 1])

@@ -104,6 +104,7 @@ def config_of(config: PieceConfig | None, settings: Mapping[str, Any]) -> PieceC
         TypeError: a setting does not exist.
         FieldError: a setting is outside its range.
     """
+    # A TypeError, as for a keyword that a function does not have.
     known = [field.name for field in fields(PieceConfig)]
     for name in settings:
         if name not in known:

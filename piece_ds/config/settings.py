@@ -52,6 +52,7 @@ class Settings:
         Raises:
             UserError: transformers refuses a value.
         """
+        # Overrides come last, and the parser lets the last of a repeated flag win.
         parser = _parser((TrainingArguments,))
         extra = [item for name, value in overrides.items() for item in (f"--{name}", str(value))]
         try:
@@ -81,6 +82,8 @@ class Settings:
         """
         source = self.source
         above = tuple(item for name, value in (overrides or {}).items() for item in _as_flags(name, value))
+
+        # New defaults win over old ones, and overrides over the command line.
         filled = replace(source, command=source.command + above, defaults={**source.defaults, **defaults})
         return _build(filled, self.given | set(overrides or {}))
 
@@ -92,6 +95,8 @@ class Settings:
         """Return what the user set, with the values in force, as a report shows it."""
         arguments = self.training_arguments()
         found = {}
+
+        # A flag belongs to one of our groups or to transformers.
         for name in sorted(self.given):
             holder = next((part for part in (*self._ours(), arguments) if hasattr(part, name)), None)
             if holder is not None:
@@ -138,6 +143,7 @@ def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Setting
     Raises:
         UserError: a flag or key is unknown (the nearest is named), or a value has the wrong type or range.
     """
+    # Without this machine's defaults: the caller gives them.
     source = _source_of(argv)
     return _build(replace(source, defaults=defaults or {}), source.names)
 

@@ -1,4 +1,4 @@
-"""Any PEFT method as a baseline: its adapter trains through the whole stream, and is merged as PEFT merges it."""
+"""Train any PEFT method as a baseline: one adapter through the whole stream, merged as PEFT merges it."""
 
 import copy
 from pathlib import Path
@@ -19,11 +19,11 @@ from piece_ds.state.partition import is_partitioned
 
 
 class AnyPeft(LoRA):
-    """The adapter that --peft_config describes: one through all tasks, beside a base model that PEFT may rewrite once.
+    """The adapter that --peft_config describes: one through all tasks. PEFT may rewrite the base model once.
 
-    Some methods (PiSSA, OLoRA, OSF) take their adapter out of the weights and leave the rest in them. What is merged is
-    therefore never the base model on disk but the weights of the run; and a stream that is resumed makes the adapter
-    again, from the same base model and seed, before it reads what was trained.
+    Some methods (PiSSA, OLoRA, OSF) take their adapter out of the weights and leave the rest in them. So the weights of
+    the run are merged, never the base model on disk. A resumed stream first makes the adapter again, from the same base
+    model and seed, then reads what was trained.
 
     Source: PEFT.
     """
@@ -44,6 +44,8 @@ class AnyPeft(LoRA):
             raise UserError(f"--peft_config {self.settings.peft_config} does not fit the model: {reason}") from error
         if not any(param.requires_grad for param in adapted.parameters()):
             raise UserError(f"--peft_config {self.settings.peft_config} leaves nothing to train in this model")
+
+        # Refuse now what could not be saved, and only then read what an earlier run has trained.
         _require_mergeable(adapted, str(self.settings.peft_config))
         if previous is not None:
             _load(adapted, previous / FOLDER)
@@ -57,7 +59,7 @@ class AnyPeft(LoRA):
 
 
 def _require_mergeable(adapted: PeftModel, path: str) -> None:
-    """Raise UserError if PEFT cannot merge some layer: better said now than after training.
+    """Raise UserError if PEFT cannot merge some layer. Better said now than after training.
 
     A copy of the first layer of each kind is merged. Under ZeRO-3, whose weights are elsewhere, nothing is tried.
     """
@@ -80,7 +82,11 @@ def _require_mergeable(adapted: PeftModel, path: str) -> None:
 
 
 def _load(adapted: PeftModel, folder: Path) -> None:
-    """Set the adapter to the one in folder. Raise UserError if it is not there or was made by other settings."""
+    """Set the adapter to the one that folder holds.
+
+    Raises:
+        UserError: there is none, or it was made by other settings.
+    """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} does not hold an adapter: the stream cannot go on from there")
     changed = difference(adapted.peft_config["default"], PeftConfig.from_pretrained(str(folder)))
@@ -101,8 +107,9 @@ def merged_model(model: PeftModel, state: dict[str, Tensor], config: PeftConfig)
         config: of the adapter.
     Raises:
         RuntimeError: state does not hold every weight of the model.
-    Cost: a second model in fp32 on the host, where PEFT merges; rounded once at the end.
+    Cost: a second model in fp32 on the host, in which PEFT merges; rounded once at the end.
     """
+    # A second, whole model of the same structure.
     base = model.get_base_model()
     with without_zero3():
         plain = type(base)(copy.deepcopy(base.config))
@@ -132,7 +139,7 @@ def merged_model(model: PeftModel, state: dict[str, Tensor], config: PeftConfig)
 
 
 def _quick(config: PeftConfig) -> PeftConfig:
-    """Return config without an initialization that decomposes weights, where the result is overwritten anyway."""
+    """Return config without an initialization that decomposes weights. Its result would be overwritten anyway."""
     quick = copy.deepcopy(config)
     if getattr(quick, "init_lora_weights", None) is not None:
         quick.init_lora_weights = True

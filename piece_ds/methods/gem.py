@@ -52,6 +52,8 @@ class _Projection(EngineCallback):
 
     def before_step(self, engine: Any) -> None:
         self.gradients_K = []
+
+        # Taken at the current weights, so they are those of this step.
         for rows in self.memories:
             batches = self.context.micro_batches(rows)
             stats = collect_statistics(engine, batches, True, layout=self.layout, description="memory")

@@ -99,6 +99,8 @@ def select_whole(names_of: Names, request: SelectionRequest) -> Mask:
             f"--method {request.method}: the model has no parameter to select; "
             "its normalization layers have no eligible weight"
         )
+
+    # Each rank lists its own range of the chosen parameters.
     index = {
         info.name: torch.arange(part.start, part.stop)
         for info, part, _ in layout.owned()

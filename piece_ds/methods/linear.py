@@ -23,6 +23,7 @@ class LinearWeight:
 
 def linear_weights(model: nn.Module) -> list[LinearWeight]:
     """Return the weights of the linear layers, in named_parameters() order, without the output head."""
+    # By identity: tied weights appear once, under the name that named_parameters() gives.
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layer_of = {
         id(module.weight): module

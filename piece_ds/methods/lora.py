@@ -38,6 +38,8 @@ class LoRA(Baseline):
         names = self.adapter_names(num_tasks)
         if previous is not None:
             return _resumed(model, previous / FOLDER, names)
+
+        # adapt() is called once, so the adapters of all tasks are made here.
         try:
             adapted = get_peft_model(model, self._config(), adapter_name=names[0])
             for name in names[1:]:
@@ -129,6 +131,8 @@ class OLoRA(LoRA):
     def begin_task(self, model: nn.Module, context: TaskContext) -> None:
         assert isinstance(model, PeftModel)
         names = self.adapter_names(context.num_tasks)[: context.index + 1]
+
+        # Earlier adapters stay active, as part of the forward, but only the newest trains.
         model.base_model.set_adapter(names)
         for name, param in model.named_parameters():
             param.requires_grad_(f".{names[-1]}." in name and ".lora_" in name)

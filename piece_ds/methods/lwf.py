@@ -53,6 +53,8 @@ class LwF(Baseline):
 
     def extra_loss(self, inputs: dict[str, Tensor], outputs: Any) -> Tensor | None:
         assert self.teacher is not None
+
+        # Both are answer token by answer token, in the batch's order of rows.
         student = answer_logits(outputs.logits, inputs["labels"])
         before = self.teacher.read(inputs[ROW].tolist()).to(student.device)
         return self.settings.lwf_weight * distillation(student, before, self.settings.lwf_temperature)

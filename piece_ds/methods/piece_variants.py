@@ -33,6 +33,8 @@ def select_ratio(request: SelectionRequest) -> Mask:
     """
     if request.options.general is None:
         raise UserError("--method piece-ratio needs text that stands for general ability: --general_text")
+
+    # General statistics first: if they cannot be had, no pass over the task's data is wasted.
     general = request.options.general()
     stats = collect_statistics(request.engine, request.micro_batches, False, request.device, request.layout)
     f = stats.square_sum.div_(stats.num_micro_batches)
@@ -97,6 +99,7 @@ def _num_nonzero(stats: GradientStats) -> Tensor:
 
 def _union(request: SelectionRequest) -> dict[str, Tensor]:
     """Return parameter name -> ascending positions that any earlier task selected."""
+    # Earlier masks may hold parameters that are no longer eligible.
     eligible = {info.name for info in request.layout.eligible()}
     found: dict[str, list[Tensor]] = {}
     for index in request.options.earlier:

@@ -17,6 +17,7 @@ def num_kept(num_rows: int, ratio: float) -> int:
 
 def kept_rows(task: Task, ratio: float, seed: int) -> Rows:
     """Return num_kept() rows of a task's training rows, in their order; the same at every call."""
+    # Drawn from seed and task name only, so later tasks and resumed runs keep the same rows.
     count = num_kept(len(task.train), ratio)
     chosen = random.Random(f"{seed}/{task.name}").sample(range(len(task.train)), count)
     return task.train.select(sorted(chosen))

@@ -19,11 +19,14 @@ def shira_counts(model: nn.Module, layout: Layout, ratio: float) -> dict[str, in
     Raises:
         UserError: there is no linear layer, or a matrix has fewer elements than its share.
     """
+    # Only linear layers that may be selected take part.
     names = {weight.name for weight in linear_weights(model)}
     infos = restricted(layout, names).eligible()
     if not infos:
         raise UserError("--method shira selects in linear layers, and the model has none that may be trained")
     shares = share_out(num_to_select(ratio, layout.total), [sum(info.shape) for info in infos])
+
+    # A share goes by rows + columns, so a small matrix may get more than it has.
     for info, share in zip(infos, shares, strict=True):
         if share > info.numel:
             raise UserError(

@@ -108,6 +108,8 @@ def providers(device_type: str) -> list[str]:
 def report() -> str:
     """Return a line per op: its provider on every device of this machine."""
     devices = [device for device in _PROVIDERS if device == "cpu" or torch.cuda.is_available()]
+
+    # Loading shows what would really run, not what is configured.
     names = {device: load(device) for device in devices}
     lines = [f"{'op':<20}" + "".join(f"{device:<14}" for device in devices)]
     lines += [f"{op:<20}" + "".join(f"{names[device]:<14}" for device in devices) for op in SCHEMAS]

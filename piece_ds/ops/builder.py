@@ -135,6 +135,7 @@ def use_toolkit_of_nvcc() -> None:
 
     torch looks at `which nvcc` once, when its module of builders is imported.
     """
+    # The user's own choice stands.
     if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return
     folder = toolkit_of_nvcc()
@@ -154,6 +155,7 @@ BUILDERS: dict[str, Any] = {"cpu": PieceCPUBuilder, "cuda": PieceCUDABuilder}
 @contextmanager
 def _environment(folder: Path) -> Iterator[None]:
     """Make torch build under folder, with the ninja that is installed beside this Python."""
+    # Both variables are the process's: they are restored.
     saved = {name: os.environ.get(name) for name in ("TORCH_EXTENSIONS_DIR", "PATH")}
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])

@@ -83,6 +83,7 @@ def _environment(device_type: str) -> list[str]:
 
 def _cache_folder() -> Path:
     """Return where torch keeps extensions, in a folder of our own."""
+    # The same rule as torch's own, so that one variable moves both.
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not root:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions")

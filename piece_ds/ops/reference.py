@@ -128,6 +128,8 @@ def filter_(
     for start, scores in _chunks(grad_sum, square_sum, lam):
         found = (scores >= bound).nonzero().squeeze(1)
         first = int(num_candidates)
+
+        # What has no room is counted, so that the caller can tell.
         room = found[: max(0, candidate_score.numel() - first)]
         candidate_score[first : first + room.numel()] = scores[room]
         candidate_index[first : first + room.numel()] = room + (offset + start)
@@ -139,6 +141,8 @@ def select_above(grad_sum: Tensor | None, square_sum: Tensor, lam: float, key: i
     selected = [torch.zeros(0, dtype=torch.int64, device=square_sum.device)]
     for start, scores in _chunks(grad_sum, square_sum, lam):
         keys = scores.view(torch.int32)
+
+        # Ties are taken in ascending order until their number is used up.
         ties = (keys == key).nonzero().squeeze(1)[:num_ties]
         num_ties -= ties.numel()
         above = (keys > key).nonzero().squeeze(1)

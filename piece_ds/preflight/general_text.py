@@ -56,6 +56,8 @@ def write_general_text(settings: Settings, processing: Processing, dtype: torch.
     """
     if settings.data.general_text != SELF:
         return None
+
+    # Text is kept by the model's weights: without a digest, another model's could be taken for it.
     digest = model_digest(model_source(str(settings.model.model_name_or_path)))
     if digest is None:
         raise UserError(
@@ -78,6 +80,8 @@ def check_general_text(settings: Settings, config: Any) -> None:
     source = settings.model.model_name_or_path
     if reads_images(config):
         raise UserError(f"--general_text self: {source} reads images; give builtin or a file")
+
+    # From the configuration: no weight is read.
     size = sum(parameter.numel() * parameter.element_size() for parameter in empty_model(config).parameters())
     if size > MAX_WHOLE_BYTES:
         raise UserError(

@@ -94,6 +94,8 @@ def _check_flags(settings: Settings, job: str, method: Method) -> None:
     data, output_file = settings.data, settings.output.output_file
     if data.packing and method.baseline is not None and method.name != "seqft":
         raise UserError(f"--packing is not proven with --method {method.name}, whose batches are its own")
+
+    # Each job needs its own files.
     if job == TRAIN:
         if data.train_file is None and data.task_dir is None:
             raise UserError("no data: give --train_file F, or --task_dir D with --tasks A,B,C")

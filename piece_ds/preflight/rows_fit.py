@@ -81,6 +81,7 @@ def check_prompts_fit(config: Any, tasks: list[Task], scorers: dict[str, str], n
         scorers: task -> name of its scorer.
         new_tokens: most tokens of a short answer, and of free text.
     """
+    # Rotary positions have no table that could end.
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if not positions or getattr(text, "rope_parameters", None):
@@ -89,6 +90,8 @@ def check_prompts_fit(config: Any, tasks: list[Task], scorers: dict[str, str], n
         scorer = get_scorer(scorers[task.name])
         if not scorer.generates:
             continue
+
+        # The prompt and what is generated share the positions.
         longest = max(map(len, task.prompts()), default=0)
         num_new = new_tokens[0] if scorer.is_short else new_tokens[1]
         if longest + num_new > positions:

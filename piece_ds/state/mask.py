@@ -54,6 +54,7 @@ def gather_fragments(
     Returns:
         parameter name -> CPU tensor; absent if no rank has any.
     """
+    # One rank: only the order is to be made canonical.
     if layout.num_ranks == 1:
         ordered = {info.name: fragments[info.name] for info in layout.parameters if info.name in fragments}
         return {name: values for name, values in ordered.items() if values.numel()}

@@ -37,6 +37,7 @@ class Partition:
 
 def partition_of(numel: int, owner: int, num_ranks: int) -> Partition:
     """Return the range that rank `owner` of `num_ranks` owns in a parameter of numel elements."""
+    # Rounded up: the last ranks may own less, or nothing.
     chunk = -(-numel // num_ranks)
     return Partition(min(owner * chunk, numel), min((owner + 1) * chunk, numel))
 

@@ -84,6 +84,8 @@ class SelectedValues(nn.Module):
         for hook in self._hooks:
             hook.remove()
         delattr(model, NAME)
+
+        # What was frozen before join() stays frozen.
         for name, param in model.named_parameters():
             param.requires_grad_(name in self.trainable)
 
@@ -113,6 +115,8 @@ def _excuse_missing(model: nn.Module, incompatible: Any) -> None:
     """Accept a state dict of the plain model and a checkpoint without it, in a hook of load_state_dict()."""
     values = selected_values(model)
     assert values is not None
+
+    # The values themselves are never missed: a plain model has none.
     excused = set() if _whole(values) else _own_parameters(model)
     missing = [n for n in incompatible.missing_keys if not n.startswith(f"{NAME}.") and n not in excused]
     incompatible.missing_keys[:] = missing

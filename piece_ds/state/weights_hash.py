@@ -38,6 +38,7 @@ def hash_range(name: str, bits: Tensor, start: int = 0) -> int:
     # Positions within a chunk, made once; every chunk shifts them.
     positions = torch.arange(min(chunk, bits.numel()), device=bits.device) + _seed(name)
     for begin in range(0, bits.numel(), chunk):
+        # Sums wrap modulo 2**64, so chunks may be added in any order.
         piece = bits[begin : begin + chunk]
         total += _hash(positions[: piece.numel()] + (start + begin), piece).sum()
     return int(total) % 2**64

@@ -41,6 +41,8 @@ def with_changes(results: RunResults, task: str, delta_file: Path) -> RunResults
     delta = open_delta(delta_file)
     if not delta.reversible or not delta.num_selected:
         return results
+
+    # Counted as the report counts them, by kind of module.
     moved = movements((place_of(name).module, delta.change(name)) for name in delta.shapes)
     counts = {kind: {"values": of.num_values, "changed": of.num_changed} for kind, of in moved.items()}
     rate = results.settings.get("learning_rate")
@@ -51,6 +53,8 @@ def with_changes(results: RunResults, task: str, delta_file: Path) -> RunResults
 def changes_line(task: str, counts: dict[str, dict[str, int]], proposed_rate: float | None) -> str:
     """Return the log's line on a task: the share that changed, the kinds that changed least, and a rate if few did."""
     line = f"task {task}: {_share(counts.values()):.1%} of the selected values changed"
+
+    # Three kinds are enough to see a pattern, such as norms that hardly move.
     least = sorted(counts, key=lambda kind: counts[kind]["changed"] / counts[kind]["values"])[:3]
     if len(counts) > 1:
         line += f" (least: {', '.join(f'{kind} {_share([counts[kind]]):.1%}' for kind in least)})"
@@ -74,10 +78,13 @@ def _proposed_rate(delta: Delta, counts: dict[str, dict[str, int]], rate: object
     values, half a last place is below it. The rate must grow by the ratio of two distances: the one below which AIM of
     the values lie, and this one.
     """
+    # No proposal if enough changed, if nothing did, or if values are not 16-bit.
     share = _share(counts.values())
     dtypes = set(delta.dtypes.values())
     if share >= FEW_CHANGED or share == 0.0 or not isinstance(rate, int | float) or not dtypes <= set(HALF_PLACE):
         return None
+
+    # From the share that changed to the share that should.
     places = torch.cat([_half_places(delta, name) for name in delta.shapes]).sort().values
     now, then = (float(places[int(part * (places.numel() - 1))]) for part in (share, AIM))
     return rate * then / now if now > 0 else None

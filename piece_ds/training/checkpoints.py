@@ -44,6 +44,7 @@ def cut_of(arguments: TrainingArguments) -> dict[str, Any]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of a task, or None; the same on all ranks. A collective."""
+    # By step, not by name: checkpoint-10 is newer than checkpoint-9.
     complete = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
     return broadcast_object(max(complete, key=step_of, default=None))
 
@@ -106,6 +107,7 @@ def writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise not_written(folder, error) from error
     except RuntimeError as error:
+        # Other RuntimeErrors are no disk's.
         if not any(writer in str(error) for writer in ("PytorchStreamWriter", "inline_container")):
             raise
         raise not_written(folder, error) from error

@@ -94,6 +94,8 @@ class Claim:
         """
         if self._is_made:
             return
+
+        # Checked again: time has passed since preflight.
         self.check()
         self._is_new = bool(broadcast_object(self.overwrite or not self.folder.run_file.exists()))
         if is_main() and self._is_new:
@@ -133,6 +135,7 @@ class Claim:
 
     def _unwritable(self) -> str | None:
         """Return why nothing can be written in the folder, or above it if it does not exist yet; None if it can."""
+        # The folder itself need not exist yet: look at the nearest one that does.
         place = next((path for path in (self.folder.root, *self.folder.root.absolute().parents) if path.is_dir()), None)
         try:
             with tempfile.TemporaryFile(dir=place) as probe:
@@ -191,6 +194,7 @@ def remove_run(root: Path) -> None:
 
 def _first_difference(earlier: dict[str, Any], now: dict[str, Any], path: str = "") -> str | None:
     """Return 'key was X, is Y' for the first setting that differs, or None."""
+    # Only what this run decides counts: the folder may know settings that no longer exist.
     for key in now:
         if key in _FREE:
             continue

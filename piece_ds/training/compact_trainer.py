@@ -47,6 +47,7 @@ def prepare_trainer(
     Raises:
         UserError: the trainer has an optimizer already.
     """
+    # An optimizer that exists already would hold the model's own parameters.
     model = trainer.model
     if trainer.optimizer is not None or model is None:
         raise UserError(

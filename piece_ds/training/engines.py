@@ -27,6 +27,8 @@ def inference_model(model: nn.Module, arguments: TrainingArguments) -> Any:
     """
     if not is_partitioned(*model.parameters()):
         return model.to(arguments.device).eval()
+
+    # An engine without optimizer has nothing to offload.
     config = _filled(model, arguments)
     config["zero_optimization"].pop("offload_optimizer", None)
     engine = deepspeed.initialize(model=model, config=config)[0]

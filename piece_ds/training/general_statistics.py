@@ -91,6 +91,8 @@ def general_statistics_of(
     """
     if rows is None:
         return None
+
+    # The user's folder, if there is one, serves other runs on the same base model too.
     return GeneralStatistics(
         rows=rows,
         collate=collate,

@@ -51,6 +51,7 @@ class MaskSource:
 
     def batches(self, rows: Any, collate: Any) -> MicroBatches:
         """Return the micro-batches of the statistics pass."""
+        # --importance_rows: the first rows only.
         batches = MicroBatches(rows, collate, self.config.importance_batch_size)
         return batches.first(self.config.importance_rows) if self.config.importance_rows else batches
 

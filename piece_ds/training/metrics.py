@@ -52,6 +52,8 @@ class MetricsLog(TrainerCallback):
     def note(self, event: str, **values: Any) -> None:
         """Write a line for an event. It replaces a line of the same event at the same step."""
         row = {"event": event, "step": self._trainer.state.global_step, **values}
+
+        # A task that is finished again repeats its last events.
         same = [old for old in self.rows if (old.get("event"), old["step"]) == (event, row["step"])]
         if same and is_main():
             self.rows = [old for old in self.rows if old not in same]
@@ -84,6 +86,8 @@ class MetricsLog(TrainerCallback):
         """Return the cost of the steps since the last log. A collective of two numbers."""
         own, replayed = self._take_num_tokens()
         seconds, self._seconds_logged = self.train_seconds - self._seconds_logged, self.train_seconds
+
+        # What a machine cannot tell is left out.
         cost = {
             "train_seconds": seconds,
             "tokens": own,
@@ -104,6 +108,7 @@ class MetricsLog(TrainerCallback):
 
     def _take_num_tokens(self) -> tuple[int, int]:
         """Return the tokens of all ranks since the last call: the task's, and general text's. A collective."""
+        # One all-reduce for both counts.
         taken = (self._trainer.take_num_tokens(), self._trainer.take_num_replayed_tokens())
         own, replayed = all_reduce_sum_(torch.stack([number.to(collective_device()) for number in taken])).tolist()
         self._num_tokens += own + replayed

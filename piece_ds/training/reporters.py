@@ -52,6 +52,7 @@ class StreamReporters:
         Args:
             num_steps_before: optimizer steps of all earlier tasks.
         """
+        # Reporters see one run: steps count on from the tasks before.
         self._offset = num_steps_before
         return _OfTask(self)
 
@@ -90,6 +91,7 @@ class StreamReporters:
             getattr(reporter, event)(*args, **kwargs)
 
     def _in_stream(self, args: TrainingArguments) -> TrainingArguments:
+        # Copies: the Trainer's own objects must not change.
         of_stream = copy.copy(args)
         of_stream.output_dir = str(self._root)
         of_stream.run_name = args.run_name or self._root.name

@@ -18,6 +18,7 @@ PARTIAL_NAME = "statistics.partial"
 def clear_half_written(root: Path) -> None:
     """Remove incomplete files and checkpoints of an interrupted run, before anything is written again. A collective."""
     if is_main():
+        # Files are written as temporaries and renamed, so what is left over is half-written.
         remove_temporaries(root)
         for checkpoint in root.glob(f"[0-9]*-*/{PREFIX_CHECKPOINT_DIR}-*"):
             if not is_complete(checkpoint):
@@ -81,6 +82,7 @@ def written_bytes(task_folder: Path) -> dict[str, int]:
     files = [path for path in task_folder.rglob("*") if path.is_file()]
     found: dict[str, int] = {}
     for path in files:
+        # By the first part of the path: the model's folder counts as a whole.
         top = path.relative_to(task_folder).parts[0]
         if not top.startswith("checkpoint-") and top not in _NOT_COUNTED:
             kind = _KINDS.get(top, "other_bytes")

@@ -230,6 +230,8 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
 def _mask_source(stream: Stream, index: int) -> MaskSource:
     settings = stream.settings
     config = settings.method.config(stream.seed, settings.model.exclude, settings.output.save_full)
+
+    # Only methods that avoid earlier masks get them.
     return MaskSource(
         config=config,
         files=settings.method,

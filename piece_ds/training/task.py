@@ -163,6 +163,8 @@ def _begin_baseline(
     guard.watch_engine()
     if general is not None:
         scale_steps(engine, general_step_scale(general.take(engine, layout_of(engine.module), has_moved)))
+
+    # Last: hooks installed later run earlier, so the watch sees the gradient that the baseline has changed.
     if acts is not None:
         acts.begin(engine)
 
@@ -208,6 +210,8 @@ def _check_padding(trainer: Trainer, context: TaskContext, tokenizer: Processing
     """Raise UserError if rows of a batch are not what each is on its own: see check_rows(). A collective."""
     if reads_images(trainer.model.config):
         return
+
+    # With one row a batch nothing is padded.
     sizes = {trainer.args.per_device_train_batch_size, trainer.args.per_device_eval_batch_size, context.batch_size}
     padding = pad_id(tokenizer_of(tokenizer))
     check_rows(trainer.model_wrapped, answer_tokens(context.task.train), padding, sizes == {1})

@@ -92,6 +92,8 @@ class TaskMask:
         """Put the mask in force. A collective."""
         config, engine = self._source.config, engine_of(self._trainer)
         layout = without(layout_of(engine.module), config.exclude)
+
+        # Taken before attaching: a compact update takes every backward's gradients.
         step_scale = self._source.step_scale(engine, layout, has_moved=self._trainer.state.global_step > 0)
         update = attach(engine, self.mask, config.save_full, config.selected_gradient, step_scale)
         barrier()
@@ -121,6 +123,8 @@ class TaskMask:
         """Return whether an interrupted run has selected; the same on all ranks."""
         if self._trainer.state.global_step > 0:
             return True
+
+        # previous.safetensors is written last: if it is there, so is the mask.
         may_be = self._resume and self._source.files.mask_file is None
         return may_be and bool(broadcast_object((self._folder / PREVIOUS_NAME).is_file()))
 
@@ -128,6 +132,8 @@ class TaskMask:
         begin = time.perf_counter()
         source, trainer = self._source, self._trainer
         batches = source.batches(trainer.train_dataset, trainer.data_collator)
+
+        # An interrupted pass resumes only on the same rows and batches.
         kept = PartialStatistics(
             self._folder / PARTIAL_NAME,
             source.files.statistics_save_steps,

@@ -44,6 +44,8 @@ def trainer_micro_batches(trainer: Trainer, batch_size: int) -> MicroBatches:
             f"PieceCallback expected training rows with a length, got {type(rows).__name__}: importance is summed over "
             "all of them; load the data set without streaming"
         )
+
+    # As the Trainer's own loader: columns that the model does not take are dropped.
     if isinstance(rows, datasets.Dataset):
         rows = trainer._remove_unused_columns(rows, description="importance")
     else:
@@ -60,6 +62,7 @@ def _loss_of(trainer: Trainer) -> Callable[[Any, Any], Tensor] | None:
 
     def loss_of(engine: Any, batch: Any) -> Tensor:
         if generate is not None:
+            # A generating trainer makes completions now, as many a prompt as in a step.
             batch = generate([row for row in batch for _ in range(trainer.num_generations)])
         # `* 1.0`: DeepSpeed 0.19 would divide the very tensor that forward returned by the accumulation steps.
         loss: Tensor = trainer.compute_loss(engine, batch) * 1.0

@@ -77,7 +77,7 @@ class CompactUpdate:
         else:
             self._after_load()
 
-        # Hooks around the step. The watch comes first: it must see the gradient before anything changes it.
+        # Hooks around the step. The first one runs last before a step, so the watch sees the gradient as it is applied.
         decay = SelectedDecay(self._adapter, {PARAMETER_NAME: self._decaying()})
         self.watch = StepWatch(self._adapter, self._locate)
         self._remove = [
@@ -123,12 +123,16 @@ class CompactUpdate:
 
     def _check(self) -> None:
         values, mask = self._values, self.mask
+
+        # The mask must fit the room that was prepared for it.
         (room,) = full_shape(values.values)
         if room < mask.num_selected or (room > mask.num_selected and not values.may_have_fewer):
             raise UserError(
                 f"the mask selects {mask.num_selected} elements, the model was prepared for another number:"
                 " give prepare_compact() the mask's ratio or number, and its unit"
             )
+
+        # The optimizer must hold the values and nothing else.
         optimised = {piece.name for _, pieces in self._adapter.masters() for piece in pieces}
         if not optimised <= {PARAMETER_NAME}:
             raise UserError(
@@ -136,6 +140,8 @@ class CompactUpdate:
                 f"{min(optimised - {PARAMETER_NAME})!r}: make it from prepare_compact(model).parameters(), "
                 "or use masked mode (--update_mode masked)"
             )
+
+        # Every selected weight must be trainable, and of the values' dtype.
         dtypes = {name: param.dtype for name, param in self._engine.module.named_parameters()}
         for name in self._index:
             if name not in values.trainable:
@@ -168,6 +174,8 @@ class CompactUpdate:
     def _locate(self, place: Place) -> Place:
         """Return the place in the model for a place among the values."""
         name, offset = place[0], place[1]
+
+        # Values lie in the order of the parameters: walk until the offset falls into one.
         for weight, index in self._index.items():
             if name == PARAMETER_NAME and offset < index.numel():
                 return weight, int(index[offset])

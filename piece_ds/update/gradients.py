@@ -35,6 +35,7 @@ def collect_dense(
 
     index = selected.index.to(out_K.device)
 
+    # Runs as soon as the gradient is complete, and frees it.
     def take(param: nn.Parameter) -> None:
         grad, param.grad = param.grad, None
         if grad is not None:
@@ -214,6 +215,8 @@ class GradientCollection:
                 len(elsewhere),
                 _shortened(elsewhere),
             )
+
+        # Per rank: another rank's data may use them.
         unused = [s.name for s in self._sampled if not (s.was_called or s.used_elsewhere)]
         if unused:
             logger.warning("no gradient for %s: the loss of the first step does not use it", _shortened(unused))

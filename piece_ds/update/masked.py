@@ -35,7 +35,7 @@ class MaskedUpdate:
         self.mask, self._whole = mask, whole
         decay = SelectedDecay(adapter, whole)
 
-        # Hooks around the step. The watch is installed first: see StepWatch.
+        # Hooks around the step. The first one runs last before a step, so the watch sees the masked gradient.
         self.watch = StepWatch(adapter)
         self._remove = [*self.watch.install(), adapter.install_mask(), *decay.install(engine.basic_optimizer)]
         if step_scale is not None:

@@ -57,6 +57,8 @@ def max_density(device: torch.device | str, dtype: torch.dtype) -> float:
 def rows_for(rows: Iterable[Row], kind: str, provider: str, dtype: torch.dtype) -> list[Row]:
     """Return the rows of a kind of device, for provider and dtype. If it was not measured: those of every GPU."""
     same = [row for row in rows if row.provider == provider and (row.device == "cpu") == (kind == "cpu")]
+
+    # fp16 falls back to bf16, a GPU that was not measured to all that were.
     for wanted in (dtype, torch.bfloat16) if dtype == torch.float16 else (dtype,):
         of_dtype = [row for row in same if DTYPES[row.dtype] == wanted]
         if of_dtype:

@@ -184,6 +184,8 @@ def _batches(weights: dict[str, SelectedWeights], device: torch.device) -> Itera
     begin = 0
     for _, group in groupby(weights.items(), key=lambda item: item[1].param.dtype):
         names, parts, offset = [], [], 0
+
+        # Positions count on through the weights of a batch, as if they were concatenated.
         for name, weight in group:
             names.append(name)
             parts.append(weight.index + offset)
