@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from piece_ds.config.method_arguments import BaselineArguments
 from piece_ds.methods.baseline import TaskContext
 from piece_ds.methods.lora import FOLDER, LoRA
-from piece_ds.methods.peft_config import difference, read_peft_config
+from piece_ds.methods.peft_config import difference, needs_whole_weights, read_peft_config
 from piece_ds.models.loading import without_zero3
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import is_partitioned
@@ -37,6 +37,12 @@ class AnyPeft(LoRA):
         self.config = read_peft_config(settings.peft_config)
 
     def adapt(self, model: nn.Module, num_tasks: int, previous: Path | None) -> nn.Module:
+        unfit = needs_whole_weights(self.config)
+        if unfit and is_partitioned(*model.parameters()):
+            raise UserError(
+                f"--peft_config {self.settings.peft_config}: {unfit} begins with whole weights, which ZeRO-3 has put "
+                "away: use ZeRO 0, 1 or 2"
+            )
         try:
             adapted = get_peft_model(model, copy.deepcopy(self.config))
         except Exception as error:  # PEFT's checks of a configuration against a model raise whatever they raise
@@ -53,6 +59,7 @@ class AnyPeft(LoRA):
 
     def save_model(self, model: nn.Module, state: dict[str, Tensor], context: TaskContext, to: Path | None) -> None:
         assert isinstance(model, PeftModel)
+        state = _under_every_name(model, state)
         model.save_pretrained(str(context.folder / FOLDER), state_dict=state)
         if to is not None:
             merged_model(model, state, self.config).save_pretrained(str(to))
@@ -98,12 +105,19 @@ def _load(adapted: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
 
 
+def _under_every_name(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return state with each tensor under all of its names: PEFT looks for projections that layers share by any."""
+    every = model.state_dict(keep_vars=True)
+    found = {id(every[name]): tensor for name, tensor in state.items()}
+    return {name: found[id(tensor)] for name, tensor in every.items() if id(tensor) in found}
+
+
 def merged_model(model: PeftModel, state: dict[str, Tensor], config: PeftConfig) -> nn.Module:
     """Return the base model with the adapter merged by PEFT, in the base model's dtypes, on the CPU.
 
     Args:
         model: read for its class, configuration and buffers; its weights may be partitioned.
-        state: names as in model.state_dict(), whole tensors.
+        state: names as in model.state_dict(), whole tensors; one that has several names stands under one of them.
         config: of the adapter.
     Raises:
         RuntimeError: state does not hold every weight of the model.
@@ -121,8 +135,9 @@ def merged_model(model: PeftModel, state: dict[str, Tensor], config: PeftConfig)
     for name, buffer in model.named_buffers():
         if name in own:
             own[name].copy_(buffer)
-    tied = {name for name in missing if name.endswith("lm_head.weight")}
-    lost = sorted(set(missing) - tied) + sorted(unexpected)
+    every = again.state_dict()
+    loaded = {every[name].data_ptr() for name in state if name in every}
+    lost = [name for name in missing if every[name].data_ptr() not in loaded] + list(unexpected)  # tied ones are there
     if lost:
         raise RuntimeError(f"the adapted model cannot be merged: {lost[0]!r} is not where PEFT expects it")
 

@@ -20,6 +20,9 @@ PROVEN = (
     *("HIRA", "HRA", "LN_TUNING", "LOHA", "LOKR", "MISS", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA"),
     *("SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "WAVEFT"),
 )
+# Those that read whole weights where ZeRO-3 has put them away: PEFT begins them with something else, or not at all.
+# The others train and merge under ZeRO-3 as in plain PyTorch.
+_NEEDS_WHOLE_WEIGHTS = ("OSF", "DEFT", "DELORA", "FROD", "LN_TUNING", "LOHA", "SUPERTUNING", "TINYLORA")
 # LoRA's variants that cannot be merged (a bias without one in the base, activated LoRA, experts), that need calls in
 # the training loop, or that build the model from copies of its layers.
 _REFUSED = (
@@ -74,6 +77,13 @@ def read_peft_config(path: str) -> PeftConfig:
         return known[name](**{key: value for key, value in values.items() if key in keys})
     except Exception as error:  # PEFT's own checks raise whatever they raise; the file is data from outside
         raise UserError(f"--peft_config {path}: PEFT refuses it: {_one_line(error)}") from error
+
+
+def needs_whole_weights(config: PeftConfig) -> str:
+    """Return what in config cannot begin under ZeRO-3, or ''."""
+    if getattr(config.peft_type, "value", config.peft_type) in _NEEDS_WHOLE_WEIGHTS:
+        return f"peft_type {getattr(config.peft_type, 'value', config.peft_type)}"
+    return "trainable_token_indices" if getattr(config, "trainable_token_indices", None) else ""
 
 
 def difference(first: PeftConfig, second: PeftConfig) -> list[str]:

@@ -18,6 +18,7 @@ from piece_ds.methods.lora import FOLDER, LoRA
 from piece_ds.methods.peft_config import PROVEN, read_peft_config
 from piece_ds.preflight.checks import check_sources
 from piece_ds.runtime.errors import UserError
+from piece_ds.zero.whole_state import whole_state
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 # What a type needs to fit into the small model, besides its target modules.
@@ -81,7 +82,9 @@ def trained_(model: nn.Module) -> nn.Module:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """As a run collects it: what has several names (VeRA's projections, tied weights) stands under one of them."""
+    state = whole_state(SimpleNamespace(module=model, device=torch.device("cpu")))
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -187,3 +190,11 @@ def test_a_stream_goes_on_only_with_the_file_that_it_began_with(tmp_path: Path) 
         adapted(other, tmp_path)
     with pytest.raises(UserError, match="does not hold an adapter"):
         adapted(other, tmp_path / "elsewhere")
+
+
+def test_what_begins_with_whole_weights_is_refused_where_they_are_put_away(tmp_path: Path) -> None:
+    for name in ("OSF", "LN_TUNING", "tokens"):
+        model = small_model()
+        model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it has partitioned
+        with pytest.raises(UserError, match="begins with whole weights, which ZeRO-3 has put away: use ZeRO 0, 1 or 2"):
+            AnyPeft(written(tmp_path, CASES[name])).adapt(model, 1, None)
