@@ -1,4 +1,5 @@
-# make train: the embedded default.   make vqa-demo: the one with images.   make test: the fast tests.   make test-all: every test.
+# make train: the embedded default.   make vqa-demo: the one with images.   make docs: the pages as a site.
+# make test: the gate.   make test-fast: its tests that start no ranks.   make test-all: every test.
 # make test-gpu, make bench-gpu: what needs a GPU, each in one command (GPU_ARGS=--second: the second script).
 # make test-faults: KILLS kills of running streams, FUZZ_SECONDS of damage for every reader of files.   make venv: set-up alone.
 PYTHON ?= python3
@@ -12,7 +13,8 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 RANKS ?= $(if $(HAS_GPU),1,2)
 LAUNCH := DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/deepspeed --num_accelerators $(RANKS)
 
-.PHONY: train vqa-demo test test-all test-faults check bench bench-cost bench-continual bench-kernels test-gpu bench-gpu clean venv
+.PHONY: train vqa-demo test test-fast test-all test-faults check bench bench-cost bench-continual \
+	bench-continual-small bench-kernels test-gpu bench-gpu docs clean venv
 
 train: $(VENV)/.ready
 	rm -rf runs/embedded
@@ -24,6 +26,10 @@ vqa-demo: $(VENV)/.ready
 
 test: check
 	$(BIN)/python -m pytest
+
+# A single thread: small tensors gain nothing by more, and lose to whatever else runs.
+test-fast: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_architecture.py tests/unit tests/ops
 
 test-all: check
 	$(BIN)/python -m pytest -m "slow or not slow"
@@ -46,8 +52,13 @@ bench: $(VENV)/.ready
 bench-cost: $(VENV)/.ready
 	DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/python bench/cost.py --ranks $(RANKS)
 
-# Hours; goes on where it was stopped. TRACE=FOLDER says where the tasks are, HOURS=H when to stop.
+# The study on a real model: hours; it resumes. TRACE=FOLDER says where the tasks are, HOURS=H when to stop.
 bench-continual: $(VENV)/.ready
+	DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/python bench/continual/real/run.py $(if $(TRACE),--trace $(TRACE)) $(if $(HOURS),--hours $(HOURS))
+	$(BIN)/python bench/continual/real/summary.py
+
+# The same question on a model of a million weights that it makes itself: 19 methods over streams of six tasks.
+bench-continual-small: $(VENV)/.ready
 	DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/python bench/continual/run.py $(if $(TRACE),--trace $(TRACE)) $(if $(HOURS),--hours $(HOURS))
 	$(BIN)/python bench/continual/summary.py
 

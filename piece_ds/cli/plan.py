@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 from piece_ds.config.arguments import ModelArguments
+from piece_ds.config.recommended import HELP
 from piece_ds.models.loading import empty_model, load_config
 from piece_ds.models.pretrained import PRETRAINED, NotFetched
 from piece_ds.plan.cards import CARDS, YES, card_verdicts
@@ -43,6 +44,7 @@ def plan(arguments: argparse.Namespace) -> None:
             *([_traffic_grid(shape, setting)] if setting.world > 1 else []),
         ]
     )
+    print(f"\n{HELP}")
 
 
 def markdown_table(setting: Setting, models: list[str]) -> Iterator[str]:

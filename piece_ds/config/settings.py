@@ -20,6 +20,7 @@ from piece_ds.config.arguments import DataArguments, EvaluationArguments, ModelA
 from piece_ds.config.deepspeed_configs import with_config_paths
 from piece_ds.config.defaults import machine_defaults
 from piece_ds.config.method_arguments import BaselineArguments, MethodArguments
+from piece_ds.config.recommended import HELP
 from piece_ds.runtime.errors import UserError, nearest
 
 OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments, EvaluationArguments, BaselineArguments)
@@ -206,6 +207,7 @@ def print_help(meanings: Mapping[str, str]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     parser = _parser((*OURS, TrainingArguments))
+    parser.epilog = HELP
     for action in parser._actions:
         if action.dest in meanings:
             action.help = meanings[action.dest].replace("%", "%%")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.launches import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 TEST = re.compile(r"`((?:unit|ops|distributed|end_to_end|faults)/\w+\.py)(?:::([\w{},]+))?`")
 
@@ -26,7 +26,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     linked = {name for name, _ in LINK.findall(PAGES[0].read_text(encoding="utf-8"))}
-    assert {f"docs/{page.name}" for page in PAGES[1:]} <= linked
+    assert {f"docs/{page.name}" for page in PAGES[2:]} <= linked
 
 
 def test_every_guarantee_names_tests_that_exist() -> None:
@@ -54,3 +54,11 @@ def expanded(name: str) -> list[str]:
 def test_every_result_file_is_there(page: Path) -> None:
     for name in re.findall(r"`((?:kernels/)?bench/[\w/.-]*\.(?:csv|md|png))`", page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_source_file_it_names_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    names = re.findall(r"`((?:piece_ds|tests|bench|kernels|csrc|launch|examples|ds_configs)/[\w/.-]+?)`", text)
+    missing = [name for name in names if "NN" not in name and not (ROOT / name).exists()]
+    assert not missing, f"{page.name}: {missing}"
