@@ -2,9 +2,10 @@
 
 A path in a row is looked up in this order:
 
-1. the path itself, if it is absolute and exists; 2. the path below --image_dir (if not given: below the data file's
-folder), then ever shorter tails of it: "a/b/c.jpg", "b/c.jpg", "c.jpg"; 3. the file name in any subfolder of
---image_dir, if only one subfolder has it.
+1. the path itself, if it is absolute and exists;
+2. the path below --image_dir (if not given: below the data file's folder), then ever shorter tails of it:
+   "a/b/c.jpg", "b/c.jpg", "c.jpg";
+3. the file name in any subfolder of --image_dir, if only one subfolder has it.
 """
 
 import os
