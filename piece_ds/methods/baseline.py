@@ -55,9 +55,11 @@ class TaskContext:
 
     @property
     def is_last(self) -> bool:
+        """Whether the stream ends with this task."""
         return self.index == self.num_tasks - 1
 
     def micro_batches(self, rows: Rows) -> MicroBatches:
+        """Return rows as micro-batches of batch_size rows."""
         return MicroBatches(cast(Sequence[Any], rows), self.collate, self.batch_size)
 
 
@@ -156,6 +158,7 @@ class EngineCallback:
         """Prepare for a step, before its first micro-batch. A collective."""
 
     def end(self) -> None:
+        """Remove everything that begin() has installed."""
         for remove in self.remove:
             remove()
         self.remove = []

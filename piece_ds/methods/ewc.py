@@ -34,6 +34,7 @@ class EWC(Baseline):
         return _Penalty(context.previous / FOLDER, self.settings.ewc_lambda)
 
     def end_task(self, engine: Any, context: TaskContext) -> None:
+        """Save the Fisher information of all tasks so far, at the weights that this task ended with."""
         if context.is_last:
             return
         layout = layout_of(engine.module)

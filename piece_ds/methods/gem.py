@@ -51,6 +51,7 @@ class _Projection(EngineCallback):
         self.remove.append(self.term.install(self._project))
 
     def before_step(self, engine: Any) -> None:
+        """Take the gradient of every memory at the current weights."""
         self.gradients_K = []
 
         # Taken at the current weights, so they are those of this step.
@@ -61,6 +62,7 @@ class _Projection(EngineCallback):
             self.gradients_K.append(self.term.ranges_of(self.layout, stats.grad_sum / stats.num_micro_batches))
 
     def _project(self) -> None:
+        """Turn the reduced gradient if its product with some memory's gradient is negative."""
         current = self.term.gradients()
         dots_K = self._dots([(memory, current) for memory in self.gradients_K])
         if bool((dots_K >= 0).all()):

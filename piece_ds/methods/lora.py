@@ -32,6 +32,7 @@ class LoRA(Baseline):
     saves_itself = True
 
     def adapter_names(self, num_tasks: int) -> list[str]:
+        """Return the names of the stream's adapters, as peft knows them."""
         return ["default"]
 
     def adapt(self, model: nn.Module, num_tasks: int, previous: Path | None) -> nn.Module:

@@ -51,6 +51,7 @@ class SelectionRequest:
 
     @property
     def model(self) -> nn.Module:
+        """The engine's module."""
         module: nn.Module = self.engine.module
         return module
 

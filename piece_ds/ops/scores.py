@@ -63,6 +63,7 @@ class Candidates:
 
     @property
     def capacity(self) -> int:
+        """Number of elements that there is room for."""
         return self.score.numel()
 
 

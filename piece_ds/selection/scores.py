@@ -34,6 +34,7 @@ class Scores(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return self.square_sum.numel()
 
 

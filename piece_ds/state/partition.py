@@ -80,6 +80,7 @@ class Layout:
 
     @property
     def num_eligible(self) -> int:
+        """Number of elements that may be selected, over all ranks."""
         return sum(info.numel for info in self.parameters if info.eligible)
 
     @property
@@ -88,6 +89,7 @@ class Layout:
         return sum(part.numel for _, part, _ in self.owned())
 
     def eligible(self) -> tuple[ParameterInfo, ...]:
+        """Return the parameters whose elements may be selected."""
         return tuple(info for info in self.parameters if info.eligible)
 
     def partition(self, info: ParameterInfo) -> Partition:
@@ -103,4 +105,5 @@ class Layout:
             offset += part.numel
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return parameter name -> shape, in order."""
         return {info.name: info.shape for info in self.parameters}

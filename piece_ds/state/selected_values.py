@@ -48,9 +48,11 @@ class SelectedValues(nn.Module):
         self.attached = False  # whether an update trains them: backward's gradients are then its own
 
     def get_extra_state(self) -> dict[str, Tensor] | None:
+        """Return what a checkpoint holds besides values. torch calls it for state_dict()."""
         return self.checkpoint
 
     def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
+        """Keep what a checkpoint held besides values. torch calls it for load_state_dict()."""
         self.checkpoint = state
 
     @contextmanager

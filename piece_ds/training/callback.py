@@ -97,6 +97,11 @@ class PieceCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Select or read the mask, keep the weights before training, and attach.
+
+        Raises:
+            UserError: there is no suitable engine, or this callback has already served a train().
+        """
         engine = engine_of(self.trainer)
         if self.config.update_mode == "compact" and selected_values(engine.module) is None:
             raise UserError("PieceCallback prepares the model for one train(): make another callback for another one")
@@ -121,6 +126,7 @@ class PieceCallback(TrainerCallback):
         barrier()
 
     def on_train_end(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
+        """Write the delta, detach the mask, and let the trainer write whole checkpoints again."""
         if self.update is not None and self.mask is not None:
             module = self.trainer.model_wrapped.module
             save_delta(Path(args.output_dir) / DELTA_NAME, module, self.mask, self._previous)

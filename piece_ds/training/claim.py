@@ -1,7 +1,7 @@
 """Claim an output folder for a run once its first step can be taken, and give it back if that never happens.
 
-Nothing is written before. So a start that fails (a model that cannot be read, an engine that cannot be made, a reporter
-that cannot be reached) leaves the folder as it was, and the corrected command runs in it.
+Nothing is written before. So a start that fails leaves the folder as it was, and the corrected command runs in it. It
+may fail because a model cannot be read, an engine cannot be made, or a reporter cannot be reached.
 """
 
 import json

@@ -67,16 +67,20 @@ class MetricsLog(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Start the step's clock, and tell the other ranks' watch where this one is."""
         report_status(f"step {state.global_step + 1} of {self._path.parent.name}")
         self._begin = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop the step's clock."""
         self.train_seconds += time.perf_counter() - self._begin
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
+        """Write a line for the checkpoint, with its seconds."""
         self.note("checkpoint", seconds=take_seconds("saving"))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the Trainer's newest log row, with the cost of its steps."""
         row = dict(state.log_history[-1])
         if "loss" in row:
             row |= self._cost()

@@ -65,11 +65,17 @@ class NonfiniteCallback(TrainerCallback):
         return self._watch if self._trainer.update is None else self._trainer.update.watch
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Forget the last step's losses, and decide from now on what a fault leads to."""
         self._trainer.losses.clear()
         if self.watch is not None:
             self.watch.take_charge()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report a skipped step. A collective if there was a fault, which all ranks have.
+
+        Raises:
+            NonfiniteError: the policy is 'stop', and the fault is not one that fp16's loss scale corrects.
+        """
         update, watch = self._trainer.update, self.watch
         if watch is None or watch.fault is None:
             return

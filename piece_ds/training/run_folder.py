@@ -47,10 +47,12 @@ class RunFolder:
 
     @property
     def run_file(self) -> Path:
+        """The run's configuration."""
         return self.root / "run.json"
 
     @property
     def results_file(self) -> Path:
+        """The run's results so far."""
         return self.root / "results.json"
 
     def task(self, index: int, name: str) -> Path:
@@ -58,6 +60,7 @@ class RunFolder:
         return self.root / f"{index:02d}-{name}"
 
     def model(self, index: int, name: str) -> Path:
+        """Return the folder of a task's trained model."""
         return self.task(index, name) / "model"
 
     def predictions(self, moment: str) -> Path:

@@ -140,11 +140,7 @@ def run_stream(stream: Stream) -> RunResults:
 
 
 def _load(stream: Stream, first: int) -> nn.Module:
-    """Return the model that task `first` starts from.
-
-    Raises:
-        UserError: the model of the task before was not saved, or is damaged.
-    """
+    """Return the model that task `first` starts from, or raise UserError if it was not saved or is damaged."""
     # The model of the task before, unless a baseline makes its own from the base model.
     source, previous = None, None
     if first > 0:

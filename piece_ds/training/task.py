@@ -113,8 +113,8 @@ def train_task(
             _begin_baseline(engine, guard, acts, general if is_scaled else None, has_moved=checkpoint is not None)
         claim.is_begun = True
 
-    # 3. Train: the Trainer calls before_first_step() as soon as there is an engine. The guard must see a step's
-    # gradient before what acts on it.
+    # 3. Train. The Trainer calls before_first_step() as soon as there is an engine. The guard comes before what acts on
+    # the gradient: see NonfiniteCallback.
     callbacks = [reporter, metrics, BeforeFirstStep(trainer, before_first_step), guard]
     for callback in (*callbacks, *([OnEngine(trainer, acts)] if acts is not None else []), StopAtStep()):
         trainer.add_callback(callback)

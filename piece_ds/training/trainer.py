@@ -125,6 +125,7 @@ class TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        """Return the loss as transformers' Trainer does, with general text's added, and count tokens."""
         # Packed rows are one row of tensors.
         num_rows = self.args.per_device_train_batch_size if "position_ids" in inputs else len(inputs["input_ids"])
         if model.training:
@@ -223,6 +224,7 @@ class BaselineTrainer(TaskTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        """Return the loss as TaskTrainer does, plus what the baseline adds to it."""
         known = self.baseline.take(inputs)
         loss, outputs = super().compute_loss(model, known, True, num_items_in_batch)
         extra = self.baseline.extra_loss(inputs, outputs) if model.training else None
@@ -274,6 +276,7 @@ class StopAtStep(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Ask for a checkpoint and the end of training, if a signal has come."""
         if stop_asked():
             control.should_save = control.should_training_stop = True
         return control

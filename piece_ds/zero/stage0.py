@@ -23,6 +23,7 @@ class Stage0(Adapter):
     _has_norm = False  # of the gradient as it will be applied
 
     def masters(self) -> list[tuple[Tensor, list[Piece]]]:
+        """Return the parameters themselves in fp32, else the wrapper's masters."""
         flat_masters = getattr(self.optimizer, "fp32_groups_flat", None)
         if flat_masters is not None:
             return [(m, self._flat_pieces(g)) for m, g in zip(flat_masters, self.optimizer.fp16_groups, strict=True)]
@@ -77,6 +78,7 @@ class Stage0(Adapter):
             self._bound.bind(dtype, pieces, index)
 
     def mask_gradients_(self) -> None:
+        """Mask p.grad of every parameter, and report the norm of what is left."""
         for dtype, params in self._by_dtype.items():
             grads = [param.grad for param in params if param.grad is not None]
             if len(grads) == len(params):
@@ -95,6 +97,7 @@ class Stage0(Adapter):
         self._report_norm([grad for grad, _ in self.gradients()])
 
     def skip_nonfinite(self, note: Callable[[], None]) -> Callable[[], None]:
+        """Skip nonfinite steps; return undo. The wrapper skips them itself, a bare optimizer must be made to."""
         self._note = note
         if self.optimizer is self.engine.basic_optimizer:
             return self._skip_bare()
@@ -143,6 +146,7 @@ class Stage0(Adapter):
             self._has_norm = True
 
     def set_gradient(self, grad: Tensor) -> None:
+        """Set the gradient of the values' parameter, and report its norm."""
         param = self.engine.module.get_parameter(PARAMETER_NAME)
         param.grad = grad.to(param.dtype)
         self._report_norm([param.grad])

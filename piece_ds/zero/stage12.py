@@ -42,6 +42,7 @@ class Stage12(Adapter):
         return cut(pieces, begin, begin + size)
 
     def masters(self) -> list[tuple[Tensor, list[Piece]]]:
+        """Return each group's partition of the fp32 masters."""
         return [(m, self._partition(i)) for i, m in enumerate(self.optimizer.single_partition_of_fp32_groups)]
 
     def bind(self, index: dict[str, Tensor]) -> None:
@@ -57,6 +58,7 @@ class Stage12(Adapter):
                 self._bound.mask_all_(group, list(self.optimizer.averaged_gradients[group]))
 
     def gradients(self) -> list[tuple[Tensor, list[Piece]]]:
+        """Return the tensors of each group's partition, padding included."""
         result = []
         for group in range(len(self.optimizer.round_robin_bit16_groups)):
             partition, offset = self._partition(group), 0
@@ -79,6 +81,10 @@ class Stage12(Adapter):
                 self.optimizer.norm_for_param_grads[param_id] = norm
 
     def set_gradient(self, grad: Tensor) -> None:
+        """Set this rank's partition of the gradient.
+
+        With offload also what backward would have found: overflow and norm.
+        """
         optimizer = self.optimizer
 
         # This rank's part, zeros in the padding. The values are the only parameter, hence group 0.
@@ -121,6 +127,7 @@ class Stage12(Adapter):
         return self.engine.coalesce_grad_reduction()
 
     def forget_backward(self) -> None:
+        """Drop gradients, micro-step count and, with offload, the buffers that hold gradients on the CPU."""
         optimizer = self.optimizer
         optimizer.zero_grad()
         optimizer.micro_step_id = type(self)._initial_micro_step_id()

@@ -73,6 +73,7 @@ class Stage1BF16(Adapter):
         self.optimizer.fp32_groups_has_gradients[0][0] = True
 
     def skip_nonfinite(self, note: Callable[[], None]) -> Callable[[], None]:
+        """Report nonfinite steps, which the wrapper skips itself; return undo."""
         optimizer, original = self.optimizer, self.optimizer.clear_hp_grads
 
         def clear_hp_grads() -> None:

@@ -40,6 +40,7 @@ class Stage3(Adapter):
         return Piece(self.name_of[id(param)], part.start, part.numel, offset)
 
     def masters(self) -> list[tuple[Tensor, list[Piece]]]:
+        """Return each sub-group's chunks side by side. The last rank's padding has a place too."""
         result = []
         for params, master in zip(self.optimizer.fp16_groups, self.optimizer.fp32_partitioned_groups_flat, strict=True):
             pieces, offset = [], 0
@@ -73,6 +74,7 @@ class Stage3(Adapter):
         ]
 
     def install_mask(self) -> Callable[[], None]:
+        """Mask at the accumulation boundary or, with optimizer offload, each chunk as it arrives; return remove."""
         if not self.optimizer.offload_optimizer:
             return super().install_mask()
 
@@ -88,6 +90,7 @@ class Stage3(Adapter):
         return lambda: self.optimizer.__dict__.pop("partition_grads", None)
 
     def set_gradient(self, grad: Tensor) -> None:
+        """Set this rank's chunk of the gradient, in every place where DeepSpeed will read it."""
         from deepspeed.accelerator import get_accelerator
         from deepspeed.utils import safe_set_local_grad
 
@@ -110,6 +113,7 @@ class Stage3(Adapter):
         return self.engine.coalesce_grad_reduction()
 
     def forget_backward(self) -> None:
+        """Drop gradients, buckets and, with offload, the buffers that hold gradients on the CPU."""
         optimizer = self.optimizer
         optimizer.zero_grad()
 

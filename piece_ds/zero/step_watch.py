@@ -33,6 +33,8 @@ class SkippedStep:
 class StepWatch:
     """Watch an engine's optimizer steps. Install it before anything else that acts around the step.
 
+    Hooks that are installed later run earlier, so the watch sees the gradient as it will be applied.
+
     Attributes:
         fault: of the last step; None if it was taken.
         replicated: whether every rank's fault is about the whole gradient; if not, it is about the rank's share.
