@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from piece_ds.config.piece import PieceConfig
+from piece_ds.config.settings import parse
 from piece_ds.methods.estimate import count_selected, estimate_mask, select
 from piece_ds.methods.piece_variants import ratio_score
 from piece_ds.methods.registry import METHODS
 from piece_ds.methods.request import SelectionRequest
 from piece_ds.models.layout import layout_of
+from piece_ds.preflight.checks import check_sources
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.exact_sums import add_, empty_sums, means
 from piece_ds.state.statistics import GradientStats
@@ -208,6 +210,15 @@ def test_units_are_refused_where_a_method_has_a_rule_of_its_own() -> None:
             estimate_mask(engine, [], method=name, unit="column")
     with pytest.raises(UserError, match=r"unit 'colum' is unknown.*Did you mean 'column'"):
         PieceConfig(unit="colum")
+
+
+def test_the_flag_is_refused_where_it_would_be_ignored() -> None:
+    for method in [name for name, method in METHODS.items() if not method.has_units]:
+        with pytest.raises(UserError, match=rf"--unit row has no meaning with --method {method}, .*"):
+            check_sources(parse(["--method", method, "--unit", "row"]), 2)
+    with pytest.raises(UserError, match="--unit row has no meaning with --mask_file"):
+        check_sources(parse(["--unit", "row", "--mask_file", "m.safetensors"]), 1)
+    check_sources(parse(["--method", "piece-ratio", "--unit", "column", "--general_text", "self"]), 1)
 
 
 def test_no_more_than_were_announced() -> None:
