@@ -5,6 +5,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 
+_LONGEST_NAME = 200  # bytes; a file system takes 255
+
 
 def config_names() -> list[str]:
     """Return the names, without .json."""
@@ -13,6 +15,8 @@ def config_names() -> list[str]:
 
 def config_path(name: str) -> str:
     """Return the file of a name. A file of the user's, or what is no name, is returned as it is."""
+    if len(name) > _LONGEST_NAME:  # the content of a configuration
+        return name
     # A file of the user's wins over a name.
     own = FOLDER / f"{name.removesuffix('.json')}.json"
     if Path(name).exists() or Path(name).name != name or not own.is_file():
@@ -31,3 +35,9 @@ def with_config_paths(flags: Sequence[str]) -> list[str]:
         elif flag.startswith("--deepspeed="):
             found[index] = f"--deepspeed={config_path(flag.split('=', 1)[1])}"
     return found
+
+
+def contradiction(error: ValueError) -> str:
+    """Return transformers' list of numbers in the DeepSpeed file that contradict the flags, as one line."""
+    found = "; ".join(line.removeprefix("- ds ") for line in str(error).splitlines() if line.startswith("- ds"))
+    return f'--deepspeed: numbers in the file contradict the flags ({found}): use "auto" there'

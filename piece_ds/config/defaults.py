@@ -43,12 +43,12 @@ def timeout_seconds(text: str | None) -> float | None:
     Needed before TrainingArguments, which expects a process group.
 
     Raises:
-        UserError: it is no positive number.
+        UserError: it is no positive number, or one that no clock holds.
     """
     try:
         seconds = None if text is None else float(text)
     except ValueError:
         seconds = 0.0
-    if seconds is not None and not seconds > 0:
-        raise UserError(f"--ddp_timeout expects seconds, got {text!r}")
+    if seconds is not None and not 0 < seconds < 2**31:
+        raise UserError(f"--ddp_timeout expects seconds, above 0 and below 2**31, got {text!r:.80}")
     return seconds

@@ -5,22 +5,22 @@ task must not inherit the first one's. So the list of flags is kept, not the obj
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from piece_ds.config.arguments import DataArguments, EvaluationArguments, ModelArguments, OutputArguments
 from piece_ds.config.deepspeed_configs import with_config_paths
 from piece_ds.config.defaults import machine_defaults
+from piece_ds.config.foreign_keys import unknown_keys
 from piece_ds.config.method_arguments import BaselineArguments, MethodArguments
+from piece_ds.config.parser import make_parser, training_arguments_of
 from piece_ds.config.recommended import HELP
+from piece_ds.config.yaml_file import flags_of, read_yaml
 from piece_ds.runtime.errors import UserError, nearest
 
 OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments, EvaluationArguments, BaselineArguments)
@@ -54,13 +54,8 @@ class Settings:
             UserError: transformers refuses a value.
         """
         # Overrides come last, and the parser lets the last of a repeated flag win.
-        parser = _parser((TrainingArguments,))
         extra = [item for name, value in overrides.items() for item in (f"--{name}", str(value))]
-        try:
-            arguments, *_ = parser.parse_args_into_dataclasses([*self.flags, *extra], look_for_args_file=False)
-        except (ValueError, ImportError) as error:
-            raise UserError(str(error)) from error
-        return arguments
+        return training_arguments_of([*self.flags, *extra])
 
     def flag(self, name: str) -> str | None:
         """Return the text of one of TrainingArguments' flags as given, without building TrainingArguments."""
@@ -82,7 +77,7 @@ class Settings:
             overrides: values that win over both.
         """
         source = self.source
-        above = tuple(item for name, value in (overrides or {}).items() for item in _as_flags(name, value))
+        above = tuple(item for name, value in (overrides or {}).items() for item in flags_of(name, value))
 
         # New defaults win over old ones, and overrides over the command line.
         filled = replace(source, command=source.command + above, defaults={**source.defaults, **defaults})
@@ -157,17 +152,18 @@ def _source_of(argv: list[str]) -> _Source:
 def _build(source: _Source, given: frozenset[str]) -> Settings:
     # Check names first: a misspelt key would be taken for a flag's missing value.
     known = _known_flags()
-    for name in source.config:
-        if name not in known:
-            raise UserError(f"unknown key {name!r} in the YAML file.{nearest(name, known)}")
+    unknown = [name for name in source.config if name not in known]
+    if unknown:
+        raise UserError(unknown_keys(unknown, known))
+    _refuse_lists(source.config)
 
     # The parser lets the last of a repeated flag win: defaults, then YAML, then the command line.
     filled = {**source.defaults, **source.config}
-    flags = [item for name, value in filled.items() for item in _as_flags(name, value)] + list(source.command)
+    flags = [item for name, value in filled.items() for item in flags_of(name, value)] + list(source.command)
     flags = with_config_paths(flags)
 
     # Ours first. What is left must be transformers' own.
-    ours = _parser(OURS)
+    ours = make_parser(*OURS)
     *parsed, rest = ours.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     for item in rest:
         if item.startswith("--") and _flag_name(item) not in known:
@@ -186,17 +182,6 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
     )
 
 
-class _OneLineParser(HfArgumentParser):
-    """argparse prints its whole usage before an error; a user wants only the error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def _parser(classes: tuple[type, ...]) -> HfArgumentParser:
-    return _OneLineParser(classes, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-
 def print_help(meanings: Mapping[str, str]) -> None:
     """Print every flag with its meaning on stdout, once.
 
@@ -206,7 +191,7 @@ def print_help(meanings: Mapping[str, str]) -> None:
     # A launcher starts several processes; one of them speaks.
     if os.environ.get("RANK", "0") != "0":
         return
-    parser = _parser((*OURS, TrainingArguments))
+    parser = make_parser(*OURS, TrainingArguments)
     parser.epilog = HELP
     for action in parser._actions:
         if action.dest in meanings:
@@ -222,16 +207,14 @@ def _flag_name(item: str) -> str:
     return item.split("=")[0].removeprefix("--").replace("-", "_")
 
 
-def _as_flags(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, list) and name == "report_to":  # on the command line transformers takes one text for it
-        return [f"--{name}", ",".join(map(str, value))]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    if isinstance(value, dict):  # as lr_scheduler_kwargs: transformers reads JSON
-        return [f"--{name}", json.dumps(value)]
-    return [f"--{name}", str(value)]
+def _refuse_lists(config: Mapping[str, Any]) -> None:
+    """Raise UserError for a list where a flag takes one value."""
+    one_value = {
+        action.dest for action in make_parser(*OURS, TrainingArguments)._actions if action.nargs in (None, "?")
+    }
+    for name, value in config.items():
+        if isinstance(value, list) and name in one_value and len(flags_of(name, value)) != 2:
+            raise UserError(f"key {name!r} in the YAML file takes one value, got a list of {len(value)}")
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -254,14 +237,4 @@ def _take_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             rest.append(item)
 
     # Read the file.
-    if path is None:
-        return rest, {}
-    if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must map flag names to values, got {type(content).__name__}")
-    return rest, {str(key).replace("-", "_"): value for key, value in content.items()}
+    return rest, {} if path is None else read_yaml(path)

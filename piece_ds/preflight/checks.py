@@ -38,19 +38,23 @@ def check_deepspeed_file(path: str | None) -> None:
         path: of a JSON file, or JSON text itself.
     """
     # Is it there, and is it JSON?
-    if path is None or not (path.startswith("{") or Path(path).is_file()):
+    if path is None or not (path.startswith("{") or _is_file(path)):
         raise UserError(
-            f"--deepspeed {path}: no such file; ds_configs/ has one for every ZeRO stage, and their names do too: "
-            f"{', '.join(config_names())}.{nearest(str(path), config_names())}"
+            f"--deepspeed {str(path)[:200]}: no such file; ds_configs/ has one for every ZeRO stage, and their names "
+            f"do too: {', '.join(config_names())}.{nearest(str(path), config_names())}"
         )
     try:
         content = json.loads(path if path.startswith("{") else Path(path).read_text(encoding="utf-8"))
+    except (RecursionError, OverflowError) as error:
+        raise UserError(f"--deepspeed {path}: nested too deeply to be a configuration") from error
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed {path}, line {error.lineno}: not JSON ({error.msg})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--deepspeed {path} cannot be read ({error})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed {path[:200]} cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed {path} must hold an object of settings, got {type(content).__name__}")
+    if not content:
+        raise UserError(f"--deepspeed {path} holds no setting: name a configuration such as zero3")
 
     # Is anything in it that has not been proven?
     for keys, allowed, instead in _DEEPSPEED_REFUSALS:
@@ -59,6 +63,13 @@ def check_deepspeed_file(path: str | None) -> None:
             raise UserError(
                 f"--deepspeed {path}: piece_ds does not work with {'.'.join(keys)} {json.dumps(value)}; {instead}"
             )
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name too long, or with a null byte
+        return False
 
 
 # What zero/supported.py refuses of an engine, as far as the file tells. There, the model has been loaded already.
@@ -266,7 +277,7 @@ def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow
     # How the rows divide into micro-batches and steps.
     accumulation = arguments.gradient_accumulation_steps
     per_round = arguments.per_device_train_batch_size * world_size()
-    rounds = -(-rows // per_round)
+    rounds = rows // per_round if getattr(arguments, "dataloader_drop_last", False) else -(-rows // per_round)
     steps = -(-rounds // accumulation)
     ends_early = 0 < arguments.max_steps <= rounds // accumulation
     if rounds % accumulation == 0 or ends_early:

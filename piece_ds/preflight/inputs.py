@@ -152,7 +152,7 @@ def _tokenizer(settings: Settings, config: Any) -> Processing:
 def _seed(settings: Settings) -> int:
     """Return --seed before TrainingArguments is built, which refuses it if it is no number."""
     given = settings.flag("seed") or ""
-    return int(given) if given.removeprefix("-").isdigit() else TrainingArguments.seed
+    return int(given) if given.isascii() and given.isdigit() and len(given) < 20 else TrainingArguments.seed
 
 
 def with_precision(settings: Settings, dtype: torch.dtype) -> tuple[Settings, torch.dtype]:

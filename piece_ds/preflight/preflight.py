@@ -1,5 +1,6 @@
 """preflight(): check a whole job before a weight is read and before anything is written."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from piece_ds.preflight.checks import (
 )
 from piece_ds.preflight.inputs import Inputs, load_inputs
 from piece_ds.preflight.rank_consistency import require_rank_consistency
+from piece_ds.preflight.trainer_arguments import check_optimizer, check_own_evaluation, check_trainer_arguments
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.claim import Claim
@@ -72,10 +74,14 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
     # What the method needs of settings, data and machine.
     if job != EVALUATE:
         check_sources(settings, len(inputs.tasks))
+    check_trainer_arguments(arguments, settings.given)
     if job == TRAIN:
         inputs = replace(inputs, baseline=method.baseline(settings.baseline) if method.baseline is not None else None)
         check_training(arguments, masked=method.has_mask or settings.method.step_scale != "none")
         _check_accumulation(inputs)
+        num_eval_rows = {task.name: len(task.eval) for task in inputs.tasks}
+        check_own_evaluation(arguments, _num_rows(inputs), num_eval_rows)
+        check_optimizer(arguments, inputs.config, [_num_steps(arguments, rows) for rows in _num_rows(inputs).values()])
         check_offload(method.name, arguments)
     if job != EVALUATE:
         check_kernels(method.name, arguments)
@@ -115,10 +121,26 @@ def _check_flags(settings: Settings, job: str, method: Method) -> None:
 
 
 def _check_accumulation(inputs: Inputs) -> None:
-    baseline, allow_smaller = inputs.baseline, inputs.settings.output.incomplete_accumulation == "smaller_step"
-    for index, task in enumerate(inputs.tasks):
-        num_rows = baseline.num_rows(task, inputs.tasks[:index]) if baseline else len(task.train)
-        check_accumulation(task.name, num_rows, inputs.arguments, allow_smaller)
+    allow_smaller = inputs.settings.output.incomplete_accumulation == "smaller_step"
+    for name, num_rows in _num_rows(inputs).items():
+        check_accumulation(name, num_rows, inputs.arguments, allow_smaller)
+
+
+def _num_rows(inputs: Inputs) -> dict[str, int]:
+    """Return the rows that each task trains on."""
+    tasks, baseline = inputs.tasks, inputs.baseline
+    return {
+        task.name: baseline.num_rows(task, tasks[:index]) if baseline else len(task.train)
+        for index, task in enumerate(tasks)
+    }
+
+
+def _num_steps(arguments: TrainingArguments, num_rows: int) -> int:
+    """Return the optimizer steps of a task."""
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    rounds = -(-num_rows // (arguments.per_device_train_batch_size * world_size()))
+    return math.ceil(arguments.num_train_epochs * max(1, -(-rounds // arguments.gradient_accumulation_steps)))
 
 
 def _claim_of(inputs: Inputs) -> Claim:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from piece_ds.checkpoint.manifest import write_manifest
 from piece_ds.checkpoint.selected_file import save_selected_state
+from piece_ds.config.deepspeed_configs import contradiction
 from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
 from piece_ds.models.processor import Processing
@@ -167,10 +168,7 @@ class TaskTrainer(Trainer):
         except ValueError as error:
             if "DeepSpeed config values" not in str(error):
                 raise
-            found = "; ".join(line.removeprefix("- ds ") for line in str(error).splitlines() if line.startswith("- ds"))
-            raise UserError(
-                f'--deepspeed: numbers in the file contradict the flags ({found}): use "auto" there'
-            ) from error
+            raise UserError(contradiction(error)) from error
         if self.portable:  # the schedule is the trainer's own
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             groups = self.model_wrapped.basic_optimizer.param_groups  # a loaded schedule sets rates at its next step

@@ -101,8 +101,8 @@ def test_values_that_transformers_refuses_are_refused(argv: list[str], message: 
     [
         ("learnig_rate: 1", r"unknown key 'learnig_rate' in the YAML file\. Did you mean 'learning_rate'\?"),
         ("1: 2", r"unknown key '1' in the YAML file"),
-        ("- seed", r"must map flag names to values, got list"),
-        ("", r"must map flag names to values, got NoneType"),
+        ("- seed", r"must map flag names to values, got a list"),
+        ("", r"must map flag names to values, got nothing"),
         ("seed: [", r"is not YAML: .*line 1"),
         ("mask_ratio: many", r"--mask_ratio.*invalid float value: 'many'"),
     ],
@@ -164,3 +164,58 @@ def test_limits_of_rows_are_positive() -> None:
 def test_shown_settings_are_those_given_with_the_values_in_force(tmp_path: Path) -> None:
     argv = ["--mask_ratio", "0.5", "--seed", "3", "--output_dir", str(tmp_path)]
     assert parse(argv, {"use_cpu": True}).shown() == {"mask_ratio": 0.5, "seed": 3, "output_dir": str(tmp_path)}
+
+
+def test_values_of_yaml_mean_what_they_would_mean_as_flags(tmp_path: Path) -> None:
+    """YAML itself reads `no` as false, `010` as eight, `1:30` as ninety and `1_000` as a thousand."""
+    text = (
+        "save_strategy: no\nseed: 010\ndata_seed: 007\nrun_name: 1:30\neval_strategy: 'no'\nbf16: off\n"
+        "optim_args: null\nlearning_rate: 1e-4\nmax_steps: -1\npacking: yes\n"
+    )
+    settings = parse(["--config", write(tmp_path / "run.yaml", text)], {"use_cpu": True})
+    arguments = settings.training_arguments(output_dir=tmp_path / "out")
+    assert (arguments.save_strategy, arguments.eval_strategy, arguments.bf16) == ("no", "no", False)
+    assert (arguments.seed, arguments.data_seed, arguments.run_name) == (10, 7, "1:30")
+    assert (arguments.optim_args, arguments.learning_rate, arguments.max_steps) == (None, 1e-4, -1)
+    assert settings.data.packing is True
+
+
+def test_a_list_in_yaml_stands_for_commas_where_a_flag_takes_them(tmp_path: Path) -> None:
+    text = "task_dir: d\ntasks: [law, 007]\nreport_to: [none]\nexclude:\n- '*norm*'\n- '*bias'\n"
+    settings = parse(["--config", write(tmp_path / "run.yaml", text)])
+    assert (settings.data.tasks, settings.model.exclude) == ("law,7", "*norm*,*bias")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: [1, 2]", r"key 'seed' in the YAML file takes one value, got a list of 2"),
+        ("mask_ratio: []", r"key 'mask_ratio' in the YAML file takes one value, got a list of 0"),
+        ("mask_ratio: {a: 1}", r"--mask_ratio.*invalid float value"),
+        (f"importance_batch_size: {'9' * 5000}0.5", r"--importance_batch_size.*invalid int value"),
+        (f"seed: [{'9' * 5000}]", r"is not YAML: .*digits"),
+        ("seed: 1\nseed: 2", r"line 2: key 'seed' is given twice"),
+        ("seed: 1\n--seed: 2", r"line 2: key 'seed' is given twice"),
+        ("tasks: &a [*a]", r"is not YAML"),
+        ("lr_scheduler_kwargs: &a {b: *a}", r"is not YAML|holds what JSON cannot"),
+        ("lr_scheduler_kwargs: {a: 2024-01-01}", r"holds what JSON cannot"),
+        ("[a]: 1", r"a key in the YAML file is a list or mapping"),
+        ("[" * 3000, r"is not YAML"),
+        ("base_model: x", r"unknown key 'base_model' .* Another trainer's; here model_name_or_path"),
+        (
+            "stage: sft\ndataset: d\nlora_rank: 8\ncutoff_len: 9\nzzz: 1",
+            r"'dataset': Another trainer's; here train_file.*'cutoff_len': .*max_prompt_len.*'zzz'",
+        ),
+        ("sft: 1", r"unknown key 'sft' in the YAML file\.$"),
+    ],
+)
+def test_yaml_that_means_nothing_here_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse(["--config", write(tmp_path / "run.yaml", text)])
+    assert len(str(caught.value)) < 1200
+
+
+def test_a_configuration_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    for path in (str(tmp_path), "x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="no such file"):
+            parse(["--config", path])

@@ -1,0 +1,204 @@
+"""What TrainingArguments ask for is refused, or said to have no effect, before a weight is read.
+
+Optimizer and schedule are made here once on a dummy parameter: what transformers and torch would refuse after the
+model is loaded, they refuse now.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Collection
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
+
+from piece_ds.config.deepspeed_configs import contradiction
+from piece_ds.preflight.checks import PROVEN_OPTIM
+from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED
+from piece_ds.runtime.distributed import world_size
+from piece_ds.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# What libraries raise for values that they cannot use.
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
+
+_ACCELERATOR_FREE = ("non_blocking", "use_seedable_sampler")
+
+
+def check_trainer_arguments(arguments: TrainingArguments, given: Collection[str]) -> None:
+    """Raise UserError for a field that is refused or out of range; say which of the given fields have no effect.
+
+    Args:
+        arguments: of the run.
+        given: names of the flags and YAML keys that the user has set.
+    """
+    neutral = {field.name: field.default for field in fields(arguments) if field.init}
+    for name, treatment in FIELDS.items():
+        value = getattr(arguments, name, None)
+        if treatment.kind == REFUSED and name in given and _is_asked(value, neutral.get(name)):
+            raise UserError(f"--{name} {_shown(value)}: {treatment.note}")
+        expected = treatment.range_error(value)
+        if expected is not None:
+            raise UserError(f"--{name} expects {expected}, got {value}")
+    if arguments.max_steps == 0:
+        raise UserError("--max_steps expects a number of steps, or -1 for --num_train_epochs, got 0")
+    _check_workers(arguments)
+    _check_accelerator(arguments)
+
+    idle = [name for name in sorted(given) if name in FIELDS and FIELDS[name].kind == NO_EFFECT]
+    idle = [name for name in idle if getattr(arguments, name) != neutral[name]]
+    if idle:
+        logger.warning("given, but without effect here: %s", "; ".join(f"--{n} ({FIELDS[n].note})" for n in idle))
+    unknown = sorted((set(given) & neutral.keys()) - FIELDS.keys())
+    if unknown:
+        logger.warning(
+            "passed on to transformers, but never tried with this package: %s", ", ".join(f"--{n}" for n in unknown)
+        )
+
+
+def _is_asked(value: Any, neutral: Any) -> bool:
+    return bool(value) and value != neutral
+
+
+def _shown(value: Any) -> str:
+    return f"{value}"[:80]
+
+
+def _check_workers(arguments: TrainingArguments) -> None:
+    if arguments.dataloader_num_workers == 0:
+        for name in ("prefetch_factor", "persistent_workers", "multiprocessing_context"):
+            if getattr(arguments, f"dataloader_{name}"):
+                raise UserError(f"--dataloader_{name} needs --dataloader_num_workers 1 or more")
+    context = arguments.dataloader_multiprocessing_context
+    if context and context not in torch.multiprocessing.get_all_start_methods():
+        known = ", ".join(torch.multiprocessing.get_all_start_methods())
+        raise UserError(f"--dataloader_multiprocessing_context {context!r} is unknown; known: {known}")
+
+
+def _check_accelerator(arguments: TrainingArguments) -> None:
+    """Raise UserError for a key of accelerator_config that changes which rows a rank takes, or what a step is."""
+    config = arguments.accelerator_config
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _ACCELERATOR_FREE and value not in (field.default, None, False):
+            raise UserError(
+                f"--accelerator_config {field.name} {_shown(value)}: it changes which rows a rank takes or what a "
+                f"step is; known to be safe are {' and '.join(_ACCELERATOR_FREE)}"
+            )
+    if not config.even_batches:
+        raise UserError("--accelerator_config even_batches false: ranks with fewer rows would leave the others waiting")
+
+
+def check_own_evaluation(arguments: TrainingArguments, num_rows: dict[str, int], num_eval_rows: dict[str, int]) -> None:
+    """Raise UserError where the trainer would have no batch, or would look for a measure that it does not make.
+
+    Args:
+        num_rows, num_eval_rows: task -> rows that it trains on, and rows that --eval_strategy evaluates.
+    """
+    evaluates = arguments.eval_strategy != "no"
+    for name, rows, batch in (
+        *((name, rows, arguments.per_device_train_batch_size) for name, rows in num_rows.items()),
+        *((name, rows, arguments.per_device_eval_batch_size) for name, rows in num_eval_rows.items() if evaluates),
+    ):
+        if arguments.dataloader_drop_last and rows < batch * world_size():
+            raise UserError(
+                f"--dataloader_drop_last would leave no batch of task {name}: {rows} rows are fewer than {batch} on "
+                f"each of {world_size()} ranks; lower the batch size, also --per_device_eval_batch_size"
+            )
+    empty = [name for name, rows in num_eval_rows.items() if evaluates and rows == 0]
+    if empty:
+        raise UserError(
+            f"--eval_strategy {_plain(arguments.eval_strategy)}: task {empty[0]} has no eval rows; give --eval_file or "
+            "--validation_share, or leave it out"
+        )
+    metric = arguments.metric_for_best_model
+    if metric is not None and evaluates and metric.removeprefix("eval_") != "loss":
+        raise UserError(
+            f"--metric_for_best_model {metric!r}: the trainer's own evaluation has the loss alone; use loss"
+        )
+    if arguments.save_strategy == "best" and (metric is None or not evaluates):
+        raise UserError("--save_strategy best needs --metric_for_best_model loss and --eval_strategy steps or epoch")
+
+
+def check_optimizer(arguments: TrainingArguments, config: Any, num_steps: Collection[int]) -> None:
+    """Raise UserError where the optimizer, its schedule or the DeepSpeed file's numbers cannot be used.
+
+    Args:
+        config: the model's.
+        num_steps: optimizer steps of each task.
+    """
+    holder = arguments.hf_deepspeed_config
+    _check_file_agrees(arguments, config, max(num_steps))
+    if holder.config.get("optimizer"):
+        return
+    optimizer = _optimizer(arguments)
+    if not holder.config.get("scheduler"):
+        for steps in sorted(set(num_steps)):
+            _check_schedule(arguments, optimizer, steps)
+
+
+def _optimizer(arguments: TrainingArguments) -> torch.optim.Optimizer:
+    model = nn.Linear(2, 2)
+    if arguments.optim_args and _plain(arguments.optim) in PROVEN_OPTIM:  # transformers drops them silently
+        raise UserError(
+            f"--optim_args {_shown(arguments.optim_args)}: {_plain(arguments.optim)} takes no options from there; "
+            "leave it out (--adam_beta1, --adam_epsilon ... are flags)"
+        )
+    try:
+        made, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        known: torch.optim.Optimizer = made(model.parameters(), **options)
+    except _REFUSALS as error:
+        given = f" with --optim_args {arguments.optim_args}" if arguments.optim_args else ""
+        raise UserError(f"--optim {_plain(arguments.optim)}{given} cannot be made: {_first_line(error)}") from error
+    return known
+
+
+def _check_schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    kind, options = _plain(arguments.lr_scheduler_type), arguments.lr_scheduler_kwargs
+    if options and not isinstance(options, dict):
+        raise UserError(f"--lr_scheduler_kwargs expects a JSON object, got {_shown(options)}")
+    try:
+        warmup = arguments.get_warmup_steps(steps)
+        schedule = get_scheduler(
+            kind, copy.deepcopy(optimizer), warmup, num_training_steps=steps, scheduler_specific_kwargs=options or None
+        )
+        at = sorted({0, 1, warmup - 1, warmup, warmup + 1, steps // 2, steps - 1, steps} & set(range(steps + 1)))
+        factors = [function(step) for function in getattr(schedule, "lr_lambdas", ()) for step in at]
+    except _REFUSALS as error:
+        given = f" with --lr_scheduler_kwargs {options}" if options else " without --lr_scheduler_kwargs"
+        reason = _first_line(error).replace("`", "")
+        raise UserError(
+            f"--lr_scheduler_type {kind}{given} cannot be made for {steps} steps: {reason}; options of the schedule go "
+            "into --lr_scheduler_kwargs as JSON, such as '{\"min_lr\": 1e-6}'"
+        ) from error
+    if not all(isinstance(factor, int | float) and math.isfinite(factor) and factor >= 0 for factor in factors):
+        raise UserError(
+            f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {options} makes learning rates below 0 or not "
+            f"finite within {steps} steps"
+        )
+
+
+def _check_file_agrees(arguments: TrainingArguments, config: Any, steps: int) -> None:
+    """Raise UserError where numbers in the DeepSpeed file contradict the flags, as transformers finds later."""
+    holder = copy.deepcopy(arguments.hf_deepspeed_config)
+    try:
+        holder.trainer_config_finalize(arguments, SimpleNamespace(config=config), steps)
+    except ValueError as error:
+        if "DeepSpeed config values" not in str(error):
+            raise UserError(f"--deepspeed: {_first_line(error)}") from error
+        raise UserError(contradiction(error)) from error
+
+
+def _plain(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,190 @@
+"""Every field of transformers' TrainingArguments works, is refused in one line, or is said to have no effect."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from support import argument_sweep as sweep
+from support.launches import ROOT, tree
+from transformers import TrainingArguments
+
+from piece_ds.cli.run import train
+from piece_ds.config.parser import training_arguments_of
+from piece_ds.config.settings import load_settings
+from piece_ds.preflight.preflight import preflight
+from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED, WORKS
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.process import one_process_environment
+
+# Flags -> what the one line says. Kinds: schedules, optimizers, numbers out of range, what masks are not proven with.
+REFUSALS: dict[tuple[str, ...], str] = {
+    ("--lr_scheduler_type=cosine_with_min_lr",): "cosine_with_min_lr without --lr_scheduler_kwargs cannot be made",
+    ("--lr_scheduler_type=cosine_warmup_with_min_lr",): "min_lr or min_lr_rate should be set",
+    ("--lr_scheduler_type=warmup_stable_decay",): "num_decay_steps",
+    ("--lr_scheduler_type=warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": "x"}'): "cannot be made",
+    ("--lr_scheduler_type=polynomial", "--lr_scheduler_kwargs", '{"lr_end": 1}'): "must be smaller than initial lr",
+    ("--lr_scheduler_type=polynomial", "--lr_scheduler_kwargs", '{"power": "x"}'): "cannot be made",
+    ("--lr_scheduler_type=linear", "--lr_scheduler_kwargs", '{"colour": 1}'): "colour",
+    ("--lr_scheduler_type=cosine", "--lr_scheduler_kwargs", '{"num_cycles": "x"}'): "cannot be made for 2 steps",
+    ("--lr_scheduler_type=reduce_lr_on_plateau",): "requires an eval strategy",
+    ("--lr_scheduler_kwargs=[1]",): "expects a JSON object",
+    ("--optim=sgd",): "--optim sgd: a zero gradient may move a weight",
+    ("--optim_args=beta=1",): "takes no options from there",
+    ("--adam_beta1=1",): "--adam_beta1 expects a finite number of at least 0 and below 1, got 1.0",
+    ("--adam_beta2=1",): "--adam_beta2 expects",
+    ("--adam_epsilon=0",): "--adam_epsilon expects a finite number above 0",
+    ("--learning_rate=nan",): "--learning_rate expects",
+    ("--weight_decay=-1",): "--weight_decay expects",
+    ("--max_grad_norm=-1",): "--max_grad_norm expects",
+    ("--gradient_accumulation_steps=0",): "--gradient_accumulation_steps expects a finite number of at least 1",
+    ("--per_device_train_batch_size=0",): "--per_device_train_batch_size expects",
+    ("--per_device_eval_batch_size=-1",): "--per_device_eval_batch_size expects",
+    ("--max_steps=0",): "--max_steps expects",
+    ("--num_train_epochs=inf", "--max_steps=-1"): "--num_train_epochs expects",
+    ("--logging_steps=inf",): "--logging_steps",
+    ("--save_total_limit=0",): "--save_total_limit expects",
+    ("--seed=-1",): "--seed expects a finite number of at least 0",
+    (f"--seed={2**64}",): "--seed expects",
+    ("--seed=" + "9" * 5000,): "--seed",
+    ("--data_seed=-7",): "--data_seed expects",
+    ("--dataloader_num_workers=-3",): "--dataloader_num_workers expects",
+    ("--dataloader_prefetch_factor=2",): "--dataloader_num_workers > 0",
+    ("--dataloader_multiprocessing_context=thread", "--dataloader_num_workers=1"): "invalid choice: 'thread'",
+    ("--eval_use_gather_object=true",): "--eval_use_gather_object True: losses are tensors",
+    ("--push_to_hub=true",): "hf upload",
+    ("--load_best_model_at_end=true", "--eval_strategy=steps", "--save_strategy=steps", "--save_steps=10"): "last step",
+    ("--load_best_model_at_end=true",): "load_best_model_at_end",
+    ("--save_only_model=true",): "cannot be resumed from",
+    ("--save_only_model=true", "--resume_from_checkpoint=true"): "cannot be resumed from",
+    ("--auto_find_batch_size=true",): "--per_device_train_batch_size",
+    ("--fsdp=full_shard",): "use --deepspeed zero3",
+    ("--torch_compile=true",): "not proven",
+    ("--use_liger_kernel=true",): "not proven",
+    ("--enable_jit_checkpoint=true",): "SIGTERM",
+    ("--debug=underflow_overflow",): "--nonfinite",
+    ('--accelerator_config={"colour": 1}',): "--accelerator_config={",
+    ("--accelerator_config=nofile.json",): "nofile.json",
+    ('--accelerator_config={"split_batches": true}',): "split_batches",
+    ('--accelerator_config={"even_batches": false}',): "even_batches",
+    ("--dataloader_drop_last=true", "--eval_strategy=epoch"): "would leave no batch of task train: 4 rows",
+    ("--dataloader_drop_last=true", "--per_device_train_batch_size=17"): "would leave no batch of task train: 16 rows",
+    ("--save_strategy=best", "--eval_strategy=epoch", "--metric_for_best_model=accuracy"): "use loss",
+    ("--save_strategy=best", "--eval_strategy=epoch"): "--metric_for_best_model loss",
+    ("--save_strategy=best", "--metric_for_best_model=loss"): "--eval_strategy",
+    ("--ddp_timeout=inf",): "--ddp_timeout expects seconds",
+    ("--ddp_timeout=1e300",): "--ddp_timeout expects seconds",
+    ("--deepspeed={}",): "holds no setting",
+    ("--deepspeed=" + "9" * 5000,): "no such file",
+}
+
+# Flags that mean something together, all at once in one run.
+TOGETHER = {
+    "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": json.dumps({"num_decay_steps": 1}),
+    "warmup_steps": "0.5",
+    "gradient_accumulation_steps": "2",
+    "label_smoothing_factor": "0.1",
+    "neftune_noise_alpha": "5",
+    "max_grad_norm": "0.5",
+    "weight_decay": "0.1",
+    "adam_beta1": "0.8",
+    "gradient_checkpointing": "True",
+    "gradient_checkpointing_kwargs": json.dumps({"use_reentrant": False}),
+    "include_num_input_tokens_seen": "True",
+    "eval_strategy": "steps",
+    "eval_steps": "1",
+    "eval_delay": "1",
+    "eval_on_start": "True",
+    "eval_accumulation_steps": "1",
+    "per_device_eval_batch_size": "2",
+    "save_strategy": "steps",
+    "save_steps": "1",
+    "save_total_limit": "1",
+    "metric_for_best_model": "loss",
+    "train_sampling_strategy": "group_by_length",
+    "dataloader_drop_last": "True",
+    "data_seed": "3",
+    "seed": "007",
+    "logging_first_step": "True",
+    "accelerator_config": json.dumps({"non_blocking": True}),
+    "use_cache": "False",
+    "skip_memory_metrics": "False",
+    "torch_empty_cache_steps": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        one_process_environment()
+        made = tmp_path_factory.mktemp("arguments")
+        sweep.make_inputs(made)
+        yield made
+
+
+def test_the_table_names_every_field_of_the_installed_transformers() -> None:
+    assert set(FIELDS) >= {field.name for field in fields(TrainingArguments) if field.init}
+    assert {treatment.kind for treatment in FIELDS.values()} == {WORKS, REFUSED, NO_EFFECT}
+    assert all(treatment.note for treatment in FIELDS.values() if treatment.kind != WORKS)
+
+
+def test_the_page_is_the_table() -> None:
+    page = (ROOT / "docs" / "training-arguments.md").read_text(encoding="utf-8")
+    assert page == sweep.table(), "run PYTHONPATH=.:tests python -m support.argument_sweep --table"
+
+
+def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_written(folder: Path) -> None:
+    for flags, message in REFUSALS.items():
+        found, said = sweep.outcome([*sweep.base_flags(folder), *flags], folder / "out", trains=False)
+        assert found == "refused", (flags[0][:80], found, said)
+        assert message in said, (flags[0][:80], said)
+        assert len(said) < 1000, flags[0][:80]
+
+
+def test_hostile_values_of_any_field_end_in_no_traceback() -> None:
+    """TrainingArguments alone; the sweep takes them through preflight()."""
+    refused = []
+    cases = [flags for _, flags in sweep.cases([])]
+    for flags in cases:
+        try:
+            training_arguments_of(["--use_cpu", "True", "--report_to", "none", *flags])
+        except UserError as error:
+            refused.append(str(error))
+    assert len(cases) > 1500
+    assert max(map(len, refused)) < 1000
+
+
+def test_what_has_no_effect_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = ["--do_train=True", "--hub_model_id=me/model", "--ddp_backend=gloo", "--run_name=x"]
+    with caplog.at_level(logging.WARNING):
+        preflight(load_settings([*sweep.base_flags(folder), *given]))
+    (line,) = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
+    assert all(f"--{name}" in line for name in ("do_train", "hub_model_id", "ddp_backend"))
+    assert "run_name" not in line
+
+
+def test_numbers_in_the_deepspeed_file_that_contradict_flags_are_refused_before_the_model(folder: Path) -> None:
+    for content, message in (
+        ({"train_micro_batch_size_per_gpu": 7}, "train_micro_batch_size_per_gpu=7"),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps=3"),
+        ({"gradient_clipping": 9.0}, "gradient_clipping=9.0"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled=True"),
+    ):
+        path = folder / "ds.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **content}))
+        found, said = sweep.outcome([*sweep.base_flags(folder), "--deepspeed", str(path)], folder / "out", trains=False)
+        assert (found, message in said) == ("refused", True), said
+
+
+@pytest.mark.slow
+def test_fields_that_work_train_together(folder: Path) -> None:
+    flags = [item for name, value in TOGETHER.items() for item in (f"--{name}", value)]
+    results, run = train(load_settings([*sweep.base_flags(folder), *flags, "--output_dir", str(folder / "together")]))
+    assert results.cost["train"]["num_steps"] == 2
+    written = tree(run.root)
+    assert any(name.endswith("delta.safetensors") for name in written), written
