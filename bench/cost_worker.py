@@ -63,6 +63,7 @@ def main() -> None:
     if options.in_turn:
         _in_turn(options, device)
         return
+    # What the process holds before any model is no method's.
     before = _peak_bytes()
     contestants: dict[str, Trained] = {}
     seconds: dict[str, list[float]] = {}

@@ -38,6 +38,7 @@ def main() -> None:
         trained.step(batch)
         _synchronize()
     averages = found.key_averages()
+    # Small kernels cost their launch: count them.
     launches = sum(event.count for event in averages if event.key.startswith("cudaLaunchKernel"))
     print(f"GPU at work {sum(event.self_device_time_total for event in averages) / 1e3:.2f} ms, {launches} launches")
     for order in ("self_device_time_total", "self_cpu_time_total"):

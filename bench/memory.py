@@ -61,6 +61,7 @@ def _measure(mode: str, stage: int, options: argparse.Namespace) -> dict[str, An
     if mode != "plain":
         attach(engine, select(layout_of(engine.module), "random", RATIO))
     ids = torch.randint(0, options.vocab, (1, options.tokens)).to(engine.device)
+    # The second step has all state that the first one makes.
     for _ in range(2):
         engine.backward(engine(input_ids=ids, labels=ids).loss * 1.0)
         engine.step()

@@ -68,6 +68,7 @@ def _measure(stage: int, dtype: str, options: argparse.Namespace) -> list[dict[s
     for engine in (plain, masked, counted):
         engine.empty_partition_cache()
         engine.destroy()
+    # Steps alone are short: a training step is a pass and a step.
     one_pass = statistics.median(times["plain_pass"])
     return [
         _row("statistics pass / forward+backward", stage, dtype, options, times["statistics"], times["plain_pass"]),

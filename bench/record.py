@@ -19,6 +19,7 @@ def device_name() -> str:
 
 def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
     """Write one CSV line per row, with device, torch, further versions, commit and date at its end."""
+    # Machines without the repository are told the commit.
     commit = os.environ.get("PIECE_DS_COMMIT") or commit_of()
     facts = {
         "device": device_name(),

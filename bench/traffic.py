@@ -100,6 +100,7 @@ def _row(
 
 def _lead(width: int, num_ranks: int, folder: Path) -> None:
     """Make the namespace, start the ranks in it, and wait for them. Runs in a child process, which ends here."""
+    # Without root there is no namespace, and the wire cannot be counted.
     apart = ctypes.CDLL(None).unshare(_CLONE_NEWNET) == 0
     if apart:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)

@@ -21,6 +21,7 @@ def add_gradient(grad_ptr, sum_ptr, square_ptr, scale, num_nonfinite_ptr, positi
     num_bad = tl.sum((finite == 0).to(tl.int32))
     tl.atomic_add(num_nonfinite_ptr, num_bad.to(tl.int64), mask=num_bad > 0, sem="relaxed")
     grad = tl.where(finite, grad, 0.0) * scale
+    # The square is that of the scaled gradient.
     square = tl.load(square_ptr + position, mask=mask, other=0.0) + grad * grad
     tl.store(square_ptr + position, square, mask=mask)
     if WITH_SUM:

@@ -29,6 +29,7 @@ def _accumulate_filter_kernel(
 ):
     position, mask = positions_of_block(n_elements, BLOCK)
     total, square = add_gradient(grad_ptr, sum_ptr, square_ptr, scale, num_nonfinite_ptr, position, mask, WITH_SUM)
+    # The sums are in registers: scoring them costs no further read.
     score = score_of(total, square, lam, WITH_SUM)
     found = mask & (score >= bound)
     append(found, score, position + offset, candidate_score_ptr, candidate_index_ptr, num_candidates_ptr, capacity)

@@ -111,6 +111,7 @@ def apply_mask_list_(
 
     # One run of memory is as good as one tensor.
     k, runs = index.numel(), runs_of("grads", grads, index.device)
+    # Nothing selected: every gradient becomes zero.
     if runs.flat is not None or k == 0:
         for grad in grads if runs.flat is None else [runs.flat]:
             apply_mask_(grad, index, scale, square_norm, num_nonfinite)

@@ -9,6 +9,7 @@ FLT_MAX = tl.constexpr(3.4028234663852886e38)
 @triton.jit
 def positions_of_block(n_elements, BLOCK: tl.constexpr):
     """Return the positions of this program's elements, int64, and which of them exist."""
+    # 64 bits from the start: a parameter may have more than 2^31 elements.
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return position, position < n_elements
 
@@ -20,6 +21,7 @@ def to_float(x):
     bf16 is converted by its bits. This is exact for denormals too, and in Triton's interpreter, whose own cast is not.
     """
     if x.dtype == tl.bfloat16:
+        # bf16 is the upper half of an fp32.
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
@@ -30,7 +32,9 @@ def from_float(x, DTYPE: tl.constexpr):
     """Return x in DTYPE, rounded to nearest even; bf16 by its bits, as in to_float()."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
+        # Half of the last place, less one unless the kept part is odd: ties go to even.
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        # Rounding could turn a NaN into an infinity.
         bits = tl.where(x != x, 0x7FC00000, rounded)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
@@ -48,6 +52,7 @@ def bits_of(x):
 
 @triton.jit
 def is_finite(x):
+    # An exponent of all ones is infinity or NaN.
     return (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
 
 
@@ -58,12 +63,15 @@ def score_of(total, square, lam, WITH_SUM: tl.constexpr):
     It is never NaN and never -0. Square root and division are IEEE's, so all providers give the same bits.
     """
     if WITH_SUM:
+        # Clear the sign bit.
         magnitude = (total.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
         value = tl.div_rn(magnitude, tl.sqrt_rn(square + lam))
     else:
         value = square
+    # 0 / 0 gives NaN, which no comparison could place.
     value = tl.where(value != value, 0.0, value)
     value = tl.where(value < -FLT_MAX, -FLT_MAX, value)
+    # Keys are the bits of scores, so there may be only one zero.
     return tl.where(value == 0.0, 0.0, value)
 
 
@@ -86,6 +94,7 @@ def append(found, score, index, candidate_score_ptr, candidate_index_ptr, num_ca
     count = tl.sum(found.to(tl.int32))
     if count > 0:
         first = tl.atomic_add(num_candidates_ptr, count.to(tl.int64), sem="relaxed")
+        # Each found element gets its place behind the program's first one.
         place = first + tl.cumsum(found.to(tl.int32)) - 1
         has_room = found & (place < capacity)
         tl.store(candidate_score_ptr + place, score, mask=has_room)

@@ -8,6 +8,7 @@ from piece_ds.kernels.elements import append, load_score, positions_of_block
 from piece_ds.kernels.launch import BLOCK, OPTIONS, grid, require_candidates, require_sums
 
 
+# Numbers that change from call to call must not cause a new compilation.
 @triton.jit(do_not_specialize=["offset", "capacity"])
 def _filter_kernel(
     sum_ptr,

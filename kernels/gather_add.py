@@ -20,6 +20,7 @@ def _gather_add_kernel(grad_ptr, index_ptr, scale, total_ptr, limit, n_elements,
 def gather_add_(grad: Tensor, index: Tensor, scale: float, total: Tensor) -> None:
     """Add the selected entries of a gradient to total; see piece_ds.ops.gather_add_."""
     n, k = grad.numel(), index.numel()
+    # Only read, so a copy is allowed.
     grad = grad.contiguous()
     require_vector("grad", grad, n, *DTYPES)
     require_vector("index", index, k, torch.int64)

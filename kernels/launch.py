@@ -30,6 +30,7 @@ def require(holds: bool, message: str) -> None:
 
 def require_vector(name: str, tensor: Tensor | None, n: int, *dtypes: torch.dtype) -> None:
     """Raise RuntimeError unless tensor is None or has n contiguous elements of one of dtypes."""
+    # Optional arguments are checked by the same call.
     if tensor is None:
         return
     require(tensor.dtype in dtypes, f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")

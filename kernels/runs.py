@@ -24,6 +24,7 @@ def place_of(position, mask, begins_ptr, addresses_ptr, num_runs, total, ELEMENT
     tl.device_assert(inside, "piece_ds: a position in index lies outside of its tensor", mask=mask)
     inside = mask & inside
     run = tl.zeros_like(position)
+    # Bisect for the last run that begins at or before the position.
     for step in tl.static_range(STEPS):
         later = run + (1 << (STEPS - 1 - step))
         begin = tl.load(begins_ptr + later, mask=inside & (later < num_runs), other=0)
@@ -69,6 +70,7 @@ def runs_of(name: str, tensors: Sequence[Tensor], device: torch.device) -> Runs:
         require_vector(name, tensor, tensor.numel(), *DTYPES)
         require(tensor.dtype == kept[0].dtype, f"the tensors of {name} must have one dtype: call once for each")
         require(tensor.device == device, f"{name} must be on {device}")
+        # A neighbour by chance in another storage is no part of the run.
         if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != storage:
             runs.append((total, tensor.data_ptr()))
         total += tensor.numel()

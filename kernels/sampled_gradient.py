@@ -37,6 +37,7 @@ def _sampled_gradient_kernel(
     row = outputs_ptr + entry // num_inputs * num_tokens
     column = inputs_ptr + entry % num_inputs * num_tokens
     sums = tl.zeros([ENTRIES, TOKENS], dtype=tl.float32)
+    # Sums in fp32, one per lane, added up only once at the end.
     for first in range(0, num_tokens, TOKENS):
         token = first + tl.arange(0, TOKENS)
         wanted = inside[:, None] & (token < num_tokens)[None, :]

@@ -36,6 +36,7 @@ def scatter_list_(weights: Sequence[Tensor], index: Tensor, values: Tensor) -> N
     k, runs = index.numel(), runs_of("weights", weights, index.device)
     require_vector("index", index, k, torch.int64)
     if k > 0:
+        # The type of the weights; an empty list of positions needs none.
         require_vector("values", values, k, weights[0].dtype)
         scatter_runs(runs, index, values)
 

@@ -42,6 +42,7 @@ def score_histogram_(
     require_vector("counts", counts, 1 << bits, torch.int64)
     for part in _sampled_parts(square_sum, run, stride):
         sums = None if grad_sum is None else grad_sum[part]
+        # Scores are 0 or more, so their bits as integers order as they do.
         key = score(sums, square_sum[part], lam).view(torch.int32)
         digit = (key >> shift) & ((1 << bits) - 1)
         if shift + bits < 31:  # keys with another prefix go out of range, and histc ignores them

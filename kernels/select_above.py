@@ -16,6 +16,7 @@ from piece_ds.kernels.launch import BLOCK, OPTIONS, grid, num_blocks, require, r
 @triton.jit
 def compare_keys(sum_ptr, square_ptr, lam, key, position, mask, WITH_SUM: tl.constexpr):
     """Return 1 where the element's key is greater than key, and 1 where it is equal; int32."""
+    # Scores are 0 or more, so their bits order as they do.
     own = load_score(sum_ptr, square_ptr, lam, position, mask, WITH_SUM).to(tl.int32, bitcast=True)
     return (mask & (own > key)).to(tl.int32), (mask & (own == key)).to(tl.int32)
 
@@ -47,6 +48,7 @@ def _select_above_write_kernel(
     # How many elements are found before this block, and before the next one.
     above, above_end = tl.load(above_ptr + tl.program_id(0)), tl.load(above_ptr + tl.program_id(0) + 1)
     ties, ties_end = tl.load(ties_ptr + tl.program_id(0)), tl.load(ties_ptr + tl.program_id(0) + 1)
+    # Most blocks hold nothing that is selected: do not read them again.
     if (above_end > above) | ((ties_end > ties) & (ties < num_ties)):
         position, mask = positions_of_block(n_elements, BLOCK)
         is_above, is_tie = compare_keys(sum_ptr, square_ptr, lam, key, position, mask, WITH_SUM)

@@ -91,11 +91,14 @@ def step_elements(
     """Make one AdamW step of the elements j, and write their weights at place."""
     grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, correction = numbers
     element = place.dtype.element_ty
+    # The scale holds both loss scaling and clipping.
     grad = tl.load(grad_ptr + j, mask=mask, other=0.0) * grad_scale
     old = tl.load(value_ptr + j, mask=mask, other=0.0)
+    # Decoupled weight decay comes first, as in torch.optim.AdamW.
     value = old * decay
     first = tl.load(exp_avg_ptr + j, mask=mask, other=0.0)
     second = tl.load(exp_avg_sq_ptr + j, mask=mask, other=0.0)
+    # Both moments in torch's form, so that roundings agree.
     first += (grad - first) * one_minus_beta1
     second = second * beta2 + (grad * grad) * one_minus_beta2
     denominator = tl.sqrt_rn(second) * correction + eps
@@ -103,6 +106,7 @@ def step_elements(
     tl.store(value_ptr + j, value, mask=mask)
     tl.store(exp_avg_ptr + j, first, mask=mask)
     tl.store(exp_avg_sq_ptr + j, second, mask=mask)
+    # The fp32 value is the master; the weight is its rounding.
     after = from_float(value, element)
     if WEIGHT_HOLDS_VALUE:  # each write touches a memory line of its own: skip those that change nothing
         inside = inside & (bits_of(after) != bits_of(from_float(old, element)))
@@ -157,6 +161,7 @@ def numbers_of(
 
     Triton rounds each to fp32 once when it passes them.
     """
+    # In fp64 on the host: 1 - beta^step loses digits in fp32.
     step_size, correction = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
     decay = 1.0 - lr * weight_decay
     return grad_scale, decay, 1.0 - beta1, beta2, 1.0 - beta2, eps, step_size, correction
