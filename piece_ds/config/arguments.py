@@ -213,5 +213,7 @@ class EvaluationArguments:
         require_positive("max_new_tokens_text", self.max_new_tokens_text)
         if self.lm_eval_limit is not None:
             require_positive("lm_eval_limit", self.lm_eval_limit)
+
+        # Without its tasks, the harness's other flags would be ignored silently.
         if not self.lm_eval_tasks and (self.lm_eval_path or self.lm_eval_limit):
             raise UserError("--lm_eval_path and --lm_eval_limit belong to --lm_eval_tasks")

@@ -59,6 +59,7 @@ class Settings:
 
     def flag(self, name: str) -> str | None:
         """Return the text of one of TrainingArguments' flags as given, without building TrainingArguments."""
+        # A parser for this one flag: everything else is unknown to it and left alone.
         parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
         parser.add_argument(f"--{name}", dest="value", nargs="?")
         value: str | None = parser.parse_known_args(list(self.flags))[0].value

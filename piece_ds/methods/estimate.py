@@ -166,6 +166,7 @@ def _select(scorer: Estimator, layout: Layout, config: PieceConfig, **given: Any
 
 
 def _first_rows(micro_batches: MicroBatchSource, num_rows: int | None) -> MicroBatchSource:
+    # Only MicroBatches know their rows.
     if num_rows is None:
         return micro_batches
     if not isinstance(micro_batches, MicroBatches):

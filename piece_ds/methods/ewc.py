@@ -29,6 +29,7 @@ class EWC(Baseline):
     changes_gradient = True
 
     def engine_callback(self, context: TaskContext) -> EngineCallback | None:
+        # The first task has nothing to protect.
         if context.previous is None or self.settings.ewc_lambda == 0:
             return None
         return _Penalty(context.previous / FOLDER, self.settings.ewc_lambda)

@@ -66,6 +66,7 @@ def half_names(model: nn.Module, layout: Layout, seed: int, task: str) -> set[st
 
 
 def _category(model: nn.Module, name: str) -> str:
+    # A norm is known by its class, attention by the parameter's name.
     module = model.get_submodule(name.rpartition(".")[0])
     if "norm" in type(module).__name__.lower():
         return "norm"

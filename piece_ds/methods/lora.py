@@ -61,6 +61,8 @@ class LoRA(Baseline):
 
     def save_model(self, model: nn.Module, state: dict[str, Tensor], context: TaskContext, to: Path | None) -> None:
         assert isinstance(model, PeftModel)
+
+        # The adapter first: a stream resumes from it. The merged model is for the user.
         model.save_pretrained(str(context.folder / FOLDER), state_dict=state)
         if to is not None:
             model.get_base_model().save_pretrained(str(to), state_dict=merged(model, state))
@@ -71,6 +73,8 @@ def _resumed(model: nn.Module, folder: Path, names: list[str]) -> nn.Module:
     places = {name: folder if name == "default" else folder / name for name in names}
     if not all((place / "adapter_config.json").is_file() for place in places.values()):
         raise UserError(f"{folder} does not hold the adapters {', '.join(names)}: the stream cannot go on from there")
+
+    # The first adapter makes the PeftModel; the others join it.
     first, *rest = names
     adapted = PeftModel.from_pretrained(model, places[first], adapter_name=first, is_trainable=True)
     for name in rest:
@@ -104,6 +108,7 @@ def merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_adapters(weight: Tensor, name: str, layer: LoraLayer, state: dict[str, Tensor]) -> Tensor:
+    # In fp32, rounded once at the end.
     total = weight.float()
     for adapter in layer.active_adapters:
         a, b = (state[f"{name}.lora_{x}.{adapter}.weight"].float() for x in "AB")
@@ -172,6 +177,7 @@ class _Orthogonality(EngineCallback):
         term = {}
         for name, fixed in self.fixed.items():
             if name in weights:
+                # The gradient of the whole factor, of which this rank keeps its own range.
                 start, own = weights[name]
                 gradient = orthogonality_gradient(self.weight, fixed, whole[name].to(fixed.device)).reshape(-1)
                 term[name] = start, gradient[start : start + own.numel()]

@@ -110,6 +110,7 @@ class Teacher:
 
     def read(self, rows: list[int]) -> Tensor:
         """Return the logits [A, V] of rows, in their order."""
+        # Read from the map: only these rows are in memory.
         parts = [np.asarray(self._values[self.offsets[row] : self.offsets[row + 1]]) for row in rows]
         return torch.from_numpy(np.concatenate(parts))
 
@@ -147,6 +148,7 @@ class _Record(EngineCallback):
         counts = [sum(label != IGNORED_LABEL for label in row["labels"][1:]) for row in self.context.task.train]
         teacher = None
         for first in progress_bar(range(0, len(batches), world_size()), "teacher", unit="round"):
+            # A rank without a micro-batch repeats one and does not write it.
             own = first + rank()
             b = own if own < len(batches) else first  # ZeRO-3 gathers together
             logits = _forward(engine, batches[b])

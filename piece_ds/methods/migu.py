@@ -87,6 +87,7 @@ def _watch(attention: Tensor | None, total: Tensor) -> Callable[[nn.Module, Any,
     """Return a hook that adds the mean over tokens of each output's share of the L1 norm. Padding does not count."""
 
     def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+        # One row per token, without padding if the shapes tell which rows are padding.
         magnitude = output.detach().double().abs().reshape(-1, output.shape[-1])
         if attention is not None and output.shape[:-1] == attention.shape:
             magnitude = magnitude[attention.reshape(-1).bool()]

@@ -20,7 +20,7 @@ PROVEN = (
     *("HIRA", "HRA", "LN_TUNING", "LOHA", "LOKR", "MISS", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA"),
     *("SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "WAVEFT"),
 )
-# Those that read whole weights where ZeRO-3 has put them away: PEFT begins them with something else, or not at all.
+# Types that read whole weights. Under ZeRO-3, PEFT begins them with something else, or not at all.
 # The others train and merge under ZeRO-3 as in plain PyTorch.
 _NEEDS_WHOLE_WEIGHTS = ("OSF", "DEFT", "DELORA", "FROD", "LN_TUNING", "LOHA", "SUPERTUNING", "TINYLORA")
 # LoRA's variants that cannot be merged (a bias without one in the base, activated LoRA, experts), that need calls in
@@ -42,6 +42,7 @@ def read_peft_config(path: str) -> PeftConfig:
         UserError: no such file, neither JSON nor YAML, an unknown peft_type or key, a value that PEFT refuses, or a
             method whose adapter is not proven to merge into the model.
     """
+    # A type that is proven, with keys that PEFT knows for it.
     content = _read(path)
     name = str(content.get("peft_type", "")).upper()
     known = {str(kind.value): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -87,7 +88,7 @@ def needs_whole_weights(config: PeftConfig) -> str:
 
 
 def difference(first: PeftConfig, second: PeftConfig) -> list[str]:
-    """Return the keys, in order, in which two configurations say another thing of the adapter."""
+    """Return the keys, in order, in which two configurations describe the adapter differently."""
     passing = {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "task_type"}
     one, other = (json.loads(json.dumps(config.to_dict(), default=_plain)) for config in (first, second))
     keys = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}

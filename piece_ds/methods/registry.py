@@ -233,6 +233,8 @@ def find_method(name: str) -> Method:
         UserError: there is none; the message names the nearest.
     """
     _add_installed()
+
+    # A misspelt name is answered with the nearest one.
     if name not in METHODS:
         known = list(METHODS)
         raise UserError(f"--method {name!r} is unknown; known: {', '.join(known)}.{nearest(name, known)}")
@@ -279,6 +281,7 @@ def _add_installed() -> None:
     Raises:
         UserError: an entry point cannot be imported, is no Estimator, or has a name that is taken.
     """
+    # Read late, when a method is looked up: importing this package must not import others.
     for point in entry_points(group=GROUP):
         if point.value in _installed:
             continue

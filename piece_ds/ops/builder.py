@@ -42,7 +42,7 @@ class _PieceBuilder:
     recipe: BuildSpec
     device_type: str
     name: str
-    instead: str  # what serves where nothing can be compiled
+    instead: str  # setting that serves if nothing can be compiled
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name or self.recipe.library_name())  # type: ignore[call-arg]

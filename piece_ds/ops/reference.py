@@ -32,7 +32,7 @@ def accumulate_(grad: Tensor, grad_sum: Tensor | None, square_sum: Tensor, scale
 
 def _finite(value: Tensor, num_nonfinite: Tensor) -> Tensor:
     """Return value in fp32 with NaN and infinities counted and zeroed. It may be value itself, which is not written."""
-    # On the CPU, where looking at a result costs nothing, one reduction spares three passes in the usual case.
+    # On the CPU a result is read without waiting, so one reduction saves three passes in the usual case.
     if value.device.type == "cpu" and torch.isfinite(torch.stack(torch.aminmax(value))).all():
         return value.to(torch.float32)
     finite = torch.isfinite(value)

@@ -19,7 +19,7 @@ from piece_ds.runtime.distributed import all_gather_objects, world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.versions import versions
 
-_OF_THE_MACHINE = {"device", "python"}  # they may differ where machines do
+_OF_THE_MACHINE = {"device", "python"}  # they may differ between machines
 _ROWS_AT_A_TIME = 10_000
 _PLACES = ("image", "where")  # columns that say where a row's image and the row itself lie; images are not read here
 

@@ -129,7 +129,7 @@ def sampled_bound(runs: Runs, k: int, num_elements: int, device: torch.device) -
 
     # Find the score that enough of the sample reach.
     expected = k * run / stride
-    # Half as many again, or six standard deviations of a count where those are more.
+    # Half as many again, or six standard deviations of a count if those are more.
     wanted = k if is_whole else math.ceil(max(1.5 * expected, expected + 6 * math.sqrt(expected) + 8))
     ((digit, _),) = digits_of_kth(counts_D.unsqueeze(0), [wanted])
     return _score_of(digit << SAMPLE_SHIFT)

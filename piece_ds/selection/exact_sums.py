@@ -37,7 +37,7 @@ def add_(sums_UD: Tensor, number_N: Tensor, sum_N: Tensor) -> None:
     key_N = number_N.view(torch.int32).to(torch.int64)
     exponent_N = key_N >> 23
     mantissa_N = (key_N & 0x7FFFFF) | ((exponent_N > 0).to(torch.int64) << 23)
-    place_N = exponent_N.clamp(min=1) - 1  # subnormal numbers stand where the smallest normal ones do
+    place_N = exponent_N.clamp(min=1) - 1  # subnormal numbers have the place of the smallest normal ones
     is_infinite_N = exponent_N == 0xFF
 
     # 24 bits moved by less than a digit reach into two digits.

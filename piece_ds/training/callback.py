@@ -91,6 +91,8 @@ class PieceCallback(TrainerCallback):
         self.select_seconds: float | None = None
         self._previous: dict[str, Tensor] = {}
         self._save_whole_again: Callable[[], None] | None = None
+
+        # Now, because DeepSpeed makes its optimizer from the model's parameters before training begins.
         if self.config.update_mode == "compact":
             self._save_whole_again = prepare_trainer(trainer, self._count, self.config.save_full, self.config.unit)
 
@@ -144,6 +146,8 @@ class PieceCallback(TrainerCallback):
     def _select(self, engine: Any, layout: Layout) -> Mask:
         begin = time.perf_counter()
         batches = trainer_micro_batches(self.trainer, self.config.importance_batch_size)
+
+        # The statistics pass must not appear in the trainer's own log.
         with notes_kept(self.trainer):
             mask = estimate_mask(engine, batches, self.config, layout=layout)
         self.select_seconds = time.perf_counter() - begin

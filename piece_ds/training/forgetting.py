@@ -120,6 +120,8 @@ def limit_forgetting(
 def _changes(engine: Any, mask: Mask, previous: dict[str, Any], values: dict[str, Any]) -> dict[str, Change]:
     """Return the task's whole change, on every rank. A collective. Memory: the delta's size."""
     dtypes = {name: param.dtype for name, param in engine.module.named_parameters()}
+
+    # Each rank has read the elements it owns; a change needs all of them.
     index = mask.whole()
     before, after = (gather_fragments(mask.layout, part, dtypes) for part in (previous, values))
     return {name: Change(positions, after[name], before[name]) for name, positions in index.items()}

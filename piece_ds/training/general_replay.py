@@ -38,6 +38,8 @@ class GeneralReplay:
         draw = random.Random(f"general replay/{self.seed}/{number}")
         wanted = max(1, round(self.share * num_rows))
         found: list[int] = []
+
+        # All rows once before any comes twice.
         while len(found) < wanted:
             found += draw.sample(range(len(self.rows)), min(wanted - len(found), len(self.rows)))
         return found

@@ -49,6 +49,8 @@ def _shown(counts: Mapping[str, int], total: int) -> str:
 def scores_line(score: Mapping[str, float | None], loss: Mapping[str, float | None], general_loss: float | None) -> str:
     """Return each task's score, or its loss if it has no score, and the loss on general text."""
     parts = []
+
+    # A task evaluated by loss has no score.
     for task, value in score.items():
         if value is not None:
             parts.append(f"{task} {value:.3f}")

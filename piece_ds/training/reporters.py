@@ -69,7 +69,7 @@ class StreamReporters:
         self._last = None
         wandb = sys.modules.get("wandb")
         if any(type(reporter).__name__ == "WandbCallback" for reporter in self._reporters) and wandb is not None:
-            wandb.finish()  # its reporter leaves the run open, and the next stream of this process would go on in it
+            wandb.finish()  # its reporter leaves the run open, and the next stream would continue in it
 
     def tell(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

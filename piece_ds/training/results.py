@@ -128,6 +128,8 @@ def with_overlaps(results: RunResults, mask_files: list[Path]) -> RunResults:
     """Return results with the overlap of every two masks; only rank 0 reads them."""
     if not is_main() or not mask_files:
         return results
+
+    # From the files: masks of earlier tasks are not in memory.
     masks = [read_index(path)[0] for path in mask_files]
     return replace(results, overlaps=[[overlap(first, second) for second in masks] for first in masks])
 

@@ -24,6 +24,7 @@ def save_model(trainer: Trainer, folder: Path) -> None:
     0 to 2, and none at stage 3 without stage3_gather_16bit_weights_on_model_save.
     """
     with _appearing_whole(folder) as temporary:
+        # Every rank takes part in gathering; one of them writes.
         state = whole_state(trainer.model_wrapped)
         if is_main():
             trainer.model.save_pretrained(str(temporary), state_dict=state)
@@ -68,6 +69,7 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         if is_main():
+            # Renaming cannot replace a folder that is not empty.
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:

@@ -148,6 +148,7 @@ class TaskTrainer(Trainer):
 
     def _next_micro_batch(self) -> int:
         """Return the number of this micro-batch over all ranks and steps of the task, and count it."""
+        # A step's count begins anew whenever the Trainer has taken one.
         step, in_step = self._micro_batch
         in_step = in_step if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, in_step + 1)
@@ -162,6 +163,7 @@ class TaskTrainer(Trainer):
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        # With another sharding, DeepSpeed must not read its part of the checkpoint.
         deepspeed_part = None if self.portable else resume_from_checkpoint
         try:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, deepspeed_part)

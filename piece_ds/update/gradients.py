@@ -66,7 +66,7 @@ def can_sample(module: nn.Module, name: str, selected: SelectedWeights, device: 
         device: where backward runs; the weight itself may lie elsewhere.
     """
     is_linear = type(module) in (nn.Linear, Conv1D) and name.rpartition(".")[2] == "weight"
-    is_linear = is_linear and "forward" not in vars(module)  # else nobody knows what a call computes
+    is_linear = is_linear and "forward" not in vars(module)  # a replaced forward may compute anything
     num_elements = int(torch.Size(full_shape(selected.param)).numel())
     return is_linear and selected.index.numel() <= max_density(device, selected.param.dtype) * num_elements
 

@@ -167,7 +167,7 @@ def _pass(
     feed = BatchFeed(micro_batches, numbers, engine.device)
 
     def backward(loss: Tensor) -> None:
-        # DeepSpeed multiplies by its own loss scale, where it has one; `* 1.0` also because DeepSpeed 0.19 divides
+        # DeepSpeed multiplies by its own loss scale, if it has one. The product is also needed because 0.19 divides
         # by the accumulation steps when it recognises the very tensor that forward returned.
         engine.backward(loss * (loss_scale / _engine_loss_scale(engine)), scale_wrt_gas=False)
 
