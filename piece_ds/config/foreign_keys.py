@@ -1,4 +1,4 @@
-"""Keys of other trainers' configurations, and what says the same here."""
+"""Explain keys of other trainers' configurations: what to write instead."""
 
 from collections.abc import Sequence
 
@@ -66,9 +66,11 @@ _INSTEAD = {
 
 
 def unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
-    """Return one line about keys that nobody here knows, each with what to write instead, if that can be told."""
+    """Return one line about unknown keys, each with what to write instead, if that is known."""
     if len(names) == 1:
         return f"unknown key {names[0]!r} in the YAML file.{_hint(names[0], known)}"
+
+    # Keys with a hint come first; the others are only listed.
     hints = {name: _hint(name, known).strip() for name in names}
     told = "; ".join(f"{name!r}: {hint}" for name, hint in hints.items() if hint)
     plain = ", ".join(repr(name) for name, hint in hints.items() if not hint)
@@ -80,5 +82,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
         return f" Another trainer's; here {_INSTEAD[name]}"
     if name.startswith(("lora_", "peft_")):
         return f" Another trainer's; here {_FULL}"
+
+    # No other trainer's key: perhaps a misspelt one of ours.
     match = closest(name, known)
     return f" Did you mean {match!r}?" if match else ""

@@ -1,4 +1,4 @@
-"""Flags become dataclasses, and whatever a library says of a bad one becomes one line that names the flag."""
+"""Turn flags into dataclasses. A library's complaint about a value becomes one line that names the flag."""
 
 import argparse
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _REFUSALS = (
 
 
 class OneLineParser(HfArgumentParser):
-    """argparse prints its whole usage before an error; a user wants the error."""
+    """argparse prints its whole usage before an error; a user wants only the error."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(_shortened(message))
@@ -40,13 +40,14 @@ def training_arguments_of(flags: Sequence[str]) -> TrainingArguments:
     """Return TrainingArguments of flags.
 
     Raises:
-        UserError: a value that transformers refuses; the message names its flag.
+        UserError: transformers refuses a value; the message names its flag.
     """
     try:
         return _built(flags)
     except UserError:
         raise
     except _REFUSALS as error:
+        # A library's message may not say which flag it is about.
         reason = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ValueError | ImportError | RuntimeError):
             reason = f"{type(error).__name__}: {reason}"
@@ -64,12 +65,17 @@ def _built(flags: Sequence[str]) -> TrainingArguments:
 
 
 def _culprit(flags: Sequence[str]) -> str | None:
-    """Return the flag without which the others are taken, with its value; the last of several."""
+    """Return the flag, with its value, without which the others are accepted; the last if there are several.
+
+    Else None.
+    """
     groups: list[list[str]] = []
     for item in flags:
         if item.startswith("--") or not groups:
             groups.append([])
         groups[-1].append(item)
+
+    # Only after an error, so the cost of many attempts does not matter.
     for left_out in reversed(range(len(groups))):
         try:
             _built([item for index, group in enumerate(groups) if index != left_out for item in group])

@@ -1,4 +1,4 @@
-"""Which settings to begin with on a pretrained model. docs/forgetting.md has the measurements behind them."""
+"""Say which settings to begin with on a pretrained model. docs/forgetting.md has the measurements behind them."""
 
 RECOMMENDED = (
     "--method piece-ratio --mask_ratio 0.01 --general_text self --step_scale general --general_replay 0.25 "

@@ -1,7 +1,7 @@
-"""The YAML file of --config: keys are flags' names, and a value means what it would mean on the command line.
+"""Read the YAML file of --config: keys are flags' names, and a value means what it would mean on the command line.
 
 YAML reads `no` as false, `010` as eight and `1:30` as ninety. A flag's value is text, so single values are taken as
-they are written; only what is inside a list or a mapping is read as YAML has it.
+they are written. Only what is inside a list or a mapping is read as YAML has it.
 """
 
 import json
@@ -24,10 +24,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     """Return key -> text, list, mapping or None of a YAML file.
 
     Raises:
-        UserError: no such file, not YAML, no mapping, a key twice.
+        UserError: there is no such file, it is not YAML or no mapping, or a key is given twice.
     """
     if not _is_file(path):
         raise UserError(f"--config {path[:200]}: no such file")
+
+    # Read nodes, not values: a node still has its text.
     loader = None
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
@@ -49,10 +51,10 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def flags_of(name: str, value: Any) -> list[str]:
-    """Return a key and its value as flags; None is not given.
+    """Return a key and its value as flags. None counts as not given.
 
     Raises:
-        UserError: a list or a mapping that holds itself.
+        UserError: a list or a mapping holds itself.
     """
     if value is None:
         return []
@@ -65,6 +67,8 @@ def flags_of(name: str, value: Any) -> list[str]:
             return [f"--{name}", json.dumps(value)]
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"key {name!r} in the YAML file holds what JSON cannot ({error})") from error
+
+    # A value that begins with a dash would be taken for a flag.
     text = str(value)
     return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
 

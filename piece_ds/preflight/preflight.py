@@ -127,7 +127,7 @@ def _check_accumulation(inputs: Inputs) -> None:
 
 
 def _num_rows(inputs: Inputs) -> dict[str, int]:
-    """Return the rows that each task trains on."""
+    """Return the number of rows that each task trains on."""
     tasks, baseline = inputs.tasks, inputs.baseline
     return {
         task.name: baseline.num_rows(task, tasks[:index]) if baseline else len(task.train)
@@ -136,7 +136,7 @@ def _num_rows(inputs: Inputs) -> dict[str, int]:
 
 
 def _num_steps(arguments: TrainingArguments, num_rows: int) -> int:
-    """Return the optimizer steps of a task."""
+    """Return the number of optimizer steps of a task."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
     rounds = -(-num_rows // (arguments.per_device_train_batch_size * world_size()))

@@ -1,6 +1,6 @@
-"""What TrainingArguments ask for is refused, or said to have no effect, before a weight is read.
+"""Refuse what TrainingArguments ask for and cannot have, or say that it has no effect, before a weight is read.
 
-Optimizer and schedule are made here once on a dummy parameter: what transformers and torch would refuse after the
+Optimizer and schedule are made here once on a dummy parameter. So what transformers and torch would refuse after the
 model is loaded, they refuse now.
 """
 
@@ -28,16 +28,18 @@ logger = logging.getLogger(__name__)
 # What libraries raise for values that they cannot use.
 _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
 
+# Keys of accelerator_config that change neither rows nor steps.
 _ACCELERATOR_FREE = ("non_blocking", "use_seedable_sampler")
 
 
 def check_trainer_arguments(arguments: TrainingArguments, given: Collection[str]) -> None:
-    """Raise UserError for a field that is refused or out of range; say which of the given fields have no effect.
+    """Raise UserError for a field that is refused or out of range; log which of the given fields have no effect.
 
     Args:
         arguments: of the run.
         given: names of the flags and YAML keys that the user has set.
     """
+    # Refuse: only a field that the user has set, and only if its value asks for something.
     neutral = {field.name: field.default for field in fields(arguments) if field.init}
     for name, treatment in FIELDS.items():
         value = getattr(arguments, name, None)
@@ -51,6 +53,7 @@ def check_trainer_arguments(arguments: TrainingArguments, given: Collection[str]
     _check_workers(arguments)
     _check_accelerator(arguments)
 
+    # Tell: settings that are ignored, and fields of a newer transformers.
     idle = [name for name in sorted(given) if name in FIELDS and FIELDS[name].kind == NO_EFFECT]
     idle = [name for name in idle if getattr(arguments, name) != neutral[name]]
     if idle:
@@ -96,11 +99,14 @@ def _check_accelerator(arguments: TrainingArguments) -> None:
 
 
 def check_own_evaluation(arguments: TrainingArguments, num_rows: dict[str, int], num_eval_rows: dict[str, int]) -> None:
-    """Raise UserError where the trainer would have no batch, or would look for a measure that it does not make.
+    """Raise UserError if the trainer would have no batch, or would look for a measure that it does not make.
 
     Args:
-        num_rows, num_eval_rows: task -> rows that it trains on, and rows that --eval_strategy evaluates.
+        arguments: of the run.
+        num_rows: task -> number of rows that it trains on.
+        num_eval_rows: task -> number of rows that --eval_strategy evaluates.
     """
+    # Every task needs a batch on each rank.
     evaluates = arguments.eval_strategy != "no"
     for name, rows, batch in (
         *((name, rows, arguments.per_device_train_batch_size) for name, rows in num_rows.items()),
@@ -111,12 +117,16 @@ def check_own_evaluation(arguments: TrainingArguments, num_rows: dict[str, int],
                 f"--dataloader_drop_last would leave no batch of task {name}: {rows} rows are fewer than {batch} on "
                 f"each of {world_size()} ranks; lower the batch size, also --per_device_eval_batch_size"
             )
+
+    # An evaluation needs rows.
     empty = [name for name, rows in num_eval_rows.items() if evaluates and rows == 0]
     if empty:
         raise UserError(
             f"--eval_strategy {_plain(arguments.eval_strategy)}: task {empty[0]} has no eval rows; give --eval_file or "
             "--validation_share, or leave it out"
         )
+
+    # The best checkpoint needs a measure to choose it by.
     metric = arguments.metric_for_best_model
     if metric is not None and evaluates and metric.removeprefix("eval_") != "loss":
         raise UserError(
@@ -127,14 +137,17 @@ def check_own_evaluation(arguments: TrainingArguments, num_rows: dict[str, int],
 
 
 def check_optimizer(arguments: TrainingArguments, config: Any, num_steps: Collection[int]) -> None:
-    """Raise UserError where the optimizer, its schedule or the DeepSpeed file's numbers cannot be used.
+    """Raise UserError if the optimizer, its schedule or the DeepSpeed file's numbers cannot be used.
 
     Args:
+        arguments: of the run.
         config: the model's.
         num_steps: optimizer steps of each task.
     """
     holder = arguments.hf_deepspeed_config
     _check_file_agrees(arguments, config, max(num_steps))
+
+    # DeepSpeed makes what its file describes.
     if holder.config.get("optimizer"):
         return
     optimizer = _optimizer(arguments)
@@ -160,6 +173,7 @@ def _optimizer(arguments: TrainingArguments) -> torch.optim.Optimizer:
 
 
 def _check_schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    # Some schedules fail only at a certain step: around the warm-up, or at the end.
     kind, options = _plain(arguments.lr_scheduler_type), arguments.lr_scheduler_kwargs
     if options and not isinstance(options, dict):
         raise UserError(f"--lr_scheduler_kwargs expects a JSON object, got {_shown(options)}")
@@ -185,7 +199,7 @@ def _check_schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimiz
 
 
 def _check_file_agrees(arguments: TrainingArguments, config: Any, steps: int) -> None:
-    """Raise UserError where numbers in the DeepSpeed file contradict the flags, as transformers finds later."""
+    """Raise UserError if numbers in the DeepSpeed file contradict the flags, as transformers would find later."""
     holder = copy.deepcopy(arguments.hf_deepspeed_config)
     try:
         holder.trainer_config_finalize(arguments, SimpleNamespace(config=config), steps)

@@ -1,6 +1,7 @@
-"""Every field of transformers' TrainingArguments: it works, is refused, or has no effect here and the run says so.
+"""List every field of transformers' TrainingArguments: it works, is refused, or has no effect and the run says so.
 
-docs/training-arguments.md is this table. A field that a newer transformers adds is not in it: the run says that too.
+docs/training-arguments.md is this table. A field that a newer transformers adds is missing here, and the run says that
+too.
 """
 
 from dataclasses import dataclass
