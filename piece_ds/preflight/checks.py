@@ -266,7 +266,7 @@ def _needing_general_text(settings: Settings) -> list[str]:
 def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow_smaller: bool) -> None:
     """Raise UserError if the last step of an epoch would accumulate fewer micro-batches than the others.
 
-    Nothing would be dropped, but that step's rows would weigh more. The user must want this.
+    That step's rows would weigh more than others. The user must want this.
 
     Args:
         name: of the task.
