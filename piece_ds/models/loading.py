@@ -32,6 +32,7 @@ from piece_ds.models.eligible import (
     towers,
 )
 from piece_ds.models.layout import full_shape, layout_of
+from piece_ds.models.model_settings import check_attention, make_saveable_
 from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, load_processor
 from piece_ds.models.token_ids import has_tokenizer_files
@@ -132,6 +133,7 @@ def load_model(
         raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
     # transformers only warns of parameters that it made up.
     refuse_incomplete(f"the model in {source}", model, info)
+    make_saveable_(getattr(model, "generation_config", None))
     return model
 
 
@@ -142,6 +144,12 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
         # An untied head would be counted twice.
         model.tie_weights()
     return model
+
+
+def check_attention_of(arguments: ModelArguments, config: Any) -> None:
+    """Raise UserError if --attn_implementation cannot be used with the model. See check_attention()."""
+    with without_zero3():
+        check_attention(arguments, config, _auto_class(config))
 
 
 def _auto_class(config: Any) -> Any:

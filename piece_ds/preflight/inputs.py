@@ -20,7 +20,16 @@ from piece_ds.data.tasks import Task, holds_token_ids, load_general, load_task_s
 from piece_ds.evaluation.benchmarks import check_ability
 from piece_ds.evaluation.scorers import choose_scorers, parse_scorers
 from piece_ds.methods.baseline import Baseline
-from piece_ds.models.loading import check_eligible, dtype_of, load_config, load_tokenizer, reads_images, require_weights
+from piece_ds.models.loading import (
+    check_attention_of,
+    check_eligible,
+    dtype_of,
+    load_config,
+    load_tokenizer,
+    reads_images,
+    require_weights,
+)
+from piece_ds.models.model_settings import check_generation_settings
 from piece_ds.models.processor import Processing, tokenizer_of
 from piece_ds.models.suitable import check_checkpoint
 from piece_ds.models.token_ids import token_ids_tokenizer
@@ -85,6 +94,8 @@ def load_inputs(settings: Settings) -> Inputs:
     config = load_config(settings.model)
     require_weights(settings.model)
     check_checkpoint(settings.model, config)
+    check_generation_settings(settings.model)
+    check_attention_of(settings.model, config)
     check_mask(settings, config)
     check_method_reads_images(settings.method.method, config)
     check_eligible(settings.model, config)

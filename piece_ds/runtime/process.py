@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import sys
 import time
 import traceback
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 from piece_ds.runtime.deterministic import set_cublas_workspace
 from piece_ds.runtime.errors import MachineError, UserError
+from piece_ds.runtime.launch_environment import complete_launch_environment
 from piece_ds.runtime.rank_status import claim, is_gone, is_late, missing_ranks
 from piece_ds.runtime.signals import STOP_CODE, Preempted
 from piece_ds.runtime.text import PrintableFormatter, printable
@@ -37,7 +37,11 @@ def run_command(main: Callable[[list[str]], None], words: list[str] | None = Non
     """
     given = sys.argv[1:] if words is None else words
     argv = [a for a in given if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
-    one_process_environment()
+    try:
+        one_process_environment()
+    except UserError as error:
+        _say(f"error: {error}")
+        _leave(2)
     _own_programs_first()
     set_cublas_workspace()
     _quiet()
@@ -129,14 +133,8 @@ def start_distributed(seconds: float | None = None) -> None:
 
 
 def one_process_environment() -> None:
-    """Make a script that was started with plain python rank 0 of 1."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        # Port 0 lets the system choose a free one.
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """Make this process rank 0 of 1 unless a launcher has named ranks. See complete_launch_environment()."""
+    complete_launch_environment()
 
 
 def without_mpi() -> None:

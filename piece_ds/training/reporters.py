@@ -6,6 +6,7 @@ the stream, and a task's steps count on from those of the earlier tasks.
 """
 
 import copy
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import integration_utils
 
 from piece_ds.report.results import RunResults
+from piece_ds.runtime.distributed import all_gather_objects
 from piece_ds.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # What the Trainer tells a reporter of a task. Beginning and end of training are the stream's, and not among these.
 _EVENTS = (
@@ -80,15 +84,40 @@ class StreamReporters:
         # The first event of the stream begins the reporters; later tasks do not begin them again.
         is_first, self._last = self._last is None, of_stream
         if is_first:
-            self._call("on_init_end", *of_stream)
-        if event == "on_save":
+            self._begin(event, *of_stream, **kwargs)
+        elif event == "on_save":
             self._call(event, args, state, control, **kwargs)  # the folder of a checkpoint has the task's step
-        elif event != "on_train_begin" or is_first:
+        elif event != "on_train_begin":
             self._call(event, *of_stream, **kwargs)
 
-    def _call(self, event: str, *args: Any, **kwargs: Any) -> None:
+    def _begin(self, event: str, *args: Any, **kwargs: Any) -> None:
+        """Begin the reporters' runs, before the output folder is claimed. A collective.
+
+        Raises:
+            UserError: one of them cannot: a server that is not there, a login or a variable that is missing.
+        """
+        problem = None
         for reporter in self._reporters:
-            getattr(reporter, event)(*args, **kwargs)
+            try:
+                reporter.on_init_end(*args)
+                getattr(reporter, event)(*args, **kwargs)
+            except Exception as error:  # of a library that this package does not know
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+                problem = f"--report_to {_name_of(reporter)} cannot begin ({reason}): mend it, or leave it out"
+                break
+        problems = [text for text in all_gather_objects(problem) if text]
+        if problems:
+            raise UserError(str(problems[0]))
+
+    def _call(self, event: str, *args: Any, **kwargs: Any) -> None:
+        """Tell all reporters. One that fails is left out from then on: it must not end a run of days."""
+        for reporter in list(self._reporters):
+            try:
+                getattr(reporter, event)(*args, **kwargs)
+            except Exception as error:  # of a library that this package does not know
+                self._reporters.remove(reporter)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+                logger.warning("%s has failed, and is told no more: %s", _name_of(reporter), reason)
 
     def _in_stream(self, args: TrainingArguments) -> TrainingArguments:
         # Copies: the Trainer's own objects must not change.
@@ -101,6 +130,10 @@ class StreamReporters:
         of_stream = copy.copy(state)
         of_stream.global_step = self._offset + state.global_step
         return of_stream
+
+
+def _name_of(reporter: TrainerCallback) -> str:
+    return type(reporter).__name__.removesuffix("Callback").lower()
 
 
 def open_reporters(report_to: Sequence[str], root: Path) -> StreamReporters:

@@ -49,12 +49,16 @@ def adapter_for(engine: Any) -> Adapter:
 
 def _refusal(engine: Any) -> str | None:
     """Return why this engine is refused, or None."""
+    # Other kinds of parallelism.
+    kind = type(engine).__name__
+    if type(getattr(engine, "module", None)).__name__ == "DeepSpeedEngine":
+        return f"a DeepSpeed engine inside {kind}: it reduces gradients itself; pass the engine, {kind}.module"
+    if not hasattr(engine, "zero_optimization_stage"):
+        return f"{kind}, which is no DeepSpeed engine: pass what deepspeed.initialize() returned first"
     config = engine._config
     zero = config.zero_config
-
-    # Other kinds of parallelism.
-    if type(engine).__name__ != "DeepSpeedEngine":
-        return f"{type(engine).__name__}: pipeline parallel training has not been proven; use ZeRO-3 instead"
+    if kind != "DeepSpeedEngine":
+        return f"{kind}: pipeline parallel training has not been proven; use ZeRO-3 instead"
     if getattr(engine, "has_moe_layers", False):
         return "DeepSpeed's MoE layers: expert gradients are reduced over other groups; use a dense model"
     if getattr(engine, "zenflow", False) or zero.zenflow is not None:

@@ -157,3 +157,32 @@ def test_several_reporters_are_named_with_commas_or_as_a_list_of_yaml(
     for flags in (["--report_to", "tensorboard,wandb"], ["--config", str(config)]):
         arguments = parse([*flags, "--output_dir", str(tmp_path)]).training_arguments()
         assert len(open_reporters(arguments.report_to, tmp_path)._reporters) == 2
+
+
+class Failing(TrainerCallback):
+    """Fails at one event, as a reporter whose server is gone does."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self._fail)
+
+    def _fail(self, *args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+
+@pytest.mark.parametrize("event", ["on_init_end", "on_train_begin"])
+def test_a_reporter_that_cannot_begin_is_one_line(tmp_path: Path, event: str) -> None:
+    reporters = StreamReporters([Failing(event)], tmp_path)
+    with pytest.raises(UserError, match=r"--report_to failing cannot begin \(ConnectionError: no route to host\)"):
+        train_task(reporters.of_task(0), "00-law", 1)
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_train_end"])
+def test_a_reporter_that_fails_later_is_left_out_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, event: str
+) -> None:
+    recorder = Recorder()
+    reporters = StreamReporters([Failing(event), recorder], tmp_path / "mine")
+    train_task(reporters.of_task(0), "00-law", 3)
+    reporters.close()
+    assert [told[0] for told in recorder.told][-1] == "end"
+    assert sum("failing has failed, and is told no more" in line for line in caplog.messages) == 1

@@ -1,0 +1,94 @@
+"""The variables by which a launcher tells each process its rank: complete and consistent, or refused in one line.
+
+A wrong rank makes all processes wait for one that never comes, so it is found before any of them connects.
+"""
+
+import os
+import socket
+
+from piece_ds.runtime.errors import UserError
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# Other starters' rank on this machine, in the order in which they are asked.
+_LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PMI_LOCAL_RANK")
+
+# Starters that start several processes but do not set RANK: (their name, their number of processes).
+_OTHER_STARTERS = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE"))
+
+_START = "start with deepspeed or torchrun"
+
+
+def complete_launch_environment() -> None:
+    """Complete the variables of ranks in os.environ. Without RANK, this process becomes rank 0 of 1.
+
+    Raises:
+        UserError: some of them are missing or contradict each other.
+    """
+    # An empty variable is one that a job's template did not fill in.
+    for name in RANK_VARIABLES:
+        if os.environ.get(name, "x").strip() == "":
+            del os.environ[name]
+
+    if "RANK" not in os.environ:
+        _refuse_several_without_rank()
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        return
+
+    # A launcher has named ranks.
+    rank, size = _number("RANK"), _number("WORLD_SIZE", least=1)
+    if rank >= size:
+        raise UserError(f"RANK is {rank}, but WORLD_SIZE {size}: ranks are 0 to {size - 1}")
+    _complete_master(size)
+    _complete_local_rank(rank, size)
+
+
+def _complete_master(size: int) -> None:
+    if size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", _free_port())
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"RANK and WORLD_SIZE are set, but MASTER_ADDR is not: {_START}, or set it to rank 0's machine")
+    port = _number("MASTER_PORT", least=1)
+    if port > 65535:
+        raise UserError(f"MASTER_PORT is {port}, expected a port of at most 65535")
+
+
+def _complete_local_rank(rank: int, size: int) -> None:
+    """Set LOCAL_RANK if it is missing: Kubernetes' PyTorchJob, for one, starts one process per pod and names none."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in os.environ:
+            _number(name, least=1)
+    if "LOCAL_RANK" not in os.environ:
+        others = (os.environ[name] for name in _LOCAL_RANKS if os.environ.get(name))
+        on_this_machine = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+        os.environ["LOCAL_RANK"] = next(others, str(rank % int(on_this_machine)) if on_this_machine else "0")
+    local = _number("LOCAL_RANK")
+    if local >= size:
+        raise UserError(f"LOCAL_RANK is {local}, but WORLD_SIZE {size}: a machine has no more ranks than all of them")
+
+
+def _refuse_several_without_rank() -> None:
+    if "WORLD_SIZE" in os.environ and _number("WORLD_SIZE", least=1) > 1:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but RANK is not set: {_START}, or unset WORLD_SIZE")
+    for starter, name in _OTHER_STARTERS:
+        if os.environ.get(name, "1").isdigit() and int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{starter} has started {os.environ[name]} processes ({name}), but RANK is not set, so that each would "
+                f"be a run of its own: {_START}, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            )
+
+
+def _number(name: str, least: int = 0) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        raise UserError(f"RANK is set, but {name} is not: {_START}, or unset RANK for one process")
+    if not (text.isascii() and text.strip().isdigit() and len(text) < 12 and int(text) >= least):
+        raise UserError(f"{name} is {text[:80]!r}, expected a whole number of at least {least}")
+    return int(text)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

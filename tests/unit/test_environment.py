@@ -1,0 +1,98 @@
+"""What launchers leave in the environment: completed, or refused in one line before a process waits for another."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from support.launches import ROOT, environment
+
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.launch_environment import RANK_VARIABLES, complete_launch_environment
+
+TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+# Environment -> the line's words.
+REFUSED: list[tuple[dict[str, str], str]] = [
+    ({"RANK": "0"}, "RANK is set, but WORLD_SIZE is not"),
+    ({"RANK": "0", "WORLD_SIZE": ""}, "RANK is set, but WORLD_SIZE is not"),
+    ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but RANK is not set"),
+    ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', expected a whole number"),
+    ({**TWO, "RANK": "2"}, "ranks are 0 to 1"),
+    ({**TWO, "RANK": "-1"}, "RANK is '-1'"),
+    ({**TWO, "RANK": "0.5"}, "RANK is '0.5'"),
+    ({**TWO, "RANK": "9" * 5000}, "RANK is '999"),
+    ({**TWO, "RANK": "²"}, "expected a whole number"),
+    ({**TWO, "WORLD_SIZE": "0"}, "WORLD_SIZE is '0', expected a whole number of at least 1"),
+    ({**TWO, "MASTER_ADDR": ""}, "MASTER_ADDR is not"),
+    ({**TWO, "MASTER_PORT": ""}, "MASTER_PORT is not"),
+    ({**TWO, "MASTER_PORT": "70000"}, "at most 65535"),
+    ({**TWO, "LOCAL_RANK": "gpu0"}, "LOCAL_RANK is 'gpu0'"),
+    ({**TWO, "LOCAL_RANK": "7"}, "LOCAL_RANK is 7, but WORLD_SIZE 2"),
+    ({**TWO, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
+    ({"SLURM_STEP_NUM_TASKS": "8"}, "srun has started 8 processes"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 processes"),
+]
+
+# Environment -> LOCAL_RANK that it is completed with.
+COMPLETED: list[tuple[dict[str, str], str]] = [
+    ({}, "0"),
+    ({"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": ""}, "0"),
+    ({"WORLD_SIZE": "1"}, "0"),
+    ({"SLURM_STEP_NUM_TASKS": "1"}, "0"),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, "0"),
+    (TWO, "0"),  # Kubeflow: a pod for each rank
+    ({**TWO, "LOCAL_RANK": "1"}, "1"),
+    ({**TWO, "LOCAL_WORLD_SIZE": "2"}, "1"),
+    ({**TWO, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "1"),
+    ({**TWO, "SLURM_LOCALID": "1"}, "1"),
+    ({**TWO, "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "1"),
+]
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No variable of a launcher; what the test sets is gone afterwards."""
+    for name in list(os.environ):
+        if name in RANK_VARIABLES or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_")):
+            monkeypatch.delenv(name)
+    for name in RANK_VARIABLES:
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("variables", "message"), REFUSED)
+def test_what_would_wait_for_ever_is_refused(bare: pytest.MonkeyPatch, variables: dict[str, str], message: str) -> None:
+    for name, value in variables.items():
+        bare.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        complete_launch_environment()
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(("variables", "local_rank"), COMPLETED)
+def test_what_can_be_told_is_completed(bare: pytest.MonkeyPatch, variables: dict[str, str], local_rank: str) -> None:
+    for name, value in variables.items():
+        bare.setenv(name, value)
+    complete_launch_environment()
+    assert os.environ["LOCAL_RANK"] == local_rank
+    assert 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"])
+    assert os.environ["MASTER_ADDR"]
+    assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_a_command_says_it_in_one_line_and_ends_with_2() -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "train.py"), "--help"],
+        cwd=ROOT,
+        env={**environment(), "RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.strip().splitlines()[-1] == "error: RANK is 3, but WORLD_SIZE 2: ranks are 0 to 1"
+    assert "Traceback" not in run.stderr
