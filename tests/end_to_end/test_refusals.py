@@ -86,7 +86,7 @@ CASES = {
     "unknown-key": Case("--config {base}/key.yaml", r"unknown key 'learnig_rate'.*Did you mean 'learning_rate'\?"),
     "yaml-missing": Case("--config {base}/gone.yaml", r"gone\.yaml: no such file"),
     "yaml-broken": Case("--config {base}/broken.yaml", r"broken\.yaml is not YAML.*line 2"),
-    "yaml-list": Case("--config {base}/list.yaml", r"must map flag names to values, got list"),
+    "yaml-list": Case("--config {base}/list.yaml", r"must map flag names to values, got a list"),
     "config-without-file": Case("--config", r"--config expects a YAML file"),
     "wrong-type": Case("--learning_rate abc", r"--learning_rate.*: invalid float value: 'abc'"),
     "wrong-type-ours": Case("--max_new_tokens many", r"--max_new_tokens.*: invalid int value: 'many'"),
