@@ -53,6 +53,7 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
         target.add_argument("--output", metavar="FOLDER", help="write a changed copy here")
         target.add_argument("--in_place", action="store_true", help="change MODEL_FOLDER, file by file")
     _add_algebra(commands, add)
+    _add_hub(commands)
 
     # What writes another file.
     compose = add("compose", "One delta that equals a stack", model=False)
@@ -63,6 +64,42 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
     export.add_argument("--model", metavar="MODEL_FOLDER", help="the base; needed for peft")
     export.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
     export.add_argument("--output", metavar="PATH", required=True)
+
+
+def _add_hub(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    """Add the commands that reach the Hub."""
+
+    # push: deltas, with a card.
+    push = commands.add_parser(
+        "push",
+        help="Publish deltas on the Hub",
+        description="Deltas, a card and a manifest as one commit. The token is the one that huggingface_hub finds.",
+    )
+    push.add_argument("source", metavar="RUN_OR_DELTA", help="a run's folder, a task's folder, or a delta file")
+    push.add_argument("repository", metavar="hf://USER/NAME", help="made if it is missing")
+    push.add_argument("--with_masks", action="store_true", help="the mask beside each delta too")
+    push.add_argument("--private", action="store_true", help="make a private repository; a public one is refused")
+    push.add_argument("--revision", metavar="BRANCH", help="made if it is missing; default: main")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request instead of changing the branch")
+    push.add_argument("--base_model", metavar="HUB_ID", help="the base on the Hub; default: the run's, if it is there")
+    push.add_argument("--base_revision", metavar="REVISION", help="of the base on the Hub, for the card")
+    push.add_argument(
+        "--datasets", metavar="ID,ID", help="Hub ids of the data, for the card; default: the tasks' names"
+    )
+    push.set_defaults(run="piece_ds.cli.delta_hub:push")
+
+    # pull: a folder that apply takes.
+    pull = commands.add_parser(
+        "pull",
+        help="Bring published deltas into a folder",
+        description="Every file is compared with the repository's manifest; the folder appears whole or not at all.",
+    )
+    pull.add_argument("repository", metavar="hf://USER/NAME")
+    pull.add_argument("--output", metavar="FOLDER", required=True, help="nothing there yet, or an empty folder")
+    pull.add_argument("--revision", help="a branch, tag or commit; default: main")
+    pull.add_argument("--model", metavar="MODEL_FOLDER", help="check also that the deltas go on this model as it is")
+    pull.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
+    pull.set_defaults(run="piece_ds.cli.delta_hub:pull")
 
 
 def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[..., argparse.ArgumentParser]) -> None:
