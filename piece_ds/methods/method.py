@@ -42,6 +42,7 @@ class Method:
         ignores_ratio: the method decides itself how much it selects.
         needs_earlier_tasks: it selects by the masks of earlier tasks, so it has no meaning for one task.
         reads_images: proven with models that read images.
+        packs: of a baseline: its batches may be rows laid end to end.
         scores_elements: of a selection by select: it scores elements, so that rows and columns can compete.
     """
 
@@ -57,6 +58,7 @@ class Method:
     ignores_ratio: bool = False
     needs_earlier_tasks: bool = False
     reads_images: bool = True
+    packs: bool = False
     scores_elements: bool = False
 
     def __post_init__(self) -> None:

@@ -11,7 +11,8 @@ from piece_ds import ops
 from piece_ds.checkpoint.mask_file import check_mask_file
 from piece_ds.config.deepspeed_configs import config_names
 from piece_ds.config.settings import Settings
-from piece_ds.methods.registry import GENERAL, find_method
+from piece_ds.methods.method import GENERAL
+from piece_ds.methods.registry import find_method
 from piece_ds.models.loading import empty_layout, reads_images
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError, nearest

@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 
 from piece_ds.config.settings import Settings
 from piece_ds.methods.baseline import Baseline
-from piece_ds.methods.registry import SELECTION, Method, find_method, names_of
+from piece_ds.methods.method import SELECTION, Method
+from piece_ds.methods.registry import find_method, names_of
 from piece_ds.preflight.checks import (
     check_accumulation,
     check_kernels,
@@ -98,7 +99,7 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
 
 def _check_flags(settings: Settings, job: str, method: Method) -> None:
     data, output_file = settings.data, settings.output.output_file
-    if data.packing and method.baseline is not None and method.name != "seqft":
+    if data.packing and method.baseline is not None and not method.packs:
         raise UserError(f"--packing is not proven with --method {method.name}, whose batches are its own")
 
     # Each job needs its own files.

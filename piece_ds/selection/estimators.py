@@ -1,4 +1,4 @@
-"""Define importance estimators: pure scoring functions, with what each needs. For their names see methods/registry.py.
+"""Define importance estimators: pure scoring functions, with what each needs. For their names see methods/table.py.
 
 A scoring function receives one Fragment (a run of elements of one parameter, on one rank) and returns its scores: fp32,
 1-D, larger is more important, >= +0 and never NaN. It must depend only on the elements, not on where a rank's range

@@ -85,6 +85,11 @@ class PieceCallback(TrainerCallback):
         """
         self.trainer = trainer
         self.config = config_of(config, settings)
+        if self.config.step_scale != "none":
+            raise UserError(
+                "PieceCallback takes no step_scale, which needs statistics of general text: give attach() "
+                "step_scale=general_step_scale(statistics), or train with --step_scale general"
+            )
         self.mask_file = mask_file
         self.mask: Mask | None = None
         self.update: MaskedUpdate | CompactUpdate | None = None

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from piece_ds import register_estimator
 from piece_ds.methods import estimate, registry
-from piece_ds.methods.registry import BASELINE, METHODS, SELECTION, find_estimator, find_method, methods_help, names_of
+from piece_ds.methods.method import BASELINE, SELECTION
+from piece_ds.methods.registry import METHODS, find_estimator, find_method, methods_help, names_of
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.estimators import Estimator, Fragment
