@@ -31,6 +31,7 @@ from piece_ds.training.checkpoints import (
     writing,
 )
 from piece_ds.training.general_replay import GeneralReplay
+from piece_ds.training.optimizer_defaults import show_defaults
 
 
 class _EpochOrder(Sampler[int]):
@@ -177,6 +178,11 @@ class TaskTrainer(Trainer):
             for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
         return prepared
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule. Some (polynomial, cosine_with_min_lr) read defaults that DeepSpeed's wrapper hides."""
+        show_defaults(self.optimizer if optimizer is None else optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         return super()._finalize_training(trial, num_train_samples, start_time + self.seconds_before_first_step)

@@ -5,8 +5,10 @@ import logging
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support import argument_sweep as sweep
 from support.launches import ROOT, tree
 from transformers import TrainingArguments
@@ -18,6 +20,7 @@ from piece_ds.preflight.preflight import preflight
 from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED, WORKS
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import one_process_environment
+from piece_ds.training.optimizer_defaults import show_defaults
 
 # Flags -> what the one line says. Kinds: schedules, optimizers, numbers out of range, what masks are not proven with.
 REFUSALS: dict[tuple[str, ...], str] = {
@@ -188,3 +191,23 @@ def test_fields_that_work_train_together(folder: Path) -> None:
     assert results.cost["train"]["num_steps"] == 2
     written = tree(run.root)
     assert any(name.endswith("delta.safetensors") for name in written), written
+
+
+@pytest.mark.slow
+def test_schedules_that_read_the_optimizers_defaults_train_in_deepspeed(folder: Path) -> None:
+    """DeepSpeed's wrapper has none, and they would end in AttributeError once the engine is made."""
+    for stage, flags in (
+        ("zero1", ["--lr_scheduler_type=polynomial", "--lr_scheduler_kwargs", '{"lr_end": 1e-9}']),
+        ("zero3", ["--lr_scheduler_type=cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-6}']),
+        ("zero0", ["--lr_scheduler_type=cosine_warmup_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-6}']),
+    ):
+        found = sweep.outcome([*sweep.base_flags(folder), *flags, "--deepspeed", stage], folder / "out", trains=True)
+        assert found == ("passed", ""), flags
+
+
+def test_defaults_are_shown_through_wrappers() -> None:
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    wrapper = SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner))
+    show_defaults(wrapper)
+    assert wrapper.optimizer.defaults["lr"] == wrapper.defaults["lr"] == 0.5
+    show_defaults(SimpleNamespace(optimizer=None))
