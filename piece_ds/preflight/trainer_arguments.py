@@ -144,6 +144,7 @@ def check_optimizer(arguments: TrainingArguments, config: Any, num_steps: Collec
         config: the model's.
         num_steps: optimizer steps of each task.
     """
+    _check_precision(arguments)
     holder = arguments.hf_deepspeed_config
     _check_file_agrees(arguments, config, max(num_steps))
 
@@ -154,6 +155,17 @@ def check_optimizer(arguments: TrainingArguments, config: Any, num_steps: Collec
     if not holder.config.get("scheduler"):
         for steps in sorted(set(num_steps)):
             _check_schedule(arguments, optimizer, steps)
+
+
+def _check_precision(arguments: TrainingArguments) -> None:
+    """Raise UserError if DeepSpeed would refuse the precision on this device, after the model is loaded."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    if arguments.fp16 and not device.is_fp16_supported():
+        raise UserError(f"--fp16: DeepSpeed does not train in fp16 on this device ({device.device_name()}): use --bf16")
+    if arguments.bf16 and not device.is_bf16_supported():
+        raise UserError(f"--bf16: DeepSpeed does not train in bf16 on this device ({device.device_name()}): use --fp16")
 
 
 def _optimizer(arguments: TrainingArguments) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from support import argument_sweep as sweep
 from support.launches import ROOT, tree
 from transformers import TrainingArguments
@@ -211,3 +212,10 @@ def test_defaults_are_shown_through_wrappers() -> None:
     show_defaults(wrapper)
     assert wrapper.optimizer.defaults["lr"] == wrapper.defaults["lr"] == 0.5
     show_defaults(SimpleNamespace(optimizer=None))
+
+
+def test_a_precision_that_the_device_lacks_is_refused_before_the_model(folder: Path) -> None:
+    if get_accelerator().is_fp16_supported():
+        pytest.skip("this device trains in fp16")
+    found, said = sweep.outcome([*sweep.base_flags(folder), "--fp16", "True"], folder / "out", trains=False)
+    assert (found, "--fp16: DeepSpeed does not train in fp16" in said) == ("refused", True), said
