@@ -24,7 +24,8 @@ from piece_ds.runtime.text import printable
 LIBRARY = "piece_ds"
 TAGS = ("piece_ds", "continual-learning", "sparse-fine-tuning", "task-delta")
 FIGURES_FOLDER = "figures"
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#|~!$])")
+# Parentheses stay: without brackets before them they are no link.
+_MARKUP = re.compile(r"([\\`*_{}\[\]#|~!$])")
 _DATASET = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
@@ -106,10 +107,14 @@ def _lead(published: Published) -> str:
     at = f" at {_code(base.revision)}" if base.revision else ""
     weights = f" Fingerprint of all its weights: {_code(base.fingerprint)}." if base.fingerprint else ""
     licence = escaped(base.licence) if base.licence else "not known"
+    reverts = all(delta.reversible for delta in published.deltas.values())
+    values = (
+        "values before and after. They go on the base and off again" if reverts else "new values. They go on the base"
+    )
     return (
         f"{count} task delta{'s' * (count > 1)} of [piece_ds](https://arxiv.org/abs/2511.15375) for {which}{at}: the "
-        "few weights that training changed, with their positions and their values before and after. They go on the "
-        f"base and off again bit for bit; any other base is refused.{weights} Licence of the base: {licence}."
+        f"few weights that training changed, with their positions and their {values} bit for bit; any other base is "
+        f"refused.{weights} Licence of the base: {licence}."
     )
 
 
@@ -177,14 +182,14 @@ def _forgetting(title: str, run: RunResults, measure: Measure, *, in_percent: bo
     before, general = run.matrix.general_loss_before, run.matrix.general_loss
     if not in_percent and before is not None and general:
         rows.append(
-            ("general text (before, at the end)", form(before), form(general[-1]), change_of(general[-1], before))
+            (
+                "general text, from before the first task",
+                form(before),
+                form(general[-1]),
+                change(difference(general[-1], before)),
+            )
         )
     return Grid(title, ("task", "when learned", "at the end", "change"), tuple(rows))
-
-
-def change_of(after: float | None, before: float | None) -> str:
-    """Return the signed difference of two losses."""
-    return signed_nats(difference(after, before))
 
 
 def _table(grid: Grid) -> Iterator[str]:

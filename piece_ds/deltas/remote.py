@@ -26,8 +26,19 @@ from piece_ds.runtime.errors import MachineError, UserError
 _SCHEME = "hf://"
 # The root of all errors of the HTTP library that this version of huggingface_hub uses: httpx, or its successor.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+# Newer versions alone have it; most errors of the Hub's other storage protocol, Xet, are OSErrors.
+_XET: tuple[type[Exception], ...] = tuple(filter(None, [getattr(huggingface_hub.errors, "XetDownloadError", None)]))
 # ValueError: a refused card, an answer that is not JSON. LookupError and TypeError: JSON that no Hub sends.
-_FAILURES = (OSError, ValueError, RuntimeError, LookupError, TypeError, EntryNotFoundError, _HTTP_ERROR)
+_FAILURES: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    EntryNotFoundError,
+    _HTTP_ERROR,
+    *_XET,
+)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 FORBIDDEN, UNAUTHORIZED, CHANGED = 403, 401, (409, 412)
 
