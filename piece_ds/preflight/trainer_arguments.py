@@ -119,6 +119,8 @@ def check_own_evaluation(arguments: TrainingArguments, num_rows: dict[str, int],
             )
 
     # An evaluation needs rows.
+    if arguments.eval_on_start and not evaluates:
+        raise UserError("--eval_on_start needs --eval_strategy steps or epoch")
     empty = [name for name, rows in num_eval_rows.items() if evaluates and rows == 0]
     if empty:
         raise UserError(
