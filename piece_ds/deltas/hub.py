@@ -104,7 +104,7 @@ def pull_deltas(remote: Remote, output: Path, check: Callable[[list[Delta]], obj
         The deltas in output, in order.
     Raises:
         UserError: see the module; or a file or the base is not what the manifest says. Nothing was written.
-    Disk: twice the files, for a moment, in output's file system.
+    Disk: the files, once, in output's file system.
     """
     require_empty(output)
     api = HfApi()

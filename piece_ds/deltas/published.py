@@ -5,7 +5,7 @@ A repository of deltas has the layout of a run's folder, so that what was pulled
     piece_ds_deltas.json         the manifest: the order of the deltas, sha256 and size of every file, the base
     00-law/delta.safetensors     one folder a task (a lone delta lies beside the manifest)
     00-law/mask.safetensors      if masks were asked for
-    figures/...                  of the card
+    figures/results-....png      of the card
     README.md                    the card; not in the manifest, since people edit it
 """
 
@@ -28,7 +28,7 @@ from piece_ds.runtime.text import printable
 MANIFEST_NAME, CARD_NAME, MASK_NAME = "piece_ds_deltas.json", "README.md", "mask.safetensors"
 # Paths that a manifest may name. Nothing else of a repository is written, replaced or removed.
 _ARTIFACT = re.compile(r"([0-9]{1,9}-[^/\\:]{1,180}/)?(delta|mask)\.safetensors")
-_FIGURE = re.compile(r"figures/[\w-][\w.-]{0,180}\.png")
+_FIGURE = re.compile(r"figures/results-[\w.-]{1,180}\.png")
 _NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 _MAX_MANIFEST_BYTES = 2**24
 
@@ -109,6 +109,8 @@ def collect(source: Path, base: Base, with_masks: bool) -> Published:
         folder = "" if len(paths) == 1 and not _is_run(source, path) else f"{_plain_name(path.parent.name)}/"
         if f"{folder}{DELTA_NAME}" in deltas:
             raise UserError(f"{path.parent} and another task of {source} would both be named {folder}: rename one")
+        if not is_own_path(f"{folder}{DELTA_NAME}"):
+            raise UserError(f"{path.parent}: expected a task's folder named as 00-law is, with plain digits; rename it")
         deltas[f"{folder}{DELTA_NAME}"] = open_delta(path)
         files[f"{folder}{DELTA_NAME}"] = path
         if with_masks:

@@ -206,7 +206,7 @@ def test_hostile_names_stay_text_in_the_card(run: Run, hub: Hub, tmp_path: Path)
 
 
 def test_a_second_push_removes_its_old_files_and_keeps_those_of_others(run: Run, hub: Hub, tmp_path: Path) -> None:
-    hub.add("user/deltas", {"notes.txt": b"mine", "weights/model.safetensors": b"x"})
+    hub.add("user/deltas", {"notes.txt": b"mine", "weights/model.safetensors": b"x", "figures/a.png": b"x"})
     delta("push", run.folder, REPOSITORY, "--with_masks")
     first = hub.repositories["user/deltas"].branches["main"]
     shutil.rmtree(run.deltas[2].parent)
@@ -214,7 +214,7 @@ def test_a_second_push_removes_its_old_files_and_keeps_those_of_others(run: Run,
     files = hub.repositories["user/deltas"].files
     assert {name for name in files if "task" in name} == {"00-task/delta.safetensors", "01-task/delta.safetensors"}
     assert files["notes.txt"] == b"mine"
-    assert "weights/model.safetensors" in files
+    assert {"weights/model.safetensors", "figures/a.png"} < set(files)
     delta("pull", REPOSITORY, "--revision", first, "--output", tmp_path / "first")  # the older commit is still whole
     assert len(list((tmp_path / "first").glob("*/mask.safetensors"))) == 3
 
@@ -280,7 +280,14 @@ def test_what_cannot_be_pushed_is_one_line_and_changes_nothing(
 def test_deltas_that_do_not_belong_together_are_not_pushed(run: Run, hub: Hub, capsys: Capture) -> None:
     (run.deltas[2].parent / "mask.safetensors").unlink()
     assert "--with_masks" in refused(capsys, "push", run.folder, REPOSITORY, "--with_masks")
-    shutil.rmtree(run.deltas[1].parent)
+    other = run.deltas[0].parent.rename(run.folder / "\u0660-task")  # another alphabet's zero
+    assert "plain digits" in refused(capsys, "push", run.folder, REPOSITORY)
+    other.rename(run.deltas[0].parent)
+    shutil.copytree(run.deltas[1].parent, run.folder / "01-task!")
+    run.deltas[1].parent.rename(run.folder / "01-task?")
+    assert "would both be named" in refused(capsys, "push", run.folder, REPOSITORY)
+    shutil.rmtree(run.folder / "01-task?")
+    shutil.rmtree(run.folder / "01-task!")
     assert "missing, repeated" in refused(capsys, "push", run.folder, REPOSITORY)
     run.deltas[0].write_bytes(run.deltas[0].read_bytes()[:-1])
     refused(capsys, "push", run.folder, REPOSITORY)
