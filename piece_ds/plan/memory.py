@@ -191,14 +191,15 @@ def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
         Term("candidates", "12 min(4 K, E / W)", CANDIDATE_BYTES * room, statistics, is_estimate=True),
         Term(
             "positions",
-            "4 K / p + 8 K / w" if compact else "16 K / w",
-            4 * k / setting.parameter_ranks + 8 * part if compact else 16 * part,
+            ("16 K / p + 8 K / w" if setting.zero == 3 else "8 K + 8 K / w") if compact else "16 K / w",
+            # Where the selected weights lie, 8 bytes each; under ZeRO-3 also which values go to this rank.
+            (16 * k / setting.parameter_ranks if setting.zero == 3 else 8 * k) + 8 * part if compact else 16 * part,
             MOMENTS[1:],
         ),
         Term(
             "positions, on the CPU",
-            "8 K + 8 K / W" if compact else "8 K / W + 8 K / w",
-            8 * k / setting.world + (8 * k if compact else 8 * part),
+            "8 K + 4 K / p + 8 K / W" if compact else "8 K / W + 8 K / w",
+            8 * k / setting.world + (8 * k + 4 * k / setting.parameter_ranks if compact else 8 * part),
             MOMENTS[1:],
             on_host=True,
         ),

@@ -100,7 +100,8 @@ CALLS: dict[str, Callable[[], list[Tensor]]] = {
 
 
 def test_every_op_has_a_case() -> None:
-    assert list(CALLS) == list(ops.schema.SCHEMAS)
+    in_a_test_of_their_own = [name for name in ops.schema.SCHEMAS if name.endswith("_list_")]  # test_ops_lists.py
+    assert {*CALLS, *in_a_test_of_their_own} == set(ops.schema.SCHEMAS)
 
 
 @pytest.mark.parametrize("op", CALLS)

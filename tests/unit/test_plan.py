@@ -62,9 +62,9 @@ def test_masked_zero3_by_hand() -> None:
 
 
 def test_compact_zero3_by_hand() -> None:
-    """2 N / W + K (2 + 4 + 8 + 4) / W, K fp32 sums on every rank, and positions of the owned: int32 and int64."""
+    """2 N / W + K (2 + 4 + 8 + 4) / W, K fp32 sums on every rank, and 8-byte positions of the owned, thrice."""
     setting = Setting(world=4, update_mode="compact")
-    assert math.isclose(sizes(setting, "step"), 500_000 + 18 * 250 + 4 * 1_000 + (4 + 8) * 250)
+    assert math.isclose(sizes(setting, "step"), 500_000 + 18 * 250 + 4 * 1_000 + (16 + 8) * 250)
 
 
 def test_lora_has_rank_times_rows_and_columns() -> None:
