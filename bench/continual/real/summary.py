@@ -20,7 +20,7 @@ from bench.continual.real.run import RESULTS
 from bench.continual.real.runs import Record, read_runs
 from piece_ds.runtime.files import write_text, write_whole
 
-SHARES = (0.90, 0.95, 0.98)
+SHARES = (0.975, 0.985, 0.995)
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def summary_page(runs: list[Record]) -> str:
         wanted = levels(before, best, SHARES)
         text.append(f"## {task}: {before:.3f} before, {best:.3f} at best")
         heads = [
-            f"{kind} at {share:.0%} ({level:.3f})"
+            f"{kind} at {share:.1%} ({level:.3f})"
             for kind in ("rise", "KL")
             for share, level in zip(SHARES, wanted, strict=True)
         ]
