@@ -18,7 +18,7 @@ LAUNCH := DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/deepspeed --num_accele
 
 train: $(VENV)/.ready
 	rm -rf runs/embedded
-	$(LAUNCH) launch/train.py --deepspeed ds_configs/zero3.json --output_dir runs/embedded
+	$(LAUNCH) launch/train.py --deepspeed ds_configs/zero2.json --output_dir runs/embedded
 
 vqa-demo: $(VENV)/.ready
 	rm -rf runs/vqa
