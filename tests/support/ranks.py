@@ -27,6 +27,9 @@ def on_ranks(num_ranks: int, work: Callable[[], Any]) -> list[Any]:
         AssertionError: a rank failed, with its traceback, or did not end within a minute.
     Cost: about a tenth of a second a rank.
     """
+    # A group of one that an earlier test has left; a fork would inherit it without its threads.
+    if dist.is_initialized():
+        dist.destroy_process_group()
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork(rank, num_ranks, work, Path(folder)) for rank in range(num_ranks)]
         deadline = time.monotonic() + TIMEOUT_SECONDS
