@@ -9,7 +9,7 @@ from support.launches import make_model_folder, make_rows, write_rows
 
 MESSAGES = {
     "damaged-model": "UserError: .*model.safetensors is damaged",
-    "reporter": "RuntimeError: the tracking server does not answer",
+    "reporter": "UserError: .*the tracking server does not answer",
     "engine": "RuntimeError: no room for the engine",
     "statistics": "RuntimeError: no room for a micro-batch",
     "user-error-in-selection": "UserError: of another model",
