@@ -118,7 +118,6 @@ def flags_of(
         "max_ans_len": recipe.max_ans_len,
         "method": sweep.method,
         "importance_batch_size": recipe.importance_batch_size,
-        "importance_rows": recipe.importance_rows,
         "max_steps": recipe.steps,
         "per_device_train_batch_size": recipe.rows,
         "per_device_eval_batch_size": recipe.rows,
@@ -132,7 +131,7 @@ def flags_of(
         "output_dir": output_dir,
     }
     if sweep.ratio is not None:
-        flags["mask_ratio"] = sweep.ratio
+        flags |= {"mask_ratio": sweep.ratio, "importance_rows": recipe.importance_rows}
     if sweep.general_text:
         flags["general_text"] = "self" if sweep.general_text == "self" else options.cache / "real.jsonl"
         flags["general_statistics"] = options.cache / f"statistics-{sweep.general_text}"
