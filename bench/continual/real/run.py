@@ -49,21 +49,26 @@ def main(argv: list[str]) -> None:
     done = {tuple(run[name] for name in COLUMNS[:4]) for run in read_runs(options.runs_file)}
     wanted = [s for s in settings_in_order(options.tasks, options.seeds, options.names) if s.key not in done]
     print(f"{len(wanted)} runs to make; base: {before}", flush=True)
+    failed = []
     for setting in wanted:
         if time.monotonic() > deadline:
             print("out of time", flush=True)
-            return
+            break
         begin = time.monotonic()
         try:
             record = one_run(setting, recipe, options, model, judge, before)
         except Exception:
             traceback.print_exc()
-            print(f"failed: {setting.key}", flush=True)
+            failed.append(" ".join(setting.key))
             continue
         add_run(options.runs_file, record)
         shown = {name: record[name] for name in ("learned", "rise", "kl")}
         print(f"{setting.key}: {shown}, {time.monotonic() - begin:.0f} s", flush=True)
         gc.collect()
+
+    # One setting's failure must not keep the others from running, nor pass for success.
+    if failed:
+        sys.exit("failed: " + "; ".join(failed))
 
 
 def one_run(
