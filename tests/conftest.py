@@ -1,4 +1,4 @@
-"""Puts tests/ on the path (for tests/support) and keeps torch to one thread: sums then have one order."""
+"""Keeps torch to one thread: sums then have one order."""
 
 import os
 import sys

@@ -1,13 +1,11 @@
 """Jobs are run once a session, when the first test asks for their results."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.jobs import Results, run_job
+from support.jobs import Job, Results, run_job
 
-Job = Callable[..., Results]
 MOST_CHARACTERS = 120
 
 

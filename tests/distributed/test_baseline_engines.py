@@ -4,8 +4,8 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import Job
 from support.baseline_cases import SETUPS, train_with_penalty
+from support.jobs import Job
 from torch import Tensor
 
 EXACT = ("stage0", "stage1", "stage2", "stage3")

@@ -18,6 +18,7 @@ TESTS = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 1800
 
 Results = dict[str, dict[str, Any]]
+Job = Callable[..., Results]
 
 
 def run_job(module: str, num_ranks: int, folder: Path, *arguments: str) -> Results:
