@@ -6,6 +6,7 @@ opens such a file.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Kind:
 
 
 MASK = Kind("piece-mask", ("1", "2"), "mask", "write it again with piece_ds select")
-DELTA = Kind("piece-delta", ("1",), "delta", "copy it again, or give a task's delta.safetensors")
+DELTA = Kind("piece-delta", ("1", "2"), "delta", "copy it again, or give a task's delta.safetensors")
 STATISTICS = Kind("piece-statistics", ("1",), "statistics", "take the statistics again", needs_checksum=True)
 SELECTED = Kind("piece-selected", ("1",), "checkpoint", "resume from an earlier checkpoint", needs_checksum=True)
 
@@ -149,8 +150,29 @@ def write_artifact(
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole, in another tool's layout. Files of a Kind go through write_artifact()."""
-    write_whole(path, lambda temporary: save_file(dict(tensors), temporary, dict(metadata)))
+    """Write a safetensors file, whole, in another tool's layout. Files of a Kind go through write_artifact().
+
+    Equal content gives equal bytes.
+    """
+
+    def write(temporary: Path) -> None:
+        save_file(dict(tensors), temporary, dict(metadata))
+        _sort_metadata(temporary)
+
+    write_whole(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a new safetensors file in the order of their names: the library's order is random."""
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        first = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items()))}
+        sorted_bytes = json.dumps(first | header, separators=(",", ":"), ensure_ascii=False).encode()
+        # Tensors begin where the header ends: only a header that fits the same place may stand there.
+        if len(sorted_bytes) <= length:
+            file.seek(8)
+            file.write(sorted_bytes.ljust(length))
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

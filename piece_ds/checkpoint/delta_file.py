@@ -6,12 +6,14 @@ previous value. The metadata are those of a mask file, plus the fingerprints of 
 and after (result_fingerprint).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from piece_ds.checkpoint.artifact import DELTA, check_index, index_tensor, open_artifact, write_artifact
+from piece_ds.checkpoint.artifact import DELTA, open_artifact
+from piece_ds.checkpoint.delta_parts import read_index, write_parts
 from piece_ds.checkpoint.metadata import describe
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
@@ -29,6 +31,7 @@ def save_delta(
     *,
     unscaled: dict[str, Tensor] | None = None,
     scale: float = 1.0,
+    chain: Mapping[str, str] | None = None,
 ) -> None:
     """Write a task's delta from all ranks' parts. A collective; rank 0 writes, and all return when the file is there.
 
@@ -40,6 +43,7 @@ def save_delta(
         with_previous: store the previous values. Without them the file is smaller and cannot be reverted.
         unscaled: read_selected(model, mask) before the task's changes were multiplied by scale; None at scale 1.
         scale: factor of the task's changes.
+        chain: metadata that say what the file follows on; see chain_metadata().
     Cost: reads this rank's part of the weights once, for the fingerprints.
     """
 
@@ -53,21 +57,32 @@ def save_delta(
 
     # One rank writes. All weights' fingerprint is that of the unselected ones plus that of the selected ones.
     if is_main():
-        tensors: dict[str, Tensor] = {}
-        numel = {info.name: info.numel for info in mask.layout.parameters}
+        parts: dict[str, dict[str, Tensor]] = {}
         for name, index in whole.items():
-            tensors[f"{name}.indices"] = index_tensor(index, numel[name])
-            tensors[f"{name}.values"] = all_values[name]
+            parts[name] = {"indices": index, "values": all_values[name]}
             if with_previous:
-                tensors[f"{name}.previous"] = all_previous[name]
+                parts[name]["previous"] = all_previous[name]
             if scale != 1.0:
-                tensors[f"{name}.unscaled"] = all_unscaled[name]
-        metadata = describe(mask, whole) | ({} if scale == 1.0 else {"scale": repr(scale)})
+                parts[name]["unscaled"] = all_unscaled[name]
+        metadata = describe(mask, whole) | ({} if scale == 1.0 else {"scale": repr(scale)}) | dict(chain or {})
         for key, values in (("base_fingerprint", all_previous), ("result_fingerprint", all_values)):
             selected = sum(hash_elements(name, index, bits_of(values[name])) for name, index in whole.items())
             metadata[key] = hexadecimal(surroundings + selected)
-        write_artifact(path, DELTA, tensors, metadata)
+        write_parts(path, parts, {info.name: info.numel for info in mask.layout.parameters}, metadata)
     barrier()
+
+
+def chain_metadata(parent: str | None, step: int, link: int) -> dict[str, str]:
+    """Return the metadata that say what a delta follows on.
+
+    Together with base_fingerprint, they say what is missing or repeated.
+
+    Args:
+        parent: checksum of the delta before it; None for the first.
+        step: optimizer steps of its task so far.
+        link: its number in the chain, from 0.
+    """
+    return {"parent": parent or "", "step": str(step), "link": str(link)}
 
 
 def load_previous(path: Path | str, mask: Mask) -> dict[str, Tensor]:
@@ -81,11 +96,10 @@ def load_previous(path: Path | str, mask: Mask) -> dict[str, Tensor]:
     values = {}
     with open_artifact(path, DELTA) as file:
         for name, index in mask.index.items():
-            whole, previous = file.tensor(f"{name}.indices"), file.tensor(f"{name}.previous")
-            check_index(file, name, whole, None)
+            whole, previous = read_index(file, name, file.metadata.numel(name)), file.tensor(f"{name}.previous")
             # A rank's part of a parameter's positions is one run of them.
-            begin = int(torch.searchsorted(whole.long(), index[0]))
-            if previous.shape != whole.shape or not torch.equal(whole[begin : begin + index.numel()].long(), index):
+            begin = int(torch.searchsorted(whole, index[0]))
+            if previous.shape != whole.shape or not torch.equal(whole[begin : begin + index.numel()], index):
                 raise UserError(f"{path} does not belong to this task's mask: {name!r} has other indices")
             values[name] = previous[begin : begin + index.numel()]
     return values

@@ -23,7 +23,10 @@ class Metadata(BaseModel):
         model_fingerprint: see model_fingerprint().
         base_fingerprint, result_fingerprint: of all weights before and after a delta.
         scale: factor of a delta's changes.
-        step, counters: of the optimizer and the engine, in selected-state files.
+        zeros: parameter name -> dtype of the values that a delta leaves out because all are zero.
+        parent, link: of a delta, see chain_metadata().
+        step: of the optimizer. In a delta, how many steps the task had taken.
+        counters: of the engine, in selected-state files.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
@@ -40,6 +43,9 @@ class Metadata(BaseModel):
     base_fingerprint: str | None = None
     result_fingerprint: str | None = None
     scale: FiniteFloat = 1.0
+    zeros: Json[dict[str, str]] | None = None
+    parent: str | None = None
+    link: Count | None = None
     step: Count | None = None
     counters: Json[dict[str, float]] | None = None
 

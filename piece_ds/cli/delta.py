@@ -74,7 +74,8 @@ def revert_deltas(arguments: argparse.Namespace) -> None:
 def compose_deltas(arguments: argparse.Namespace) -> None:
     """Write one delta that equals a stack of deltas."""
     require_free(Path(arguments.output))
-    compose(open_deltas(arguments.deltas), arguments.output, with_previous=not arguments.without_previous)
+    deltas = open_deltas(arguments.deltas)
+    compose(deltas, arguments.output, with_previous=not arguments.without_previous, coding=arguments.coding)
     say_size(Path(arguments.output))
 
 

@@ -19,7 +19,7 @@ def scale_deltas(arguments: argparse.Namespace) -> None:
     """Write one delta with its changes multiplied by --alpha."""
     delta = _only(arguments, "scale")
     require_free(Path(arguments.output))
-    scale_delta(delta, arguments.alpha, arguments.output)
+    scale_delta(delta, arguments.alpha, arguments.output, coding=arguments.coding)
     say_size(Path(arguments.output))
 
 
@@ -27,7 +27,7 @@ def prune_deltas(arguments: argparse.Namespace) -> None:
     """Write one delta without its small changes."""
     delta = _only(arguments, "prune")
     require_free(Path(arguments.output))
-    prune_delta(delta, arguments.keep, arguments.output, arguments.by)
+    prune_delta(delta, arguments.keep, arguments.output, arguments.by, coding=arguments.coding)
     say_size(Path(arguments.output))
 
 
@@ -36,7 +36,7 @@ def diff_models(arguments: argparse.Namespace) -> None:
     require_free(Path(arguments.output))
     before = open_model(arguments)
     after = open_model(argparse.Namespace(**{**vars(arguments), "model": arguments.other}))
-    diff_folders(before, after, arguments.output, arguments.ratio)
+    diff_folders(before, after, arguments.output, arguments.ratio, coding=arguments.coding)
     say_size(Path(arguments.output))
 
 
@@ -67,7 +67,7 @@ def merge_models(arguments: argparse.Namespace) -> None:
 
     # Write the delta, or the model with it.
     if output.suffix == ".safetensors":
-        merge_deltas(deltas, merge, output)
+        merge_deltas(deltas, merge, output, coding=arguments.coding)
         say_size(output)
         return
     # The merged delta is only a step on the way to the model.

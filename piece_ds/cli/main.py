@@ -59,6 +59,7 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
     compose = add("compose", "One delta that equals a stack", model=False)
     compose.add_argument("--output", metavar="FILE", required=True)
     compose.add_argument("--without_previous", action="store_true", help="6 bytes a value in 16 bits; no revert")
+    _add_coding(compose)
     export = add("export", "A delta in another tool's layout", model=False)
     export.add_argument("--format", choices=["vllm", "peft"], required=True)
     export.add_argument("--model", metavar="MODEL_FOLDER", help="the base; needed for peft")
@@ -120,17 +121,20 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
     merge.add_argument("--density", type=float, default=1.0, help="ties: share of largest changes; dare: share drawn")
     merge.add_argument("--scale", type=float, default=1.0, help="the merged change is multiplied by it")
     merge.add_argument("--seed", type=int, default=42, help="of dare's draws; default: %(default)s")
+    _add_coding(merge)
 
     # scale and prune: part of one delta.
     scale = add("scale", "A delta whose changes are multiplied by ALPHA; any other is reached from it", model=False)
     scale.add_argument("--alpha", type=float, required=True, help="0 is the base, 1 the task")
     scale.add_argument("--output", metavar="FILE", required=True)
+    _add_coding(scale)
     prune = add("prune", "A delta with only its largest changes", model=False)
     prune.add_argument("--keep", metavar="SHARE", type=float, required=True, help="of the selected elements, in (0, 1]")
     prune.add_argument(
         "--by", choices=["change", "relative"], default="change", help="|change|, or |change| / |weight|"
     )
     prune.add_argument("--output", metavar="FILE", required=True)
+    _add_coding(prune)
 
     # diff: two models, so it is not built by add().
     diff = commands.add_parser("diff", help="A delta of two model folders", description="From MODEL_A to MODEL_B.")
@@ -139,12 +143,22 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
     diff.add_argument("--ratio", type=float, help="keep the largest changes: a share of the model; default: all")
     diff.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
     diff.add_argument("--output", metavar="FILE", required=True)
+    _add_coding(diff)
 
     # These functions are in a module of their own.
     diff.set_defaults(run="piece_ds.cli.delta_algebra:diff_models")
     merge.set_defaults(run="piece_ds.cli.delta_algebra:merge_models")
     scale.set_defaults(run="piece_ds.cli.delta_algebra:scale_deltas")
     prune.set_defaults(run="piece_ds.cli.delta_algebra:prune_deltas")
+
+
+def _add_coding(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--coding",
+        choices=["indices", "smallest"],
+        default="indices",
+        help="of positions: indices, which every program of the format reads, or smallest: gaps; default: %(default)s",
+    )
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

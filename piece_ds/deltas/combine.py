@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from piece_ds.checkpoint.delta_parts import CODINGS
 from piece_ds.deltas.delta import Change, Delta
 from piece_ds.deltas.scale import split
 from piece_ds.deltas.write import require_previous, top, write_delta
@@ -61,13 +62,14 @@ class Merge:
             raise UserError("weights of TIES must be above 0: it divides by the weights of the tasks that agree")
 
 
-def merge_deltas(deltas: Sequence[Delta], merge: Merge, output: Path | str) -> None:
+def merge_deltas(deltas: Sequence[Delta], merge: Merge, output: Path | str, *, coding: str = CODINGS[0]) -> None:
     """Write the delta that merges tasks, for the base of the first one.
 
     Args:
         deltas: all of one base, or each on top of the one before; with previous values.
         merge: how.
         output: path of the new delta.
+        coding: see write_parts().
     Raises:
         UserError: the deltas have no base in common or no previous values, or there are not as many weights as deltas.
     Memory: the changes of all deltas, in fp64.
@@ -91,7 +93,7 @@ def merge_deltas(deltas: Sequence[Delta], merge: Merge, output: Path | str) -> N
     metadata = deltas[0].metadata | {
         "method": f"{merge.how}({'+'.join(d.metadata.get('method', '?') for d in deltas)})"
     }
-    write_delta(output, changes, shapes, metadata)
+    write_delta(output, changes, shapes, metadata, coding=coding)
 
 
 def _check(deltas: Sequence[Delta]) -> None:

@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from piece_ds.checkpoint.artifact import DELTA, index_tensor, write_artifact
+from piece_ds.checkpoint.delta_parts import CODINGS, write_parts
 from piece_ds.deltas.delta import Change, Delta
 from piece_ds.runtime.errors import UserError
 
 
-def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = True) -> None:
+def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = True, coding: str = CODINGS[0]) -> None:
     """Write the delta that equals applying deltas in order: last value and first previous value at each position.
 
     Args:
         deltas: consecutive deltas of one stack. A single one is rewritten, for instance without its previous values.
         output: path of the new delta.
         with_previous: keep previous values, so that the result can be reverted.
+        coding: see write_parts(). A single delta is rewritten in it.
     Raises:
         UserError: the deltas are of different models or dtypes, or not consecutive.
     Memory: the result.
@@ -37,17 +38,16 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
         raise UserError("a delta without previous values is among those to compose: add --without_previous")
 
     # Overlay the changes, parameter by parameter.
-    tensors: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for name in names:
         changes = [delta.change(name) for delta in deltas if name in delta.shapes]
         index, values, previous = _overlay(name, changes)
-        tensors[f"{name}.indices"] = index_tensor(index, prod(shapes[name]))
-        tensors[f"{name}.values"] = values
+        parts[name] = {"indices": index, "values": values}
         if keep_previous and previous is not None:
-            tensors[f"{name}.previous"] = previous
+            parts[name]["previous"] = previous
 
     # The result starts from the first delta's base and ends at the last one's result.
-    selected = sum(tensors[f"{name}.indices"].numel() for name in names)
+    selected = sum(own["indices"].numel() for own in parts.values())
     inherited = {key: value for key, value in first.metadata.items() if key != "scale"}
     metadata = inherited | {
         "method": "+".join(dict.fromkeys(delta.metadata.get("method", "unknown") for delta in deltas)),
@@ -57,7 +57,9 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
     }
     if last.result_fingerprint is not None:
         metadata["result_fingerprint"] = last.result_fingerprint
-    write_artifact(output, DELTA, tensors, metadata)
+    if "step" in last.metadata:
+        metadata["step"] = last.metadata["step"]
+    write_parts(output, parts, {name: prod(shapes[name]) for name in names}, metadata, coding)
 
 
 def _check_consecutive(before: Delta, after: Delta) -> None:

@@ -1,6 +1,6 @@
 """A delta file. It is checked once, when it is opened, and then read one parameter at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from piece_ds.checkpoint.artifact import DELTA, Artifact, check_index, open_artifact
+from piece_ds.checkpoint.artifact import DELTA, Artifact, open_artifact
+from piece_ds.checkpoint.delta_parts import FLOATS, PREVIOUS, UNSCALED, parts_of, read_index, read_values
 from piece_ds.runtime.errors import UserError
 
 DELTA_NAME = "delta.safetensors"
-PARTS = ("indices", "values", "previous", "unscaled")
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,19 @@ class Delta:
         """Return the change of one parameter. Memory: its part of the file."""
         # open_delta() has verified the checksum.
         with open_artifact(self.path, DELTA, verify=False) as file:
-            previous = file.tensor(f"{name}.previous") if self.reversible else None
-            unscaled = file.tensor(f"{name}.unscaled") if self.scale != 1.0 else None
-            return Change(file.tensor(f"{name}.indices").long(), file.tensor(f"{name}.values"), previous, unscaled)
+            return self._read(file, name)
+
+    def changes(self) -> Iterator[tuple[str, Change]]:
+        """Yield (parameter name, change), in the file's order. The file is opened once."""
+        with open_artifact(self.path, DELTA, verify=False) as file:
+            for name in self.shapes:
+                yield name, self._read(file, name)
+
+    def _read(self, file: Artifact, name: str) -> Change:
+        index = read_index(file, name, prod(self.shapes[name]))
+        previous = file.tensor(f"{name}.{PREVIOUS}") if self.reversible else None
+        unscaled = file.tensor(f"{name}.{UNSCALED}") if self.scale != 1.0 else None
+        return Change(index, read_values(file, name, index.numel()), previous, unscaled)
 
 
 def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
@@ -118,29 +127,36 @@ def open_delta(path: Path | str) -> Delta:
 
         # The metadata say which tensors there must be.
         shapes = {name: tuple(shape) for name, shape in file.metadata.shapes.items()}
-        reversible = any(key.endswith(".previous") for key in file.names)
-        scale = file.metadata.scale
-        parts = PARTS if scale != 1.0 else PARTS[:3] if reversible else PARTS[:2]
-        if set(file.names) != {f"{name}.{part}" for name in shapes for part in parts}:
-            raise file.refuse(f"expected {', '.join(parts)} of {len(shapes)} parameters, found other tensors")
+        scale, parts = file.metadata.scale, parts_of(file, shapes)
+        if parts is None or (UNSCALED in parts) != (scale != 1.0) or (UNSCALED in parts and PREVIOUS not in parts):
+            raise file.refuse(f"expected positions and values of {len(shapes)} parameters, found other tensors")
 
         # Check each parameter's part, and the total.
         dtypes, count = {}, 0
         for name, shape in shapes.items():
-            index, values, *previous = (file.tensor(f"{name}.{part}") for part in parts)
-            _check_change(file, name, prod(shape), index, values, *previous)
+            others = [file.tensor(f"{name}.{part}") for part in parts[1:]]
+            index, values = _positions_and_values(file, name, prod(shape))
+            _check_change(file, name, index, values, *others)
             dtypes[name], count = values.dtype, count + index.numel()
         if count != file.metadata.selected or count == 0:
             raise file.refuse(f"it changes {count} elements, its metadata says {file.metadata.selected}")
-        return Delta(path, dict(file.strings), shapes, dtypes, reversible, scale)
+        return Delta(path, dict(file.strings), shapes, dtypes, PREVIOUS in parts, scale)
 
 
-def _check_change(file: Artifact, name: str, numel: int, index: Tensor, values: Tensor, *previous: Tensor) -> None:
-    """Raise UserError unless index ascends within the parameter and the other parts have its length and one dtype."""
-    check_index(file, name, index, numel)
-    if any(part.shape != index.shape for part in (values, *previous)):
+def _positions_and_values(file: Artifact, name: str, numel: int) -> tuple[Tensor, Tensor]:
+    """Return one parameter's positions and values; values that are stored say how many positions there must be."""
+    if name in (file.metadata.zeros or {}):
+        index = read_index(file, name, numel)
+        return index, read_values(file, name, index.numel())
+    values = read_values(file, name)
+    return read_index(file, name, numel, values.numel()), values
+
+
+def _check_change(file: Artifact, name: str, index: Tensor, values: Tensor, *others: Tensor) -> None:
+    """Raise UserError unless the parts of a parameter have one length, and all but the positions one dtype."""
+    if any(part.shape != index.shape for part in (values, *others)):
         raise file.refuse(f"parts of {name!r} differ in length")
-    if values.dtype not in FLOATS:
+    if values.dtype not in FLOATS.values():
         raise file.refuse(f"values of {name!r} are {values.dtype}, expected a dtype that models are trained in")
-    if any(part.dtype != values.dtype for part in previous):
-        raise file.refuse(f"values of {name!r} are {values.dtype}, previous {previous[0].dtype}")
+    if any(part.dtype != values.dtype for part in others):
+        raise file.refuse(f"values of {name!r} are {values.dtype}, previous {others[0].dtype}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from piece_ds.checkpoint.delta_parts import CODINGS
 from piece_ds.checkpoint.metadata import model_fingerprint
 from piece_ds.deltas.delta import Change
 from piece_ds.deltas.folder import ModelFolder, map_bits
@@ -14,7 +15,14 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.state.weights_hash import hash_range, hexadecimal
 
 
-def diff_folders(before: ModelFolder, after: ModelFolder, output: Path | str, ratio: float | None = None) -> None:
+def diff_folders(
+    before: ModelFolder,
+    after: ModelFolder,
+    output: Path | str,
+    ratio: float | None = None,
+    *,
+    coding: str = CODINGS[0],
+) -> None:
     """Write the delta that leads from one model folder to another.
 
     Args:
@@ -23,6 +31,7 @@ def diff_folders(before: ModelFolder, after: ModelFolder, output: Path | str, ra
         output: path of the delta.
         ratio: keep the max(1, int(ratio * elements of the model)) largest |changes|; ties go to the first in order of
             parameters and positions. None keeps every element whose bits differ, so applying gives `after` to the bit.
+        coding: see write_parts().
     Raises:
         UserError: another architecture or dtype, a quantized tensor, equal weights, or a ratio outside (0, 1].
     Cost: reads both folders once. Memory: an index and two values per kept element: 8 bytes per parameter for a full
@@ -62,7 +71,7 @@ def diff_folders(before: ModelFolder, after: ModelFolder, output: Path | str, ra
         "model_fingerprint": model_fingerprint(before.layout),
         "base_fingerprint": hexadecimal(base),
     }
-    write_delta(output, changes, before.layout.shapes(), metadata)
+    write_delta(output, changes, before.layout.shapes(), metadata, coding=coding)
 
 
 def _bits(folder: ModelFolder, parameter: str) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from piece_ds.checkpoint.delta_parts import CODINGS
 from piece_ds.deltas.delta import Change, Delta
 from piece_ds.deltas.write import require_previous, top, write_delta
 from piece_ds.runtime.errors import UserError
@@ -45,13 +46,14 @@ def bits_equal(first: Tensor, second: Tensor) -> Tensor:
     return first.view(kinds[first.element_size()]) == second.view(kinds[first.element_size()])
 
 
-def scale_delta(delta: Delta, alpha: float, output: Path | str) -> None:
+def scale_delta(delta: Delta, alpha: float, output: Path | str, *, coding: str = CODINGS[0]) -> None:
     """Write the delta with its changes multiplied by alpha.
 
     Args:
         delta: with previous values.
         alpha: 0 gives the base, 1 the task. Any other alpha can be reached exactly from the result.
         output: path of the new delta.
+        coding: see write_parts().
     Raises:
         UserError: alpha is not finite, the delta has no previous values, or a value would overflow.
     Memory: the result.
@@ -64,13 +66,15 @@ def scale_delta(delta: Delta, alpha: float, output: Path | str) -> None:
         change = delta.change(name)
         full = change.values if change.unscaled is None else change.unscaled
         changes[name] = Change(change.index, scaled_values(change, alpha), change.previous, full)
-    write_delta(output, changes, delta.shapes, delta.metadata, scale=alpha)
+    write_delta(output, changes, delta.shapes, delta.metadata, scale=alpha, coding=coding)
 
 
 PRUNE_BY = ("change", "relative")
 
 
-def prune_delta(delta: Delta, keep: float, output: Path | str, by: str = PRUNE_BY[0]) -> None:
+def prune_delta(
+    delta: Delta, keep: float, output: Path | str, by: str = PRUNE_BY[0], *, coding: str = CODINGS[0]
+) -> None:
     """Write the delta with only its largest changes: max(1, int(keep * selected)) of them. Ties go to the first.
 
     Args:
@@ -78,6 +82,7 @@ def prune_delta(delta: Delta, keep: float, output: Path | str, by: str = PRUNE_B
         keep: share of the selected elements, in (0, 1].
         output: path of the new delta.
         by: 'change' is |value - previous|; 'relative' divides it by |previous| (infinite if previous is 0).
+        coding: see write_parts().
     Raises:
         UserError: keep or by is none of these, or the delta has no previous values.
     """
@@ -92,7 +97,7 @@ def prune_delta(delta: Delta, keep: float, output: Path | str, by: str = PRUNE_B
     chosen = top(scores, max(1, int(keep * scores.numel())))
     kept = dict(zip(changes, split(chosen, (change.index.numel() for change in changes.values())), strict=True))
     pruned = {name: take(change, kept[name]) for name, change in changes.items()}
-    write_delta(output, pruned, delta.shapes, delta.metadata, scale=delta.scale)
+    write_delta(output, pruned, delta.shapes, delta.metadata, scale=delta.scale, coding=coding)
 
 
 def split(chosen: Tensor, sizes: Iterable[int]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from piece_ds.checkpoint.artifact import DELTA, index_tensor, write_artifact
+from piece_ds.checkpoint.delta_parts import CODINGS, write_parts
 from piece_ds.deltas.delta import Change, Delta
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.weights_hash import bits_of, hash_elements, hexadecimal
@@ -20,6 +20,8 @@ def write_delta(
     shapes: Mapping[str, tuple[int, ...]],
     metadata: Mapping[str, str],
     scale: float = 1.0,
+    *,
+    coding: str = CODINGS[0],
 ) -> None:
     """Write changes as a delta file, whole.
 
@@ -29,6 +31,7 @@ def write_delta(
         shapes: of at least these parameters.
         metadata: method, total, model_fingerprint and base_fingerprint, as far as they are known.
         scale: factor of the changes. Unless it is 1, changes carry the unscaled values too.
+        coding: see write_parts().
     Raises:
         UserError: nothing changes, or a value is too large for its dtype.
     """
@@ -37,19 +40,17 @@ def write_delta(
         raise UserError(f"{output} is not written: the delta would change no element")
 
     # Collect the tensors, and how the changes move the fingerprint of all weights.
-    tensors: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     difference = 0
     for name, change in kept.items():
         assert change.previous is not None
         # A finite value that became infinite would destroy the model unnoticed.
         if bool((change.values.isinf() & change.previous.isfinite() & _finite(change.unscaled)).any()):
             raise UserError(f"{output} is not written: a value of {name!r} is too large for {change.values.dtype}")
-        tensors[f"{name}.indices"] = index_tensor(change.index, prod(shapes[name]))
-        tensors[f"{name}.values"] = change.values
-        tensors[f"{name}.previous"] = change.previous
+        parts[name] = {"indices": change.index, "values": change.values, "previous": change.previous}
         if scale != 1.0:
             assert change.unscaled is not None
-            tensors[f"{name}.unscaled"] = change.unscaled
+            parts[name]["unscaled"] = change.unscaled
         difference += hash_elements(name, change.index, bits_of(change.values))
         difference -= hash_elements(name, change.index, bits_of(change.previous))
 
@@ -66,7 +67,7 @@ def write_delta(
         described["scale"] = repr(scale)
     if "base_fingerprint" in metadata:
         described["result_fingerprint"] = hexadecimal(int(metadata["base_fingerprint"], 16) + difference)
-    write_artifact(output, DELTA, tensors, described)
+    write_parts(output, parts, {name: prod(shapes[name]) for name in kept}, described, coding)
 
 
 def _finite(values: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.checkpoint.selected_file import load_selected_state, save_selected_state
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
 from piece_ds.data.files import load_rows
+from piece_ds.deltas.compose import compose
 from piece_ds.deltas.delta import open_delta
 from piece_ds.deltas.folder import open_folder
 from piece_ds.evaluation.predictions import read_predictions, write_predictions
@@ -60,6 +61,16 @@ class Reader:
 
 def _delta(folder: Path) -> None:
     save_delta(folder / "delta.safetensors", MODEL, MASK, read_selected(MODEL, MASK))
+
+
+def _smallest_delta(folder: Path) -> None:
+    """A delta of version 2: gaps, and a parameter whose values are left out."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    previous = read_selected(model, MASK)
+    with torch.no_grad():
+        model[1].bias[2] = 0
+    save_delta(folder / "plain", model, MASK, previous)
+    compose([open_delta(folder / "plain")], folder / "delta.safetensors", coding="smallest")
 
 
 def _statistics(folder: Path) -> None:
@@ -113,6 +124,7 @@ READERS: dict[str, Reader] = {
         lambda f: load_mask(f / "mask.safetensors", LAYOUT),
     ),
     "delta": Reader("delta.safetensors", _delta, lambda f: open_delta(f / "delta.safetensors")),
+    "delta-2": Reader("delta.safetensors", _smallest_delta, lambda f: open_delta(f / "delta.safetensors")),
     "previous": Reader("delta.safetensors", _delta, lambda f: load_previous(f / "delta.safetensors", MASK)),
     "statistics": Reader(
         "statistics-00000-of-00001.safetensors", _statistics, lambda f: load_statistics(f, LAYOUT, needs_sum=True)

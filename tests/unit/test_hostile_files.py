@@ -21,6 +21,7 @@ from piece_ds.checkpoint.mask_statistics import read_index
 from piece_ds.checkpoint.selected_file import load_selected_state, save_selected_state
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
 from piece_ds.cli.report import _settings
+from piece_ds.deltas.compose import compose
 from piece_ds.deltas.delta import open_delta
 from piece_ds.deltas.folder import open_folder
 from piece_ds.deltas.record import Entry, Record, Unfinished, read_record, write_record
@@ -107,6 +108,17 @@ def read_delta(folder: Path) -> None:
     movements((name, delta.change(name)) for name in delta.shapes if delta.reversible)
 
 
+def make_smallest_delta(folder: Path) -> None:
+    """A delta of version 2: gaps, and a parameter whose values are left out."""
+    index = {"0.weight": torch.arange(0, 35, 2), "1.bias": torch.tensor([2])}
+    model, mask = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), Mask(LAYOUT, index, 19, "piece-s", 0.1)
+    previous = read_selected(model, mask)
+    with torch.no_grad():
+        model[1].bias[2] = 0
+    save_delta(folder / "plain", model, mask, previous)
+    compose([open_delta(folder / "plain")], folder / "d", coding="smallest")
+
+
 def make_run(folder: Path) -> None:
     configuration = {"ModelArguments": {"dtype": "auto", "eligible": None}, "seed": 3, "learning_rate": 1e-3}
     (folder / "run.json").write_text(json.dumps(configuration))
@@ -123,6 +135,7 @@ KINDS = {
         "m", lambda f: save_mask(f / "m", MASK, "2"), lambda f: (read_index(f / "m"), load_mask(f / "m", LAYOUT))
     ),
     "delta": Kind("d", lambda f: save_delta(f / "d", MODEL, MASK, read_selected(MODEL, MASK)), read_delta),
+    "delta-2": Kind("d", make_smallest_delta, read_delta),
     "previous": Kind(
         "d",
         lambda f: save_delta(f / "d", MODEL, MASK, read_selected(MODEL, MASK)),
