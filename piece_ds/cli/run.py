@@ -4,8 +4,9 @@ from piece_ds.config.settings import Settings
 from piece_ds.preflight.preflight import preflight
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.deterministic import deterministic_run
+from piece_ds.training.run import Stream
 from piece_ds.training.run_folder import RunFolder
-from piece_ds.training.stream import Stream, run_stream
+from piece_ds.training.stream import run_stream
 
 
 def train(settings: Settings) -> tuple[RunResults, RunFolder]:
@@ -32,6 +33,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         reporters=inputs.reporters,
         baseline=inputs.baseline,
         general_importance=inputs.general_importance,
+        judged=inputs.judged,
     )
     with deterministic_run(inputs.settings.output.deterministic):
         return run_stream(stream), inputs.claim.folder

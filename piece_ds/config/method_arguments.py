@@ -76,6 +76,14 @@ class MethodArguments:
             "is the task's mean plus S times theirs; 0: none"
         },
     )
+    general_kl: float = field(
+        default=0.0,
+        metadata={
+            "help": "BETA: the loss gains BETA times the mean KL(base model || model) over the tokens of general text "
+            "beside each micro-batch: the rows of --general_replay, or without it a quarter of the micro-batch's; 0: "
+            "none"
+        },
+    )
     lift_rank: int | None = field(
         default=None, metadata={"help": "lift: rank of the approximation; without it 1/32 of a matrix's shorter side"}
     )
@@ -90,8 +98,8 @@ class MethodArguments:
     forgetting_budget: float | None = field(
         default=None,
         metadata={
-            "help": "nats: scale each task's change down until the loss on one half of --general_file rises no more; "
-            "results.json reports both halves"
+            "help": "nats: scale each task's change down until the loss on one half of --general_file, or "
+            "of a held out part of --general_text, rises no more; results.json reports both halves"
         },
     )
 
@@ -107,6 +115,8 @@ class MethodArguments:
             raise UserError(f"--{_FLAG_OF.get(error.field, error.field)} {error.reason}") from None
         if not 0.0 <= self.general_replay <= 1.0:
             raise UserError(f"--general_replay must be in [0, 1], got {self.general_replay}")
+        if not (isfinite(self.general_kl) and self.general_kl >= 0):
+            raise UserError(f"--general_kl must be 0 or more, got {self.general_kl}")
         if self.statistics_save_steps < 0:
             raise UserError(f"--statistics_save_steps must be 0 or more, got {self.statistics_save_steps}")
 

@@ -15,10 +15,12 @@ import datasets
 
 from piece_ds.data.rows import FEATURES, IGNORED_LABEL, TOKENS
 from piece_ds.data.tokenize import Encoder
-from piece_ds.runtime.errors import MachineError
+from piece_ds.runtime.errors import MachineError, UserError
 
 SELF, BUILTIN = "self", "builtin"
 
+# The search for a scale and its report each need a row, and so does training.
+JUDGED_EVERY, NUM_JUDGED, MIN_ROWS_TO_SPLIT = 4, 2, 3
 # A docstring shorter than this is a label, not prose.
 MIN_CHARACTERS = 200
 # Third-party code, tests and generated tables: not the library's own prose, or not in every installation.
@@ -36,6 +38,24 @@ def rows_of_tokens(token_ids: Sequence[Sequence[int]]) -> datasets.Dataset:
     ids = [list(row) for row in token_ids]
     labels = [[IGNORED_LABEL, *row[1:]] for row in ids]
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}, features=FEATURES[TOKENS])
+
+
+def hold_out_judged(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return (rows to use, rows to judge on): every fourth is judged on, at least two are.
+
+    Raises:
+        UserError: there are fewer than three rows.
+    """
+    if len(rows) < MIN_ROWS_TO_SPLIT:
+        raise UserError(
+            f"--general_text has {len(rows)} rows: --forgetting_budget without --general_file needs three or more, of "
+            "which it holds out two"
+        )
+    judged = list(range(JUDGED_EVERY - 1, len(rows), JUDGED_EVERY))
+    if len(judged) < NUM_JUDGED:
+        judged = list(range(len(rows) - NUM_JUDGED, len(rows)))
+    used = sorted(set(range(len(rows))) - set(judged))
+    return rows.select(used), rows.select(judged)
 
 
 def builtin_rows(encoder: Encoder, num_rows: int, num_tokens: int, seed: int) -> datasets.Dataset:

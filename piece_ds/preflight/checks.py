@@ -192,7 +192,7 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         num_tasks: of the stream.
     """
     flags, data, method = settings.method, settings.data, find_method(settings.method.method)
-    needing = _needing_general_text(settings)
+    needing = needing_general_text(settings)
 
     # What the method needs.
     if needing and not data.general_text:
@@ -223,8 +223,8 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
     judges = flags.forgetting_budget is not None and not data.general_file
     if not needing and ((data.general_text and not judges) or flags.general_statistics):
         raise UserError(
-            "--general_text and --general_statistics belong to --method piece-ratio, --step_scale general and "
-            "--general_replay; --general_text also to --forgetting_budget without --general_file"
+            "--general_text and --general_statistics belong to --method piece-ratio, --step_scale general, "
+            "--general_replay and --general_kl; --general_text also to --forgetting_budget without --general_file"
         )
     if flags.step_scale != "none" and method.baseline is not None and method.baseline.saves_itself:
         raise UserError(
@@ -253,13 +253,14 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         raise UserError(f"--exclude has no meaning with --method {method.name}, which trains adapters")
 
 
-def _needing_general_text(settings: Settings) -> list[str]:
+def needing_general_text(settings: Settings) -> list[str]:
     """Return the flags in use that need text which stands for general ability."""
     flags, method = settings.method, find_method(settings.method.method)
     asked = {
         f"--method {method.name}": method.needs == GENERAL,
         f"--step_scale {flags.step_scale}": flags.step_scale != "none",
         f"--general_replay {flags.general_replay:g}": flags.general_replay > 0,
+        f"--general_kl {flags.general_kl:g}": flags.general_kl > 0,
     }
     return [flag for flag, needs in asked.items() if needs]
 

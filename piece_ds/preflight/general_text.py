@@ -1,5 +1,7 @@
 """Read the rows of --general_text, from a file, from the Python installation, or written by the base model itself."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -8,14 +10,16 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from piece_ds.config.settings import Settings
-from piece_ds.data.general_text import BUILTIN, SELF, builtin_rows
+from piece_ds.data.general_text import BUILTIN, NUM_JUDGED, SELF, builtin_rows, hold_out_judged
 from piece_ds.data.tasks import load_general
 from piece_ds.data.tokenize import Encoder
+from piece_ds.evaluation.kept_logits import num_answer_tokens
 from piece_ds.evaluation.self_written import SelfWriting, self_written_file
 from piece_ds.models.fingerprint import model_digest
 from piece_ds.models.loading import empty_model, load_model, reads_images
 from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, tokenizer_of
+from piece_ds.preflight.checks import needing_general_text
 from piece_ds.runtime.errors import UserError
 
 # The same for every run on a base model, so that they share what is kept of it.
@@ -87,4 +91,56 @@ def check_general_text(settings: Settings, config: Any) -> None:
         raise UserError(
             f"--general_text self: {source} has {size / 1e9:.0f} GB of weights, and each rank would load all of them "
             f"to write with (limit {MAX_WHOLE_BYTES / 1e9:.0f} GB); give builtin or a file"
+        )
+
+
+def judged_apart(
+    settings: Settings, general: datasets.Dataset | None, general_text: datasets.Dataset | None
+) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
+    """Return (rows of --general_text to use, rows that --forgetting_budget judges on).
+
+    No row is both: what was trained on, or decided what may move, says nothing of other text.
+
+    Args:
+        settings: of the run.
+        general: rows of --general_file, or None.
+        general_text: rows of --general_text, or None.
+    Raises:
+        UserError: there are too few rows.
+    """
+    if settings.method.forgetting_budget is None:
+        return general_text, None
+
+    # Rows of their own, or text that nothing else uses, or a part that is held out.
+    judged = general if general is not None else general_text
+    if general is None and general_text is not None and needing_general_text(settings):
+        general_text, judged = hold_out_judged(general_text)
+    if judged is None or len(judged) < NUM_JUDGED:
+        raise UserError("--forgetting_budget needs two rows of general text or more: it searches on every second one")
+    return general_text, judged
+
+
+def check_base_logits(settings: Settings, config: Any, rows: datasets.Dataset | None, dtype: torch.dtype) -> None:
+    """Raise UserError if --general_kl has no room on the disk for the base model's logits, or cannot have them.
+
+    Args:
+        settings, config: of the run and the model.
+        rows: of --general_text, or None.
+        dtype: of the model.
+    """
+    if not settings.method.general_kl or rows is None:
+        return
+    source = settings.model.model_name_or_path
+    if reads_images(config):
+        raise UserError(f"--general_kl: {source} reads images, whose logits are not kept: use --general_replay")
+
+    # The file lies where the run does.
+    vocabulary = config.get_text_config().vocab_size
+    size = sum(num_answer_tokens(rows)) * vocabulary * dtype.itemsize
+    place = Path(settings.flag("output_dir") or ".").absolute()
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    if size > free:
+        raise UserError(
+            f"--general_kl keeps the base model's logits of {len(rows)} rows of general text, {size / 1e9:.1f} GB of "
+            f"{vocabulary} words a token, and --output_dir {place} has {free / 1e9:.1f} GB free: give fewer rows"
         )

@@ -34,7 +34,13 @@ from piece_ds.models.processor import Processing, tokenizer_of
 from piece_ds.models.suitable import check_checkpoint
 from piece_ds.models.token_ids import token_ids_tokenizer
 from piece_ds.preflight.checks import check_deepspeed_file, check_mask, check_method_reads_images
-from piece_ds.preflight.general_text import check_general_text, read_general_text, write_general_text
+from piece_ds.preflight.general_text import (
+    check_base_logits,
+    check_general_text,
+    judged_apart,
+    read_general_text,
+    write_general_text,
+)
 from piece_ds.preflight.rows_fit import check_prompts_fit, check_rows_fit
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import start_distributed
@@ -57,6 +63,7 @@ class Inputs:
         scorers: task -> name of its scorer.
         general: tokenized text that no task trains, or None.
         general_importance: tokenized rows of --general_text, which stand for general ability, or None.
+        judged: rows that --forgetting_budget judges on: of --general_file, or held out from --general_text; else None.
         arguments: made from settings. While this object lives, transformers loads models partitioned under ZeRO-3.
         baseline: the method, if it is one without a mask.
         claim: of training, on the run's folder; checked, not made.
@@ -72,6 +79,7 @@ class Inputs:
     general: datasets.Dataset | None
     general_importance: datasets.Dataset | None
     arguments: TrainingArguments
+    judged: datasets.Dataset | None = None
     baseline: Baseline | None = None
     claim: Claim | None = None
     reporters: StreamReporters | None = None
@@ -133,9 +141,8 @@ def load_inputs(settings: Settings) -> Inputs:
     settings, dtype = with_precision(settings, dtype_of(settings.model, config))
     if general_text is None:
         general_text = write_general_text(settings, tokenizer, dtype)
-    judged = general if general is not None else general_text
-    if settings.method.forgetting_budget is not None and (judged is None or len(judged) < 2):
-        raise UserError("--forgetting_budget needs two rows of general text or more: it searches on every second one")
+    general_text, judged = judged_apart(settings, general, general_text)
+    check_base_logits(settings, config, general_text, dtype)
     return Inputs(
         settings=settings,
         config=config,
@@ -145,6 +152,7 @@ def load_inputs(settings: Settings) -> Inputs:
         scorers=scorers,
         general=general,
         general_importance=general_text,
+        judged=judged,
         arguments=settings.training_arguments(),
     )
 

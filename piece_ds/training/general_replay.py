@@ -1,4 +1,4 @@
-"""Add rows of general text to every micro-batch of a task, so that the model keeps seeing what it knew before."""
+"""Choose the rows of general text that join every micro-batch of a task. Only its number decides."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -7,17 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from piece_ds.config.settings import Settings
+# Rows of general text per row of the task, if --general_kl is given without --general_replay.
+KL_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class GeneralReplay:
-    """Which rows join which micro-batch. Only its number decides, so a resumed run and any number of ranks agree.
+class GeneralRows:
+    """Which rows join which micro-batch. A resumed run and any number of ranks agree.
 
     Attributes:
         rows: text that stands for general ability.
         collate: rows -> model inputs with labels.
-        share: S, in (0, 1]: the share of a micro-batch's rows, and the weight of their loss.
+        share: in (0, 1]: of a micro-batch's rows.
         seed: of the draw.
     """
 
@@ -27,7 +28,7 @@ class GeneralReplay:
     seed: int
 
     def drawn(self, number: int, num_rows: int) -> list[int]:
-        """Return the numbers of the rows that join a micro-batch: round(S * B), at least one.
+        """Return the numbers of the rows that join a micro-batch: round(share * B), at least one.
 
         No row is drawn twice unless there are too few.
 
@@ -44,21 +45,6 @@ class GeneralReplay:
             found += draw.sample(range(len(self.rows)), min(wanted - len(found), len(self.rows)))
         return found
 
-    def batch(self, number: int, num_rows: int) -> dict[str, Tensor]:
-        """Return these rows, collated, on the CPU."""
-        return self.collate([self.rows[index] for index in self.drawn(number, num_rows)])
-
-
-def replay_of(
-    settings: Settings, rows: Sequence[Any] | None, collate: Callable[[list[Any]], dict[str, Tensor]], seed: int
-) -> GeneralReplay | None:
-    """Return what --general_replay asks for, or None without it.
-
-    Args:
-        settings: of the run.
-        rows: text that stands for general ability, or None.
-        collate: rows -> model inputs with labels.
-        seed: another one for each task. Otherwise the same rows would come in the same order, and be learned by heart.
-    """
-    share = settings.method.general_replay
-    return None if share == 0.0 or rows is None else GeneralReplay(rows, collate, share, seed)
+    def batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """Return rows by their numbers, collated, on the CPU."""
+        return self.collate([self.rows[index] for index in chosen])

@@ -61,7 +61,7 @@ class GeneralStatistics:
 
         # What they are taken of, so that those of other text or weights are not mistaken for them.
         batches = MicroBatches(self.rows, self.collate, self.batch_size)
-        source: dict[str, object] = {"rows": len(self.rows), "batch_size": self.batch_size, "text": _digest(batches)}
+        source: dict[str, object] = {"rows": len(self.rows), "batch_size": self.batch_size, "text": digest_of(batches)}
         if is_base:
             source["weights"] = _fingerprint(engine.module, layout)
 
@@ -103,7 +103,7 @@ def general_statistics_of(
     )
 
 
-def _digest(batches: MicroBatches) -> str:
+def digest_of(batches: MicroBatches) -> str:
     """Return a digest of the tokens, in order."""
     digest = hashlib.sha256()
     for batch in batches:

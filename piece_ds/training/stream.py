@@ -7,41 +7,27 @@ files. The next task starts from these weights; nothing else is carried over.
 import logging
 import shutil
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-import datasets
-import torch
 from torch import nn
 from transformers import set_seed
 
 from piece_ds.checkpoint.manifest import verify_manifest
 from piece_ds.checkpoint.mask_file import mask_names
 from piece_ds.config.piece import split_patterns
-from piece_ds.config.settings import Settings
-from piece_ds.data.image_collate import make_collator
-from piece_ds.data.packing import training_collator
 from piece_ds.data.tasks import Task
 from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
-from piece_ds.methods.baseline import Baseline, TaskContext
-from piece_ds.methods.registry import find_method
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible, load_model
-from piece_ds.models.processor import Processing
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.rank_status import report_status
 from piece_ds.runtime.signals import signal_handling
+from piece_ds.training.base_logits import LOGITS_FOLDER
 from piece_ds.training.changes import with_changes
-from piece_ds.training.claim import Claim
-from piece_ds.training.forgetting import budget_of
-from piece_ds.training.general_replay import replay_of
-from piece_ds.training.general_statistics import GeneralStatistics, general_statistics_of
-from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.progress import duration, scores_line, time_left
-from piece_ds.training.reporters import StreamReporters
 from piece_ds.training.results import (
     is_judged_before,
     num_finished,
@@ -53,52 +39,11 @@ from piece_ds.training.results import (
     with_task,
     write_results,
 )
-from piece_ds.training.run_folder import RunFolder, clear_half_written, forget_resumption, written_bytes
+from piece_ds.training.run import Stream, context_of, general_for, general_loss_for, mask_files, mask_source_of
+from piece_ds.training.run_folder import clear_half_written, forget_resumption, written_bytes
 from piece_ds.training.task import train_task
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """A run: what to do, on which data, where to.
-
-    Attributes:
-        settings: checked.
-        tokenizer: the model's, or its processor.
-        tasks: in order.
-        scorers: task -> name of its scorer.
-        general: text whose loss is evaluated, or None.
-        dtype: to load and train the model in.
-        claim: on the run's folder.
-        eval_batch_size: rows of a batch in evaluation, on each rank.
-        seed: of everything that is drawn.
-        reporters: of the whole stream.
-        baseline: the method, if it is one without a mask.
-        general_importance: text that general importance is taken of, or None.
-    """
-
-    settings: Settings
-    tokenizer: Processing
-    tasks: list[Task]
-    scorers: dict[str, str]
-    general: datasets.Dataset | None
-    dtype: torch.dtype
-    claim: Claim
-    eval_batch_size: int
-    seed: int
-    reporters: StreamReporters
-    baseline: Baseline | None = None
-    general_importance: datasets.Dataset | None = None
-
-    @property
-    def folder(self) -> RunFolder:
-        """The run's folder."""
-        return self.claim.folder
-
-    def model_folder(self, index: int) -> Path:
-        """Return the folder of a task's model."""
-        return self.folder.model(index, self.tasks[index].name)
 
 
 def run_stream(stream: Stream) -> RunResults:
@@ -198,10 +143,10 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         model=model,
         tokenizer=stream.tokenizer,
         settings=settings,
-        method=_mask_source(stream, index) if stream.baseline is None else stream.baseline,
-        context=_context(stream, index),
-        general=_general(stream, index),
-        replay=replay_of(settings, stream.general_importance, make_collator(stream.tokenizer), stream.seed + index),
+        method=mask_source_of(stream, index) if stream.baseline is None else stream.baseline,
+        context=context_of(stream, index),
+        general=general_for(stream, index),
+        general_loss=general_loss_for(stream, index),
         claim=stream.claim,
         resume=resume,
         evaluate_before=before if index == 0 and not is_judged_before(results) else None,
@@ -215,52 +160,12 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
     cost = {**asdict(trained.cost), **written_bytes(folder)}
     results = with_task(results, task.name, scores[0], cost=cost, index=trained.index, numel=numel, log=trained.log)
     results = with_forgetting(results, task.name, trained.forgetting)
-    results = with_overlaps(results, _mask_files(stream, index + 1))
+    results = with_overlaps(results, mask_files(stream, index + 1))
     results = with_changes(results, task.name, folder / "delta.safetensors")
     write_results(results, stream.folder.results_file)
     stream.reporters.log_results(results)
     _tidy(stream, index)
     return results
-
-
-def _mask_source(stream: Stream, index: int) -> MaskSource:
-    settings = stream.settings
-    config = settings.method.config(stream.seed, settings.model.exclude, settings.output.save_full)
-
-    # Only methods that avoid earlier masks get them.
-    return MaskSource(
-        config=config,
-        files=settings.method,
-        task=stream.tasks[index].name,
-        earlier=_mask_files(stream, index) if find_method(config.method).needs_earlier_tasks else (),
-        general=_general(stream, index),
-        limit_forgetting=budget_of(
-            settings,
-            stream.tokenizer,
-            stream.general if stream.general is not None else stream.general_importance,
-            stream.eval_batch_size,
-        ),
-    )
-
-
-def _general(stream: Stream, index: int) -> GeneralStatistics | None:
-    collate, folder = make_collator(stream.tokenizer), stream.folder.root / "general_statistics"
-    return general_statistics_of(stream.settings.method, stream.general_importance, collate, folder, index == 0)
-
-
-def _context(stream: Stream, index: int) -> TaskContext:
-    folders = [stream.folder.task(i, task.name) for i, task in enumerate(stream.tasks)]
-    return TaskContext(
-        index=index,
-        num_tasks=len(stream.tasks),
-        task=stream.tasks[index],
-        earlier=tuple(stream.tasks[:index]),
-        folder=folders[index],
-        previous=folders[index - 1] if index else None,
-        collate=training_collator(stream.tokenizer, stream.settings.data.packing),
-        batch_size=stream.settings.method.importance_batch_size,
-        seed=stream.seed,
-    )
 
 
 def _evaluate(stream: Stream, engine: Any, tasks: list[Task], moment: str) -> EvalResult:
@@ -280,11 +185,6 @@ def _evaluate(stream: Stream, engine: Any, tasks: list[Task], moment: str) -> Ev
     return found
 
 
-def _mask_files(stream: Stream, num_tasks: int) -> list[Path]:
-    paths = [stream.folder.task(i, task.name) / "mask.safetensors" for i, task in enumerate(stream.tasks[:num_tasks])]
-    return [path for path in paths if path.is_file()]
-
-
 def _tidy(stream: Stream, index: int) -> None:
     """Remove what a finished task no longer needs to resume, and models that --save_model last drops. A collective."""
     if is_main() and index >= 0:
@@ -293,4 +193,6 @@ def _tidy(stream: Stream, index: int) -> None:
             shutil.rmtree(stream.folder.task(index - 1, stream.tasks[index - 1].name) / name, ignore_errors=True)
         if stream.settings.output.save_model == "last" and index > 0:
             shutil.rmtree(stream.model_folder(index - 1), ignore_errors=True)
+        if index == len(stream.tasks) - 1:  # no later task is held to the base model
+            shutil.rmtree(stream.folder.root / LOGITS_FOLDER, ignore_errors=True)
     barrier()

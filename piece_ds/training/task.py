@@ -26,7 +26,7 @@ from piece_ds.runtime.signals import exit_if_signalled
 from piece_ds.training.callback import MASK_NAME
 from piece_ds.training.checkpoints import last_checkpoint, needs_resharding, restore_resharded, step_of
 from piece_ds.training.claim import Claim
-from piece_ds.training.general_replay import GeneralReplay
+from piece_ds.training.general_loss import GeneralLoss
 from piece_ds.training.general_statistics import GeneralStatistics
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.metrics import METRICS_NAME, MetricsLog, finite
@@ -50,7 +50,7 @@ def train_task(
     method: MaskSource | Baseline,
     context: TaskContext,
     general: GeneralStatistics | None,
-    replay: GeneralReplay | None,
+    general_loss: GeneralLoss | None,
     claim: Claim,
     resume: bool,
     evaluate_before: Callable[[Any], None] | None,
@@ -63,11 +63,10 @@ def train_task(
     Args:
         method: where the task's mask comes from, or a method without a mask.
         context: the task in its stream, and its folder, where the trainer's checkpoints go too.
-        general, replay: statistics of general text, and rows of it that join every micro-batch; None without.
+        general, general_loss: statistics of general text, and what it adds to the loss; None without.
         claim: on the run's folder. It is made here, once there is an engine and before anything is written.
         resume: start from what an interrupted run of the task has left there.
-        evaluate_before, evaluate_after: called with the engine before anything is estimated (not if a checkpoint is
-        resumed), and after the last step.
+        evaluate_before, evaluate_after: called with the engine: before statistics of a task that begins; at its end.
         save_model_to: transformers folder for the trained model, or None.
         reporter: in place of the Trainer's own.
     Raises:
@@ -85,7 +84,7 @@ def train_task(
     checkpoint = last_checkpoint(folder) if resume else None
     trainer = make_trainer(model, arguments, tokenizer, baseline, context)
     trainer.portable = checkpoint is not None and needs_resharding(checkpoint, arguments, masked=baseline is None)
-    trainer.replay = replay
+    trainer.general = general_loss
     metrics = MetricsLog(folder / METRICS_NAME, trainer)
     guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)
     acts = baseline.engine_callback(context) if baseline is not None else None
@@ -98,6 +97,7 @@ def train_task(
         metrics.open(step_of(checkpoint) if resume else None)
         if evaluate_before is not None and checkpoint is None:
             _evaluate(evaluate_before, engine, metrics, "evaluation before")
+        _begin_general(general_loss, engine, metrics, has_moved=checkpoint is not None)
 
         # 1. Collect statistics and select.
         if mask is not None:
@@ -142,6 +142,14 @@ def train_task(
     release(trainer)
     barrier()
     return result
+
+
+def _begin_general(general_loss: GeneralLoss | None, engine: Any, metrics: MetricsLog, has_moved: bool) -> None:
+    """Take the base model's logits of general text, or read them, and note what they cost. A collective."""
+    begin = time.perf_counter()
+    kept = None if general_loss is None else general_loss.begin(engine, has_moved)
+    if kept is not None:
+        metrics.note("base logits", seconds=time.perf_counter() - begin, bytes=kept.num_bytes)
 
 
 def _begin_baseline(
@@ -193,11 +201,13 @@ def _save(
 def _cost(
     trainer: Trainer, metrics: MetricsLog, mask: TaskMask | None, *, save_seconds: float, knows_host_peak: bool
 ) -> TaskCost:
+    trained, general = metrics.tokens_per_second()
     return TaskCost(
         select_seconds=(mask.select_seconds or 0.0) if mask is not None else 0.0,
         train_seconds=metrics.train_seconds,
         num_steps=trainer.state.global_step,
-        trained_tokens_per_second=metrics.tokens_per_second(),
+        trained_tokens_per_second=trained,
+        general_tokens_per_second=general,
         nonfinite_steps=metrics.count(NONFINITE),
         overflow_steps=metrics.count(OVERFLOW),
         peak_bytes=peak_bytes(),

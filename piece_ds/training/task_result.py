@@ -31,7 +31,9 @@ class TaskCost:
         select_seconds: statistics and selection; 0 if there was nothing to select.
         train_seconds: optimizer steps.
         num_steps: number of optimizer steps.
-        trained_tokens_per_second: over all ranks, of the steps of this process; None if it took none.
+        trained_tokens_per_second: over all ranks, of the steps of this process, general text's included; None if it
+            took none.
+        general_tokens_per_second: of them, those of general text beside the task's; None without it.
         nonfinite_steps: of num_steps, those skipped because a loss or gradient was NaN or infinite.
         overflow_steps: of num_steps, those skipped because fp16's loss scale was too large.
         peak_bytes: most memory allocated on the accelerator; None on the CPU.
@@ -43,6 +45,7 @@ class TaskCost:
     train_seconds: float
     num_steps: int
     trained_tokens_per_second: float | None
+    general_tokens_per_second: float | None
     nonfinite_steps: int
     overflow_steps: int
     peak_bytes: int | None

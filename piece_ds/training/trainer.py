@@ -30,7 +30,7 @@ from piece_ds.training.checkpoints import (
     without_rotation,
     writing,
 )
-from piece_ds.training.general_replay import GeneralReplay
+from piece_ds.training.general_loss import GeneralLoss
 from piece_ds.training.optimizer_defaults import show_defaults
 
 
@@ -91,20 +91,19 @@ class TaskTrainer(Trainer):
         update: the mask in force, once training has begun. Checkpoints then also hold its resharded form.
         portable: training resumes from a checkpoint with another sharding, so DeepSpeed's part of it is not read.
         seconds_before_first_step: of evaluation, statistics and selection between the engine and the first step.
-        replay: rows of general text that join every micro-batch; the loss is the task's mean plus S times theirs.
+        general: what rows of general text add to the loss of every micro-batch, or None.
         losses: of the micro-batches since this was last cleared. On the device: the host has not waited for them.
     """
 
     update: Update | None = None
     portable = False
     seconds_before_first_step = 0.0
-    replay: GeneralReplay | None = None
+    general: GeneralLoss | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: list[Tensor] = []
         self._num_tokens = torch.zeros((), dtype=torch.int64)
-        self._num_replayed_tokens = torch.zeros((), dtype=torch.int64)
         self._micro_batch = (-1, 0)  # (step, micro-batches of it so far)
 
     def take_num_tokens(self) -> Tensor:
@@ -113,11 +112,6 @@ class TaskTrainer(Trainer):
         Padding does not count.
         """
         taken, self._num_tokens = self._num_tokens, torch.zeros_like(self._num_tokens)
-        return taken
-
-    def take_num_replayed_tokens(self) -> Tensor:
-        """Return the tokens of replayed general text since the last call, as take_num_tokens() does."""
-        taken, self._num_replayed_tokens = self._num_replayed_tokens, torch.zeros_like(self._num_replayed_tokens)
         return taken
 
     def compute_loss(
@@ -133,19 +127,17 @@ class TaskTrainer(Trainer):
         if model.training:
             self._num_tokens = _num_tokens(inputs) + self._num_tokens.to(inputs["input_ids"].device)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training and self.replay is not None:
-            loss = loss + self._replayed_loss(model, self.replay, num_rows, num_items_in_batch)
+        if model.training and self.general is not None:
+            extra = self.general.loss(model, self._next_micro_batch(), num_rows, inputs["input_ids"].device)
+            loss = loss + self._as_expected(extra, num_items_in_batch)
         loss = self._noted(loss, model.training)
         return (loss, outputs) if return_outputs else loss
 
-    def _replayed_loss(self, model: nn.Module, replay: GeneralReplay, num_rows: int, num_items_in_batch: Any) -> Tensor:
-        """Return S times the mean loss of the rows that join this micro-batch, as the Trainer expects it."""
-        batch: dict[str, Any] = self._prepare_inputs(replay.batch(self._next_micro_batch(), num_rows))
-        self._num_replayed_tokens = _num_tokens(batch) + self._num_replayed_tokens.to(batch["input_ids"].device)
-        loss: Tensor = model(**batch).loss * replay.share
+    def _as_expected(self, mean: Tensor, num_items_in_batch: Any) -> Tensor:
+        """Return a micro-batch's mean as the Trainer adds it up to the mean of a step's micro-batches."""
         # The Trainer adds up losses that the model has divided by the tokens of the whole step, and averages others.
         is_summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return loss / self.current_gradient_accumulation_steps if is_summed else loss
+        return mean / self.current_gradient_accumulation_steps if is_summed else mean
 
     def _next_micro_batch(self) -> int:
         """Return the number of this micro-batch over all ranks and steps of the task, and count it."""

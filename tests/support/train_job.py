@@ -5,13 +5,16 @@ Importing costs more than such a run does; what is tested is files, and they are
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from piece_ds.runtime.signals import Preempted
 from support.jobs import collect_case, finish, start
+from support.stream_runs import NUM_STEPS
 
 RECORD_NAME = "recorded.jsonl"
 
@@ -34,10 +37,23 @@ class Recorder(TrainerCallback):
                 file.write(json.dumps({"event": event, "step": state.global_step, **values}) + "\n")
 
 
+class Stopper(TrainerCallback):
+    """A reporter that asks the run to end at its second step, as a signal would, once a task and folder."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        mark = Path(args.output_dir) / f"stopped-{state.global_step // NUM_STEPS}"
+        if state.global_step % NUM_STEPS == 1 and state.is_world_process_zero and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run_case(argv: list[str]) -> dict[str, Any]:
     from piece_ds.cli.train import main
 
-    main(argv)
+    try:
+        main(argv)
+    except Preempted:
+        return {"stopped": True}
     return {}
 
 
@@ -45,6 +61,7 @@ if __name__ == "__main__":
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}  # looked for, not used: the group exists
     folder = start()
     INTEGRATION_TO_CALLBACK["recorder"] = Recorder  # so that --report_to recorder is one
+    INTEGRATION_TO_CALLBACK["stopper"] = Stopper
     results: dict[str, dict[str, Any]] = {}
     for name, argv in json.loads((folder / "runs.json").read_text()).items():
         collect_case(results, name, lambda argv=argv: run_case(argv))

@@ -18,7 +18,7 @@ from piece_ds.methods.baseline import TaskContext
 from piece_ds.methods.ewc import penalty_gradient
 from piece_ds.methods.gem import dual_weights
 from piece_ds.methods.lora import merged, orthogonality_gradient
-from piece_ds.methods.lwf import Teacher, answer_logits, distillation
+from piece_ds.methods.lwf import distillation
 from piece_ds.methods.registry import METHODS
 from piece_ds.methods.replay import kept_rows
 from piece_ds.models.loading import freeze_ineligible
@@ -118,23 +118,6 @@ def test_lwfs_loss_is_the_softened_divergence_from_what_was_said_before() -> Non
     want = 4 * (before * (before / now).log()).sum()
     torch.testing.assert_close(distillation(student, teacher, 2.0), want)
     assert float(distillation(student, student, 2.0)) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_lwfs_logits_are_those_that_predict_the_answer() -> None:
-    logits = torch.arange(2 * 4 * 3.0).reshape(2, 4, 3)
-    labels = torch.tensor([[-100, -100, 5, 6], [-100, -100, -100, 7]])
-    assert torch.equal(answer_logits(logits, labels), torch.stack([logits[0, 1], logits[0, 2], logits[1, 2]]))
-
-
-def test_the_teacher_gives_back_any_rows_in_any_order(tmp_path: Path) -> None:
-    said = torch.randn(6, 5).half()
-    teacher = Teacher(tmp_path / "teacher.bin", [1, 0, 3, 2], 5, "float16")
-    teacher.write(0, said[:4])
-    teacher.write(3, said[4:])
-    teacher.finish()
-    assert torch.equal(teacher.read([3, 0, 1]), torch.cat([said[4:], said[:1]]))
-    teacher.close()
-    assert not list(tmp_path.iterdir())
 
 
 def test_o_loras_gradient_is_that_of_the_l1_products() -> None:

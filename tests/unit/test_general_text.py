@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from piece_ds.config.settings import parse
 from piece_ds.data import general_text
 from piece_ds.data.files import load_rows
-from piece_ds.data.general_text import builtin_rows, rows_of_tokens
+from piece_ds.data.general_text import builtin_rows, hold_out_judged, rows_of_tokens
 from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.data.tokenize import Encoder
 from piece_ds.demo.model import make_tokenizer
@@ -19,7 +20,13 @@ from piece_ds.evaluation.self_written import MIN_TOKENS, SelfWriting, self_writt
 from piece_ds.models.fingerprint import model_digest, weights_digests
 from piece_ds.models.loading import load_config
 from piece_ds.plan.shapes import known_config
-from piece_ds.preflight.general_text import check_general_text, read_general_text, write_general_text
+from piece_ds.preflight.general_text import (
+    check_base_logits,
+    check_general_text,
+    judged_apart,
+    read_general_text,
+    write_general_text,
+)
 from piece_ds.runtime.errors import MachineError, UserError
 
 TOKENIZER = make_tokenizer(256)
@@ -143,3 +150,45 @@ def test_a_model_too_large_to_write_on_each_rank_is_refused() -> None:
     settings = parse(["--model_name_or_path", "some/model", "--general_text", "self"])
     with pytest.raises(UserError, match=r"some/model has \d+ GB of weights.*limit 20 GB"):
         check_general_text(settings, known_config("70B"))
+
+
+def test_rows_that_a_budget_judges_on_are_no_others(folder: Path) -> None:
+    """Every fourth is held out, at least two, if anything else uses the text."""
+    for num_rows, want in ((3, [1, 2]), (7, [5, 6]), (8, [3, 7]), (13, [3, 7, 11])):
+        used, judged = hold_out_judged(rows_of_tokens([[1, row] for row in range(num_rows)]))
+        assert [row[1] for row in judged["input_ids"]] == want
+        assert sorted(row[1] for row in [*used["input_ids"], *judged["input_ids"]]) == list(range(num_rows))
+    text, other = (rows_of_tokens([[1, row] for row in range(8)]) for _ in range(2))
+    budget = {"forgetting_budget": "0.1", "general_text": "f"}
+    for flags, general, want_used, want_judged in (
+        ({"general_text": "f", "general_kl": "1"}, None, 8, None),
+        ({**budget, "general_kl": "1"}, None, 6, 2),
+        ({**budget, "general_replay": "1"}, None, 6, 2),
+        ({**budget, "method": "piece-ratio"}, None, 6, 2),
+        (budget, None, 8, 8),
+        ({**budget, "general_kl": "1"}, other, 8, 8),
+    ):
+        settings = parse([item for name, value in flags.items() for item in (f"--{name}", value)])
+        used, judged = judged_apart(settings, general, text)
+        assert (len(used), judged if judged is None else len(judged)) == (want_used, want_judged), flags
+    with pytest.raises(UserError, match="needs three or more"):
+        hold_out_judged(text.select(range(2)))
+
+
+def test_logits_that_the_disk_has_no_room_for_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of_tokens([[1, 5, 6], [1, 7]])
+    settings = parse(
+        ["--model_name_or_path", str(folder), "--general_kl", "1", "--output_dir", str(tmp_path / "new" / "out")]
+    )
+    config = load_config(settings.model)
+    size = 3 * config.vocab_size * 2
+    for free in (size - 1, size):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if free == size:
+            check_base_logits(settings, config, rows, torch.bfloat16)
+            continue
+        with pytest.raises(UserError, match=r"logits of 2 rows .* give fewer rows"):
+            check_base_logits(settings, config, rows, torch.bfloat16)
+    assert not list(tmp_path.iterdir())

@@ -20,9 +20,8 @@ class Run:
         self.state = TrainerState()
         trainer: Any = SimpleNamespace(
             state=self.state,
-            replay=None,
             take_num_tokens=lambda: torch.tensor(96),
-            take_num_replayed_tokens=lambda: torch.tensor(0),
+            general=None,
         )
         self.path, self.log = path, MetricsLog(path, trainer)
 
@@ -123,6 +122,6 @@ def test_speed_of_training_counts_all_tokens_also_those_after_the_last_log(run: 
     """96 each time they are taken: at three logs and at the end."""
     run.steps(1, 3)
     run.log.train_seconds = 2.0
-    assert run.log.tokens_per_second() == 4 * 96 / 2.0
+    assert run.log.tokens_per_second() == (4 * 96 / 2.0, None)
     untrained = Run(run.path.with_name("none"))
-    assert untrained.log.tokens_per_second() is None
+    assert untrained.log.tokens_per_second() == (None, None)

@@ -1,0 +1,127 @@
+"""Define a run, and what each of its tasks is given: mask, statistics, general text, context."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+
+from piece_ds.config.settings import Settings
+from piece_ds.data.image_collate import make_collator
+from piece_ds.data.packing import training_collator
+from piece_ds.data.tasks import Task
+from piece_ds.methods.baseline import Baseline, TaskContext
+from piece_ds.methods.registry import find_method
+from piece_ds.models.processor import Processing
+from piece_ds.training.claim import Claim
+from piece_ds.training.forgetting import budget_of
+from piece_ds.training.general_loss import GeneralLoss, general_loss_of
+from piece_ds.training.general_statistics import GeneralStatistics, general_statistics_of
+from piece_ds.training.mask_source import MaskSource
+from piece_ds.training.reporters import StreamReporters
+from piece_ds.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A run: what to do, on which data, where to.
+
+    Attributes:
+        settings: checked.
+        tokenizer: the model's, or its processor.
+        tasks: in order.
+        scorers: task -> name of its scorer.
+        general: text whose loss is evaluated, or None.
+        dtype: to load and train the model in.
+        claim: on the run's folder.
+        eval_batch_size: rows of a batch in evaluation, on each rank.
+        seed: of everything that is drawn.
+        reporters: of the whole stream.
+        baseline: the method, if it is one without a mask.
+        general_importance: text that stands for general ability in training, or None.
+        judged: text that --forgetting_budget judges on, which nothing else uses; None without it.
+    """
+
+    settings: Settings
+    tokenizer: Processing
+    tasks: list[Task]
+    scorers: dict[str, str]
+    general: datasets.Dataset | None
+    dtype: torch.dtype
+    claim: Claim
+    eval_batch_size: int
+    seed: int
+    reporters: StreamReporters
+    baseline: Baseline | None = None
+    general_importance: datasets.Dataset | None = None
+    judged: datasets.Dataset | None = None
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return self.claim.folder
+
+    def model_folder(self, index: int) -> Path:
+        """Return the folder of a task's model."""
+        return self.folder.model(index, self.tasks[index].name)
+
+
+def mask_source_of(stream: Stream, index: int) -> MaskSource:
+    """Return where the mask of a task comes from, and what limits its forgetting."""
+    settings = stream.settings
+    config = settings.method.config(stream.seed, settings.model.exclude, settings.output.save_full)
+
+    # Only methods that avoid earlier masks get them.
+    return MaskSource(
+        config=config,
+        files=settings.method,
+        task=stream.tasks[index].name,
+        earlier=mask_files(stream, index) if find_method(config.method).needs_earlier_tasks else (),
+        general=general_for(stream, index),
+        limit_forgetting=budget_of(
+            settings,
+            stream.tokenizer,
+            stream.judged,
+            stream.eval_batch_size,
+        ),
+    )
+
+
+def general_for(stream: Stream, index: int) -> GeneralStatistics | None:
+    """Return the statistics of general text for a task, or None without general text."""
+    collate, folder = make_collator(stream.tokenizer), stream.folder.root / "general_statistics"
+    return general_statistics_of(stream.settings.method, stream.general_importance, collate, folder, index == 0)
+
+
+def general_loss_for(stream: Stream, index: int) -> GeneralLoss | None:
+    """Return what general text adds to a task's loss, or None."""
+    return general_loss_of(
+        stream.settings.method,
+        stream.general_importance,
+        make_collator(stream.tokenizer),
+        seed=stream.seed + index,
+        folder=stream.folder.root,
+        is_base=index == 0,
+    )
+
+
+def context_of(stream: Stream, index: int) -> TaskContext:
+    """Return a task as a baseline sees it."""
+    folders = [stream.folder.task(i, task.name) for i, task in enumerate(stream.tasks)]
+    return TaskContext(
+        index=index,
+        num_tasks=len(stream.tasks),
+        task=stream.tasks[index],
+        earlier=tuple(stream.tasks[:index]),
+        folder=folders[index],
+        previous=folders[index - 1] if index else None,
+        collate=training_collator(stream.tokenizer, stream.settings.data.packing),
+        batch_size=stream.settings.method.importance_batch_size,
+        seed=stream.seed,
+    )
+
+
+def mask_files(stream: Stream, num_tasks: int) -> list[Path]:
+    """Return the mask files of the first num_tasks tasks that are there."""
+    paths = [stream.folder.task(i, task.name) / "mask.safetensors" for i, task in enumerate(stream.tasks[:num_tasks])]
+    return [path for path in paths if path.is_file()]
