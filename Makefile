@@ -24,12 +24,15 @@ vqa-demo: $(VENV)/.ready
 	rm -rf runs/vqa
 	$(LAUNCH) launch/vqa_demo.py --deepspeed ds_configs/zero2.json --output_dir runs/vqa
 
-test: check
-	$(BIN)/python -m pytest
+# Two tests at a time where there are two cores; a single thread each: small tensors gain nothing by more.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 4 ? 4 : n)))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-# A single thread: small tensors gain nothing by more, and lose to whatever else runs.
+test: check
+	$(PYTEST)
+
 test-fast: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_architecture.py tests/unit tests/ops
+	$(PYTEST) tests/test_architecture.py tests/unit tests/ops
 
 test-all: check
 	$(BIN)/python -m pytest -m "slow or not slow"

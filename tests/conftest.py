@@ -1,11 +1,28 @@
-"""Keeps torch to one thread: sums then have one order."""
+"""Keep torch to one thread, so that sums have one order; share the tests out among pytest-xdist's workers."""
 
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 # The environment's own ninja, also where it is not activated: versions of ninja undo each other's builds.
 os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 torch.set_num_threads(1)
+
+# A job that several files read runs once, so these files go to one worker.
+_TOGETHER = {
+    "distributed": ("test_compact_update.py", "test_masked_update.py"),
+    "statistics": ("test_ranks.py", "test_statistics.py"),
+    "streams": ("test_launchers.py", "test_resume.py", "test_stream.py", "test_variants.py"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file, and of files that share a job, on one worker of `pytest -n`."""
+    for item in items:
+        folder, name = item.path.parent.name, item.path.name
+        shared = [group for group, names in _TOGETHER.items() if name in names and folder != "unit"]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else f"{folder}/{name}"))
