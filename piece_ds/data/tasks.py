@@ -88,6 +88,7 @@ class Task:
         answers: gold answers of test, as text, in its order; if a row has several, the one that is trained.
         prompt_texts: prompts of test, as text, in its order.
         held_out: whether test holds rows that are not trained.
+        is_validated: whether eval holds rows that are neither trained nor in test.
         generates: whether answers can be generated and read; False for plain text and without a tokenizer.
         references: all gold answers of each row of test, if rows may have several; else empty.
     """
@@ -101,6 +102,7 @@ class Task:
     held_out: bool = True
     generates: bool = True
     references: list[list[str]] = field(default_factory=list, repr=False)
+    is_validated: bool = False
 
     @property
     def has_images(self) -> bool:
@@ -273,6 +275,7 @@ def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
         held_out=held_out,
         generates=kind != TEXT and not isinstance(reader.encoder.tokenizer, TokenIds),
         references=list(references)[: len(test)],
+        is_validated={"eval", "test"} <= splits.keys(),
     )
 
 

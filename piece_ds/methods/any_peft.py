@@ -29,6 +29,7 @@ class AnyPeft(LoRA):
     """
 
     reads_peft_config = True
+    scalable = "none"
 
     def __init__(self, settings: BaselineArguments) -> None:
         super().__init__(settings)

@@ -74,6 +74,7 @@ class Baseline:
         saves_itself: whether save_model() is called instead of the trainer's.
         changes_gradient: whether it changes the reduced gradient, which optimizer offload does not allow.
         reads_peft_config: whether --peft_config says what it is.
+        scalable: in which tasks scaled_names() scales the whole change: "every", "first" or "none".
     """
 
     passing: tuple[str, ...] = ()
@@ -81,6 +82,7 @@ class Baseline:
     saves_itself = False
     changes_gradient = False
     reads_peft_config = False
+    scalable = "every"
 
     def __init__(self, settings: BaselineArguments) -> None:
         self.settings = settings
@@ -97,6 +99,14 @@ class Baseline:
 
     def begin_task(self, model: nn.Module, context: TaskContext) -> None:
         """Prepare for a task, before the trainer is made."""
+
+    def scaled_names(self, model: nn.Module) -> list[str]:
+        """Return the parameters in which a task's change is linear: scaling theirs by alpha scales it by alpha.
+
+        Args:
+            model: after begin_task().
+        """
+        return [name for name, param in model.named_parameters() if param.requires_grad]
 
     def rows(self, context: TaskContext) -> Rows:
         """Return the rows to train on."""

@@ -30,6 +30,11 @@ class LoRA(Baseline):
 
     resumes_inside = False
     saves_itself = True
+    scalable = "first"
+
+    def scaled_names(self, model: nn.Module) -> list[str]:
+        # B begins at zero: alpha times it is alpha times the whole change.
+        return [name for name, param in model.named_parameters() if param.requires_grad and ".lora_B." in name]
 
     def adapter_names(self, num_tasks: int) -> list[str]:
         """Return the names of the stream's adapters, as peft knows them."""
@@ -130,6 +135,7 @@ class OLoRA(LoRA):
     """
 
     changes_gradient = True
+    scalable = "every"
 
     def adapter_names(self, num_tasks: int) -> list[str]:
         return [f"task{index:02d}" for index in range(num_tasks)]

@@ -11,9 +11,9 @@ from piece_ds import ops
 from piece_ds.checkpoint.mask_file import check_mask_file
 from piece_ds.config.deepspeed_configs import config_names
 from piece_ds.config.settings import Settings
-from piece_ds.methods.method import GENERAL
 from piece_ds.methods.registry import find_method
 from piece_ds.models.loading import empty_layout, reads_images
+from piece_ds.preflight.general_flags import check_general_flags
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError, nearest
 
@@ -191,25 +191,13 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         settings: of the run.
         num_tasks: of the stream.
     """
-    flags, data, method = settings.method, settings.data, find_method(settings.method.method)
-    needing = needing_general_text(settings)
+    flags, method = settings.method, find_method(settings.method.method)
+    check_general_flags(settings, num_tasks)
 
     # What the method needs.
-    if needing and not data.general_text:
-        raise UserError(
-            f"{needing[0]} needs text that stands for general ability: --general_text self, builtin or a file"
-        )
     if method.needs_earlier_tasks and num_tasks < 2:
         raise UserError(
             f"--method {method.name} avoids earlier tasks' weights: it needs a stream (--task_dir, --tasks)"
-        )
-
-    # What the forgetting budget needs.
-    if flags.forgetting_budget is not None and not method.has_mask:
-        raise UserError(f"--forgetting_budget has no meaning with --method {method.name}, which has no delta to scale")
-    if flags.forgetting_budget is not None and not (data.general_file or data.general_text):
-        raise UserError(
-            "--forgetting_budget needs text that stands for general ability: --general_file or --general_text"
         )
 
     # What it would ignore.
@@ -220,17 +208,6 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         )
     if method.has_mask and method.estimator is None and flags.budget != "model":
         raise UserError(f"--budget {flags.budget} has no meaning with --method {method.name}, which has its own")
-    judges = flags.forgetting_budget is not None and not data.general_file
-    if not needing and ((data.general_text and not judges) or flags.general_statistics):
-        raise UserError(
-            "--general_text and --general_statistics belong to --method piece-ratio, --step_scale general, "
-            "--general_replay and --general_kl; --general_text also to --forgetting_budget without --general_file"
-        )
-    if flags.step_scale != "none" and method.baseline is not None and method.baseline.saves_itself:
-        raise UserError(
-            f"--step_scale {flags.step_scale} has no meaning with --method {method.name}: general text has no "
-            "importance for adapters that begin with the task"
-        )
 
     # With a given mask nothing is selected, so selection's settings have no meaning.
     if flags.unit != "element" and flags.mask_file:
@@ -251,18 +228,6 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         raise UserError("--exclude has no meaning with --mask_file, which says what is selected")
     if settings.model.exclude and method.baseline is not None and method.baseline.saves_itself:
         raise UserError(f"--exclude has no meaning with --method {method.name}, which trains adapters")
-
-
-def needing_general_text(settings: Settings) -> list[str]:
-    """Return the flags in use that need text which stands for general ability."""
-    flags, method = settings.method, find_method(settings.method.method)
-    asked = {
-        f"--method {method.name}": method.needs == GENERAL,
-        f"--step_scale {flags.step_scale}": flags.step_scale != "none",
-        f"--general_replay {flags.general_replay:g}": flags.general_replay > 0,
-        f"--general_kl {flags.general_kl:g}": flags.general_kl > 0,
-    }
-    return [flag for flag, needs in asked.items() if needs]
 
 
 def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow_smaller: bool) -> None:

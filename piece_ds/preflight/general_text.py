@@ -19,7 +19,7 @@ from piece_ds.models.fingerprint import model_digest
 from piece_ds.models.loading import empty_model, load_model, reads_images
 from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, tokenizer_of
-from piece_ds.preflight.checks import needing_general_text
+from piece_ds.preflight.general_flags import needing_general_text
 from piece_ds.runtime.errors import UserError
 
 # The same for every run on a base model, so that they share what is kept of it.

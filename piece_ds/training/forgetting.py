@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 
-from piece_ds.config.settings import Settings
 from piece_ds.data.image_collate import make_collator
 from piece_ds.deltas.delta import Change
 from piece_ds.deltas.live import LiveDelta
@@ -17,81 +17,90 @@ from piece_ds.models.processor import Processing
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.rank_status import report_status
 from piece_ds.state.mask import Mask, gather_fragments
-from piece_ds.training.task_mask import TaskMask
-from piece_ds.zero.weights import read_selected
 
 logger = logging.getLogger(__name__)
 
 
-def budget_of(
-    settings: Settings, tokenizer: Processing, general: datasets.Dataset | None, batch_size: int
-) -> Callable[[Any, TaskMask], dict[str, Any]] | None:
-    """Return the function that limits a task's forgetting, given its engine and mask; None without --forgetting_budget.
+class Scalable(Protocol):
+    """A task's changes in the live model: LiveDelta of a mask, DenseChange of a method without one."""
 
-    Args:
-        settings: of the run.
+    def set_(self, alpha: float) -> None:
+        """Write the weights before the task plus alpha times its changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgettingBudget:
+    """How a task's forgetting is limited.
+
+    Attributes:
+        nats: allowed rise of the loss on the rows that are searched on.
         tokenizer: the model's, or its processor.
-        general: encoded text that stands for general ability. Checked before the run to be there.
+        judged: text that stands for general ability, and that no training has seen; two rows or more.
+        validated: rows of the task whose loss chooses among the scales within the budget; None takes the largest scale.
         batch_size: rows of a batch on each rank.
     """
-    # Text for the search was checked before the run began.
-    budget = settings.method.forgetting_budget
-    if budget is None:
-        return None
-    assert general is not None
-    collate = make_collator(tokenizer)
 
-    def limit(engine: Any, mask: TaskMask) -> dict[str, Any]:
+    nats: float
+    tokenizer: Processing
+    judged: datasets.Dataset
+    validated: datasets.Dataset | None
+    batch_size: int
+
+    def limit(self, engine: Any, changes: Scalable) -> dict[str, Any]:
+        """Scale a task's changes; return what limit_forgetting() found. A collective.
+
+        Args:
+            engine: after training, with no update attached.
+            changes: of the task.
+        """
         report_status("searching how much of the task to keep")
+        collate = make_collator(self.tokenizer)
         found = limit_forgetting(
-            engine,
-            mask,
-            rows=general,
-            loss=lambda rows: evaluate_loss(engine, rows, collate, batch_size, engine.device).mean,
-            budget=budget,
+            changes,
+            rows=self.judged,
+            validated=self.validated,
+            loss=lambda rows: evaluate_loss(engine, rows, collate, self.batch_size, engine.device).mean,
+            budget=self.nats,
         )
         logger.warning(
             "forgetting budget %g nats: %g of the task's change is kept; loss on the other half of the general text "
             "%.4f before, %.4f after (%.4f with the whole change)",
-            budget,
+            self.nats,
             found["delta_scale"],
             *(found["report"][moment] for moment in ("before", "after", "unscaled")),
         )
         return found
 
-    return limit
-
 
 def limit_forgetting(
-    engine: Any,
-    mask: TaskMask,
+    changes: Scalable,
     *,
     rows: datasets.Dataset,
     loss: Callable[[datasets.Dataset], float | None],
     budget: float,
+    validated: datasets.Dataset | None = None,
 ) -> dict[str, Any]:
-    """Scale the task's changes in the live model, and note the scale in mask. A collective.
+    """Scale the task's changes in the live model. A collective.
 
     Args:
-        engine: after training, with no update attached.
-        mask: of the task.
+        changes: of the task; at the chosen scale when this returns.
         rows: general text. Every second row is searched on; the others are only reported.
         loss: of some rows, nats per token, the same on every rank.
         budget: allowed rise of the loss on the rows that are searched on, nats.
+        validated: rows of the task. Then the scale of least loss on them is chosen among those within the budget, else
+            the largest.
     Returns:
         JSON-ready: delta_scale, curve, and for each half of the text the loss before the task ("before"), with the kept
             change ("after") and with the whole change ("unscaled").
     Raises:
         UserError: the general text has no finite loss before the task.
-    Cost: at most ten evaluations of half of the text, and a write of every selected value for each.
+    Cost: at most ten evaluations of half of the text and six of validated, and a write of every value for each.
     """
     # Two halves: a scale that was chosen on some rows says too little about their loss.
     searched, reported = (rows.select(range(first, len(rows), 2)) for first in (0, 1))
-    unscaled = read_selected(engine.module, mask.mask)
-    live = LiveDelta(engine.module, _changes(engine, mask.mask, mask.previous, unscaled))
 
     def measure(alpha: float, text: datasets.Dataset) -> float:
-        live.set_(alpha)
+        changes.set_(alpha)
         found = loss(text)
         return float("nan") if found is None else found
 
@@ -104,24 +113,31 @@ def limit_forgetting(
             "model can read"
         )
 
-    # The whole task is measured already: as a trial it costs nothing.
-    curve = search_scale(
-        lambda alpha: (whole["search"] if alpha == 1.0 else measure(alpha, searched), None), before["search"], budget
-    )
+    # The whole task is measured already: as a trial it costs nothing on general text.
+    def trial(alpha: float) -> tuple[float, float | None]:
+        general = whole["search"] if alpha == 1.0 else measure(alpha, searched)
+        return general, None if validated is None else -measure(alpha, validated)
+
+    curve = search_scale(trial, before["search"], budget)
 
     # What is kept, and what it costs on the half that the search has not seen.
     after = {"search": before["search"] + curve.rise, "report": measure(curve.alpha, reported)}
-    mask.scale = curve.alpha
-    mask.unscaled = None if curve.alpha == 1.0 else unscaled
     halves = {half: {"before": before[half], "after": after[half], "unscaled": whole[half]} for half in whole}
     return {"delta_scale": curve.alpha, "curve": curve.to_json(), **halves}
 
 
-def _changes(engine: Any, mask: Mask, previous: dict[str, Any], values: dict[str, Any]) -> dict[str, Change]:
-    """Return the task's whole change, on every rank. A collective. Memory: the delta's size."""
+def masked_change(engine: Any, mask: Mask, previous: dict[str, Any], values: dict[str, Any]) -> LiveDelta:
+    """Return a masked task's whole change, on every rank. A collective. Memory: the delta's size.
+
+    Args:
+        engine: of the task.
+        mask: of the task.
+        previous, values: the selected weights that this rank owns, before and after the task.
+    """
     dtypes = {name: param.dtype for name, param in engine.module.named_parameters()}
 
     # Each rank has read the elements it owns; a change needs all of them.
     index = mask.whole()
     before, after = (gather_fragments(mask.layout, part, dtypes) for part in (previous, values))
-    return {name: Change(positions, after[name], before[name]) for name, positions in index.items()}
+    changes = {name: Change(positions, after[name], before[name]) for name, positions in index.items()}
+    return LiveDelta(engine.module, changes)

@@ -1,6 +1,6 @@
 """Make the mask of a task as the settings ask for it, with what a stream knows besides the task's own data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,6 @@ class MaskSource:
         task: the task's name.
         earlier: mask files of the earlier tasks.
         general: statistics of text that stands for general ability, or None.
-        limit_forgetting: called with engine and TaskMask after training. It scales the task's changes and returns what
-            it found.
     """
 
     config: PieceConfig
@@ -43,7 +41,6 @@ class MaskSource:
     task: str
     earlier: Sequence[Path] = ()
     general: GeneralStatistics | None = None
-    limit_forgetting: Callable[[Any, Any], dict[str, Any]] | None = None
 
     def count(self, model: nn.Module) -> int:
         """Return how many weights will be selected."""

@@ -14,7 +14,7 @@ from piece_ds.methods.baseline import Baseline, TaskContext
 from piece_ds.methods.registry import find_method
 from piece_ds.models.processor import Processing
 from piece_ds.training.claim import Claim
-from piece_ds.training.forgetting import budget_of
+from piece_ds.training.forgetting import ForgettingBudget
 from piece_ds.training.general_loss import GeneralLoss, general_loss_of
 from piece_ds.training.general_statistics import GeneralStatistics, general_statistics_of
 from piece_ds.training.mask_source import MaskSource
@@ -67,7 +67,7 @@ class Stream:
 
 
 def mask_source_of(stream: Stream, index: int) -> MaskSource:
-    """Return where the mask of a task comes from, and what limits its forgetting."""
+    """Return where the mask of a task comes from."""
     settings = stream.settings
     config = settings.method.config(stream.seed, settings.model.exclude, settings.output.save_full)
 
@@ -78,12 +78,24 @@ def mask_source_of(stream: Stream, index: int) -> MaskSource:
         task=stream.tasks[index].name,
         earlier=mask_files(stream, index) if find_method(config.method).needs_earlier_tasks else (),
         general=general_for(stream, index),
-        limit_forgetting=budget_of(
-            settings,
-            stream.tokenizer,
-            stream.judged,
-            stream.eval_batch_size,
-        ),
+    )
+
+
+def budget_for(stream: Stream, index: int) -> ForgettingBudget | None:
+    """Return what limits a task's forgetting, or None without --forgetting_budget."""
+    nats, task = stream.settings.method.forgetting_budget, stream.tasks[index]
+    if nats is None:
+        return None
+    assert stream.judged is not None
+
+    # Rows that the task is judged on must not choose its scale.
+    validated = task.eval if task.is_validated else None
+    return ForgettingBudget(
+        nats=nats,
+        tokenizer=stream.tokenizer,
+        judged=stream.judged,
+        validated=validated,
+        batch_size=stream.eval_batch_size,
     )
 
 

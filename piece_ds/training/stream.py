@@ -39,7 +39,15 @@ from piece_ds.training.results import (
     with_task,
     write_results,
 )
-from piece_ds.training.run import Stream, context_of, general_for, general_loss_for, mask_files, mask_source_of
+from piece_ds.training.run import (
+    Stream,
+    budget_for,
+    context_of,
+    general_for,
+    general_loss_for,
+    mask_files,
+    mask_source_of,
+)
 from piece_ds.training.run_folder import clear_half_written, forget_resumption, written_bytes
 from piece_ds.training.task import train_task
 
@@ -147,6 +155,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         context=context_of(stream, index),
         general=general_for(stream, index),
         general_loss=general_loss_for(stream, index),
+        budget=budget_for(stream, index),
         claim=stream.claim,
         resume=resume,
         evaluate_before=before if index == 0 and not is_judged_before(results) else None,

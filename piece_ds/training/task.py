@@ -14,6 +14,7 @@ from piece_ds.checkpoint.manifest import write_manifest
 from piece_ds.config.settings import Settings
 from piece_ds.data.collate import pad_id
 from piece_ds.deltas.delta import DELTA_NAME
+from piece_ds.deltas.dense import DenseChange
 from piece_ds.evaluation.padding import answer_tokens, check_rows
 from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
 from piece_ds.models.layout import layout_of
@@ -26,6 +27,7 @@ from piece_ds.runtime.signals import exit_if_signalled
 from piece_ds.training.callback import MASK_NAME
 from piece_ds.training.checkpoints import last_checkpoint, needs_resharding, restore_resharded, step_of
 from piece_ds.training.claim import Claim
+from piece_ds.training.forgetting import ForgettingBudget
 from piece_ds.training.general_loss import GeneralLoss
 from piece_ds.training.general_statistics import GeneralStatistics
 from piece_ds.training.mask_source import MaskSource
@@ -51,6 +53,7 @@ def train_task(
     context: TaskContext,
     general: GeneralStatistics | None,
     general_loss: GeneralLoss | None,
+    budget: ForgettingBudget | None,
     claim: Claim,
     resume: bool,
     evaluate_before: Callable[[Any], None] | None,
@@ -64,6 +67,7 @@ def train_task(
         method: where the task's mask comes from, or a method without a mask.
         context: the task in its stream, and its folder, where the trainer's checkpoints go too.
         general, general_loss: statistics of general text, and what it adds to the loss; None without.
+        budget: limits the task's forgetting; None without it.
         claim: on the run's folder. It is made here, once there is an engine and before anything is written.
         resume: start from what an interrupted run of the task has left there.
         evaluate_before, evaluate_after: called with the engine: before statistics of a task that begins; at its end.
@@ -85,6 +89,7 @@ def train_task(
     trainer = make_trainer(model, arguments, tokenizer, baseline, context)
     trainer.portable = checkpoint is not None and needs_resharding(checkpoint, arguments, masked=baseline is None)
     trainer.general = general_loss
+    change = None if budget is None or baseline is None else DenseChange(model, baseline.scaled_names(model))  # before
     metrics = MetricsLog(folder / METRICS_NAME, trainer)
     guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)
     acts = baseline.engine_callback(context) if baseline is not None else None
@@ -119,11 +124,7 @@ def train_task(
     for callback in (*callbacks, *([OnEngine(trainer, acts)] if acts is not None else []), StopAtStep()):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if mask is not None:
-        mask.end_training()
-    exit_if_signalled(f"after step {trainer.state.global_step} of {trainer.state.max_steps} of task {task.name}")
-    if baseline is not None:
-        baseline.end_task(trainer.model_wrapped, context)
+    forgetting = _end_training(trainer, mask, baseline, context, budget=budget, change=change)
 
     # 4. Save and evaluate.
     report_status(f"saving task {task.name}")
@@ -137,7 +138,7 @@ def train_task(
         cost=_cost(trainer, metrics, mask, save_seconds=save_seconds, knows_host_peak=knows_host_peak),
         index=mask.mask.whole() if mask is not None else None,
         log=[finite(row) for row in trainer.state.log_history],
-        forgetting=mask.forgetting if mask is not None else None,
+        forgetting=forgetting,
     )
     release(trainer)
     barrier()
@@ -175,6 +176,37 @@ def _begin_baseline(
     # Last: hooks installed later run earlier, so the watch sees the gradient that the baseline has changed.
     if acts is not None:
         acts.begin(engine)
+
+
+def _end_training(
+    trainer: Trainer,
+    mask: TaskMask | None,
+    baseline: Baseline | None,
+    context: TaskContext,
+    *,
+    budget: ForgettingBudget | None,
+    change: DenseChange | None,
+) -> dict[str, Any] | None:
+    """Take the method out of force and scale the task into the budget; return what was found. A collective.
+
+    Raises:
+        Preempted: a signal ended the training.
+    """
+    if mask is not None:
+        mask.end_training()
+    step, last = trainer.state.global_step, trainer.state.max_steps
+    exit_if_signalled(f"after step {step} of {last} of task {context.task.name}")
+    if mask is not None:
+        return None if budget is None else mask.limit_forgetting(budget)
+
+    # Scaled first: what later tasks need of this one is that of the weights they start from.
+    assert baseline is not None
+    found = None
+    if budget is not None and change is not None:
+        change.end()
+        found = budget.limit(trainer.model_wrapped, change)
+    baseline.end_task(trainer.model_wrapped, context)
+    return found
 
 
 def _save(

@@ -18,6 +18,7 @@ from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.training.callback import MASK_NAME
 from piece_ds.training.compact_trainer import engine_of, prepare_trainer
+from piece_ds.training.forgetting import ForgettingBudget, masked_change
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.progress import selection_line
 from piece_ds.training.run_folder import PARTIAL_NAME, PREVIOUS_NAME
@@ -34,7 +35,6 @@ class TaskMask:
     Attributes:
         mask: once selected.
         previous: the selected weights before the task, by parameter.
-        forgetting: what --forgetting_budget found; None without it.
         scale: factor on the task's changes, applied after training.
         unscaled: the selected weights before scaling; None at scale 1.
         select_seconds: wall time of statistics and selection; None if the mask was there already.
@@ -42,7 +42,6 @@ class TaskMask:
 
     mask: Mask
     previous: dict[str, Tensor]
-    forgetting: dict[str, Any] | None = None
     scale: float = 1.0
     unscaled: dict[str, Tensor] | None = None
     select_seconds: float | None = None
@@ -100,12 +99,19 @@ class TaskMask:
         return update
 
     def end_training(self) -> None:
-        """Detach the mask, and scale the trained weights into the forgetting budget. A collective."""
+        """Detach the mask, and let the trainer write whole checkpoints again."""
         if self._trainer.update is not None:
             self._trainer.update.detach()
         self._save_whole_again()
-        if self._source.limit_forgetting is not None:
-            self.forgetting = self._source.limit_forgetting(engine_of(self._trainer), self)
+
+    def limit_forgetting(self, budget: ForgettingBudget) -> dict[str, Any]:
+        """Scale the trained weights into the forgetting budget; return what was found. A collective."""
+        engine = engine_of(self._trainer)
+        trained = read_selected(engine.module, self.mask)
+        found = budget.limit(engine, masked_change(engine, self.mask, self.previous, trained))
+        self.scale = found["delta_scale"]
+        self.unscaled = None if self.scale == 1.0 else trained
+        return found
 
     def save_delta(self) -> None:
         """Write what the task changed. A collective."""

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.deltas import sha256_of
 from support.jobs import Results, result_of, run_job
-from support.launches import CONFIGS, write_rows
+from support.launches import CONFIGS, weights, write_rows
 from support.stream_runs import NUM_RANKS, Material
 
 from piece_ds.__main__ import main
@@ -33,6 +33,12 @@ def runs(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Result
         "zero2-masked": material.short_flags("zero2-masked", **flags, **zero2, forgetting_budget=BUDGET),
         "none-fits": material.short_flags("none-fits", **flags, forgetting_budget=0.0),
     }
+    lora = {"method": "lora", "lora_dropout": 0.0}
+    for name, own in {"seqft": {"method": "seqft"}, "lora": lora}.items():
+        jobs[f"{name}-unlimited"] = material.short_flags(f"{name}-unlimited", **flags, **own)
+        for stage in ("zero2", "zero3"):
+            stage_flags = {"deepspeed": CONFIGS / f"{stage}.json", "forgetting_budget": BUDGET}
+            jobs[f"{name}-{stage}"] = material.short_flags(f"{name}-{stage}", **flags, **own, **stage_flags)
     job = tmp_path_factory.mktemp("budgets")
     (job / "runs.json").write_text(json.dumps(jobs))
     return run_job("support.train_job", NUM_RANKS, job)
@@ -90,3 +96,24 @@ def test_the_whole_task_comes_back_from_the_scaled_file(material: Material, runs
         again = load_file(tmp_path / name)
         assert again.keys() == whole.keys()
         assert all(torch.equal(again[part], whole[part]) for part in whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"), [("seqft", "zero3"), ("seqft", "zero2"), ("lora", "zero3"), ("lora", "zero2")]
+)
+def test_a_method_without_a_mask_keeps_a_part_of_its_whole_change(
+    material: Material, runs: Results, method: str, stage: str
+) -> None:
+    """At the run's own stage, the model is base + alpha * (unlimited - base), to the bit for plain weights."""
+    got = found(material, f"{method}-{stage}")
+    folder = folder_of(material, runs, f"{method}-{stage}")
+    assert 0.0 < got["delta_scale"] < 1.0
+    assert got["search"]["after"] - got["search"]["before"] <= BUDGET
+    base, unlimited = weights(material.base), weights(folder_of(material, runs, f"{method}-unlimited") / "model")
+    for name, values in weights(folder / "model").items():
+        whole = unlimited[name].double() - base[name].double()
+        want = (base[name].double() + got["delta_scale"] * whole).to(values.dtype)
+        # Another stage adds gradients in another order.
+        torch.testing.assert_close(values, want, rtol=0, atol=2e-4 * float(whole.abs().max()) + 1e-7)
+        if (method, stage) == ("seqft", "zero3"):
+            assert torch.equal(values, want), name

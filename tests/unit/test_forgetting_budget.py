@@ -2,18 +2,26 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+from support.models import make_model
 from torch import nn
 
+from piece_ds.config.method_arguments import BaselineArguments
+from piece_ds.config.settings import parse
+from piece_ds.deltas.dense import DenseChange
 from piece_ds.evaluation.forgetting_budget import MAX_TRIALS, search_scale
+from piece_ds.methods.lora import merged
+from piece_ds.methods.registry import METHODS
 from piece_ds.models.layout import layout_of
+from piece_ds.preflight.general_flags import check_general_flags
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
-from piece_ds.training.forgetting import limit_forgetting
+from piece_ds.training.forgetting import limit_forgetting, masked_change
 from piece_ds.zero.weights import read_selected
 
 
@@ -103,19 +111,81 @@ def test_a_live_model_is_scaled_and_the_whole_task_kept_beside_it(budget: float,
         seen.append(tuple(text["row"]))
         return float(model.weight.data.view(-1)[5])  # 1 + 2 alpha
 
-    found = limit_forgetting(SimpleNamespace(module=model), task, rows=rows, loss=loss, budget=budget)
+    live = masked_change(SimpleNamespace(module=model), task.mask, task.previous, read_selected(model, task.mask))
+    found = limit_forgetting(live, rows=rows, loss=loss, budget=budget)
     assert set(seen) == {(0, 2, 4), (1, 3)}  # no row is in both
-    assert found["delta_scale"] == task.scale == alpha
+    assert found["delta_scale"] == alpha
     expected = [1 + 2 * alpha if i in (0, 5, 11) else 1.0 for i in range(12)]
     assert model.weight.data.view(-1).tolist() == expected
-    assert (task.unscaled is None) == (alpha == 1.0)
-    assert alpha == 1.0 or task.unscaled["weight"].tolist() == [3.0, 3.0, 3.0]
     for half in ("search", "report"):
         assert found[half] == {"before": 1.0, "after": pytest.approx(1 + 2 * alpha), "unscaled": 3.0}
 
 
 def test_text_without_a_finite_loss_is_refused() -> None:
-    model, task = trained()
     rows = datasets.Dataset.from_list([{"row": row} for row in range(2)])
     with pytest.raises(UserError, match="--forgetting_budget"):
-        limit_forgetting(SimpleNamespace(module=model), task, rows=rows, loss=lambda text: None, budget=0.1)
+        limit_forgetting(SimpleNamespace(set_=lambda alpha: None), rows=rows, loss=lambda text: None, budget=0.1)
+
+
+def test_validation_rows_choose_among_the_scales_that_fit() -> None:
+    """General loss 2 + alpha, a validation loss that is least at 0.5: it wins although 0.75 fits too."""
+    general, held_out = (datasets.Dataset.from_list([{"row": row} for row in range(size)]) for size in (4, 3))
+    alphas: list[float] = []
+
+    def loss(text: datasets.Dataset) -> float:
+        return (alphas[-1] - 0.5) ** 2 if len(text) == 3 else 2 + alphas[-1]
+
+    found = limit_forgetting(
+        SimpleNamespace(set_=alphas.append), rows=general, loss=loss, budget=0.8, validated=held_out
+    )
+    assert found["delta_scale"] == alphas[-1] == 0.5
+    assert found["report"]["after"] == 2.5
+    assert {trial["score"] for trial in found["curve"]["trials"]} >= {-0.25, -0.0625, 0.0}
+
+
+def test_a_task_without_a_mask_is_scaled_in_every_trained_weight_and_back_to_the_bit() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Linear(4, 3).to(dtype)
+        names = ["weight"]
+        before, bias = model.weight.detach().clone(), model.bias.detach().clone()
+        change = DenseChange(model, names)
+        with torch.no_grad():
+            model.weight.add_(torch.randn(3, 4).to(dtype))
+        after = model.weight.detach().clone()
+        change.end()
+        for alpha in (0.25, 0.0, 0.5, 1.0):
+            change.set_(alpha)
+            want = (before.double() + alpha * (after.double() - before.double())).to(dtype)
+            assert torch.equal(model.weight, after if alpha == 1 else before if alpha == 0 else want)
+            assert torch.equal(model.bias, bias)
+
+
+def test_alpha_times_loras_second_factor_is_alpha_times_its_change() -> None:
+    model = make_model("llama")
+    weight = model.get_parameter("model.layers.0.self_attn.q_proj.weight").detach().clone()
+    method = METHODS["lora"].baseline(BaselineArguments())
+    adapted = method.adapt(model, 1, None)
+    change = DenseChange(adapted, method.scaled_names(adapted))
+    assert all(".lora_B." in name for name in method.scaled_names(adapted))
+    with torch.no_grad():
+        for param in adapted.parameters():
+            if param.requires_grad:
+                param.add_(torch.randn(param.shape))
+    change.end()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    whole = merged(adapted, adapted.state_dict())[name] - weight
+    change.set_(0.25)
+    torch.testing.assert_close(merged(adapted, adapted.state_dict())[name] - weight, 0.25 * whole, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_scaled_is_refused() -> None:
+    text = ["--forgetting_budget", "0.1", "--general_text", "builtin"]
+    for flags, num_tasks, message in (
+        (["--method", "lora"], 2, "a later task of --method lora"),
+        (["--method", "lora"], 1, None),
+        (["--method", "o-lora"], 2, None),
+        (["--method", "seqft"], 3, None),
+        (["--method", "peft", "--peft_config", "f"], 1, "a task of --method peft"),
+    ):
+        with pytest.raises(UserError, match=message) if message else nullcontext():
+            check_general_flags(parse([*flags, *text]), num_tasks)
