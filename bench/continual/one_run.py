@@ -17,8 +17,8 @@ from bench.continual.tasks import StreamFiles
 from bench.record import device_name
 from piece_ds.cli.run import train
 from piece_ds.config.settings import Settings, load_settings
+from piece_ds.data.general_rows import load_general
 from piece_ds.data.image_collate import make_collator
-from piece_ds.data.tasks import load_general
 from piece_ds.evaluation.loss import evaluate_loss
 from piece_ds.evaluation.matrix import difference
 from piece_ds.report.results import RunResults

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from piece_ds.checkpoint.artifact import DELTA, open_artifact
+from piece_ds.checkpoint.artifact import DELTA, Artifact, open_artifact
 from piece_ds.checkpoint.delta_parts import read_index, write_parts
 from piece_ds.checkpoint.metadata import describe
 from piece_ds.runtime.distributed import barrier, is_main
@@ -93,13 +93,22 @@ def load_previous(path: Path | str, mask: Mask) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: the task cannot be resumed without the values it began with")
-    values = {}
     with open_artifact(path, DELTA) as file:
-        for name, index in mask.index.items():
-            whole, previous = read_index(file, name, file.metadata.numel(name)), file.tensor(f"{name}.previous")
-            # A rank's part of a parameter's positions is one run of them.
-            begin = int(torch.searchsorted(whole, index[0]))
-            if previous.shape != whole.shape or not torch.equal(whole[begin : begin + index.numel()], index):
-                raise UserError(f"{path} does not belong to this task's mask: {name!r} has other indices")
-            values[name] = previous[begin : begin + index.numel()]
+        return own_part(file, "previous", mask)
+
+
+def own_part(file: Artifact, part: str, mask: Mask) -> dict[str, Tensor]:
+    """Return this rank's values of mask's elements from an open file of NAME.indices and NAME.PART.
+
+    Raises:
+        UserError: the file is of another mask.
+    """
+    values = {}
+    for name, index in mask.index.items():
+        whole, found = read_index(file, name, file.metadata.numel(name)), file.tensor(f"{name}.{part}")
+        # A rank's part of a parameter's positions is one run of them.
+        begin = int(torch.searchsorted(whole, index[0]))
+        if found.shape != whole.shape or not torch.equal(whole[begin : begin + index.numel()], index):
+            raise UserError(f"{file.path} does not belong to this task's mask: {name!r} has other indices")
+        values[name] = found[begin : begin + index.numel()]
     return values

@@ -25,7 +25,7 @@ class Metadata(BaseModel):
         scale: factor of a delta's changes.
         zeros: parameter name -> dtype of the values that a delta leaves out because all are zero.
         parent, link: of a delta, see chain_metadata().
-        step: of the optimizer. In a delta, how many steps the task had taken.
+        step: of the optimizer. In a delta, how many steps the task had taken; in a best step's file, its own.
         counters: of the engine, in selected-state files.
     """
 

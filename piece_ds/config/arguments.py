@@ -5,6 +5,7 @@ Ranges are checked in __post_init__, so a bad value is refused before a model or
 """
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 from piece_ds.config.ranges import require_choice, require_positive
 from piece_ds.runtime.errors import UserError
@@ -180,7 +181,7 @@ class OutputArguments:
 
 @dataclass
 class EvaluationArguments:
-    """What a model is judged by, before any task and after each."""
+    """What a model is judged by, before any task and after each, and which step of a task is kept."""
 
     scorers: str | None = field(
         default=None,
@@ -208,11 +209,33 @@ class EvaluationArguments:
     lm_eval_path: str | None = field(default=None, metadata={"help": "folder with the harness's YAML files of tasks"})
     lm_eval_limit: int | None = field(default=None, metadata={"help": "the harness uses the first N rows of each task"})
 
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata={
+            "help": "end each task with the weights of its best step by --metric_for_best_model (loss, score or "
+            "loss_within_budget) on the held-out rows, as --eval_strategy evaluates them; with a mask it needs no "
+            "checkpoint"
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "end a task after so many evaluations in a row without a gain"}
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "the least that --metric_for_best_model must gain to count as a gain"}
+    )
+
     def __post_init__(self) -> None:
         require_choice("scoring", self.scoring, SCORINGS)
         require_positive("max_new_tokens_text", self.max_new_tokens_text)
         if self.lm_eval_limit is not None:
             require_positive("lm_eval_limit", self.lm_eval_limit)
+
+        if self.early_stopping_patience is not None:
+            require_positive("early_stopping_patience", self.early_stopping_patience)
+        if not (isfinite(self.early_stopping_threshold) and self.early_stopping_threshold >= 0):
+            raise UserError(f"--early_stopping_threshold must be 0 or more, got {self.early_stopping_threshold}")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise UserError("--early_stopping_threshold belongs to --early_stopping_patience")
 
         # Without its tasks, the harness's other flags would be ignored silently.
         if not self.lm_eval_tasks and (self.lm_eval_path or self.lm_eval_limit):

@@ -32,8 +32,13 @@ class OneLineParser(HfArgumentParser):
 
 
 def make_parser(*classes: type) -> OneLineParser:
-    """Return a parser of the flags of dataclasses."""
-    return OneLineParser(classes, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Return a parser of the flags of dataclasses. A flag that two of them have is that of the later one."""
+    return OneLineParser(
+        classes,
+        allow_abbrev=False,
+        conflict_handler="resolve",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
 
 def training_arguments_of(flags: Sequence[str]) -> TrainingArguments:

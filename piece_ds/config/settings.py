@@ -194,10 +194,18 @@ def print_help(meanings: Mapping[str, str]) -> None:
         return
     parser = make_parser(*OURS, TrainingArguments)
     parser.epilog = HELP
+    # Where both have a flag, the parser shows transformers' own help.
+    meanings = {**{field.name: field.metadata["help"] for field in shared_fields()}, **meanings}
     for action in parser._actions:
         if action.dest in meanings:
             action.help = meanings[action.dest].replace("%", "%%")
     parser.print_help(sys.stdout)
+
+
+def shared_fields() -> list[Any]:
+    """Return our fields that bear the name of one of TrainingArguments' and take its place."""
+    theirs = {field.name for field in fields(TrainingArguments)}
+    return [field for cls in OURS for field in fields(cls) if field.name in theirs]
 
 
 def _known_flags() -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from piece_ds.config.settings import Settings
+from piece_ds.config.settings import Settings, shared_fields
 
 
 def settings_yaml(settings: Settings) -> str:
@@ -27,11 +27,12 @@ def settings_yaml(settings: Settings) -> str:
 
     # transformers' own, from the flags: TrainingArguments itself would start what it configures.
     given = HfArgumentParser((TrainingArguments,), allow_abbrev=False).parse_args(list(settings.flags))
+    ours = {field.name for field in shared_fields()}
     lines += ["", "# TrainingArguments: transformers' own; see its page for what they mean"]
     lines += [
         _entry(field.name, getattr(given, field.name))
         for field in fields(TrainingArguments)
-        if hasattr(given, field.name)
+        if hasattr(given, field.name) and field.name not in ours
     ]
     return "\n".join(lines).lstrip() + "\n"
 

@@ -2,8 +2,9 @@
 
 from piece_ds.data.collate import Collator, MicroBatches, pad_id
 from piece_ds.data.files import load_rows
+from piece_ds.data.general_rows import load_general
 from piece_ds.data.image_collate import ImageCollator, check_processor, make_collator
-from piece_ds.data.tasks import Task, load_general, load_task_stream
+from piece_ds.data.tasks import Task, load_task_stream
 from piece_ds.data.tokenize import Encoder, split_prompt, tokenize_rows
 from piece_ds.models.processor import Processing, load_processor, tokenizer_of
 

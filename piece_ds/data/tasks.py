@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -22,52 +22,6 @@ from piece_ds.models.token_ids import TokenIds
 from piece_ds.runtime.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
-
-
-def load_general(
-    path_or_name: str,
-    processing: Processing,
-    cutoff: int,
-    chat_template: bool = False,
-    max_rows: int | None = None,
-    images: DataArguments | None = None,
-) -> datasets.Dataset:
-    """Return encoded rows whose loss tells how much general ability is left. No task trains them.
-
-    Args:
-        path_or_name: rows of prompt and answer (loss on the answer), of token ids, or of text (loss on all of it, in
-            windows), or a .txt file, which is one long text.
-        processing: the model's tokenizer or processor.
-        cutoff: as in Encoder, in tokens.
-        chat_template: as in Encoder.
-        max_rows: keep only this many encoded rows, from the first.
-        images: settings that say where images are, for a model that reads them.
-    Returns:
-        Dataset of columns input_ids and labels.
-    Raises:
-        UserError: the file or a row cannot be used.
-    """
-    encoder = Encoder(tokenizer_of(processing), cutoff, chat_template)
-    if path_or_name.lower().endswith(".txt") and Path(path_or_name).is_file():
-        rows = _text_file_rows(Path(path_or_name))
-    else:
-        rows = read_data_file(path_or_name, images=isinstance(processing, ProcessorMixin)).rows
-    if max_rows is not None:
-        rows = first_rows(rows, max_rows)  # a row makes at least one encoded row, so nothing needed is cut
-    if isinstance(processing, ProcessorMixin) and has_images(rows):
-        found = find_images(rows, path_or_name, images or DataArguments())
-        return encode_image_rows(found, encoder, ImagePrompt(processing))
-    return first_rows(tokenize_rows(rows, encoder, path_or_name), max_rows)
-
-
-def _text_file_rows(path: Path) -> datasets.Dataset:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text ({error.reason}); re-encode the file") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty; expected text")
-    return datasets.Dataset.from_dict({"text": [text]})
 
 
 # A task with training rows only is evaluated on its first rows, so that its column is not empty; Task.held_out is
@@ -91,6 +45,8 @@ class Task:
         is_validated: whether eval holds rows that are neither trained nor in test.
         generates: whether answers can be generated and read; False for plain text and without a tokenizer.
         references: all gold answers of each row of test, if rows may have several; else empty.
+        has_validation: whether eval holds rows that are not trained; without a test file they are test too.
+        validation: what answers, prompt_texts and references are of test, of eval; None if eval is test.
     """
 
     name: str
@@ -103,6 +59,21 @@ class Task:
     generates: bool = True
     references: list[list[str]] = field(default_factory=list, repr=False)
     is_validated: bool = False
+    has_validation: bool = False
+    validation: "Gold | None" = field(default=None, repr=False)
+
+    def on_validation(self) -> "Task":
+        """Return the task with its eval rows in place of the test rows."""
+        gold = self.validation
+        if gold is None:
+            return self
+        return replace(
+            self,
+            test=self.eval,
+            answers=gold.answers,
+            prompt_texts=gold.prompt_texts,
+            references=gold.references,
+        )
 
     @property
     def has_images(self) -> bool:
@@ -112,6 +83,15 @@ class Task:
     def prompts(self) -> list[list[int]]:
         """Return the token ids to generate an answer from, for each row of test, in its order."""
         return [split_prompt(row["input_ids"], row["labels"])[0] for row in self.test]
+
+
+@dataclass(frozen=True)
+class Gold:
+    """What the rows of a split ask and what answers them, as text and in their order; see Task."""
+
+    answers: list[str]
+    prompt_texts: list[str]
+    references: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -263,20 +243,29 @@ def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
 
     # Keep their texts beside them, for the scores and the records.
     kind = loaded.get(test_split, loaded["train"]).format.kind
-    prompt_texts, answers = _texts(first_rows(rows[test_split], len(test)), test, reader.encoder)
-    references = rows[test_split]["answers"] if "answers" in rows[test_split].column_names else []
+    gold = _gold(rows[test_split], test, reader.encoder)
+    validates = "eval" in splits and test_split != "eval"
     return Task(
         name=name,
         train=splits["train"],
         eval=splits.get("eval", test),
         test=test,
-        answers=answers,
-        prompt_texts=prompt_texts,
+        answers=gold.answers,
+        prompt_texts=gold.prompt_texts,
         held_out=held_out,
         generates=kind != TEXT and not isinstance(reader.encoder.tokenizer, TokenIds),
-        references=list(references)[: len(test)],
+        references=gold.references,
         is_validated={"eval", "test"} <= splits.keys(),
+        has_validation="eval" in splits,
+        validation=_gold(rows["eval"], splits["eval"], reader.encoder) if validates else None,
     )
+
+
+def _gold(rows: datasets.Dataset, encoded: datasets.Dataset, encoder: Encoder) -> Gold:
+    """Return the texts of the rows that were encoded, which may be the first ones only."""
+    prompt_texts, answers = _texts(first_rows(rows, len(encoded)), encoded, encoder)
+    references = rows["answers"] if "answers" in rows.column_names else []
+    return Gold(answers, prompt_texts, list(references)[: len(encoded)])
 
 
 def _texts(rows: datasets.Dataset, encoded: datasets.Dataset, encoder: Encoder) -> tuple[list[str], list[str]]:

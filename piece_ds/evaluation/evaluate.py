@@ -89,16 +89,14 @@ def evaluate_tasks(
     # Each task: the loss of the gold answers, then the score of the model's own.
     for task in tasks:
         losses[task.name] = evaluate_loss(model, task.test, collate, batch_size, device).mean
-        scorer = get_scorer(scorers[task.name])
         scores[task.name] = None
-        if scorer.generates:
-            answers = _answers(model, tokenizer, task, scorer, batch_size, settings, device)
+        if get_scorer(scorers[task.name]).generates:
+            answers, found = score_task(model, tokenizer, task, scorers[task.name], batch_size, settings, device)
             generated.append(answers)
-            golds = task.references or task.answers
-            found = scorer.score(answers.texts, golds, task.prompt_texts, settings.evaluation.scoring)
             scores[task.name] = found.pop("score")
             measures |= {task.name: found} if found else {}
             if is_main():
+                golds = task.references or task.answers
                 write_predictions(folder / f"{task.name}.jsonl", task.prompt_texts, golds, answers.texts)
 
     # What no task trains: general text and benchmarks.
@@ -119,6 +117,28 @@ def evaluate_tasks(
         sum(answers.num_tokens for answers in generated),
         sum(answers.seconds for answers in generated),
     )
+
+
+def score_task(
+    model: Any,
+    tokenizer: Processing,
+    task: Task,
+    scorer: str,
+    batch_size: int,
+    settings: Settings,
+    device: Any,
+) -> tuple[Generated, dict[str, float]]:
+    """Return a model's answers to a task's test rows, and its "score" with the measures beside it. A collective.
+
+    Args:
+        model, tokenizer, batch_size, settings, device: as in evaluate_tasks().
+        task: with rows that answers can be generated for.
+        scorer: name of one that generates.
+    """
+    judge = get_scorer(scorer)
+    answers = _answers(model, tokenizer, task, judge, batch_size, settings, device)
+    golds = task.references or task.answers
+    return answers, judge.score(answers.texts, golds, task.prompt_texts, settings.evaluation.scoring)
 
 
 def _answers(

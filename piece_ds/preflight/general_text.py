@@ -10,8 +10,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from piece_ds.config.settings import Settings
+from piece_ds.data.general_rows import load_general
 from piece_ds.data.general_text import BUILTIN, NUM_JUDGED, SELF, builtin_rows, hold_out_judged
-from piece_ds.data.tasks import load_general
 from piece_ds.data.tokenize import Encoder
 from piece_ds.evaluation.kept_logits import num_answer_tokens
 from piece_ds.evaluation.self_written import SelfWriting, self_written_file

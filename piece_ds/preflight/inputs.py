@@ -14,9 +14,10 @@ from transformers import TrainingArguments
 
 from piece_ds.config.defaults import timeout_seconds
 from piece_ds.config.settings import Settings
+from piece_ds.data.general_rows import load_general
 from piece_ds.data.image_collate import check_processor
 from piece_ds.data.packing import check_packing
-from piece_ds.data.tasks import Task, holds_token_ids, load_general, load_task_stream
+from piece_ds.data.tasks import Task, holds_token_ids, load_task_stream
 from piece_ds.evaluation.benchmarks import check_ability
 from piece_ds.evaluation.scorers import choose_scorers, parse_scorers
 from piece_ds.methods.baseline import Baseline

@@ -11,6 +11,8 @@ from piece_ds.config.settings import Settings
 from piece_ds.methods.baseline import Baseline
 from piece_ds.methods.method import SELECTION, Method
 from piece_ds.methods.registry import find_method, names_of
+from piece_ds.preflight.best_step import DECISIVE as OF_BEST_STEP
+from piece_ds.preflight.best_step import check_best_step, decides_weights
 from piece_ds.preflight.checks import (
     check_accumulation,
     check_kernels,
@@ -86,6 +88,7 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
         _check_accumulation(inputs)
         num_eval_rows = {task.name: len(task.eval) for task in inputs.tasks}
         check_own_evaluation(arguments, _num_rows(inputs), num_eval_rows)
+        check_best_step(settings, arguments, inputs.tasks, inputs.scorers)
         check_optimizer(arguments, inputs.config, [_num_steps(arguments, rows) for rows in _num_rows(inputs).values()])
         check_offload(method.name, arguments)
     if job != EVALUATE:
@@ -151,7 +154,8 @@ def _num_steps(arguments: TrainingArguments, num_rows: int) -> int:
 def _claim_of(inputs: Inputs) -> Claim:
     """Return the claim on --output_dir, not yet made."""
     settings, arguments = inputs.settings, inputs.arguments
-    decisive = {name: _plain(getattr(arguments, name)) for name in DECISIVE}
+    names = (*DECISIVE, *(OF_BEST_STEP if decides_weights(settings, arguments) else ()))
+    decisive = {name: _plain(getattr(arguments, name)) for name in names}
     # Any number of ranks may resume a masked run, as long as a step has the same micro-batches.
     decisive["gradient_accumulation_steps * ranks"] = arguments.gradient_accumulation_steps * world_size()
 

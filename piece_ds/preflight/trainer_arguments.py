@@ -99,7 +99,7 @@ def _check_accelerator(arguments: TrainingArguments) -> None:
 
 
 def check_own_evaluation(arguments: TrainingArguments, num_rows: dict[str, int], num_eval_rows: dict[str, int]) -> None:
-    """Raise UserError if the trainer would have no batch, or would look for a measure that it does not make.
+    """Raise UserError if the trainer would have no batch, or nothing to evaluate.
 
     Args:
         arguments: of the run.
@@ -127,15 +127,6 @@ def check_own_evaluation(arguments: TrainingArguments, num_rows: dict[str, int],
             f"--eval_strategy {_plain(arguments.eval_strategy)}: task {empty[0]} has no eval rows; give --eval_file or "
             "--validation_share, or leave it out"
         )
-
-    # The best checkpoint needs a measure to choose it by.
-    metric = arguments.metric_for_best_model
-    if metric is not None and evaluates and metric.removeprefix("eval_") != "loss":
-        raise UserError(
-            f"--metric_for_best_model {metric!r}: the trainer's own evaluation has the loss alone; use loss"
-        )
-    if arguments.save_strategy == "best" and (metric is None or not evaluates):
-        raise UserError("--save_strategy best needs --metric_for_best_model loss and --eval_strategy steps or epoch")
 
 
 def check_optimizer(arguments: TrainingArguments, config: Any, num_steps: Collection[int]) -> None:

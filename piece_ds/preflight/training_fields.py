@@ -61,7 +61,7 @@ def _no_effect(note: str) -> Treatment:
 
 _COUNT = 2**31 - 1
 _SEED = 2**32 - 1  # numpy's limit
-_OWN_EVALUATION = "the trainer's own evaluation computes the loss alone; scores are --scorers'"
+_OWN_EVALUATION = "evaluation sums the loss of all answer tokens on the device; scores are --scorers'"
 _TO_HUB = "see push_to_hub"
 _NOT_DDP = "DeepSpeed's engine and not DistributedDataParallel reduces gradients"
 _NO_STEPS = "the script's name says what is done: train.py, select_mask.py or eval_tasks.py"
@@ -130,22 +130,25 @@ FIELDS: dict[str, Treatment] = {
     "trackio_bucket_id": _works("Trackio's; not tested"),
     "trackio_static_space_id": _works("Trackio's; not tested"),
     # The trainer's own evaluation.
-    "eval_strategy": _works("loss on the task's eval rows while it trains"),
+    "eval_strategy": _works("exact loss on the task's eval rows while it trains"),
     "eval_steps": _works(above=0, high=_COUNT),
     "eval_delay": _works(low=0, high=_COUNT),
     "eval_on_start": _works(),
     "prediction_loss_only": _no_effect(_OWN_EVALUATION),
     "eval_do_concat_batches": _no_effect(_OWN_EVALUATION),
-    "eval_use_gather_object": _refused("losses are tensors, which it cannot gather: leave it out"),
-    "eval_accumulation_steps": _works(low=1, high=_COUNT),
+    "eval_use_gather_object": _no_effect(_OWN_EVALUATION),
+    "eval_accumulation_steps": _no_effect(_OWN_EVALUATION),
     "include_for_metrics": _no_effect(_OWN_EVALUATION),
     "batch_eval_metrics": _no_effect(_OWN_EVALUATION),
     "label_names": _no_effect(_OWN_EVALUATION),
-    "metric_for_best_model": _works("with --save_strategy best or lr_scheduler_type reduce_lr_on_plateau: loss"),
+    "metric_for_best_model": _works(
+        "loss, score (the task's own) or loss_within_budget (with --forgetting_budget); for the best step, "
+        "--save_strategy best and reduce_lr_on_plateau"
+    ),
     "greater_is_better": _works(),
-    "load_best_model_at_end": _refused(
-        "a task's delta and scores are those of its last step: choose --max_steps, or --num_train_epochs, by the "
-        "losses that --eval_strategy logs"
+    "load_best_model_at_end": _works(
+        "each task ends with its best step on held-out rows; with a mask it takes no checkpoint, seqft needs "
+        "--save_strategy best or a checkpoint at every evaluation"
     ),
     # Checkpoints.
     "save_strategy": _works(),

@@ -80,7 +80,12 @@ def stream_figure(
 
 
 def training_figure(
-    losses: Mapping[str, Sequence[Mapping[str, Points]]], tasks: Sequence[str], families: Sequence[str] = ()
+    losses: Mapping[str, Sequence[Mapping[str, Points]]],
+    tasks: Sequence[str],
+    families: Sequence[str] = (),
+    *,
+    held_out: Mapping[str, Mapping[str, Points]] | None = None,
+    kept: Mapping[str, Mapping[str, tuple[int, float]]] | None = None,
 ) -> bytes:
     """Draw training loss over all steps of the stream, task after task, with one line per run.
 
@@ -88,6 +93,8 @@ def training_figure(
         losses: run -> for each repetition, task -> (step within the task, loss) in step order.
         tasks: in the order of training.
         families: as in stream_figure().
+        held_out: run -> task -> the same of its held-out rows; drawn as a dashed line of the run's colour.
+        kept: run -> task -> the point of the step that the task ended with; drawn as a star.
     Returns:
         PNG bytes. Thin lines separate the tasks. Long curves are smoothed, with the raw values faint behind.
     """
@@ -103,6 +110,11 @@ def training_figure(
             for start, task in zip(starts, tasks, strict=False):
                 shifted = [[(start + step, loss) for step, loss in log.get(task, ())] for log in several]
                 _curve(axes, shifted, look, label=run if task == tasks[0] else None)
+                points = [(start + step, loss) for step, loss in (held_out or {}).get(run, {}).get(task, ())]
+                star = (kept or {}).get(run, {}).get(task)
+                axes.plot(*_columns(points), color=look.color, linestyle="--", linewidth=1.0, marker=".", markersize=3)
+                if star is not None:
+                    axes.plot(start + star[0], star[1], marker="*", markersize=9, color=look.color, zorder=4)
 
         # Separate and name the tasks.
         for start in starts[:-1]:

@@ -36,6 +36,8 @@ class RunResults:
         rows: task -> number of rows that it is evaluated on.
         forgetting: task -> "delta_scale", the "curve" it was chosen from, and losses of both halves of the general
             text.
+        validation: task -> "curve" of the evaluations while it trained, "best_step", "used_step" (whose weights it ends
+            with), "last_step", "metric", "stopped_early" and the number of "rows".
         notes: what a reader must know, in sentences.
     """
 
@@ -51,6 +53,7 @@ class RunResults:
     cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     forgetting: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    validation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
@@ -98,6 +101,7 @@ class RunResults:
             "logs": self.logs,
             "settings": self.settings,
             **({"forgetting": self.forgetting} if self.forgetting else {}),
+            **({"validation": self.validation} if self.validation else {}),
             "notes": self.notes,
             "rows": self.rows,
             "changes": self.changes,
@@ -108,8 +112,8 @@ class RunResults:
         """Return the results in the content of a results.json.
 
         Args:
-            values: from to_json(). name, measures, ability, settings, notes, rows, changes and forgetting may be
-                absent.
+            values: from to_json(). name, measures, ability, settings, notes, rows, changes, forgetting and
+                validation may be absent.
             name: name to give the run; None means its own, or else its method.
         Raises:
             UserError: values have another format or version, or a part is missing or of the wrong form.
@@ -117,7 +121,7 @@ class RunResults:
         content = checked(values, Results, "results", "run again", strict=True).model_dump(exclude_unset=True)
         # Required parts fail above; optional ones keep the defaults of older files.
         parts = {part: content[part] for part in ("method", "ratio", "masks", "overlaps", "logs", "cost")}
-        known = ("measures", "ability", "settings", "notes", "rows", "changes", "forgetting")
+        known = ("measures", "ability", "settings", "notes", "rows", "changes", "forgetting", "validation")
         optional = {part: content[part] for part in known if part in content}
         name = name or content.get("name") or str(content["method"])
         return cls(name=name, matrix=ResultMatrix.from_json(content["matrix"]), **parts, **optional)

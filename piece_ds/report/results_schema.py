@@ -82,6 +82,27 @@ class Forgetting(BaseModel, extra="allow"):
     curve: dict[str, Any]
 
 
+class Evaluated(BaseModel, extra="allow"):
+    """One evaluation on held-out rows; see training/best_step.py."""
+
+    step: Count
+    loss: Number | None
+    score: Number | None = None
+    general_rise: Number | None = None
+
+
+class Validation(BaseModel, extra="allow"):
+    """The evaluations while one task trained; see training/validation.py."""
+
+    rows: Count
+    metric: str
+    best_step: Count | None
+    used_step: Count
+    last_step: Count
+    stopped_early: bool
+    curve: list[Evaluated]
+
+
 class Results(BaseModel):
     """The content of results.json; see RunResults."""
 
@@ -100,5 +121,6 @@ class Results(BaseModel):
     settings: dict[str, Any] = {}
     notes: list[str] = []
     forgetting: dict[str, Forgetting] = {}
+    validation: dict[str, Validation] = {}
     rows: dict[str, Count] = {}
     changes: dict[str, dict[str, Changed]] = {}

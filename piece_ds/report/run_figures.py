@@ -8,6 +8,7 @@ from piece_ds.report.heat_maps import MAX_PANELS, mask_heat_maps, overlap_heat_m
 from piece_ds.report.html import ReportFigure
 from piece_ds.report.lines import Values, stream_figure, training_figure
 from piece_ds.report.results import RunResults
+from piece_ds.report.validation import kept_points, validation_losses
 
 SCORE_PANEL = "score, mean of the tasks seen"
 LOSS_PANEL = "loss, mean of the tasks seen"
@@ -82,8 +83,17 @@ def _training_figures(
     losses = {name: [run.training_losses for run in several] for name, several in runs.items()}
     if not any(points for several in losses.values() for of_task in several for points in of_task.values()):
         return []
+
+    # Held-out losses of single runs: a mean over seeds would have no step that was kept.
+    single = {name: several[0] for name, several in runs.items() if len(several) == 1 and several[0].validation}
+    held_out = {name: validation_losses(run) for name, run in single.items()}
+    png = training_figure(
+        losses, tasks, families, held_out=held_out, kept={name: kept_points(run) for name, run in single.items()}
+    )
     caption = "Training loss over the optimizer steps of the stream; a dotted line is the start of a task."
-    return [ReportFigure("training.png", caption + _of_seeds(runs), training_figure(losses, tasks, families))]
+    if single:
+        caption += " Dashed: loss on held-out rows; a star is the step that the task ended with."
+    return [ReportFigure("training.png", caption + _of_seeds(runs), png)]
 
 
 def _overall(measure: Measure) -> Values:

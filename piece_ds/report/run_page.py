@@ -6,6 +6,7 @@ from pathlib import Path
 from piece_ds.report.grids import cost_grid, page_grids, summary_grid
 from piece_ds.report.html import ReportFigure, render_page
 from piece_ds.report.results import RunResults
+from piece_ds.report.validation import validation_grid
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_text, write_whole
 
@@ -39,6 +40,7 @@ def write_report(output_dir: Path | str, runs: Sequence[RunResults], title: str 
     grids = [
         summary_grid(runs),
         *(grid for run in runs for grid in page_grids(run)),
+        *(validation_grid(run) for run in runs if run.validation),
         *([costs] if costs.rows else []),
     ]
 

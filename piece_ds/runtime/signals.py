@@ -32,11 +32,13 @@ class _Notice:
         heeding: signals are noted instead of ending the process, on all ranks.
         signum: first signal noted here; 0 if there is none.
         agreed: all ranks know of a signal.
+        deferred: exit_if_signalled() leaves it to a later point.
     """
 
     heeding = False
     signum = 0
     agreed = False
+    deferred = False
 
 
 @contextmanager
@@ -53,6 +55,16 @@ def signal_handling() -> Iterator[None]:
         _Notice.heeding = False
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def exits_deferred() -> Iterator[None]:
+    """Let exit_if_signalled() pass inside: an evaluation in the middle of training ends at a step with a checkpoint."""
+    before, _Notice.deferred = _Notice.deferred, True
+    try:
+        yield
+    finally:
+        _Notice.deferred = before
 
 
 def _note(signum: int, frame: Any) -> None:
@@ -83,11 +95,11 @@ def _largest_of_ranks(number: int) -> int:
 
 
 def exit_if_signalled(where: str) -> None:
-    """Raise Preempted, on all ranks, if stop_asked(). A collective.
+    """Raise Preempted, on all ranks, if stop_asked(). A collective, except inside exits_deferred(), where it passes.
 
     Args:
         where: what the run was doing, for the message.
     """
     report_status(where)
-    if stop_asked():
+    if not _Notice.deferred and stop_asked():
         raise Preempted(f"stopped by {signal.Signals(_Notice.signum).name} {where}")

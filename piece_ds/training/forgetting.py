@@ -97,7 +97,7 @@ def limit_forgetting(
     Cost: at most ten evaluations of half of the text and six of validated, and a write of every value for each.
     """
     # Two halves: a scale that was chosen on some rows says too little about their loss.
-    searched, reported = (rows.select(range(first, len(rows), 2)) for first in (0, 1))
+    searched, reported = searched_half(rows), rows.select(range(1, len(rows), 2))
 
     def measure(alpha: float, text: datasets.Dataset) -> float:
         changes.set_(alpha)
@@ -124,6 +124,11 @@ def limit_forgetting(
     after = {"search": before["search"] + curve.rise, "report": measure(curve.alpha, reported)}
     halves = {half: {"before": before[half], "after": after[half], "unscaled": whole[half]} for half in whole}
     return {"delta_scale": curve.alpha, "curve": curve.to_json(), **halves}
+
+
+def searched_half(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return the rows of general text that a choice may look at. The others are only reported."""
+    return rows.select(range(0, len(rows), 2))
 
 
 def masked_change(engine: Any, mask: Mask, previous: dict[str, Any], values: dict[str, Any]) -> LiveDelta:

@@ -117,6 +117,21 @@ def with_forgetting(results: RunResults, task: str, found: dict[str, Any] | None
     return results if found is None else replace(results, forgetting={**results.forgetting, task: found})
 
 
+def with_validation(results: RunResults, task: Task, found: dict[str, Any] | None) -> RunResults:
+    """Return results with the evaluations while a task trained, and a note if they chose by the rows that judge it."""
+    if found is None:
+        return results
+    results = replace(results, validation={**results.validation, task.name: found})
+    chosen = found["used_step"] != found["last_step"] or found["stopped_early"]
+    if not chosen or task.validation is not None:
+        return results
+    note = (
+        f"{task.name} is judged on the rows that chose its best step, so its last figures flatter it a little: a test "
+        "file has none of it."
+    )
+    return replace(results, notes=[*results.notes, note])
+
+
 def _with_details(results: RunResults, moment: str, scores: EvalResult) -> RunResults:
     """Return results with what was measured besides the scores at moment."""
     measures = {**results.measures, moment: scores.measures} if scores.measures else results.measures

@@ -13,13 +13,15 @@ from piece_ds.data.tasks import Task
 from piece_ds.methods.baseline import Baseline, TaskContext
 from piece_ds.methods.registry import find_method
 from piece_ds.models.processor import Processing
+from piece_ds.training.best_step import LOSS_WITHIN_BUDGET
 from piece_ds.training.claim import Claim
-from piece_ds.training.forgetting import ForgettingBudget
+from piece_ds.training.forgetting import ForgettingBudget, searched_half
 from piece_ds.training.general_loss import GeneralLoss, general_loss_of
 from piece_ds.training.general_statistics import GeneralStatistics, general_statistics_of
 from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.reporters import StreamReporters
 from piece_ds.training.run_folder import RunFolder
+from piece_ds.training.validation import Validation, rule_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,26 @@ def context_of(stream: Stream, index: int) -> TaskContext:
         collate=training_collator(stream.tokenizer, stream.settings.data.packing),
         batch_size=stream.settings.method.importance_batch_size,
         seed=stream.seed,
+    )
+
+
+def validation_of(stream: Stream, index: int) -> Validation | None:
+    """Return what is evaluated while a task trains; None without --eval_strategy."""
+    settings, task = stream.settings, stream.tasks[index]
+    arguments = settings.training_arguments(output_dir=stream.folder.root)
+    if arguments.eval_strategy == "no":
+        return None
+    rule = rule_of(settings, arguments)
+    general = stream.judged if rule is not None and rule.metric == LOSS_WITHIN_BUDGET else None
+    return Validation(
+        task=task.on_validation(),
+        tokenizer=stream.tokenizer,
+        settings=settings,
+        scorer=stream.scorers[task.name],
+        batch_size=stream.eval_batch_size,
+        rule=rule,
+        general=None if general is None else searched_half(general),
+        loads_best=settings.evaluation.load_best_model_at_end,
     )
 
 

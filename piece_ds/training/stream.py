@@ -37,6 +37,7 @@ from piece_ds.training.results import (
     with_forgetting,
     with_overlaps,
     with_task,
+    with_validation,
     write_results,
 )
 from piece_ds.training.run import (
@@ -47,6 +48,7 @@ from piece_ds.training.run import (
     general_loss_for,
     mask_files,
     mask_source_of,
+    validation_of,
 )
 from piece_ds.training.run_folder import clear_half_written, forget_resumption, written_bytes
 from piece_ds.training.task import train_task
@@ -156,6 +158,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
         general=general_for(stream, index),
         general_loss=general_loss_for(stream, index),
         budget=budget_for(stream, index),
+        validation=validation_of(stream, index),
         claim=stream.claim,
         resume=resume,
         evaluate_before=before if index == 0 and not is_judged_before(results) else None,
@@ -169,6 +172,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
     cost = {**asdict(trained.cost), **written_bytes(folder)}
     results = with_task(results, task.name, scores[0], cost=cost, index=trained.index, numel=numel, log=trained.log)
     results = with_forgetting(results, task.name, trained.forgetting)
+    results = with_validation(results, task, trained.validation)
     results = with_overlaps(results, mask_files(stream, index + 1))
     results = with_changes(results, task.name, folder / "delta.safetensors")
     write_results(results, stream.folder.results_file)

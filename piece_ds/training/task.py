@@ -12,20 +12,16 @@ from transformers import Trainer, TrainerCallback
 
 from piece_ds.checkpoint.manifest import write_manifest
 from piece_ds.config.settings import Settings
-from piece_ds.data.collate import pad_id
 from piece_ds.deltas.delta import DELTA_NAME
 from piece_ds.deltas.dense import DenseChange
-from piece_ds.evaluation.padding import answer_tokens, check_rows
-from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
-from piece_ds.models.layout import layout_of
-from piece_ds.models.loading import reads_images
-from piece_ds.models.processor import Processing, tokenizer_of
+from piece_ds.methods.baseline import Baseline, TaskContext
+from piece_ds.models.processor import Processing
 from piece_ds.runtime.distributed import barrier
 from piece_ds.runtime.profiling import host_peak_bytes, peak_bytes, reset_peaks, take_seconds
 from piece_ds.runtime.rank_status import report_status
 from piece_ds.runtime.signals import exit_if_signalled
 from piece_ds.training.callback import MASK_NAME
-from piece_ds.training.checkpoints import last_checkpoint, needs_resharding, restore_resharded, step_of
+from piece_ds.training.checkpoints import last_checkpoint, needs_resharding, step_of
 from piece_ds.training.claim import Claim
 from piece_ds.training.forgetting import ForgettingBudget
 from piece_ds.training.general_loss import GeneralLoss
@@ -34,10 +30,12 @@ from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.metrics import METRICS_NAME, MetricsLog, finite
 from piece_ds.training.nonfinite import NONFINITE, OVERFLOW, NonfiniteCallback
 from piece_ds.training.saving import save_baseline, save_model
+from piece_ds.training.task_begin import arguments_of, attach_mask, begin_baseline, begin_general, check_padding
 from piece_ds.training.task_mask import TaskMask
 from piece_ds.training.task_result import TaskCost, TaskResult
-from piece_ds.training.trainer import BeforeFirstStep, OnEngine, StopAtStep, make_trainer
-from piece_ds.update.step_scale import general_step_scale, scale_steps
+from piece_ds.training.trainer import TaskTrainer, make_trainer
+from piece_ds.training.trainer_callbacks import BeforeFirstStep, EvaluateLastStep, OnEngine, StopAtStep
+from piece_ds.training.validation import BestStep, Validation
 from piece_ds.zero.whole_state import whole_state
 
 # What a task leaves behind, under checksums once it is all there.
@@ -54,6 +52,7 @@ def train_task(
     general: GeneralStatistics | None,
     general_loss: GeneralLoss | None,
     budget: ForgettingBudget | None,
+    validation: Validation | None,
     claim: Claim,
     resume: bool,
     evaluate_before: Callable[[Any], None] | None,
@@ -68,6 +67,7 @@ def train_task(
         context: the task in its stream, and its folder, where the trainer's checkpoints go too.
         general, general_loss: statistics of general text, and what it adds to the loss; None without.
         budget: limits the task's forgetting; None without it.
+        validation: what is evaluated while the task trains; None without --eval_strategy.
         claim: on the run's folder. It is made here, once there is an engine and before anything is written.
         resume: start from what an interrupted run of the task has left there.
         evaluate_before, evaluate_after: called with the engine: before statistics of a task that begins; at its end.
@@ -83,12 +83,11 @@ def train_task(
     task, folder = context.task, context.folder
 
     # Make the trainer and, in compact mode, room for the selected values, before there is an engine.
-    # The collator needs columns that no model takes: a row's image and its text.
-    arguments = settings.training_arguments(output_dir=folder, report_to="none", remove_unused_columns=False)
+    arguments = arguments_of(settings, folder, masked=baseline is None)
     checkpoint = last_checkpoint(folder) if resume else None
     trainer = make_trainer(model, arguments, tokenizer, baseline, context)
     trainer.portable = checkpoint is not None and needs_resharding(checkpoint, arguments, masked=baseline is None)
-    trainer.general = general_loss
+    trainer.general, trainer.best = general_loss, None if validation is None else BestStep(validation)
     change = None if budget is None or baseline is None else DenseChange(model, baseline.scaled_names(model))  # before
     metrics = MetricsLog(folder / METRICS_NAME, trainer)
     guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)
@@ -97,12 +96,14 @@ def train_task(
 
     def before_first_step(engine: Any) -> None:
         """Prepare the first step. The Trainer has made the engine, and no weight has moved."""
-        _check_padding(trainer, context, tokenizer)
+        check_padding(trainer, context, tokenizer)
         claim.make()
         metrics.open(step_of(checkpoint) if resume else None)
         if evaluate_before is not None and checkpoint is None:
             _evaluate(evaluate_before, engine, metrics, "evaluation before")
-        _begin_general(general_loss, engine, metrics, has_moved=checkpoint is not None)
+        begin_general(general_loss, engine, metrics, has_moved=checkpoint is not None)
+        if validation is not None and checkpoint is None and (known := validation.measure_before(engine)):
+            trainer.log(known)
 
         # 1. Collect statistics and select.
         if mask is not None:
@@ -110,18 +111,17 @@ def train_task(
 
         # 2. Attach: from here on a step moves only selected weights, or what the baseline lets it.
         if mask is not None:
-            trainer.update = mask.attach()
-            if checkpoint is not None and trainer.portable:
-                restore_resharded(trainer.update, checkpoint)
+            attach_mask(trainer, mask, checkpoint)
             _note_selection(mask, metrics)
         else:
-            _begin_baseline(engine, guard, acts, general if is_scaled else None, has_moved=checkpoint is not None)
+            begin_baseline(engine, guard, acts, general if is_scaled else None, has_moved=checkpoint is not None)
         claim.is_begun = True
 
     # 3. Train. The Trainer calls before_first_step() as soon as there is an engine. The guard comes before what acts on
     # the gradient: see NonfiniteCallback.
-    callbacks = [reporter, metrics, BeforeFirstStep(trainer, before_first_step), guard]
-    for callback in (*callbacks, *([OnEngine(trainer, acts)] if acts is not None else []), StopAtStep()):
+    callbacks: list[TrainerCallback] = [reporter, metrics, BeforeFirstStep(trainer, before_first_step), guard]
+    callbacks += [OnEngine(trainer, acts)] if acts is not None else []
+    for callback in (*callbacks, EvaluateLastStep(validation), StopAtStep()):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     forgetting = _end_training(trainer, mask, baseline, context, budget=budget, change=change)
@@ -134,48 +134,10 @@ def train_task(
     metrics.note("saving", seconds=save_seconds)
     _evaluate(evaluate_after, trainer.model_wrapped, metrics, "evaluation after")
     write_manifest(folder, [name for name in COMPLETE if (folder / name).exists()])
-    result = TaskResult(
-        cost=_cost(trainer, metrics, mask, save_seconds=save_seconds, knows_host_peak=knows_host_peak),
-        index=mask.mask.whole() if mask is not None else None,
-        log=[finite(row) for row in trainer.state.log_history],
-        forgetting=forgetting,
-    )
+    result = _result(trainer, mask, _cost(trainer, metrics, mask, save_seconds, knows_host_peak), forgetting)
     release(trainer)
     barrier()
     return result
-
-
-def _begin_general(general_loss: GeneralLoss | None, engine: Any, metrics: MetricsLog, has_moved: bool) -> None:
-    """Take the base model's logits of general text, or read them, and note what they cost. A collective."""
-    begin = time.perf_counter()
-    kept = None if general_loss is None else general_loss.begin(engine, has_moved)
-    if kept is not None:
-        metrics.note("base logits", seconds=time.perf_counter() - begin, bytes=kept.num_bytes)
-
-
-def _begin_baseline(
-    engine: Any,
-    guard: NonfiniteCallback,
-    acts: EngineCallback | None,
-    general: GeneralStatistics | None,
-    has_moved: bool,
-) -> None:
-    """Put a method without a mask in force. A collective.
-
-    Args:
-        engine: of the task.
-        guard: watches the engine's steps.
-        acts: what the baseline does while training, or None.
-        general: statistics that scale its steps, or None.
-        has_moved: as in GeneralStatistics.take().
-    """
-    guard.watch_engine()
-    if general is not None:
-        scale_steps(engine, general_step_scale(general.take(engine, layout_of(engine.module), has_moved)))
-
-    # Last: hooks installed later run earlier, so the watch sees the gradient that the baseline has changed.
-    if acts is not None:
-        acts.begin(engine)
 
 
 def _end_training(
@@ -230,8 +192,20 @@ def _save(
     return time.perf_counter() - begin
 
 
+def _result(
+    trainer: TaskTrainer, mask: TaskMask | None, cost: TaskCost, forgetting: dict[str, Any] | None
+) -> TaskResult:
+    return TaskResult(
+        cost=cost,
+        index=mask.mask.whole() if mask is not None else None,
+        log=[finite(row) for row in trainer.state.log_history],
+        forgetting=forgetting,
+        validation=None if trainer.best is None else trainer.best.result(trainer.state),
+    )
+
+
 def _cost(
-    trainer: Trainer, metrics: MetricsLog, mask: TaskMask | None, *, save_seconds: float, knows_host_peak: bool
+    trainer: Trainer, metrics: MetricsLog, mask: TaskMask | None, save_seconds: float, knows_host_peak: bool
 ) -> TaskCost:
     trained, general = metrics.tokens_per_second()
     return TaskCost(
@@ -246,17 +220,6 @@ def _cost(
         host_peak_bytes=host_peak_bytes() if knows_host_peak else None,
         save_seconds=save_seconds,
     )
-
-
-def _check_padding(trainer: Trainer, context: TaskContext, tokenizer: Processing) -> None:
-    """Raise UserError if rows of a batch are not what each is on its own: see check_rows(). A collective."""
-    if reads_images(trainer.model.config):
-        return
-
-    # With one row a batch nothing is padded.
-    sizes = {trainer.args.per_device_train_batch_size, trainer.args.per_device_eval_batch_size, context.batch_size}
-    padding = pad_id(tokenizer_of(tokenizer))
-    check_rows(trainer.model_wrapped, answer_tokens(context.task.train), padding, sizes == {1})
 
 
 def _evaluate(function: Callable[[Any], None], engine: Any, metrics: MetricsLog, event: str) -> None:

@@ -99,10 +99,12 @@ class TaskMask:
         return update
 
     def end_training(self) -> None:
-        """Detach the mask, and let the trainer write whole checkpoints again."""
+        """Detach the mask, let the trainer write whole checkpoints again, and restore the best step. A collective."""
         if self._trainer.update is not None:
             self._trainer.update.detach()
         self._save_whole_again()
+        if self._trainer.best is not None:
+            self._trainer.best.restore(engine_of(self._trainer), self._trainer.state)
 
     def limit_forgetting(self, budget: ForgettingBudget) -> dict[str, Any]:
         """Scale the trained weights into the forgetting budget; return what was found. A collective."""

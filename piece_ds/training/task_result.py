@@ -15,12 +15,14 @@ class TaskResult:
         index: selected positions of the whole model per parameter; None without a mask.
         log: the trainer's log.
         forgetting: what --forgetting_budget found, see limit_forgetting(); None without it.
+        validation: evaluations while it trained and the step that is kept, see BestStep.result(); None without any.
     """
 
     cost: "TaskCost"
     index: dict[str, Tensor] | None
     log: list[dict[str, Any]]
     forgetting: dict[str, Any] | None = None
+    validation: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Adapt transformers' Trainer to a task of the stream: its checkpoints are complete, and it can end at any step."""
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from piece_ds.checkpoint.manifest import write_manifest
 from piece_ds.checkpoint.selected_file import save_selected_state
 from piece_ds.config.deepspeed_configs import contradiction
 from piece_ds.data.rows import IGNORED_LABEL
-from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
+from piece_ds.methods.baseline import Baseline, TaskContext
 from piece_ds.models.processor import Processing
 from piece_ds.runtime.distributed import barrier, is_main, rank, world_size
 from piece_ds.runtime.errors import UserError
@@ -32,6 +31,7 @@ from piece_ds.training.checkpoints import (
 )
 from piece_ds.training.general_loss import GeneralLoss
 from piece_ds.training.optimizer_defaults import show_defaults
+from piece_ds.training.validation import BestStep
 
 
 class _EpochOrder(Sampler[int]):
@@ -49,38 +49,6 @@ class _EpochOrder(Sampler[int]):
         return iter(self._draw(generator))
 
 
-class OnEngine(TrainerCallback):
-    """Tells a baseline's EngineCallback, once it has begun, what happens to the trainer."""
-
-    def __init__(self, trainer: Trainer, acts: EngineCallback) -> None:
-        self.trainer, self.acts = trainer, acts
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.acts.before_step(self.trainer.model_wrapped)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.acts.end()
-
-
-class BeforeFirstStep(TrainerCallback):
-    """Calls a function when the engine is there and no weight has moved.
-
-    Progress bar and train_runtime count from the function's end.
-    """
-
-    def __init__(self, trainer: "TaskTrainer", function: Callable[[Any], None]) -> None:
-        self.trainer, self.function = trainer, function
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        begin = time.time()
-        self.function(self.trainer.model_wrapped)
-        self.trainer.seconds_before_first_step = time.time() - begin
-        for callback in self.trainer.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None)
-            if bar is not None:
-                bar.reset()
-
-
 class TaskTrainer(Trainer):
     """transformers' Trainer; the loss is never the very tensor that the engine's forward returned.
 
@@ -92,6 +60,7 @@ class TaskTrainer(Trainer):
         portable: training resumes from a checkpoint with another sharding, so DeepSpeed's part of it is not read.
         seconds_before_first_step: of evaluation, statistics and selection between the engine and the first step.
         general: what rows of general text add to the loss of every micro-batch, or None.
+        best: follows the evaluations of the task's held-out rows; None without such evaluations.
         losses: of the micro-batches since this was last cleared. On the device: the host has not waited for them.
     """
 
@@ -99,6 +68,8 @@ class TaskTrainer(Trainer):
     portable = False
     seconds_before_first_step = 0.0
     general: GeneralLoss | None = None
+    best: BestStep | None = None
+    control: TrainerControl
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -179,6 +150,38 @@ class TaskTrainer(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         return super()._finalize_training(trial, num_train_samples, start_time + self.seconds_before_first_step)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the model on the task's held-out rows, and log it. A collective."""
+        if self.best is None:
+            return super().evaluate(*args, **kwargs)
+        metrics = self.best.validation.measure(self.model_wrapped)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+
+        # A signal that came meanwhile ends the run at this step, with a checkpoint.
+        if stop_asked():
+            self.control.should_save = self.control.should_training_stop = True
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Return whether a checkpoint of --save_strategy best is due; keep the weights of a new best step."""
+        if self.best is None:
+            return super()._determine_best_metric(metrics, trial)
+        is_best = self.best.note(self.model_wrapped, self.state)
+        if is_best and self.args.metric_for_best_model is not None:
+            self.state.best_metric = metrics.get(f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}")
+            self.state.best_global_step = self.state.global_step
+        if self.best.is_exhausted(self.state):
+            self.control.should_training_stop = True
+        return is_best or stop_asked()
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # A run may resume from a checkpoint of the very step that early stopping ended it at.
+        if self.best is not None and self.best.is_exhausted(self.state):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     @timed("saving")
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint. It counts once it is complete; only then may older ones be removed."""
@@ -189,6 +192,8 @@ class TaskTrainer(Trainer):
         # What lets another number of ranks or stage resume.
         if self.update is not None:
             save_selected_state(folder / SELECTED_NAME, self.update.mask, self.update.state())
+        if self.best is not None:
+            self.best.save(folder, self.model_wrapped)
         if is_main():
             write_json(folder / CUT_NAME, cut_of(self.args))
 
@@ -266,18 +271,6 @@ def make_trainer(
     baseline.begin_task(model, context)
     rows, collate = baseline.rows(context), baseline.collate(context)
     return BaselineTrainer(baseline, context, model=model, train_dataset=rows, data_collator=collate, **options)
-
-
-class StopAtStep(TrainerCallback):
-    """Write a checkpoint after the step and end the training, if a signal asks the run to end."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Ask for a checkpoint and the end of training, if a signal has come."""
-        if stop_asked():
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 def _num_tokens(inputs: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from piece_ds import ops
 from piece_ds.runtime.distributed import all_reduce_sum_
-from piece_ds.state.mask import Mask, collective_device
+from piece_ds.state.mask import Mask, collective_device, gather_fragments
 from piece_ds.state.partition import index_dtype, is_partitioned
 from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range
 
@@ -175,6 +175,17 @@ def read_selected(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
             index = (mask.index[info.name] - part.start).to(weight.device)
             values[info.name] = weight[index].cpu()
     return values
+
+
+def write_selected_(model: nn.Module, mask: Mask, values: dict[str, Tensor]) -> None:
+    """Set the selected weights, in every copy that a rank holds, to what read_selected() returned. A collective."""
+    params = dict(model.named_parameters())
+    index = mask.whole()
+    whole = gather_fragments(mask.layout, values, {name: param.dtype for name, param in params.items()})
+    with torch.no_grad():
+        for name, positions in index.items():
+            SelectedWeights(params[name], positions).write_(whole[name])
+    forget_secondary(model)
 
 
 def weights_fingerprint(model: nn.Module, mask: Mask) -> Tensor:

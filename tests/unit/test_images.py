@@ -14,10 +14,11 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from piece_ds.config.arguments import DataArguments
+from piece_ds.data.general_rows import load_general
 from piece_ds.data.image_collate import check_processor, make_collator
 from piece_ds.data.image_rows import ImagePrompt
 from piece_ds.data.images import ImageFolder
-from piece_ds.data.tasks import Task, load_general, load_task_stream
+from piece_ds.data.tasks import Task, load_task_stream
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.demo.vision.models import FAMILIES, make_processor
 from piece_ds.runtime.errors import UserError

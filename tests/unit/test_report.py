@@ -19,6 +19,7 @@ from piece_ds.report.results import RunResults, read_results
 from piece_ds.report.run_figures import make_figures
 from piece_ds.report.run_page import write_report
 from piece_ds.report.table import print_results
+from piece_ds.report.validation import kept_points, validation_grid
 from piece_ds.runtime.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -289,3 +290,20 @@ def test_module_types_without_a_selected_weight_are_left_out_of_crowded_mask_fig
         modules = {f"m{i}": {"selected": int(i == 7), "total": 4} for i in range(num_types)}
         mask_heat_maps({"task": {"0": modules}})
     assert shown == [["m7"], [f"m{i}" for i in range(10)]]
+
+
+def test_the_step_that_a_task_kept_is_in_the_table_and_on_the_curve(tmp_path: Path) -> None:
+    curve = [{"step": 1, "loss": 1.5, "score": 0.5}, {"step": 2, "loss": None, "score": 0.25}]
+    kept = {"rows": 9, "metric": "loss", "best_step": 1, "used_step": 1, "last_step": 2, "stopped_early": True}
+    run = replace(make_run(), validation={"qa|b": {**kept, "curve": curve}})
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(run.to_json()))
+    assert read_results(path) == run
+    (row,) = validation_grid(run).rows
+    assert row == ("qa|b", "loss", "1", "2 (stopped early)", "1.500", "-", "50.0 %", "25.0 %")
+    page = write_report(tmp_path, [run]).read_text()
+    assert "step kept" in page
+    assert "a star is the step that the task ended with" in page
+    assert kept_points(run) == {"qa|b": (1, 1.5)}
+    last = replace(run, validation={"qa|b": {**kept, "used_step": 2, "curve": curve}})
+    assert validation_grid(last).rows[0][1] == "order: the last one"

@@ -8,7 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from piece_ds.config.arguments import DataArguments
-from piece_ds.data.tasks import load_general, load_task_stream
+from piece_ds.data.general_rows import load_general
+from piece_ds.data.tasks import load_task_stream
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.runtime.errors import UserError
 

@@ -23,6 +23,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import one_process_environment
 from piece_ds.training.optimizer_defaults import show_defaults
 
+_BEST = ("--load_best_model_at_end=true", "--eval_strategy=steps")
 # Flags -> what the one line says. Kinds: schedules, optimizers, numbers out of range, what masks are not proven with.
 REFUSALS: dict[tuple[str, ...], str] = {
     ("--lr_scheduler_type=cosine_with_min_lr",): "cosine_with_min_lr without --lr_scheduler_kwargs cannot be made",
@@ -57,10 +58,18 @@ REFUSALS: dict[tuple[str, ...], str] = {
     ("--dataloader_num_workers=-3",): "--dataloader_num_workers expects",
     ("--dataloader_prefetch_factor=2",): "--dataloader_num_workers > 0",
     ("--dataloader_multiprocessing_context=thread", "--dataloader_num_workers=1"): "invalid choice: 'thread'",
-    ("--eval_use_gather_object=true",): "--eval_use_gather_object True: losses are tensors",
     ("--push_to_hub=true",): "hf upload",
-    ("--load_best_model_at_end=true", "--eval_strategy=steps", "--save_strategy=steps", "--save_steps=10"): "last step",
-    ("--load_best_model_at_end=true",): "load_best_model_at_end",
+    ("--load_best_model_at_end=true",): "--load_best_model_at_end needs evaluations",
+    ("--early_stopping_patience=2",): "--early_stopping_patience needs evaluations",
+    ("--early_stopping_patience=0", "--eval_strategy=epoch"): "--early_stopping_patience must be positive",
+    ("--early_stopping_threshold=1", "--eval_strategy=epoch"): "belongs to --early_stopping_patience",
+    ("--early_stopping_threshold=nan", "--early_stopping_patience=1", "--eval_strategy=epoch"): "must be 0 or more",
+    (*_BEST, "--metric_for_best_model=loss_within_budget"): "needs --forgetting_budget",
+    (*_BEST, "--metric_for_best_model=score", "--scorers=train=loss"): "task train has no score",
+    (*_BEST, "--method=lora"): "this method does not resume",
+    (*_BEST, "--method=seqft"): "--save_strategy best",
+    (*_BEST, "--method=seqft", "--save_steps=2", "--eval_steps=1"): "--save_strategy best",
+    (*_BEST, "--eval_file="): "has none: give --eval_file",
     ("--save_only_model=true",): "cannot be resumed from",
     ("--save_only_model=true", "--resume_from_checkpoint=true"): "cannot be resumed from",
     ("--auto_find_batch_size=true",): "--per_device_train_batch_size",

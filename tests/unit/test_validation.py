@@ -1,0 +1,167 @@
+"""A task ends with its best step: the bits of a run that ended there, at every stage, also when it was interrupted."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.deltas import sha256_of
+from support.launches import make_model_folder, make_rows, same_bits, weights, write_rows
+
+from piece_ds.__main__ import main
+from piece_ds.cli.run import train
+from piece_ds.config.settings import load_settings
+from piece_ds.runtime.process import one_process_environment
+from piece_ds.runtime.signals import Preempted
+from piece_ds.training.trainer_callbacks import StopAtStep
+
+TASK, NUM_STEPS = "00-train", 8
+BEST = ("--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_steps", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """All training answers are A, one held-out answer in two is B: the held-out loss falls, then rises."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        one_process_environment()
+        made = tmp_path_factory.mktemp("validation")
+        make_model_folder(made / "model")
+        write_rows(made / "train.jsonl", make_rows(0, 32, ("A",)))
+        write_rows(made / "eval.jsonl", make_rows(1, 6, ("A", "B")))
+        write_rows(made / "general.jsonl", [{"text": f"plain text number {i} of seven"} for i in range(7)])
+        yield made
+
+
+def run(folder: Path, name: str, *flags: str, num_steps: int = NUM_STEPS) -> Path:
+    argv = [
+        *("--model_name_or_path", str(folder / "model"), "--train_file", str(folder / "train.jsonl")),
+        *("--eval_file", str(folder / "eval.jsonl"), "--deepspeed", "zero2", "--output_dir", str(folder / name)),
+        *("--max_steps", str(num_steps), "--per_device_train_batch_size", "4", "--learning_rate", "0.2"),
+        *("--lr_scheduler_type", "constant", "--mask_ratio", "0.05", "--disable_tqdm", "True"),
+    ]
+    train(load_settings([*argv, *flags]))
+    return folder / name
+
+
+def found(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())["validation"]["train"]
+
+
+@pytest.fixture(scope="module")
+def best(folder: Path) -> Path:
+    return run(folder, "best", *BEST)
+
+
+def test_the_kept_step_is_the_lowest_of_the_curve_and_not_the_last(best: Path) -> None:
+    got = found(best)
+    losses = [entry["loss"] for entry in got["curve"]]
+    assert [entry["step"] for entry in got["curve"]] == list(range(1, NUM_STEPS + 1))
+    assert got["used_step"] == got["best_step"] == 1 + losses.index(min(losses)) < NUM_STEPS == got["last_step"]
+    assert (got["metric"], got["rows"], got["stopped_early"]) == ("loss", 6, False)
+    results = json.loads((best / "results.json").read_text())
+    assert results["matrix"]["loss"]["after"][0][0] == pytest.approx(min(losses), abs=1e-6)
+    assert any("judged on the rows that chose its best step" in note for note in results["notes"])
+
+
+def test_its_weights_and_delta_are_those_of_a_run_that_ended_there(folder: Path, best: Path, tmp_path: Path) -> None:
+    ended = run(folder, "ended", num_steps=found(best)["best_step"])
+    assert same_bits(weights(best / TASK / "model"), weights(ended / TASK / "model"))
+    deltas = [load_file(path / TASK / "delta.safetensors") for path in (best, ended)]
+    assert deltas[0].keys() == deltas[1].keys()
+    assert all(torch.equal(deltas[0][name], deltas[1][name]) for name in deltas[0])
+    delta = best / TASK / "delta.safetensors"
+    main(["delta", "revert", str(best / TASK / "model"), str(delta), "--output", str(tmp_path / "base")])
+    assert same_bits(weights(tmp_path / "base"), weights(folder / "model"))
+
+
+class _SignalAt:
+    """Sends this process SIGTERM at the end of a step, once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+        original, sent = StopAtStep.on_step_end, []
+
+        def on_step_end(stop: StopAtStep, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if state.global_step == step and not sent:
+                sent.append(os.kill(os.getpid(), signal.SIGTERM))
+            return original(stop, args, state, control, **kwargs)
+
+        monkeypatch.setattr(StopAtStep, "on_step_end", on_step_end)
+
+
+def test_a_run_that_resumes_after_its_best_step_keeps_it(
+    folder: Path, best: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At another ZeRO stage, from the selected weights that the checkpoint holds; nothing of it is left afterwards."""
+    stopped_at = found(best)["best_step"] + 1
+    _SignalAt(monkeypatch, stopped_at)
+    with pytest.raises(Preempted):
+        run(folder, "resumed", *BEST)
+    kept = folder / "resumed" / TASK / f"checkpoint-{stopped_at}" / "best.safetensors"
+    assert kept.stat().st_size < 100_000
+    resumed = run(folder, "resumed", *BEST, "--resume_from_checkpoint", "True", "--deepspeed", "zero3")
+    assert found(resumed)["best_step"] == found(best)["best_step"]
+    assert sha256_of(resumed / TASK / "model") == sha256_of(best / TASK / "model")
+    assert not list((resumed / TASK).glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [("--deepspeed", "zero3"), ("--deepspeed", "zero0", "--update_mode", "masked")], ids=["zero3", "masked"]
+)
+def test_other_stages_and_modes_keep_their_best_step(folder: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    other = run(folder, f"other-{flags[1]}", *BEST, *flags)
+    step = found(other)["best_step"]
+    assert step < NUM_STEPS
+    ended = run(folder, f"other-{flags[1]}-ended", *flags, num_steps=step)
+    got = weights(other / TASK / "model")
+    assert same_bits(weights(ended / TASK / "model"), got)
+    delta = other / TASK / "delta.safetensors"
+    main(["delta", "apply", str(folder / "model"), str(delta), "--output", str(tmp_path / "applied")])
+    assert same_bits(weights(tmp_path / "applied"), got)
+
+
+@pytest.mark.slow
+def test_early_stopping_ends_the_task_and_a_resumed_run_does_not_go_on(
+    folder: Path, best: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = run(folder, "early", *BEST, "--early_stopping_patience", "2")
+    got = found(early)
+    assert (got["stopped_early"], got["last_step"]) == (True, got["best_step"] + 2)
+    assert sha256_of(early / TASK / "model") == sha256_of(best / TASK / "model")
+    _SignalAt(monkeypatch, got["last_step"])  # the checkpoint is of the very step at which patience runs out
+    with pytest.raises(Preempted):
+        run(folder, "early2", *BEST, "--early_stopping_patience", "2")
+    again = run(folder, "early2", *BEST, "--early_stopping_patience", "2", "--resume_from_checkpoint", "True")
+    assert found(again) == got
+    assert sha256_of(again / TASK / "model") == sha256_of(best / TASK / "model")
+
+
+@pytest.mark.slow
+def test_score_and_loss_within_the_budget_choose_too(folder: Path) -> None:
+    scored = found(run(folder, "scored", *BEST, "--metric_for_best_model", "score"))
+    scores = [entry["score"] for entry in scored["curve"]]
+    assert scored["used_step"] == 1 + scores.index(max(scores))
+    budget = ("--forgetting_budget", "0.2", "--general_file", str(folder / "general.jsonl"))
+    within = found(run(folder, "within", *BEST, "--metric_for_best_model", "loss_within_budget", *budget))
+    fits = [entry for entry in within["curve"] if entry["general_rise"] <= 0.2]
+    expected = min(fits, key=lambda e: e["loss"]) if fits else min(within["curve"], key=lambda e: e["general_rise"])
+    assert within["used_step"] == expected["step"]
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_keeps_its_best_step_in_a_checkpoint(folder: Path) -> None:
+    full = ("--method", "seqft", "--learning_rate", "0.02")
+    for config in ("zero2", "zero3"):
+        flags = (*full, "--deepspeed", config, "--save_strategy", "best", "--save_total_limit", "1")
+        kept = run(folder, f"full-{config}", *BEST, *flags)
+        got = found(kept)
+        assert got["used_step"] == got["best_step"] < got["last_step"]
+        ended = run(folder, f"full-{config}-ended", *full, "--deepspeed", config, num_steps=got["best_step"])
+        assert same_bits(weights(kept / TASK / "model"), weights(ended / TASK / "model"))
