@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from record import write_rows
+from torch import Tensor
 from transformers import AutoConfig
 
 from piece_ds.checkpoint.delta_parts import CODINGS, write_parts
@@ -51,24 +52,31 @@ def main() -> None:
 
 
 def write_random(path: Path) -> None:
-    """Write a delta of NUM_ENTRIES positions, equally likely, over the model's eligible elements, in bf16."""
+    """Write a delta of chosen_positions() in bf16."""
     layout = real_layout()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    parts = {}
+    for name, index in chosen_positions(layout).items():
+        values = torch.randn(2, index.numel(), generator=generator).bfloat16()
+        parts[name] = {"indices": index, "values": values[0].clone(), "previous": values[1].clone()}
+    shapes = {name: list(layout.shapes()[name]) for name in parts}
+    metadata = {"selected": str(NUM_ENTRIES), "total": str(layout.total), "shapes": json.dumps(shapes)}
+    write_parts(path, parts, {info.name: info.numel for info in layout.parameters}, metadata)
+
+
+def chosen_positions(layout: Layout) -> dict[str, Tensor]:
+    """Return NUM_ENTRIES positions of the model's eligible elements, all equally likely."""
     eligible = list(layout.eligible())
     sizes = torch.tensor([info.numel for info in eligible])
     # Distinct positions in all parameters end to end, then each parameter's own.
-    chosen = torch.randperm(int(sizes.sum()), generator=generator)[:NUM_ENTRIES].sort().values
+    chosen = torch.randperm(int(sizes.sum()), generator=torch.Generator().manual_seed(0))[:NUM_ENTRIES].sort().values
     parts, begin = {}, 0
     for info in eligible:
         low, high = torch.searchsorted(chosen, torch.tensor([begin, begin + info.numel])).tolist()
         if high > low:
-            values = torch.randn(2, high - low, generator=generator).bfloat16()
-            index = chosen[low:high] - begin
-            parts[info.name] = {"indices": index, "values": values[0].clone(), "previous": values[1].clone()}
+            parts[info.name] = chosen[low:high] - begin
         begin += info.numel
-    shapes = {name: list(layout.shapes()[name]) for name in parts}
-    metadata = {"selected": str(NUM_ENTRIES), "total": str(layout.total), "shapes": json.dumps(shapes)}
-    write_parts(path, parts, {info.name: info.numel for info in eligible}, metadata)
+    return parts
 
 
 def real_layout() -> Layout:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from piece_ds.checkpoint.metadata import Metadata
@@ -64,6 +64,7 @@ class Artifact:
         strings: its metadata, as the file holds them.
         metadata: the same, checked; numbers are numbers.
         names: of its tensors.
+        held: all tensors by name, if the file was opened with hold.
     """
 
     path: Path
@@ -72,9 +73,12 @@ class Artifact:
     metadata: Metadata
     names: tuple[str, ...]
     _file: Any
+    held: Mapping[str, Tensor] | None = None
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, on the CPU. Raise UserError if it cannot be read."""
+        if self.held is not None and name in self.held:
+            return self.held[name]
         try:
             return self._file.get_tensor(name)
         except _UNREADABLE as error:
@@ -97,16 +101,17 @@ class Artifact:
 
 
 @contextmanager
-def open_artifact(path: Path | str, kind: Kind, verify: bool = True) -> Iterator[Artifact]:
+def open_artifact(path: Path | str, kind: Kind, verify: bool = True, *, hold: bool = False) -> Iterator[Artifact]:
     """Open a file of a kind, for as long as the block lasts.
 
     Args:
         path: of the file.
         kind: what it must be.
         verify: compare the checksum. Pass False only if the same file has just been verified.
+        hold: read the whole file at once, which is several times faster for many small tensors.
     Raises:
         UserError: the file is missing, truncated, damaged or of another format or version, or has invalid metadata.
-    Cost: verify reads every tensor once. Memory: the largest tensor.
+    Cost: verify reads every tensor once. Memory: the largest tensor; with hold, the file.
     """
     path = Path(path)
     require_file(path, kind.what, kind.remedy)
@@ -114,12 +119,13 @@ def open_artifact(path: Path | str, kind: Kind, verify: bool = True) -> Iterator
         file = safe_open(path, framework="pt")
         strings = dict(file.metadata() or {})
         names = tuple(file.keys())
+        held = load(path.read_bytes()) if hold else None
     except _UNREADABLE as error:
         raise _unreadable(path, kind, error) from None
     with file:
         _check_kind(path, kind, strings)
         metadata = checked(strings, Metadata, f"{kind.what} {path}: metadata", kind.remedy)
-        artifact = Artifact(path, kind, strings, metadata, names, file)
+        artifact = Artifact(path, kind, strings, metadata, names, file, held)
         # Files of other programs may have no checksum: they are read, if their kind allows it.
         must_match = verify and (metadata.checksum is not None or kind.needs_checksum)
         if must_match and metadata.checksum != _checksum(artifact.names, artifact.tensor):
@@ -129,7 +135,7 @@ def open_artifact(path: Path | str, kind: Kind, verify: bool = True) -> Iterator
 
 def write_artifact(
     path: Path | str, kind: Kind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], version: str | None = None
-) -> None:
+) -> str:
     """Write a file of a kind, whole. Format, version and checksum are added to the metadata.
 
     Args:
@@ -138,6 +144,8 @@ def write_artifact(
         tensors: name -> tensor on the CPU.
         metadata: further entries.
         version: None means the first, which every reader of the kind accepts.
+    Returns:
+        The checksum.
     Raises:
         MachineError: the file cannot be written; an existing file at path is unchanged.
     """
@@ -148,6 +156,7 @@ def write_artifact(
         "checksum": checksum(tensors),
     }
     write_tensors(path, tensors, strings)
+    return strings["checksum"]
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

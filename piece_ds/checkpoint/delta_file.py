@@ -72,6 +72,14 @@ def save_delta(
     barrier()
 
 
+def checksum_of(path: Path | str) -> str | None:
+    """Return the checksum that a delta file names; None if there is no file, or none in it."""
+    if not Path(path).is_file():
+        return None
+    with open_artifact(path, DELTA, verify=False) as file:
+        return file.metadata.checksum
+
+
 def chain_metadata(parent: str | None, step: int, link: int) -> dict[str, str]:
     """Return the metadata that say what a delta follows on.
 

@@ -32,7 +32,7 @@ def write_parts(
     numel: Mapping[str, int],
     metadata: Mapping[str, str],
     coding: str = CODINGS[0],
-) -> None:
+) -> str:
     """Write a delta file, whole.
 
     Args:
@@ -42,6 +42,8 @@ def write_parts(
         numel: elements of at least these parameters.
         metadata: without format, version and checksum.
         coding: 'indices' writes version 1. 'smallest' writes version 2 if anything in it takes fewer bytes.
+    Returns:
+        The file's checksum.
     Raises:
         MachineError: the file cannot be written; an existing one is unchanged.
     """
@@ -57,7 +59,7 @@ def write_parts(
     is_first = not zeros and not any(key.endswith(f".{GAPS}") for key in tensors)
     strings = {key: value for key, value in metadata.items() if key != "zeros"}
     strings |= {"zeros": json.dumps(zeros)} if zeros else {}
-    write_artifact(path, DELTA, tensors, strings, "1" if is_first else "2")
+    return write_artifact(path, DELTA, tensors, strings, "1" if is_first else "2")
 
 
 def parts_of(file: Artifact, names: Mapping[str, object]) -> tuple[str, ...] | None:

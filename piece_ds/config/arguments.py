@@ -157,6 +157,14 @@ class OutputArguments:
 
     save_model: str = field(default="last", metadata={"help": "transformers folder after: last task, each task, never"})
 
+    delta_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "every N optimizer steps, write what the selected weights have changed since the last time as a "
+            "small file in NN-task/chain, for copies of the model that follow the training"
+        },
+    )
+
     save_full: bool = field(
         default=False,
         metadata={"help": "compact mode: --save_steps writes the whole model, not only what the task changes"},
@@ -175,6 +183,8 @@ class OutputArguments:
 
     def __post_init__(self) -> None:
         require_choice("save_model", self.save_model, SAVE_MODEL)
+        if self.delta_every is not None:
+            require_positive("delta_every", self.delta_every)
         require_choice("nonfinite", self.nonfinite, NONFINITE)
         require_choice("incomplete_accumulation", self.incomplete_accumulation, ["refuse", "smaller_step"])
 

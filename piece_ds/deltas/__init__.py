@@ -5,12 +5,14 @@ from piece_ds.deltas.compose import compose
 from piece_ds.deltas.delta import Delta, find_deltas, open_delta
 from piece_ds.deltas.difference import diff_folders
 from piece_ds.deltas.folder import ModelFolder, open_folder
+from piece_ds.deltas.follow import ChainFollower
 from piece_ds.deltas.live import LiveDelta, apply_delta_
 from piece_ds.deltas.patch import patch_in_place, patch_to, require_free
 from piece_ds.deltas.scale import prune_delta, scale_delta
 from piece_ds.deltas.verify import Step, verify
 
 __all__ = [
+    "ChainFollower",
     "Delta",
     "LiveDelta",
     "Merge",

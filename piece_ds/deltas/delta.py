@@ -1,7 +1,7 @@
 """A delta file. It is checked once, when it is opened, and then read one parameter at a time."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from piece_ds.checkpoint.artifact import DELTA, Artifact, open_artifact
 from piece_ds.checkpoint.delta_parts import FLOATS, PREVIOUS, UNSCALED, parts_of, read_index, read_values
+from piece_ds.deltas.chain_files import link_files
 from piece_ds.runtime.errors import UserError
 
 DELTA_NAME = "delta.safetensors"
@@ -43,6 +44,7 @@ class Delta:
         dtypes: of the same parameters.
         reversible: whether it holds the previous values.
         scale: factor of the task's changes. Unless it is 1, the file holds the unscaled values too.
+        held: all changes, if the file was opened with hold; None means that each is read when it is asked for.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Delta:
     dtypes: dict[str, torch.dtype]
     reversible: bool
     scale: float = 1.0
+    held: Mapping[str, Change] | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_selected(self) -> int:
@@ -68,12 +71,17 @@ class Delta:
 
     def change(self, name: str) -> Change:
         """Return the change of one parameter. Memory: its part of the file."""
+        if self.held is not None:
+            return self.held[name]
         # open_delta() has verified the checksum.
         with open_artifact(self.path, DELTA, verify=False) as file:
             return self._read(file, name)
 
     def changes(self) -> Iterator[tuple[str, Change]]:
         """Yield (parameter name, change), in the file's order. The file is opened once."""
+        if self.held is not None:
+            yield from self.held.items()
+            return
         with open_artifact(self.path, DELTA, verify=False) as file:
             for name in self.shapes:
                 yield name, self._read(file, name)
@@ -89,7 +97,8 @@ def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
     """Return the delta files that paths name.
 
     Args:
-        paths: delta files, task folders, or run folders. A run folder means all its tasks, in order.
+        paths: delta files, task folders, run folders, or folders of a chain's links. A run folder means all its
+            tasks, a chain's folder all its links, in order.
     Raises:
         UserError: a path is none of these.
     """
@@ -99,6 +108,8 @@ def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
             found.append(path)
         elif (path / DELTA_NAME).is_file():
             found.append(path / DELTA_NAME)
+        elif links := link_files(path):
+            found += links
         else:
             # Folders of tasks begin with a number; a folder named otherwise is no task of the run.
             tasks = [file for file in path.glob(f"*/{DELTA_NAME}") if file.parent.name.partition("-")[0].isdigit()]
@@ -113,15 +124,18 @@ def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
     return found
 
 
-def open_delta(path: Path | str) -> Delta:
+def open_delta(path: Path | str, *, hold: bool = False) -> Delta:
     """Read a delta file whole, once, and check it.
 
+    Args:
+        path: of the file.
+        hold: keep the changes in memory, so that the file is not read again.
     Raises:
         UserError: the file is no delta or damaged, or its parts do not fit together.
-    Memory: the largest tensor.
+    Memory: the largest tensor; with hold, the file.
     """
     path = Path(path)
-    with open_artifact(path, DELTA) as file:
+    with open_artifact(path, DELTA, hold=hold) as file:
         if file.metadata.shapes is None or file.metadata.selected is None:
             raise file.refuse("metadata 'shapes' or 'selected' is missing")
 
@@ -133,14 +147,18 @@ def open_delta(path: Path | str) -> Delta:
 
         # Check each parameter's part, and the total.
         dtypes, count = {}, 0
+        held: dict[str, Change] = {}
         for name, shape in shapes.items():
             others = [file.tensor(f"{name}.{part}") for part in parts[1:]]
             index, values = _positions_and_values(file, name, prod(shape))
             _check_change(file, name, index, values, *others)
             dtypes[name], count = values.dtype, count + index.numel()
+            if hold:
+                kept = dict(zip(parts[1:], others, strict=True))
+                held[name] = Change(index, values, kept.get(PREVIOUS), kept.get(UNSCALED))
         if count != file.metadata.selected or count == 0:
             raise file.refuse(f"it changes {count} elements, its metadata says {file.metadata.selected}")
-        return Delta(path, dict(file.strings), shapes, dtypes, PREVIOUS in parts, scale)
+        return Delta(path, dict(file.strings), shapes, dtypes, PREVIOUS in parts, scale, held if hold else None)
 
 
 def _positions_and_values(file: Artifact, name: str, numel: int) -> tuple[Tensor, Tensor]:

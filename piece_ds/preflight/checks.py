@@ -200,6 +200,10 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
             f"--method {method.name} avoids earlier tasks' weights: it needs a stream (--task_dir, --tasks)"
         )
 
+    # What a chain of deltas needs.
+    if settings.output.delta_every is not None and not method.has_mask:
+        raise UserError(f"--delta_every has no meaning with --method {method.name}, which has no mask and no deltas")
+
     # What it would ignore.
     if method.has_mask and method.estimator is None and flags.statistics_file:
         raise UserError(

@@ -19,6 +19,7 @@ FREE = {
     "disable_tqdm",
     "save_model",
     "save_full",
+    "delta_every",
     "save_steps",
     "save_strategy",
     "save_total_limit",

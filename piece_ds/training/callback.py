@@ -17,9 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from piece_ds.checkpoint.delta_file import load_previous, save_delta
+from piece_ds.checkpoint.delta_file import chain_metadata, load_previous, save_delta
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.config.piece import PieceConfig, config_of
+from piece_ds.deltas.chain_files import CHAIN_NAME
 from piece_ds.methods.estimate import count_selected, estimate_mask
 from piece_ds.models.eligible import without
 from piece_ds.models.layout import layout_of
@@ -29,6 +30,7 @@ from piece_ds.runtime.process import without_mpi
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.selected_values import selected_values
+from piece_ds.training.chain_writer import ChainCallback, ChainWriter
 from piece_ds.training.compact_trainer import engine_of, prepare_trainer
 from piece_ds.training.progress import selection_line
 from piece_ds.training.run_folder import PREVIOUS_NAME
@@ -67,6 +69,7 @@ class PieceCallback(TrainerCallback):
         config: PieceConfig | None = None,
         *,
         mask_file: str | Path | None = None,
+        delta_every: int | None = None,
         **settings: Any,
     ) -> None:
         """Check the settings and, in compact mode, prepare the trainer's model.
@@ -77,6 +80,8 @@ class PieceCallback(TrainerCallback):
                 with the model that training began with (or save_full=True).
             config: settings of the method; None means the defaults.
             mask_file: use this mask instead of estimating one.
+            delta_every: every so many optimizer steps, write what has changed since the last time into
+                OUTPUT_DIR/chain, for copies of the model that follow the training; see deltas.follow.
             settings: fields of PieceConfig by name, in place of config's: method="piece-s", ratio=0.001,
                 update_mode="masked", exclude="*norm*", importance_rows=1000 ...
         Raises:
@@ -90,7 +95,10 @@ class PieceCallback(TrainerCallback):
                 "PieceCallback takes no step_scale, which needs statistics of general text: give attach() "
                 "step_scale=general_step_scale(statistics), or train with --step_scale general"
             )
+        if delta_every is not None and delta_every < 1:
+            raise UserError(f"delta_every must be a positive number of steps, got {delta_every}")
         self.mask_file = mask_file
+        self._chain = ChainCallback(delta_every) if delta_every is not None else None
         self.mask: Mask | None = None
         self.update: MaskedUpdate | CompactUpdate | None = None
         self.select_seconds: float | None = None
@@ -130,13 +138,23 @@ class PieceCallback(TrainerCallback):
 
         # Attach.
         self.update = attach(engine, self.mask, self.config.save_full, self.config.selected_gradient)
+        if self._chain is not None:
+            self._chain.writer = ChainWriter(path.parent / CHAIN_NAME, engine.module, self.mask, self._previous)
         barrier()
 
-    def on_train_end(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
-        """Write the delta, detach the mask, and let the trainer write whole checkpoints again."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write a link of the chain, if one is due."""
+        if self._chain is not None:
+            self._chain.on_step_end(args, state, control)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        """Write the delta and the chain's last link, detach, and let the trainer write whole checkpoints again."""
         if self.update is not None and self.mask is not None:
             module = self.trainer.model_wrapped.module
-            save_delta(Path(args.output_dir) / DELTA_NAME, module, self.mask, self._previous)
+            chain = chain_metadata(None, state.global_step, 0)
+            save_delta(Path(args.output_dir) / DELTA_NAME, module, self.mask, self._previous, chain=chain)
+            if self._chain is not None and self._chain.writer is not None:
+                self._chain.writer.write(state.global_step, is_last=True)
             self.update.detach()
             self.update = None
         if self._save_whole_again is not None:

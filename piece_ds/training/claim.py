@@ -33,6 +33,7 @@ _FREE = {
     "save_steps",
     "save_strategy",
     "save_full",
+    "delta_every",
     "statistics_save_steps",
     "deepspeed",
     "local_rank",

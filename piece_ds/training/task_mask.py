@@ -2,21 +2,23 @@
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from piece_ds.checkpoint.delta_file import load_previous, save_delta
+from piece_ds.checkpoint.delta_file import chain_metadata, checksum_of, load_previous, save_delta
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.checkpoint.statistics_file import PartialStatistics
+from piece_ds.deltas.chain_files import CHAIN_NAME
 from piece_ds.deltas.delta import DELTA_NAME
+from piece_ds.methods.baseline import TaskContext
 from piece_ds.models.eligible import without
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.distributed import barrier, broadcast_object
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.training.callback import MASK_NAME
+from piece_ds.training.chain_writer import ChainCallback, ChainWriter
 from piece_ds.training.compact_trainer import engine_of, prepare_trainer
 from piece_ds.training.forgetting import ForgettingBudget, masked_change
 from piece_ds.training.mask_source import MaskSource
@@ -46,16 +48,28 @@ class TaskMask:
     unscaled: dict[str, Tensor] | None = None
     select_seconds: float | None = None
 
-    def __init__(self, trainer: TaskTrainer, source: MaskSource, folder: Path, resume: bool) -> None:
+    def __init__(
+        self,
+        trainer: TaskTrainer,
+        source: MaskSource,
+        context: TaskContext,
+        resume: bool,
+        delta_every: int | None = None,
+    ) -> None:
         """Prepare the trainer's model in compact mode.
 
         Args:
             trainer: of the task, before it has an engine.
             source: where the mask comes from.
-            folder: of the task.
+            context: the task in its stream, and its folder.
             resume: whether the folder may hold the mask of an interrupted run.
+            delta_every: optimizer steps from link to link of a chain of deltas; None without one.
         """
-        self._trainer, self._source, self._folder, self._resume = trainer, source, folder, resume
+        self._trainer, self._source, self._folder, self._resume = trainer, source, context.folder, resume
+        self._context = context
+        self._chain = ChainCallback(delta_every) if delta_every is not None else None
+        if self._chain is not None:
+            trainer.add_callback(self._chain)
         config = source.config
         if config.update_mode == "compact":
             self._save_whole_again = prepare_trainer(trainer, self._count, config.save_full, config.unit)
@@ -95,6 +109,7 @@ class TaskMask:
         # Taken before attaching: a compact update takes every backward's gradients.
         step_scale = self._source.step_scale(engine, layout, has_moved=self._trainer.state.global_step > 0)
         update = attach(engine, self.mask, config.save_full, config.selected_gradient, step_scale)
+        self._begin_chain()
         barrier()
         return update
 
@@ -116,10 +131,33 @@ class TaskMask:
         return found
 
     def save_delta(self) -> None:
-        """Write what the task changed. A collective."""
-        module = self._trainer.model_wrapped.module
-        unscaled, scale = self.unscaled, self.scale
-        save_delta(self._folder / DELTA_NAME, module, self.mask, self.previous, unscaled=unscaled, scale=scale)
+        """Write what the task changed, and the last link of its chain. A collective."""
+        module, step = self._trainer.model_wrapped.module, self._trainer.state.global_step
+        before = self._context.previous
+        parent = checksum_of(before / DELTA_NAME) if before is not None else None
+        save_delta(
+            self._folder / DELTA_NAME,
+            module,
+            self.mask,
+            self.previous,
+            unscaled=self.unscaled,
+            scale=self.scale,
+            chain=chain_metadata(parent, step, self._context.index),
+        )
+        if self._chain is not None and self._chain.writer is not None:
+            self._chain.writer.write(step, is_last=True)
+
+    def _begin_chain(self) -> None:
+        """Begin the task's chain of deltas, or continue it, if one was asked for. A collective."""
+        if self._chain is not None:
+            module, before = self._trainer.model_wrapped.module, self._context.previous
+            self._chain.writer = ChainWriter(
+                self._folder / CHAIN_NAME,
+                module,
+                self.mask,
+                self.previous,
+                before=None if before is None else before / CHAIN_NAME,
+            )
 
     def _count(self, model: nn.Module) -> int:
         mask_file = self._source.files.mask_file

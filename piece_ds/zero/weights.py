@@ -86,6 +86,16 @@ class SelectedWeights:
             low, high, where = self._inside(start, flat.numel(), flat.device)
             flat[where] = values[low:high].to(flat.device)
 
+    def held_range(self) -> tuple[int, int]:
+        """Return (first, past the last) of the selected elements that this rank owns: all of them without ZeRO-3."""
+        flat, start = next(self._copies())
+        return self._inside(start, flat.numel(), flat.device)[:2]
+
+    def read_held(self) -> Tensor:
+        """Return the values of those elements, in the parameter's dtype, on its device."""
+        flat, start = next(self._copies())
+        return flat[self._inside(start, flat.numel(), flat.device)[2]]
+
     def _copies(self) -> Iterator[tuple[Tensor, int]]:
         """Yield (flat tensor, position of its first element in the whole parameter) for every copy."""
         param = self.param

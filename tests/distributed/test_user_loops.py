@@ -1,5 +1,6 @@
 """PIECE in a user's own Trainer or DeepSpeed loop, on two ranks."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from support.jobs import result_of
 from support.models import make_model
-from support.trainer_job import TRAINERS
+from support.trainer_job import NUM_STEPS, TRAINERS
 from torch import Tensor
 
 from piece_ds.checkpoint.mask_file import load_mask
+from piece_ds.deltas import ChainFollower
 from piece_ds.models.layout import layout_of
 
 LOOPS = [*(f"loop-stage{stage}" for stage in range(4)), "loop-compact-stage1"]
@@ -49,6 +51,16 @@ def test_a_resumed_run_ends_with_the_same_bits(job: Any, name: str) -> None:
     first, again = ([{key: entry[key] for key in keys} for entry in log] for log in (got["log"], got["resumed_log"]))
     assert first == again
     assert len(first) == 6
+
+
+@pytest.mark.parametrize("name", [name for name, (_, options) in TRAINERS.items() if "delta_every" in options])
+def test_a_copy_follows_the_trainers_chain_of_deltas(job: Any, name: str) -> None:
+    """The resumed run continued it: its steps had their links, and its end has the same bits."""
+    got, every = result(job, name), TRAINERS[name][1]["delta_every"]
+    model = make_model("llama")
+    links = ChainFollower(model, Path(got["mask_file"]).parent).apply_new()
+    assert [link.step for link in links] == [*range(every, NUM_STEPS, every), NUM_STEPS]
+    assert differing(got["final"], {n: p.detach().reshape(-1) for n, p in model.named_parameters()}) == set()
 
 
 @pytest.mark.parametrize("name", list(TRAINERS))

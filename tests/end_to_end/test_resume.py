@@ -24,6 +24,9 @@ from support.launches import (
     weights,
 )
 from support.stream_runs import NUM_RANKS, Material, long_flags
+from transformers import AutoModelForCausalLM
+
+from piece_ds.deltas import ChainFollower
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +84,16 @@ def test_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
         first, second = (load_file(root / task / "delta.safetensors") for root in (expected, found))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_copy_follows_the_chain_of_deltas_of_a_killed_run(
+    material: Material, killed_twice: tuple[Path, dict[str, int]]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(material.base)
+    steps = [link.step for link in ChainFollower(model, killed_twice[0]).apply_new()]
+    assert steps == [5, 10, 12, 5, 10, 12]
+    trained = AutoModelForCausalLM.from_pretrained(killed_twice[0] / "01-text" / "model")
+    assert same_bits(dict(model.named_parameters()), dict(trained.named_parameters()))
 
 
 def test_finished_task_is_not_done_again(killed_twice: tuple[Path, dict[str, int]]) -> None:

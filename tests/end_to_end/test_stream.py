@@ -26,6 +26,7 @@ from support.stream_runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from piece_ds.__main__ import main
+from piece_ds.deltas import ChainFollower, open_delta
 from piece_ds.evaluation.predictions import rescore
 
 FOLDERS = {"letter": "00-letter", "text": "01-text"}
@@ -273,6 +274,28 @@ def test_a_reporter_sees_one_run_of_all_tasks(material: Material, variants: Resu
     general = [matrix["general_loss"]["before"], *matrix["general_loss"]["after"]]
     assert reported == list(zip((0, NUM_STEPS, 2 * NUM_STEPS), general, strict=True))
     assert rows[-2]["eval_tasks/00-letter/score"] == matrix["score"]["after"][-1][0]
+
+
+def test_a_copy_that_follows_the_chain_of_deltas_ends_with_the_trained_bits(
+    material: Material, variants: Results
+) -> None:
+    """Over both tasks, at ZeRO-3 in compact mode; a second look finds nothing new."""
+    result_of(variants, "again")
+    run = material.out("again")
+    model = AutoModelForCausalLM.from_pretrained(material.base)
+    follower = ChainFollower(model, run)
+    links = follower.apply_new()
+    assert [(link.path.parent.parent.name, link.step) for link in links] == [
+        (folder, step) for folder in FOLDERS.values() for step in (3, NUM_STEPS)
+    ]
+    trained = AutoModelForCausalLM.from_pretrained(run / "01-text" / "model")
+    assert same_bits(dict(model.named_parameters()), dict(trained.named_parameters()))
+    assert follower.apply_new() == []
+    # The tasks' own deltas say what they follow on as well.
+    first, second = (open_delta(run / folder / "delta.safetensors").metadata for folder in FOLDERS.values())
+    assert (first["parent"], second["parent"]) == ("", first["checksum"])
+    assert (first["step"], first["link"], second["link"]) == (str(NUM_STEPS), "0", "1")
+    assert (links[0].base, links[1].result) == (first["base_fingerprint"], first["result_fingerprint"])
 
 
 def test_the_same_command_gives_the_same_bits(material: Material, stream: Path, variants: Results) -> None:

@@ -12,6 +12,9 @@ from support.fine_tuning import EMBEDDING
 from support.jobs import Results, result_of
 from support.launches import CONFIGS, changed, mask_index, same_bits, same_mask, tree, weights
 from support.stream_runs import NUM_RANKS, RATIO, Material
+from transformers import AutoModelForCausalLM
+
+from piece_ds.deltas import ChainFollower
 
 TASK = "00-train"  # a single file's stem
 
@@ -167,6 +170,15 @@ def test_bf16_files_are_trained_in_bf16_and_stay_bf16(material: Material, varian
     delta = load_file(folder / "delta.safetensors")
     assert {v.dtype for n, v in delta.items() if not n.endswith(".indices")} == {torch.bfloat16}
     assert json.loads((material.out("bf16") / "run.json").read_text())["TrainingArguments"]["bf16"] is True
+
+
+@pytest.mark.parametrize("name", ["bf16", "masked"])
+def test_a_copy_follows_the_chain_of_deltas(material: Material, variants: Results, name: str) -> None:
+    folder = task_folder(material, variants, name)
+    model = AutoModelForCausalLM.from_pretrained(material.root / "base_bf16" if name == "bf16" else material.base)
+    assert ChainFollower(model, folder).apply_new()
+    trained = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert same_bits(dict(model.named_parameters()), dict(trained.named_parameters()))
 
 
 def test_rows_of_token_ids_are_used_as_they_are(material: Material, variants: Results) -> None:

@@ -76,16 +76,18 @@ def variant_flags(material: Material) -> dict[str, list[str]]:
     other = write_rows(root / "other" / "train.json", make_rows(99, 32, ("yes", "no")))
     statistics = {"statistics_file": root / "statistics", "importance_batch_size": 8}
     return {
-        "again": material.stream_flags("again", general_file=root / "general.jsonl", report_to="recorder"),
+        "again": material.stream_flags(
+            "again", general_file=root / "general.jsonl", report_to="recorder", delta_every=3
+        ),
         "seqft": short("seqft", method="seqft"),
         "given": short("given", mask_file=root / "given.safetensors"),
         "statistics-write": short("statistics-write", **statistics),
         "statistics-read": short("statistics-read", **statistics, train_file=other),
         "statistics-other": short("statistics-other", importance_batch_size=8, train_file=other),
-        "bf16": short("bf16", model_name_or_path=root / "base_bf16", max_steps=2),
+        "bf16": short("bf16", model_name_or_path=root / "base_bf16", max_steps=2, delta_every=1),
         "tokens": short("tokens", train_file=_write_tokens(material)),
         "words": short("words"),
-        "masked": short("masked", update_mode="masked"),
+        "masked": short("masked", update_mode="masked", delta_every=1),
     }
 
 
@@ -136,6 +138,7 @@ def long_flags(material: Material, name: str, **changes: object) -> list[str]:
         "lr_scheduler_type": "linear",
         "max_eval_samples": 2,
         "save_model": "last",
+        "delta_every": 5,
     }
     return material.stream_flags(name, **{**long, **changes})
 

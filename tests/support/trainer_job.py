@@ -18,10 +18,10 @@ from support.update_job import run_step
 NUM_STEPS, SAVED_STEP = 6, 3
 # (stage, options of PieceCallback) of the Trainers.
 TRAINERS: dict[str, tuple[int, dict[str, Any]]] = {
-    "trainer-stage2": (2, {"update_mode": "masked"}),
+    "trainer-stage2": (2, {"update_mode": "masked", "delta_every": 4}),
     "trainer-stage3": (3, {"update_mode": "masked"}),
     "trainer-compact-stage0": (0, {}),
-    "trainer-compact-stage3": (3, {"update_mode": "compact"}),
+    "trainer-compact-stage3": (3, {"update_mode": "compact", "delta_every": 2}),
     "trainer-compact-full-stage2": (2, {"update_mode": "compact", "save_full": True}),
 }
 

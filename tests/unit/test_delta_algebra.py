@@ -295,29 +295,6 @@ def test_on_a_live_model_any_alpha_and_back(tmp_path: Path, family: str) -> None
         apply_delta_(nn.Linear(2, 2), made.deltas[0])
 
 
-def test_on_a_model_of_dtensors(tmp_path: Path) -> None:
-    """One rank, where a DTensor's block is the whole; offsets are tried with a block that begins elsewhere."""
-    from piece_ds.deltas import live
-
-    class Block:
-        """The rows [2, 4) of an [6, 3] tensor."""
-
-        placements = "rows"
-        shape = (6, 3)
-        _local = torch.zeros(2, 3)
-
-        def to_local(self) -> torch.Tensor:
-            return self._local
-
-        def __create_chunk_list__(self) -> list:
-            return [type("Chunk", (), {"offsets": (2, 0), "sizes": (2, 3)})]
-
-    block = Block()
-    write = live._dtensor_writer(block, torch.tensor([0, 5, 6, 10, 11, 12, 17]))  # type: ignore[arg-type]
-    write(torch.arange(1.0, 8.0))
-    assert block.to_local().tolist() == [[3.0, 0.0, 0.0], [0.0, 4.0, 5.0]]
-
-
 def test_composing_and_listing_take_scaled_deltas(run: Run, tmp_path: Path, capsys: Capture) -> None:
     delta("scale", run.deltas[0], "--alpha", 0.3, "--output", tmp_path / "a")
     delta("compose", tmp_path / "a", "--output", tmp_path / "b")
