@@ -18,8 +18,9 @@ from piece_ds.deltas.value_changes import movements
 from piece_ds.deltas.verify import Step
 from piece_ds.models.eligible import input_embedding
 from piece_ds.models.layout import layout_of
-from piece_ds.models.loading import empty_model, load_config, names_in_files
+from piece_ds.models.loading import empty_model, load_config
 from piece_ds.models.pretrained import model_source
+from piece_ds.models.stored_names import stored_names
 from piece_ds.report.grids import Grid
 from piece_ds.report.table import print_grids
 from piece_ds.runtime.errors import UserError
@@ -98,7 +99,7 @@ def export_deltas(arguments: argparse.Namespace) -> None:
 
     # Write the format that was asked for.
     if arguments.format == "vllm":
-        export_vllm(deltas[0], output, *([folder.stored_as] if folder else []))
+        export_vllm(deltas[0], output, folder)
         print(printable(f"wrote {output}: {output.stat().st_size} bytes"))
         return
     if folder is None:
@@ -134,7 +135,7 @@ def open_deltas(paths: list[str]) -> list[Delta]:
 def open_model(arguments: argparse.Namespace) -> ModelFolder:
     """Return the model folder, with the parameters that its configuration describes."""
     model = _empty_model(arguments)
-    return open_folder(model_source(arguments.model), layout_of(model), names_in_files(model))
+    return open_folder(model_source(arguments.model), layout_of(model), stored_names(model))
 
 
 def _empty_model(arguments: argparse.Namespace) -> nn.Module:

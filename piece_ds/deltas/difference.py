@@ -8,7 +8,7 @@ from torch import Tensor
 from piece_ds.checkpoint.delta_parts import CODINGS
 from piece_ds.checkpoint.metadata import model_fingerprint
 from piece_ds.deltas.delta import Change
-from piece_ds.deltas.folder import ModelFolder, map_bits
+from piece_ds.deltas.folder import ModelFolder
 from piece_ds.deltas.scale import split, take
 from piece_ds.deltas.write import top, write_delta
 from piece_ds.runtime.errors import UserError
@@ -47,7 +47,7 @@ def diff_folders(
     base = 0
     for info in before.layout.parameters:
         name = info.name
-        first, second = _bits(before, name), _bits(after, name)
+        first, second = before.bits_of(name), after.bits_of(name)
         base += hash_range(name, first)
         index = (first != second).nonzero().view(-1)
         dtype = before.stored[before.stored_as(name)[0]].dtype
@@ -72,11 +72,6 @@ def diff_folders(
         "base_fingerprint": hexadecimal(base),
     }
     write_delta(output, changes, before.layout.shapes(), metadata, coding=coding)
-
-
-def _bits(folder: ModelFolder, parameter: str) -> Tensor:
-    place = folder.stored[folder.stored_as(parameter)[0]]
-    return map_bits(folder.root / place.file, place, "c")
 
 
 def _sizes(change: Change) -> Tensor:

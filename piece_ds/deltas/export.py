@@ -9,7 +9,6 @@ columns) of them, with the same r. Source: peft/tuners/shira, read at 0.21.2.
 """
 
 import json
-from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 
@@ -18,35 +17,37 @@ from torch import Tensor
 
 from piece_ds.checkpoint.artifact import write_tensors
 from piece_ds.deltas.delta import Change, Delta
+from piece_ds.deltas.folder import ModelFolder
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
 from piece_ds.state.partition import INT32_MAX
 
 
-def export_vllm(
-    delta: Delta, output: Path | str, stored_as: Callable[[str], Iterable[str]] = lambda name: (name,)
-) -> None:
+def export_vllm(delta: Delta, output: Path | str, folder: ModelFolder | None = None) -> None:
     """Write NAME.indices (int32), NAME.values and metadata `full_shapes` (JSON): the fields of SparseWeightPatch.
 
     Args:
         delta: to export.
         output: path of the file.
-        stored_as: parameter name -> names of its tensors in the checkpoint that vLLM serves.
+        folder: the checkpoint that vLLM serves, for its names and for experts that it holds in parts; without it every
+            tensor is whole and has its parameter's name.
     Raises:
         UserError: a value is NaN, or a tensor has more elements than int32 can count.
     """
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for parameter, shape in delta.shapes.items():
-        if prod(shape) > INT32_MAX:
-            raise UserError(f"vLLM's patches have int32 indices, {parameter!r} has {prod(shape)} elements")
         change = delta.change(parameter)
         if bool(change.values.isnan().any()):
             raise UserError(f"delta {delta.path} holds NaN in {parameter!r}, which vLLM reads as 'unchanged'")
-        for name in stored_as(parameter):
-            shapes[name] = list(shape)
-            tensors[f"{name}.indices"] = change.index.to(torch.int32)
-            tensors[f"{name}.values"] = change.values.clone()  # a tensor may be stored under two names
+        everything = torch.arange(change.index.numel())
+        whole = [(parameter, everything, change.index)]
+        for name, places, positions in whole if folder is None else folder.split(parameter, change.index):
+            shapes[name] = list(shape if folder is None else folder.stored[name].shape)
+            if prod(shapes[name]) > INT32_MAX:
+                raise UserError(f"vLLM's patches have int32 indices, {name!r} has {prod(shapes[name])} elements")
+            tensors[f"{name}.indices"] = positions.to(torch.int32)
+            tensors[f"{name}.values"] = change.values[places]
     metadata = {"format": "vllm-sparse-weight-patch", "full_shapes": json.dumps(shapes)}
     write_tensors(output, tensors, metadata)
 

@@ -5,7 +5,7 @@ by itself. A patched file keeps every other byte, its header and the order of te
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,13 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from piece_ds.models.stored_names import Part, StoredNames
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.schema import read_json, require_file
 from piece_ds.state.partition import Layout
+from piece_ds.state.weights_hash import hash_elements, hash_range
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Elements of a scattered part that are hashed at a time: 128 MiB of positions and temporaries.
+_HASHED_AT_ONCE = 1 << 22
 _INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 
 
@@ -61,26 +65,81 @@ class ModelFolder:
         root: the folder.
         layout: the model's parameters, from its configuration.
         stored: name in the files -> place; only tensors of parameters.
-        parameter_of: name in the files -> name in layout. A tied weight may be stored under two names.
+        parameter_of: name in the files -> name in layout. A tied weight may be stored under two names, and experts that
+            transformers stacks under a name for each part.
+        parts: name in the files -> which elements of its parameter it holds; all of them if it is not here.
     """
 
     root: Path
     layout: Layout
     stored: dict[str, Stored]
     parameter_of: dict[str, str]
+    parts: dict[str, Part]
 
     @property
     def files(self) -> list[str]:
         return sorted({place.file for place in self.stored.values()})
 
     def in_file(self, file: str) -> list[str]:
-        """Return the names of the tensors in one file, in the order of their data."""
+        """Return the names of the tensors in one file, in the order of their data; parts of a parameter together."""
         names = [name for name, place in self.stored.items() if place.file == file]
-        return sorted(names, key=lambda name: self.stored[name].offset)
+        names.sort(key=lambda name: self.stored[name].offset)
+        order = {parameter: place for place, parameter in enumerate(dict.fromkeys(map(self.parameter_of.get, names)))}
+        return sorted(names, key=lambda name: order[self.parameter_of[name]])
 
     def stored_as(self, parameter: str) -> list[str]:
         """Return the names under which the files hold a parameter."""
         return [name for name in self.stored if self.parameter_of[name] == parameter]
+
+    def held(self, name: str) -> tuple[str, Part | None]:
+        """Return what a stored tensor holds: a parameter, and which part of it. Two that hold the same are copies."""
+        return self.parameter_of[name], self.parts.get(name)
+
+    def locate(self, name: str, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return places in index (int64, of the parameter) that a stored tensor holds, and their positions in it."""
+        part = self.parts.get(name)
+        return (torch.arange(index.numel()), index) if part is None else part.locate(index)
+
+    def hash_of(self, name: str, bits: Tensor) -> int:
+        """Return the sum of the hashes of a stored tensor's elements, as elements of its parameter.
+
+        Args:
+            name: of the tensor in the files.
+            bits: all of it, 1-D integers.
+        """
+        parameter, part = self.held(name)
+        if part is None or part.is_run:
+            return hash_range(parameter, bits, 0 if part is None else part.offset)
+        total = 0
+        for begin in range(0, bits.numel(), _HASHED_AT_ONCE):
+            piece = bits[begin : begin + _HASHED_AT_ONCE]
+            total += hash_elements(parameter, part.positions(begin, begin + piece.numel()), piece)
+        return total % 2**64
+
+    def bits_of(self, parameter: str) -> Tensor:
+        """Return a whole parameter's bits, 1-D integers; put together in memory if the files hold it in parts."""
+        names = self.stored_as(parameter)
+        first = map_bits(self.root / self.stored[names[0]].file, self.stored[names[0]], "c")
+        if names[0] not in self.parts:
+            return first
+        whole = torch.empty(prod(self.layout.shapes()[parameter]), dtype=first.dtype)
+        for name in names:
+            place = self.stored[name]
+            self.parts[name].of(whole).copy_(map_bits(self.root / place.file, place, "c").view(place.shape))
+        return whole
+
+    def split(self, parameter: str, index: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield (stored tensor, places in index, ascending positions) for each that holds some elements of index.
+
+        Args:
+            parameter: whose elements they are.
+            index: ascending flat positions in it, int64.
+        """
+        for name in self.stored_as(parameter):
+            places, positions = self.locate(name, index)
+            if positions.numel():
+                order = positions.argsort()
+                yield name, places[order], positions[order]
 
 
 def map_bits(path: Path, place: Stored, mode: str) -> Tensor:
@@ -98,13 +157,13 @@ def map_bits(path: Path, place: Stored, mode: str) -> Tensor:
     return torch.from_numpy(np.memmap(path, kind, mode, place.offset, (place.numel,)))  # type: ignore[call-overload]
 
 
-def open_folder(root: Path | str, layout: Layout, known: Mapping[str, str]) -> ModelFolder:
+def open_folder(root: Path | str, layout: Layout, known: StoredNames) -> ModelFolder:
     """Read the headers of a model folder's files.
 
     Args:
         root: the folder.
         layout: of the model that the folder's configuration describes.
-        known: every name under which files may hold a parameter -> its name in layout.
+        known: every name under which files may hold a parameter or a part of one.
     Raises:
         UserError: no safetensors files, a damaged one, or a parameter that is missing or of another shape.
     """
@@ -113,24 +172,44 @@ def open_folder(root: Path | str, layout: Layout, known: Mapping[str, str]) -> M
     stored = _stored(root)
 
     # What the files hold must be what the configuration describes ...
-    parameter_of = {name: known[name] for name in stored if name in known}
+    parts = {name: known.parts[name] for name in stored if name in known.parts}
+    parameter_of = {name: known.whole[name] for name in stored if name in known.whole}
+    parameter_of |= {name: part.parameter for name, part in parts.items()}
     for name, parameter in parameter_of.items():
-        if stored[name].shape != shapes[parameter]:
+        expected = parts[name].shape if name in parts else shapes[parameter]
+        if stored[name].shape != expected:
             raise UserError(
                 f"{root}: {name!r} has shape {list(stored[name].shape)}, the folder's config.json makes it "
-                f"{list(shapes[parameter])}: weights and configuration do not belong together"
+                f"{list(expected)}: weights and configuration do not belong together"
             )
 
     # ... and all of it.
-    present = set(parameter_of.values())
-    missing = [name for name in shapes if name not in present]
+    missing = _missing(root, shapes, parameter_of, parts)
     if missing:
         raise UserError(
             f"{root}: {len(missing)} of {len(shapes)} parameters are not in its files, {missing[0]!r} for "
             "one: the folder is incomplete, or transformers puts them together from parts while loading; "
             "then save the loaded model with save_pretrained(..., save_original_format=False) and use that"
         )
-    return ModelFolder(root, layout, {name: stored[name] for name in parameter_of}, parameter_of)
+    return ModelFolder(root, layout, {name: stored[name] for name in parameter_of}, parameter_of, parts)
+
+
+def _missing(
+    root: Path, shapes: dict[str, tuple[int, ...]], parameter_of: dict[str, str], parts: dict[str, Part]
+) -> list[str]:
+    """Return names of the parameters that are not whole in the files. Raise UserError if one is whole and in parts."""
+    held = dict.fromkeys(shapes, 0)
+    for part in parts.values():
+        held[part.parameter] += prod(part.shape)
+    for name, parameter in parameter_of.items():
+        if name not in parts and held[parameter]:
+            other = next(stored for stored, part in parts.items() if part.parameter == parameter)
+            raise UserError(
+                f"{root}: {parameter!r} is stored whole, as {name!r}, and in parts, as {other!r}: which one counts "
+                "depends on the program that loads it; copy the model folder again"
+            )
+    whole = {parameter for name, parameter in parameter_of.items() if name not in parts}
+    return [name for name, shape in shapes.items() if name not in whole and held[name] != max(prod(shape), 1)]
 
 
 def _files(root: Path) -> dict[str, dict[str, str]]:

@@ -175,7 +175,7 @@ def _patch_file(folder: ModelFolder, steps: Sequence[Step], file: str, path: Pat
         if todo:
             flat = map_bits(path, folder.stored[name], "r+")
             for step in todo:
-                index, _, new = step.bits(parameter)
-                flat[index] = new
+                positions, _, _, new = step.bits_in(folder, name)
+                flat[positions] = new
     with open(path, "rb+") as handle:
         os.fsync(handle.fileno())

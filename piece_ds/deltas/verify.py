@@ -13,8 +13,9 @@ import torch
 from piece_ds.checkpoint.metadata import model_fingerprint
 from piece_ds.deltas.delta import Delta
 from piece_ds.deltas.folder import ModelFolder, map_bits
+from piece_ds.models.stored_names import Part
 from piece_ds.runtime.errors import UserError
-from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range, hexadecimal
+from piece_ds.state.weights_hash import bits_of, hash_elements, hexadecimal
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Step:
 
     delta: Delta
     undo: bool = False
+    # What bits() read last: a parameter may be stored in hundreds of parts, which ask for the same one after another.
+    _last: dict[str, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def verb(self) -> Literal["apply", "revert"]:
@@ -34,13 +39,29 @@ class Step:
         Returns:
             Positions, the bits expected there (None if the file does not say), and the bits to write.
         """
-        change = self.delta.change(name)
-        values = bits_of(change.values)
-        previous = None if change.previous is None else bits_of(change.previous)
-        if self.undo:
-            assert previous is not None
-            return change.index, values, previous
-        return change.index, previous, values
+        if name not in self._last:
+            change = self.delta.change(name)
+            values = bits_of(change.values)
+            previous = None if change.previous is None else bits_of(change.previous)
+            self._last.clear()
+            if self.undo:
+                assert previous is not None
+                self._last[name] = change.index, values, previous
+            else:
+                self._last[name] = change.index, previous, values
+        return self._last[name]
+
+    def bits_in(
+        self, folder: ModelFolder, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Return what the step does to one stored tensor, which may be a part of a parameter.
+
+        Returns:
+            Positions in the tensor, positions in its parameter, the bits expected there, and the bits to write.
+        """
+        index, old, new = self.bits(folder.parameter_of[name])
+        places, positions = folder.locate(name, index)
+        return positions, index[places], None if old is None else old[places], new[places]
 
     @property
     def before(self) -> str | None:
@@ -88,15 +109,15 @@ def verify(folder: ModelFolder, steps: Sequence[Step]) -> Verified:
     # Read every file once, and apply the steps to a private copy of each tensor.
     counts = [_Count() for _ in steps]
     verified = Verified()
-    total, counted = 0, set()
+    total, counted = 0, set[tuple[str, Part | None]]()
     for file in folder.files:
         before = after = 0
         for name in folder.in_file(file):
-            parameter = folder.parameter_of[name]
-            own, changes = _visit(folder, name, steps, counts, parameter not in counted)
+            held = folder.held(name)
+            own, changes = _visit(folder, name, steps, counts, held not in counted)
             before, after = before + own, after + own + changes
-            total += 0 if parameter in counted else own
-            counted.add(parameter)
+            total += 0 if held in counted else own
+            counted.add(held)
         if before != after:
             verified.files[file] = hexadecimal(before), hexadecimal(after)
 
@@ -117,7 +138,7 @@ def _visit(folder: ModelFolder, name: str, steps: Sequence[Step], counts: list[_
         name: of the tensor in the files.
         steps: in order.
         counts: one per step; they are added to.
-        first: whether this is the parameter's first copy, the one that the fingerprint counts.
+        first: whether this is the first copy of what it holds, the one that the fingerprint counts.
     Returns:
         The tensor's hash, and what the steps add to it.
     """
@@ -127,17 +148,17 @@ def _visit(folder: ModelFolder, name: str, steps: Sequence[Step], counts: list[_
         return 0, 0
     flat = map_bits(folder.root / place.file, place, "c")
     # Hashes of elements add up, so a change needs only the elements it touches.
-    own, changes = hash_range(parameter, flat), 0
+    own, changes = folder.hash_of(name, flat), 0
     for step, count in zip(steps, counts, strict=True):
         if parameter in step.delta.shapes:
-            index, old, new = step.bits(parameter)
-            current = flat[index]
+            positions, index, old, new = step.bits_in(folder, name)
+            current = flat[positions]
             count.num_other += 0 if old is None else int((current != old).sum())
             count.num_done += int((current == new).sum())
             change = hash_elements(parameter, index, new) - hash_elements(parameter, index, current)
             count.change += change if first else 0
             changes += change
-            flat[index] = new
+            flat[positions] = new
     return own, changes
 
 
@@ -147,7 +168,7 @@ def file_fingerprint(folder: ModelFolder, file: str) -> str:
     for name in folder.in_file(file):
         if folder.stored[name].dtype is not None:
             bits = map_bits(folder.root / file, folder.stored[name], "c")
-            total += hash_range(folder.parameter_of[name], bits)
+            total += folder.hash_of(name, bits)
     return hexadecimal(total)
 
 
@@ -158,25 +179,25 @@ def check_result(folder: ModelFolder, steps: Sequence[Step]) -> None:
 
     Cost: reads all weights once if the last step gives the fingerprint of its result, else only the selected values.
     """
-    seen: set[str] = set()
+    seen: set[tuple[str, Part | None]] = set()
     total, is_right = 0, True
     expected = steps[-1].after
-    for name, place in folder.stored.items():
-        parameter = folder.parameter_of[name]
+    for name in (name for file in folder.files for name in folder.in_file(file)):
+        place, held = folder.stored[name], folder.held(name)
         if place.dtype is None:
             continue
         flat = map_bits(folder.root / place.file, place, "c")
         # A tied weight may be stored twice; the fingerprint counts it once.
-        if expected is not None and parameter not in seen:
-            total += hash_range(parameter, flat)
-        seen.add(parameter)
-        written = [step.bits(parameter) for step in steps if parameter in step.delta.shapes]
+        if expected is not None and held not in seen:
+            total += folder.hash_of(name, flat)
+        seen.add(held)
+        written = [step.bits_in(folder, name) for step in steps if held[0] in step.delta.shapes]
         if written:
             # Later steps overwrite earlier ones: only the last value at each position must be there.
-            positions = torch.cat([index for index, _, _ in written]).unique()
+            positions = torch.cat([found for found, _, _, _ in written]).unique()
             wanted = flat[positions]
-            for index, _, new in written:
-                wanted[torch.searchsorted(positions, index)] = new
+            for found, _, _, new in written:
+                wanted[torch.searchsorted(positions, found)] = new
             is_right = is_right and torch.equal(flat[positions], wanted)
     if not is_right or expected not in (None, hexadecimal(total)):
         raise UserError(

@@ -53,8 +53,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put model in eval mode without gradients inside; afterwards, also after an error, restore every submodule's mode.
 
     A plain model.train() would switch on the dropout of a submodule that its user had put in eval mode.
+
+    A mixture of experts leaves its load-balancing loss out meanwhile, though its configuration asks for it: it depends
+    on how rows are put into batches, is not of their tokens, and transformers cannot form it while it generates.
     """
     modes = [(module, module.training) for module in model.modules()]
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    balanced = [config for config in configs.values() if getattr(config, "output_router_logits", False) is True]
+    for config in balanced:
+        config.output_router_logits = False
     model.eval()
     try:
         with torch.no_grad():
@@ -62,3 +69,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        for config in balanced:
+            config.output_router_logits = True

@@ -4,7 +4,9 @@ The rule leaves out, unless the user names them:
 
 - the input embeddings, and an output head tied to them;
 - the encoder of images, video or sound, with everything in it: patch and position embeddings, blocks, norms. The merger
-  or projector that feeds the language model stays eligible.
+  or projector that feeds the language model stays eligible;
+- routers of a mixture of experts: what decides which experts see a token. A small step there sends tokens to experts
+  that never saw their like, and undoes the balance that the model was trained to. Experts stay eligible.
 
 Parameters that the user excludes by name are never eligible. The encoder is found by transformers' get_encoder(), not
 by the names of any one model.
@@ -17,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from piece_ds.models.experts import router_names
 from piece_ds.runtime.errors import UserError, nearest
 from piece_ds.state.partition import Layout
 
@@ -82,8 +85,12 @@ def is_tied(model: nn.Module) -> bool:
 
 def ineligible(model: nn.Module) -> set[str]:
     """Return names, as in named_parameters(), of the parameters that may not be selected, whatever their gradients."""
-    by_rule = embedding_names(model) | in_towers(model)
-    return (by_rule - getattr(model, _ADDED, frozenset())) | getattr(model, _EXCLUDED, frozenset())
+    return (_left_out(model) - getattr(model, _ADDED, frozenset())) | getattr(model, _EXCLUDED, frozenset())
+
+
+def _left_out(model: nn.Module) -> set[str]:
+    """Return what the rule leaves out, before the user's patterns."""
+    return embedding_names(model) | in_towers(model) | router_names(model)
 
 
 def make_eligible(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -99,7 +106,7 @@ def make_eligible(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """
     names = [name for name, _ in model.named_parameters()]
     # Only what the rule leaves out can be added: a pattern that adds nothing is a mistake to report.
-    left_out = in_towers(model) | embedding_names(model)
+    left_out = _left_out(model)
     added: set[str] = set()
     for pattern in patterns:
         matching = {name for name in names if fnmatchcase(name, pattern)}

@@ -13,7 +13,6 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -31,6 +30,7 @@ from piece_ds.models.eligible import (
     make_eligible,
     towers,
 )
+from piece_ds.models.experts import gather_experts_whole, router_names
 from piece_ds.models.layout import full_shape, layout_of
 from piece_ds.models.model_settings import check_attention, make_saveable_
 from piece_ds.models.pretrained import model_source
@@ -134,6 +134,11 @@ def load_model(
     # transformers only warns of parameters that it made up.
     refuse_incomplete(f"the model in {source}", model, info)
     make_saveable_(getattr(model, "generation_config", None))
+    marked = gather_experts_whole(model)
+    if marked and hf_deepspeed.is_deepspeed_zero3_enabled() and is_main():
+        logger.warning(
+            "ZeRO-3 gathers the experts of %s together: ranks use different ones", ", ".join(_folded(marked))
+        )
     return model
 
 
@@ -156,20 +161,6 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
-def names_in_files(model: nn.Module) -> dict[str, str]:
-    """Return every name that a checkpoint may give a whole parameter -> its name in named_parameters().
-
-    The names differ in two cases: tied weights, which a checkpoint may hold under either name or both, and weights that
-    transformers renames while loading (GPT-NeoX's embed_out). Experts that it stacks while loading are not in the
-    result under the names of their parts.
-    """
-    # Tied weights are one object under several names.
-    parameter_of = {id(param): name for name, param in model.named_parameters()}
-    stored = [*model.named_parameters(remove_duplicate=False)]
-    stored += revert_weight_conversion(model, dict(model.state_dict(keep_vars=True))).items()
-    return {name: parameter_of[id(param)] for name, param in stored if id(param) in parameter_of}
-
-
 def empty_layout(arguments: ModelArguments, config: Any) -> Layout:
     """Return the layout of the model, from its configuration only."""
     return layout_of(empty_model(config, arguments.trust_remote_code))
@@ -183,9 +174,10 @@ def check_eligible(arguments: ModelArguments, config: Any) -> None:
         config: the model's.
     Cost: builds the model on the meta device.
     """
-    if arguments.eligible is None and arguments.exclude is None and not reads_images(config):
-        return
     model = empty_model(config, arguments.trust_remote_code)
+    has_rule = reads_images(config) or bool(router_names(model))
+    if arguments.eligible is None and arguments.exclude is None and not has_rule:
+        return
     if reads_images(config) and not towers(model):
         raise UserError(
             f"--model_name_or_path {arguments.model_name_or_path}: transformers does not say which part of "
@@ -230,14 +222,16 @@ def _report_eligible(model: nn.Module, added: list[str], excluded: list[str]) ->
     left_out = ineligible(model)
     frozen = in_towers(model) & left_out
     embeddings = (embedding_names(model) & left_out) - frozen
+    routers = (router_names(model) & left_out) - frozen - embeddings
+    kinds = [(" and ".join(towers(model)), frozen)] if towers(model) else []
+    kinds += [("the input embeddings", embeddings), *([("routers", routers)] if router_names(model) else [])]
+    others = left_out - frozen - embeddings - routers
     logger.warning(
-        "eligible: %d of %d parameters; not: %d of %s, %d of the input embeddings, %d others",
+        "eligible: %d of %d parameters; not: %s, %d others",
         sum(size for name, size in sizes.items() if name not in left_out),
         sum(sizes.values()),
-        sum(sizes[name] for name in frozen),
-        " and ".join(towers(model)) or "towers",
-        sum(sizes[name] for name in embeddings),
-        sum(sizes[name] for name in left_out - frozen - embeddings),
+        ", ".join(f"{sum(sizes[name] for name in names)} of {kind}" for kind, names in kinds),
+        sum(sizes[name] for name in others),
     )
 
 

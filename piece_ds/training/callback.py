@@ -23,6 +23,7 @@ from piece_ds.config.piece import PieceConfig, config_of
 from piece_ds.deltas.chain_files import CHAIN_NAME
 from piece_ds.methods.estimate import count_selected, estimate_mask
 from piece_ds.models.eligible import without
+from piece_ds.models.experts import gather_experts_whole
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.distributed import barrier
 from piece_ds.runtime.errors import UserError
@@ -104,6 +105,10 @@ class PieceCallback(TrainerCallback):
         self.select_seconds: float | None = None
         self._previous: dict[str, Tensor] = {}
         self._save_whole_again: Callable[[], None] | None = None
+
+        # Now, because DeepSpeed makes its hooks before training begins.
+        if trainer.model is not None:
+            gather_experts_whole(trainer.model)
 
         # Now, because DeepSpeed makes its optimizer from the model's parameters before training begins.
         if self.config.update_mode == "compact":

@@ -8,6 +8,7 @@ from torch import nn
 
 from piece_ds.config.piece import split_patterns
 from piece_ds.models.eligible import input_embedding, let_gradients_in, without
+from piece_ds.models.experts import gather_experts_whole
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected as num_selected_of
@@ -89,6 +90,9 @@ def prepare_compact(
         raise UserError("the model is prepared for compact mode already: detach() the update first")
     if (ratio is None) == (num_selected is None):
         raise ValueError("give either ratio or num_selected")
+
+    # ZeRO-3 has to know before it makes its hooks.
+    gather_experts_whole(model)
 
     # How many values there will be.
     layout = without(layout_of(model), split_patterns(exclude))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from piece_ds.models.experts import unmarked_lists
 from piece_ds.runtime.errors import UserError
 from piece_ds.zero.adapter import Adapter, offload_device
 from piece_ds.zero.stage0 import Stage0
@@ -81,6 +82,14 @@ def _refusal(engine: Any) -> str | None:
         return "SuperOffload: it replaces the step; remove super_offload"
     if zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1.0:
         return "offload_optimizer.ratio below 1: a second optimizer steps a part; set it to 1"
+    if engine.zero_optimization_stage() == 3:
+        lost = unmarked_lists(engine.module)
+        if lost is not None:
+            return (
+                f"experts in a list, {lost!r}, that ZeRO-3 gathers one by one: ranks that use different ones would "
+                "wait for each other; call deepspeed.utils.set_z3_leaf_modules(model, "
+                f"[{type(engine.module.get_submodule(lost)).__name__}]) before deepspeed.initialize()"
+            )
     if engine.torch_autocast_enabled():
         return "torch_autocast: the gradient's dtype differs per module; use bf16 instead"
     return None

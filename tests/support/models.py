@@ -20,6 +20,7 @@ from support import vision
 
 VOCAB = 97
 FAMILIES = ("llama", "qwen3", "gemma2", "neox")
+MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3", "listed")
 NUM_MICRO_BATCHES = 7  # divides by neither 2 nor 3
 
 
@@ -74,6 +75,10 @@ def make_model(family: str, dropout: float = 0.0) -> nn.Module:
         return Branches()
     if family in vision.FAMILIES:
         return vision.make_vision_model(family)
+    if family in MIXTURES:
+        from support.moe import make_moe  # takes sizes from here
+
+        return make_moe(family)
     raise ValueError(family)
 
 

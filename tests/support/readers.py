@@ -28,6 +28,7 @@ from piece_ds.deltas.delta import open_delta
 from piece_ds.deltas.folder import open_folder
 from piece_ds.evaluation.predictions import read_predictions, write_predictions
 from piece_ds.models.layout import layout_of
+from piece_ds.models.stored_names import stored_names
 from piece_ds.report.results import RunResults, read_results
 from piece_ds.state.mask import Mask
 from piece_ds.state.statistics import GradientStats
@@ -109,7 +110,7 @@ def _csv(folder: Path) -> None:
 
 
 def _known(folder: Path) -> object:
-    return open_folder(folder, LAYOUT, {name: name for name, _ in MODEL.named_parameters()})
+    return open_folder(folder, LAYOUT, stored_names(MODEL))
 
 
 def _seal(folder: Path) -> None:

@@ -28,6 +28,7 @@ from piece_ds.deltas.record import Entry, Record, Unfinished, read_record, write
 from piece_ds.deltas.value_changes import movements
 from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.models.layout import layout_of
+from piece_ds.models.stored_names import stored_names
 from piece_ds.report.results import RunResults, read_results
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
@@ -41,7 +42,7 @@ torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
 LAYOUT = layout_of(MODEL)
 MASK = Mask(LAYOUT, {"0.weight": torch.tensor([0, 7, 34]), "1.bias": torch.tensor([2])}, 4, "piece-s", 0.1)
-NAMES = {name: name for name, _ in MODEL.named_parameters()}
+NAMES = stored_names(MODEL)
 NUM_MUTATIONS = int(os.environ.get("PIECE_DS_MUTATIONS", "100"))  # of each kind
 SLOW_SECONDS = 5.0
 
