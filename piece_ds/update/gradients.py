@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from piece_ds import ops
 from piece_ds.config.piece import SELECTED_GRADIENTS
 from piece_ds.config.ranges import require_choice
+from piece_ds.models.experts import stacked_experts
 from piece_ds.models.layout import full_shape
 from piece_ds.runtime.distributed import is_main
+from piece_ds.update.expert_gradients import SampledExperts
 from piece_ds.update.sampling_rule import max_density
 from piece_ds.zero.weights import SelectedWeights
 
@@ -67,8 +69,16 @@ def can_sample(module: nn.Module, name: str, selected: SelectedWeights, device: 
     """
     is_linear = type(module) in (nn.Linear, Conv1D) and name.rpartition(".")[2] == "weight"
     is_linear = is_linear and "forward" not in vars(module)  # a replaced forward may compute anything
+    return is_linear and is_sparse(selected, device)
+
+
+def is_sparse(selected: SelectedWeights, device: torch.device) -> bool:
+    """Return whether so few elements of a parameter are selected that sampling its gradient is worth it.
+
+    For stacked experts too: each is multiplied by itself, as a linear layer with fewer tokens.
+    """
     num_elements = int(torch.Size(full_shape(selected.param)).numel())
-    return is_linear and selected.index.numel() <= max_density(device, selected.param.dtype) * num_elements
+    return selected.index.numel() <= max_density(device, selected.param.dtype) * num_elements
 
 
 class SampledGradient:
@@ -176,24 +186,29 @@ class GradientCollection:
             weights: parameter name -> its selected elements.
             parts: (parameter name, fp32 tensor of one entry per selected element).
             gradient: 'dense' (let autograd form the whole gradient of one parameter at a time), or 'auto': sampled for
-                linear layers with few selected elements, dense for everything else.
+                linear layers and stacked experts with few selected elements, dense for everything else.
         Raises:
             UserError: gradient is neither.
         """
         require_choice("selected_gradient", gradient, SELECTED_GRADIENTS)
 
         # One hook or set of hooks a parameter.
-        self._sampled: list[SampledGradient] = []
+        self._sampled: list[SampledGradient | SampledExperts] = []
         self._remove: list[Callable[[], None]] = []
-        dense = []
+        dense, stacked = [], stacked_experts(model)
         for name, part in parts:
-            module = model.get_submodule(name.rpartition(".")[0])
-            if gradient == "auto" and can_sample(module, name, weights[name], part.device):
-                self._sampled.append(SampledGradient(module, name, weights[name], part))
+            owner = name.rpartition(".")[0]
+            module, selected = model.get_submodule(owner), weights[name]
+            is_stacked = owner in stacked and len(full_shape(selected.param)) == 3 and "forward" not in vars(module)
+            if gradient == "auto" and can_sample(module, name, selected, part.device):
+                self._sampled.append(SampledGradient(module, name, selected, part))
+                self._remove.append(self._sampled[-1].remove)
+            elif gradient == "auto" and is_stacked and is_sparse(selected, part.device):
+                self._sampled.append(SampledExperts(module, name, selected, part, collect_dense))
                 self._remove.append(self._sampled[-1].remove)
             else:
                 dense.append(name)
-                self._remove.append(collect_dense(weights[name], part))
+                self._remove.append(collect_dense(selected, part))
         if is_main():
             logger.info(
                 "gradients of selected weights: %d tensors sampled, %d dense%s",
@@ -203,15 +218,15 @@ class GradientCollection:
             )
 
     def check(self) -> None:
-        """Warn of weights that are used outside their layers, and of those not used at all.
+        """Warn of weights that are used in other ways than sampled, and of those not used at all.
 
         Call it after a backward.
         """
         elsewhere = [sampled.name for sampled in self._sampled if sampled.used_elsewhere]
         if elsewhere and is_main():
             logger.warning(
-                "%d weights are used outside the layers that hold them as well: %s. The gradients of these uses are "
-                "formed whole, one at a time, and count",
+                "%d weights are used outside the products that are sampled as well: %s. The gradients of these uses "
+                "are formed whole, one at a time, and count",
                 len(elsewhere),
                 _shortened(elsewhere),
             )

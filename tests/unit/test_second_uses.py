@@ -74,7 +74,7 @@ def test_a_layer_that_is_never_called_and_one_that_nothing_uses(caplog: pytest.L
     model, x = NeverCalled(), torch.randn(4, WIDTH)
     with caplog.at_level(logging.WARNING):
         assert_equal_plain(model, lambda: model(x).backward(), "never called")
-    assert "1 weights are used outside the layers that hold them as well: holder.weight" in caplog.text
+    assert "1 weights are used outside the products that are sampled as well: holder.weight" in caplog.text
     caplog.clear()
     model.spare = nn.Linear(WIDTH, WIDTH)
     with caplog.at_level(logging.WARNING):
