@@ -17,7 +17,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
 from piece_ds.runtime.schema import Count, read_json, require_file
 from piece_ds.runtime.signals import exit_if_signalled, stop_asked
-from piece_ds.state.partition import Layout, partition_of
+from piece_ds.state.partition import Layout, owned_range
 from piece_ds.state.statistics import GradientStats, empty_stats
 
 
@@ -80,6 +80,7 @@ class _Index(BaseModel):
     num_nonfinite: Count
     model_fingerprint: str
     source: dict[str, Any]
+    rows: dict[str, tuple[Count, Count]] = {}  # parameters of which only some rows are eligible
 
 
 def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, object] | None = None) -> None:
@@ -114,6 +115,7 @@ def save_statistics(folder: Path | str, stats: GradientStats, source: dict[str, 
                 "num_nonfinite": stats.num_nonfinite,
                 "model_fingerprint": model_fingerprint(layout),
                 "source": source or {},
+                "rows": _rows(layout),
             },
         )
     barrier()
@@ -159,6 +161,11 @@ def load_statistics_into(stats: GradientStats, folder: Path | str, source: dict[
     index = _read_index(folder)
     if index.model_fingerprint != model_fingerprint(layout):
         raise UserError(f"statistics in {folder} are of another model: parameter names or shapes differ")
+    if index.rows != _rows(layout):
+        raise UserError(
+            f"statistics in {folder} are of rows {index.rows or 'all'} of the model's parameters, expected "
+            f"{_rows(layout) or 'all'}: use another folder, or the same --eligible"
+        )
     if stats.grad_sum is not None and not index.has_grad_sum:
         raise UserError(f"statistics in {folder} hold only sums of squares: piece-s needs the sum of gradients too")
     if source is not None and index.source != source:
@@ -166,6 +173,10 @@ def load_statistics_into(stats: GradientStats, folder: Path | str, source: dict[
     for owner in range(index.num_ranks):
         _fill_from_shard(stats, folder / _shard(owner, index.num_ranks), owner, index.num_ranks)
     stats.num_micro_batches, stats.num_nonfinite = index.num_micro_batches, index.num_nonfinite
+
+
+def _rows(layout: Layout) -> dict[str, tuple[int, int]]:
+    return {info.name: info.rows for info in layout.eligible() if info.rows is not None}
 
 
 def _read_index(folder: Path) -> _Index:
@@ -181,7 +192,7 @@ def _fill_from_shard(stats: GradientStats, path: Path, owner: int, num_ranks: in
     # Find the ranges that the writer and this rank have in common, parameter by parameter.
     overlaps = []
     for info, part, offset in stats.layout.owned():
-        stored = partition_of(info.numel, owner, num_ranks)
+        stored = owned_range(info, owner, num_ranks)
         low, high = max(part.start, stored.start), min(part.stop, stored.stop)
         if low < high:
             targets = stats.fragment(offset + low - part.start, high - low)

@@ -34,7 +34,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "comma-separated fnmatch patterns of parameters that may train although they would not: of a "
-            "vision tower, or the input embeddings"
+            "vision tower, or the input embeddings; NAME[a:b] means rows a to b - 1 alone, those of added tokens"
         },
     )
     exclude: str | None = field(

@@ -79,7 +79,7 @@ Names = Callable[[nn.Module, Layout, int, str], set[str]]
 def count_whole(names_of: Names, model: nn.Module, layout: Layout, seed: int, task: str) -> int:
     """Return how many elements the chosen parameters have."""
     names = names_of(model, layout, seed, task)
-    return sum(info.numel for info in layout.parameters if info.name in names)
+    return sum(info.selectable.numel for info in layout.parameters if info.name in names)
 
 
 def select_whole(names_of: Names, request: SelectionRequest) -> Mask:

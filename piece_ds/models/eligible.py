@@ -2,7 +2,8 @@
 
 The rule leaves out, unless the user names them:
 
-- the input embeddings, and an output head tied to them;
+- the input embeddings, and an output head tied to them. The user may name some of their rows, those of added tokens
+  for instance: 'model.embed_tokens.weight[49152:]';
 - the encoder of images, video or sound, with everything in it: patch and position embeddings, blocks, norms. The merger
   or projector that feeds the language model stays eligible;
 - routers of a mixture of experts: what decides which experts see a token. A small step there sends tokens to experts
@@ -12,6 +13,7 @@ Parameters that the user excludes by name are never eligible. The encoder is fou
 by the names of any one model.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -19,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from piece_ds.config.piece import split_patterns
 from piece_ds.models.experts import router_names
 from piece_ds.runtime.errors import UserError, nearest
 from piece_ds.state.partition import Layout
@@ -28,6 +31,9 @@ _MODALITIES = ("image", "video", "audio")
 # `merger` and `deepstack_merger_list` of the Qwen-VL and GLM-V families, `multi_modal_projector`, `aligner`, ...
 _INTO_TEXT = ("merger", "projector", "connector", "aligner", "resampler")
 _ADDED, _EXCLUDED = "_piece_ds_eligible", "_piece_ds_excluded"
+_ROWS = "_piece_ds_rows"
+# A pattern that ends in rows, written as Python's slices are: NAME[first:past_the_last], either of them left out.
+_SLICE = re.compile(r"(?P<pattern>.+)\[(?P<first>-?\d*):(?P<stop>-?\d*)\]")
 
 
 def input_embedding(model: nn.Module) -> nn.Parameter | None:
@@ -100,22 +106,57 @@ def make_eligible(model: nn.Module, patterns: Iterable[str]) -> list[str]:
 
     Args:
         model: a model of transformers, or any module.
-        patterns: fnmatch patterns for whole names of named_parameters(); '*' also matches dots.
+        patterns: fnmatch patterns for whole names of named_parameters(); '*' also matches dots. One that ends in
+            [a:b] means rows a to b - 1 of the first dimension alone, counted as Python's slices count.
     Raises:
         UserError: a pattern makes nothing eligible; the message says why.
     """
+    shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in model.named_parameters()}
     names = [name for name, _ in model.named_parameters()]
     # Only what the rule leaves out can be added: a pattern that adds nothing is a mistake to report.
     left_out = _left_out(model)
     added: set[str] = set()
+    rows: dict[str, tuple[int, int]] = {}
     for pattern in patterns:
-        matching = {name for name in names if fnmatchcase(name, pattern)}
+        sliced = _SLICE.fullmatch(pattern)
+        matching = {name for name in names if fnmatchcase(name, sliced["pattern"] if sliced else pattern)}
         if not matching & left_out:
             raise UserError(f"--eligible {pattern!r} makes nothing eligible: {_reason(matching, left_out)}")
+        for name in matching & left_out:
+            wanted = _rows_of(pattern, name, shapes[name], sliced) if sliced else None
+            if name in added and rows.get(name) != wanted:
+                raise UserError(f"--eligible {pattern!r}: another pattern has named {name!r} already: name it once")
+            if wanted is not None:
+                rows[name] = wanted
         added |= matching & left_out
     # The choice is kept on the model, so that every later layout of it agrees.
     setattr(model, _ADDED, frozenset(added))
+    setattr(model, _ROWS, rows)
     return [name for name in names if name in added]
+
+
+def _rows_of(pattern: str, name: str, shape: tuple[int, ...], sliced: re.Match[str]) -> tuple[int, int]:
+    """Return (first row, past the last) that a pattern's slice means of a parameter."""
+    height = shape[0] if shape else 1
+    first, stop = (int(sliced[end]) if sliced[end] else None for end in ("first", "stop"))
+    begin, end, _ = slice(first, stop).indices(height)
+    if begin >= end or any(bound is not None and abs(bound) > height for bound in (first, stop)):
+        raise UserError(
+            f"--eligible {pattern!r} names no row of {name!r}, which has {height}: give the ids of added tokens, from "
+            "the first to one past the last"
+        )
+    return begin, end
+
+
+def names_rows(patterns: str | None) -> bool:
+    """Return whether any of comma-separated patterns means rows of a parameter."""
+    return any(_SLICE.fullmatch(pattern) for pattern in split_patterns(patterns))
+
+
+def eligible_rows(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return parameter name -> (first, past the last) row that may be selected, if not all of them may."""
+    rows: dict[str, tuple[int, int]] = getattr(model, _ROWS, {})
+    return rows
 
 
 def _reason(matching: set[str], left_out: set[str]) -> str:

@@ -20,6 +20,7 @@ from piece_ds.config.arguments import ModelArguments
 from piece_ds.config.piece import split_patterns
 from piece_ds.models.checkpoint_files import main_dtype, refuse_incomplete, require_weight_files, stored_tensors
 from piece_ds.models.eligible import (
+    eligible_rows,
     embedding_names,
     exclude,
     in_towers,
@@ -196,14 +197,16 @@ def check_eligible(arguments: ModelArguments, config: Any) -> None:
 
 def _report_eligible(model: nn.Module, added: list[str], excluded: list[str]) -> None:
     sizes = {name: torch.Size(full_shape(param)).numel() for name, param in model.named_parameters()}
+    rows = eligible_rows(model)
+    counts = {info.name: info.selectable.numel for info in layout_of(model).parameters}
 
     # What the user's own patterns changed.
     if added:
         logger.warning(
             "--eligible makes %d parameters in %d tensors eligible: %s",
-            sum(sizes[name] for name in added),
+            sum(counts[name] for name in added),
             len(added),
-            ", ".join(_folded(added)),
+            ", ".join(_folded([_with_rows(name, rows) for name in added])),
         )
     if is_tied(model) and embedding_names(model) & set(added):
         logger.warning(
@@ -228,11 +231,15 @@ def _report_eligible(model: nn.Module, added: list[str], excluded: list[str]) ->
     others = left_out - frozen - embeddings - routers
     logger.warning(
         "eligible: %d of %d parameters; not: %s, %d others",
-        sum(size for name, size in sizes.items() if name not in left_out),
+        sum(count for name, count in counts.items() if name not in left_out),
         sum(sizes.values()),
         ", ".join(f"{sum(sizes[name] for name in names)} of {kind}" for kind, names in kinds),
         sum(sizes[name] for name in others),
     )
+
+
+def _with_rows(name: str, rows: dict[str, tuple[int, int]]) -> str:
+    return f"{name}[{rows[name][0]}:{rows[name][1]}]" if name in rows else name
 
 
 def _folded(names: Iterable[str]) -> list[str]:

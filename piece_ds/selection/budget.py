@@ -50,7 +50,7 @@ def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[
     for info in eligible:
         key = {"model": "", "layer": layer_of(info.name), "tensor": info.name}[budget]
         groups.setdefault(key, []).append(info.name)
-        numel[key] = numel.get(key, 0) + info.numel
+        numel[key] = numel.get(key, 0) + info.selectable.numel
     shares = share_out(k, list(numel.values()))
     return [(names, share) for names, share in zip(groups.values(), shares, strict=True) if share]
 

@@ -55,8 +55,11 @@ class Units:
 
 
 def units_of(info: ParameterInfo, unit: str) -> Units | None:
-    """Return the units of a matrix; None for a parameter that competes by element."""
-    if unit == ELEMENT or len(info.shape) != 2 or info.numel == 0:
+    """Return the units of a matrix; None for a parameter that competes by element.
+
+    A matrix of which only some rows may be selected does: whole columns of it may not be.
+    """
+    if unit == ELEMENT or len(info.shape) != 2 or info.numel == 0 or info.rows is not None:
         return None
     height, width = info.shape
     along_last = (unit == "column") != info.in_first
@@ -75,7 +78,7 @@ def element_budget(
     for info in layout.eligible():
         if info.name in group_of and info.numel and units_of(info, unit) is None:
             group = group_of[info.name]
-            numel[group] = numel.get(group, 0) + info.numel
+            numel[group] = numel.get(group, 0) + info.selectable.numel
             names.append(info.name)
     groups = {group: place for place, group in enumerate(numel)}
     return {name: groups[group_of[name]] for name in names}, [min(num_to_take[g], numel[g]) for g in numel]

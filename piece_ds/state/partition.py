@@ -50,6 +50,7 @@ class ParameterInfo:
         name, shape, numel: of the whole parameter.
         eligible: whether its elements may be selected.
         in_first: whether a matrix is stored as [in, out] (transformers' Conv1D), not as [out, in].
+        rows: (first, past the last) row of the first dimension that may be selected; None means all of them.
     """
 
     name: str
@@ -57,6 +58,22 @@ class ParameterInfo:
     numel: int
     eligible: bool
     in_first: bool = False
+    rows: tuple[int, int] | None = None
+
+    @property
+    def selectable(self) -> Partition:
+        """The flat range of elements that may be selected, if the parameter is eligible."""
+        if self.rows is None:
+            return Partition(0, self.numel)
+        width = self.numel // self.shape[0]
+        return Partition(self.rows[0] * width, self.rows[1] * width)
+
+
+def owned_range(info: ParameterInfo, owner: int, num_ranks: int) -> Partition:
+    """Return the range of elements that may be selected and that rank `owner` of `num_ranks` owns."""
+    whole, allowed = partition_of(info.numel, owner, num_ranks), info.selectable
+    start = min(max(whole.start, allowed.start), whole.stop)
+    return Partition(start, max(start, min(whole.stop, allowed.stop)))
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ class Layout:
     @property
     def num_eligible(self) -> int:
         """Number of elements that may be selected, over all ranks."""
-        return sum(info.numel for info in self.parameters if info.eligible)
+        return sum(info.selectable.numel for info in self.parameters if info.eligible)
 
     @property
     def num_owned(self) -> int:
@@ -89,7 +106,7 @@ class Layout:
         return sum(part.numel for _, part, _ in self.owned())
 
     def eligible(self) -> tuple[ParameterInfo, ...]:
-        """Return the parameters whose elements may be selected."""
+        """Return the parameters whose elements, or some rows of them, may be selected."""
         return tuple(info for info in self.parameters if info.eligible)
 
     def partition(self, info: ParameterInfo) -> Partition:
@@ -97,10 +114,13 @@ class Layout:
         return partition_of(info.numel, self.rank, self.num_ranks)
 
     def owned(self) -> Iterator[tuple[ParameterInfo, Partition, int]]:
-        """Yield (parameter, range, offset of the range in this rank's flat buffer) for each eligible parameter."""
+        """Yield (parameter, range, offset of the range in this rank's flat buffer) for each eligible parameter.
+
+        The range holds only what may be selected: of a parameter with some eligible rows, no other rows.
+        """
         offset = 0
         for info in self.eligible():
-            part = self.partition(info)
+            part = owned_range(info, self.rank, self.num_ranks)
             yield info, part, offset
             offset += part.numel
 

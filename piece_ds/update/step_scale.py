@@ -50,7 +50,9 @@ class StepScale:
         for info, part, offset in self.layout.owned():
             if info.name in mask.index:
                 own = self.factor_N[offset : offset + part.numel]
-                fragments[info.name] = own[(mask.index[info.name] - part.start).to(own.device)].cpu()
+                place = mask.index[info.name] - part.start
+                known = (place >= 0) & (place < part.numel)
+                fragments[info.name][known] = own[place[known].to(own.device)].cpu()
         return gather_fragments(mask.layout, fragments, dict.fromkeys(mask.layout.shapes(), torch.float32))
 
     def _require(self, layout: Layout) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piece_ds.state.partition import Layout, ParameterInfo, partition_of
+from piece_ds.state.partition import Layout, ParameterInfo, owned_range
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def plan_buckets(layout: Layout, bucket_elements: int) -> list[list[Slice]]:
     room = per_rank
     for info in reversed(layout.eligible()):
         # Every rank owns at most `chunk` elements of a parameter; slices never cross its end.
-        chunk = -(-info.numel // layout.num_ranks)
+        chunk = max(owned_range(info, owner, layout.num_ranks).numel for owner in range(layout.num_ranks))
         for begin in range(0, chunk, per_rank):
             numel = min(per_rank, chunk - begin)
             if numel > room:
@@ -49,7 +49,7 @@ def plan_buckets(layout: Layout, bucket_elements: int) -> list[list[Slice]]:
 
 def slice_range(part: Slice, owner: int, num_ranks: int) -> tuple[int, int]:
     """Return (start, stop) in the whole parameter of what `owner` owns of a slice; start == stop if it owns nothing."""
-    partition = partition_of(part.info.numel, owner, num_ranks)
+    partition = owned_range(part.info, owner, num_ranks)
     start = min(partition.start + part.begin, partition.stop)
     return start, min(start + part.numel, partition.stop)
 
