@@ -111,10 +111,12 @@ class SampledGradient:
         self._weight, self._index, self._out = selected.param, selected.index.to(out_K.device), out_K
         # The output must require a gradient even if nothing before the layer does.
         self._anchor = torch.zeros((), device=out_K.device, requires_grad=True)
-        # The weight is hidden by the last hook before forward and shown by the first one after it, also on errors:
-        # non-reentrant checkpointing ends a recomputation by an error as soon as it has what it needs.
+        # The weight is hidden by the first hook before forward: ZeRO-3 keeps a weight through a recomputation of
+        # non-reentrant checkpointing only if it is frozen when it is gathered, and a frozen one is saved as it is. It
+        # is shown by the first hook after forward, also on errors: that recomputation ends by an error as soon as it
+        # has what it needs.
         handles = [
-            module.register_forward_pre_hook(self._hide),
+            module.register_forward_pre_hook(self._hide, prepend=True),
             module.register_forward_hook(self._watch, with_kwargs=True),
             module.register_forward_hook(self._show, prepend=True, always_call=True),
         ]

@@ -119,6 +119,7 @@ FAST_SAMPLED = {
     "bf16-qwen3-stage3",
     "reentrant-checkpointing-llama-stage3",
     "non-reentrant-checkpointing-qwen3-stage2",
+    "non-reentrant-checkpointing-llama-stage3",
     "qwen3-stage3-offload-all",
 }
 FAST_RESUMED = {"stage0", "stage2-offload-scaled", "bf16-stage3-fp32-accumulation"}
