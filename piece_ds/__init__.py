@@ -36,6 +36,7 @@ _HOME = {
     "save_statistics": "piece_ds.checkpoint",
     "scale_delta": "piece_ds.deltas",
     "scale_steps": "piece_ds.update",
+    "sequence_loss": "piece_ds.zero.sequence_parallel",
     "select": "piece_ds.methods.estimate",
     "train": "piece_ds.cli.notebook",
     "SparseAdamW": "piece_ds.update.sparse_adamw",
@@ -67,6 +68,7 @@ __all__ = [
     "scale_delta",
     "scale_steps",
     "select",
+    "sequence_loss",
     "train",
 ]
 
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from piece_ds.update.attach import attach, prepare_compact
     from piece_ds.update.sparse_adamw import SparseAdamW
     from piece_ds.update.step_scale import StepScale, general_step_scale, scale_steps
+    from piece_ds.zero.sequence_parallel import sequence_loss
     from piece_ds.zero.statistics import collect_statistics
 
 

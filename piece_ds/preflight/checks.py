@@ -10,8 +10,10 @@ from transformers import TrainingArguments
 from piece_ds import ops
 from piece_ds.checkpoint.mask_file import check_mask_file
 from piece_ds.config.deepspeed_configs import config_names
+from piece_ds.config.deepspeed_features import refused_feature
 from piece_ds.config.settings import Settings
 from piece_ds.methods.registry import find_method
+from piece_ds.models.eligible import names_rows
 from piece_ds.models.loading import empty_layout, reads_images
 from piece_ds.preflight.general_flags import check_general_flags
 from piece_ds.runtime.distributed import world_size
@@ -58,12 +60,9 @@ def check_deepspeed_file(path: str | None) -> None:
         raise UserError(f"--deepspeed {path} holds no setting: name a configuration such as zero3")
 
     # Is anything in it that has not been proven?
-    for keys, allowed, instead in _DEEPSPEED_REFUSALS:
-        value = _at(content, keys)
-        if value is not None and value not in allowed:
-            raise UserError(
-                f"--deepspeed {path}: piece_ds does not work with {'.'.join(keys)} {json.dumps(value)}; {instead}"
-            )
+    refused = refused_feature(content, of_command=True)
+    if refused is not None:
+        raise UserError(f"--deepspeed {path}: piece_ds does not work with {refused}")
 
 
 def _is_file(path: str) -> bool:
@@ -71,30 +70,6 @@ def _is_file(path: str) -> bool:
         return Path(path).is_file()
     except (OSError, ValueError):  # a name too long, or with a null byte
         return False
-
-
-# What zero/supported.py refuses of an engine, as far as the file tells. There, the model has been loaded already.
-# (keys, values that are allowed besides absence, what to do)
-_DEEPSPEED_REFUSALS: list[tuple[tuple[str, ...], tuple[Any, ...], str]] = [
-    (("zero_optimization", "stage"), (0, 1, 2, 3), "use stage 0, 1, 2 or 3"),
-    (("zero_optimization", "zenflow"), (), "remove it"),
-    (("zero_optimization", "offload_optimizer", "device"), ("none", "cpu"), "use 'cpu'"),
-    (("zero_optimization", "offload_param", "device"), ("none", "cpu"), "use 'cpu'"),
-    (("zero_optimization", "offload_optimizer", "super_offload"), (False,), "remove it"),
-    (("zero_optimization", "offload_optimizer", "ratio"), (1,), "remove it"),
-    (("zero_optimization", "zero_quantized_weights"), (False,), "set it to false"),
-    (("zero_optimization", "zero_quantized_nontrainable_weights"), (False,), "set it to false"),
-    (("zero_optimization", "zero_quantized_gradients"), (False,), "set it to false"),
-    (("compile", "deepcompile"), (False,), "set it to false"),
-    (("tensor_parallel", "autotp_size"), (0, 1), "remove it"),
-    (("torch_autocast", "enabled"), (False,), "use --bf16"),
-]
-
-
-def _at(content: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
 
 
 def check_training(arguments: TrainingArguments, masked: bool) -> None:
@@ -232,6 +207,8 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         raise UserError("--exclude has no meaning with --mask_file, which says what is selected")
     if settings.model.exclude and method.baseline is not None and method.baseline.saves_itself:
         raise UserError(f"--exclude has no meaning with --method {method.name}, which trains adapters")
+    if names_rows(settings.model.eligible) and not method.has_mask:
+        raise UserError(f"--eligible with rows needs a method with a mask: --method {method.name} trains whole tensors")
 
 
 def check_accumulation(name: str, rows: int, arguments: TrainingArguments, allow_smaller: bool) -> None:

@@ -16,6 +16,9 @@ _LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"
 # Starters that start several processes but do not set RANK: (their name, their number of processes).
 _OTHER_STARTERS = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE"))
 
+# What accelerate divides: copies of the model, its states, matrices, and rows in two ways.
+_PARALLELISM = ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+
 _START = "start with deepspeed or torchrun"
 
 
@@ -23,8 +26,10 @@ def complete_launch_environment() -> None:
     """Complete the variables of ranks in os.environ. Without RANK, this process becomes rank 0 of 1.
 
     Raises:
-        UserError: some of them are missing or contradict each other.
+        UserError: some of them are missing or contradict each other, or accelerate was told to divide the model.
     """
+    _refuse_parallelism()
+
     # An empty variable is one that a job's template did not fill in.
     for name in RANK_VARIABLES:
         if os.environ.get(name, "x").strip() == "":
@@ -41,6 +46,19 @@ def complete_launch_environment() -> None:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE {size}: ranks are 0 to {size - 1}")
     _complete_master(size)
     _complete_local_rank(rank, size)
+
+
+def _refuse_parallelism() -> None:
+    """Raise UserError if `accelerate launch` was told to divide the model or its rows: here ranks divide the batch."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return
+    for kind in _PARALLELISM:
+        name = f"PARALLELISM_CONFIG_{kind}_SIZE"
+        if os.environ.get(name, "1") != "1":
+            raise UserError(
+                f"{name} is {os.environ[name][:80]!r} (accelerate launch --parallelism_config_{kind.lower()}_size): "
+                "DeepSpeed divides the model here, and each rank has whole rows; leave it out"
+            )
 
 
 def _complete_master(size: int) -> None:

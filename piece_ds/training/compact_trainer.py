@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.update.attach import prepare_compact
+from piece_ds.zero.sequence_parallel import sequence_size
 from piece_ds.zero.supported import require_trainable
 
 
@@ -29,6 +30,12 @@ def engine_of(trainer: Trainer) -> Any:
             "with TrainingArguments(deepspeed=...)"
         )
     require_trainable(engine)
+    if sequence_size(engine) > 1:
+        raise UserError(
+            "PieceCallback is not proven with sequence parallelism (parallelism_config): at ZeRO 0 to 2 the trainer's "
+            "loss gives gradients as many times too large as ranks share a row; use a loop of your own with "
+            "piece_ds.sequence_loss(), or set its size to 1"
+        )
     return engine
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from piece_ds.models.layout import full_shape
-from piece_ds.runtime.distributed import all_reduce_sum_, world_size
+from piece_ds.runtime.distributed import all_reduce_sum_
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask, gather_fragments
 from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
@@ -24,6 +24,7 @@ from piece_ds.update.step_scale import StepScale
 from piece_ds.zero.checkpoints import install_checkpoints
 from piece_ds.zero.scaled_update import ScaledUpdate, scale_selected
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
+from piece_ds.zero.sequence_parallel import gradient_divisor
 from piece_ds.zero.step_watch import Place, StepWatch
 from piece_ds.zero.supported import adapter_for, require_trainable
 from piece_ds.zero.weights import (
@@ -208,7 +209,7 @@ class CompactUpdate:
 
         # Kept on the device: is_local_finite() reads it only if the step was skipped.
         self._largest = torch.linalg.vector_norm(self._grad, float("inf"))
-        self._adapter.set_gradient(all_reduce_sum_(self._grad).div_(world_size()))
+        self._adapter.set_gradient(all_reduce_sum_(self._grad).div_(gradient_divisor(self._engine)))
 
     def _after_step(self) -> None:
         """Clear the gradient and write the values. After an overflow too: then the values are the old ones."""

@@ -14,6 +14,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout, ParameterInfo, partition_of
 from piece_ds.zero.adapter import Piece, offload_device
+from piece_ds.zero.sequence_parallel import sequence_size
 from piece_ds.zero.supported import adapter_for
 
 # Parameter name -> (flat index of the first element, values): one range of each parameter.
@@ -34,11 +35,17 @@ class GradientTerm:
             engine: deepspeed.DeepSpeedEngine without optimizer offload.
         Raises:
             UserError: the optimizer is offloaded: norms are then taken while gradients arrive, before a term is added.
+                Or ranks share rows.
         """
         if offload_device(engine._config.zero_config.offload_optimizer) != "none":
             raise UserError(
                 "this method changes the reduced gradient, which is not proven with optimizer offload: use "
                 "a DeepSpeed configuration without zero_optimization.offload_optimizer"
+            )
+        if sequence_size(engine) > 1:
+            raise UserError(
+                "this method changes the reduced gradient, which is not proven with sequence parallelism: set its size "
+                "to 1"
             )
         self._engine, self._adapter = engine, adapter_for(engine)
         self.replicated = self._adapter.replicated or engine.dp_world_size == 1
@@ -132,6 +139,9 @@ def gather_parameter(info: ParameterInfo, own: Tensor, layout: Layout) -> Tensor
         own: this rank's chunk, 1-D.
         layout: of the model.
     """
+    if info.rows is not None:
+        raise UserError(f"only rows {info.rows} of {info.name!r} are eligible, which needs a method with a mask")
+
     # all_gather needs equal sizes, so the last rank's chunk is padded.
     chunk = partition_of(info.numel, 0, layout.num_ranks).numel
     padded = torch.zeros(chunk, dtype=torch.float32, device=collective_device())

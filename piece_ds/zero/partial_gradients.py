@@ -16,7 +16,7 @@ from piece_ds.runtime.distributed import all_reduce_max_, collective_device
 from piece_ds.runtime.errors import UserError
 
 # autograd functions of these packages run no backward inside.
-_KNOWN = ("deepspeed.runtime.zero", "piece_ds.")
+_KNOWN = ("deepspeed.runtime.zero", "deepspeed.sequence.layer", "piece_ds.")
 
 
 def may_come_in_parts(loss: Tensor) -> bool:
@@ -65,8 +65,11 @@ def refuse_parts(engine: Any) -> Callable[[], None]:
         seen.clear()
         return backward(*args, **kwargs)
 
-    def watch(name: str) -> Callable[[Tensor], None]:
+    def watch(name: str, param: torch.nn.Parameter) -> Callable[[Tensor], None]:
         def finished(_: Tensor) -> None:
+            # DeepSpeed's tiles say of every part but the last that more will come, and DeepSpeed waits for it.
+            if not getattr(param, "ds_grad_is_ready", True):
+                return
             if name in seen:
                 raise UserError(came_in_parts(name))
             seen.add(name)
@@ -74,7 +77,9 @@ def refuse_parts(engine: Any) -> Callable[[], None]:
         return finished
 
     # Before DeepSpeed's own hooks, which run after a gradient has been accumulated.
-    handles = [param.register_hook(watch(name)) for name, param in model.named_parameters() if param.requires_grad]
+    handles = [
+        param.register_hook(watch(name, param)) for name, param in model.named_parameters() if param.requires_grad
+    ]
     # A loop may call backward() of the loss itself, or run two forwards before two backwards.
     handles.append(model.register_forward_pre_hook(lambda *_: seen.clear()))
     engine.backward = forgetting_backward
@@ -85,6 +90,14 @@ def refuse_parts(engine: Any) -> Callable[[], None]:
             handle.remove()
 
     return undo
+
+
+def came_in_forward(name: str) -> str:
+    """Return the message that refuses the parameter of that name, whose gradient came before backward had begun."""
+    return (
+        f"the gradient of {name!r} is formed in forward, as DeepSpeed's TiledFusedLogitsLoss does, where no factor on "
+        "the loss reaches it: compute the loss with sequence_tiled_compute(), or whole"
+    )
 
 
 def came_in_parts(name: str) -> str:

@@ -13,7 +13,7 @@ from piece_ds.state.statistics import GradientStats
 from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
 from piece_ds.zero.host_copies import HostCopies
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
-from piece_ds.zero.partial_gradients import came_in_parts, largest_counts
+from piece_ds.zero.partial_gradients import came_in_forward, came_in_parts, largest_counts
 
 
 class LastPass(Protocol):
@@ -42,6 +42,7 @@ class GradientReceiver:
         nonfinite: NonfiniteCounts,
         scale: float,
         bucket_elements: int,
+        num_parts: int = 1,
     ) -> None:
         """Plan the exchange. Nothing is hooked until hooks() is entered.
 
@@ -51,11 +52,13 @@ class GradientReceiver:
             nonfinite: counter of their NaN and infinite entries.
             scale: factor on every gradient.
             bucket_elements: elements of gradients in exchange at a time, over all ranks.
+            num_parts: consecutive ranks whose gradients are those of parts of the same rows, and add up to one.
         """
         self.model, self.device = engine.module, engine.device
 
         # What is added to, and in which order.
         self.stats, self.nonfinite, self.scale = stats, nonfinite, scale
+        self.num_parts = num_parts
         self.layout = stats.layout
         self.buckets = plan_buckets(self.layout, bucket_elements)
         self.copies = HostCopies(engine.device, stats.square_sum.device)
@@ -102,6 +105,8 @@ class GradientReceiver:
         def take(param: nn.Parameter) -> None:
             # Freed from the parameter, so that DeepSpeed never sees it.
             grad, param.grad = param.grad, None
+            if not self.in_backward:
+                raise UserError(came_in_forward(name))
             if self.part_counts is not None:
                 self.part_counts[name] += 1
             elif eligible and grad is not None:
@@ -134,17 +139,24 @@ class GradientReceiver:
         """Prepare for the backward of a new micro-batch on every rank.
 
         Args:
-            num_valid: the gradients of the first num_valid ranks count; the others repeat a micro-batch.
+            num_valid: the gradients of the first num_valid micro-batches count; the others are repeated ones.
         """
         self.grads.clear()
         self.taken.clear()
         self.next_bucket = 0
         self.num_valid = num_valid
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Enter a context in which gradients are expected. Those that come outside of it are refused."""
         self.in_backward = True
+        try:
+            yield
+        finally:
+            self.in_backward = False
 
     def end_round(self) -> None:
         """Send what is left. A parameter that this micro-batch did not use has gradient zero."""
-        self.in_backward = False
         for info in self.layout.eligible():
             if info.name not in self.grads and self._is_pending(info.name):
                 self.grads[info.name] = torch.zeros(info.numel, dtype=self.dtype_of[info.name], device=self.device)
@@ -164,9 +176,17 @@ class GradientReceiver:
             # Stop at the first incomplete bucket, even if a later one is complete.
             if not names <= self.grads.keys() or (self.in_backward and names & self.late):
                 return
-            for source, part, grad in exchange(bucket, self.grads, self.layout):
-                if source < self.num_valid:
-                    self._add(part, grad, source, is_last=source == self.num_valid - 1)
+            sums: dict[int, Tensor] = {}  # of the parts of a micro-batch, by the slice's place in the bucket
+            for number, (source, part, grad) in enumerate(exchange(bucket, self.grads, self.layout)):
+                micro_batch, part_number = divmod(source, self.num_parts)
+                if micro_batch >= self.num_valid:
+                    break
+                if self.num_parts > 1:
+                    place = number % len(bucket)
+                    sums[place] = grad.float() if part_number == 0 else sums[place] + grad
+                    grad = sums[place]
+                if part_number == self.num_parts - 1:
+                    self._add(part, grad, micro_batch, is_last=micro_batch == self.num_valid - 1)
 
             # A gradient is freed once its last slice has been sent.
             for part in bucket:

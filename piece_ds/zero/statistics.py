@@ -1,6 +1,7 @@
 """Run the statistics pass: sums of micro-batch gradients and of their squares, sharded, under any ZeRO stage.
 
-Rank b mod W computes micro-batch b without reduction. Its gradient goes to the owners of its elements as soon as
+Rank b mod W computes micro-batch b without reduction; with sequence parallelism a group of ranks does, and the sum of
+their gradients is that of the micro-batch. A gradient goes to the owners of its elements as soon as
 backward has finished a bucket of parameters, and is freed. Owners add in micro-batch order. The engine is left as it
 was: no step, no gradient, no random number drawn, no mode changed.
 """
@@ -27,6 +28,7 @@ from piece_ds.zero.batch_feed import BatchFeed, MicroBatchSource, loss_of
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
 from piece_ds.zero.partial_gradients import may_come_in_parts
 from piece_ds.zero.receiver import GradientReceiver, LastPass
+from piece_ds.zero.sequence_parallel import SequenceGroup, SequenceShards, proof_rows, prove_parts, sequence_group
 from piece_ds.zero.supported import adapter_for
 from piece_ds.zero.undisturbed import undisturbed
 
@@ -160,26 +162,31 @@ def _pass(
 
     # Who computes what, and where gradients go.
     loss_scale = FP16_LOSS_SCALE if engine.fp16_enabled() else 1.0
-    receiver = GradientReceiver(engine, stats, nonfinite, 1.0 / loss_scale, BUCKET_ELEMENTS)
-    rounds = range(stats.num_micro_batches, len(micro_batches), layout.num_ranks)
+    where = sequence_group(engine)
+    receiver = GradientReceiver(engine, stats, nonfinite, 1.0 / loss_scale, BUCKET_ELEMENTS, where.size)
+    rounds = range(stats.num_micro_batches, len(micro_batches), where.num_shards)
     # ZeRO-3 gathers together: a rank without a micro-batch repeats one, and nobody adds its gradient.
-    numbers = [first + layout.rank if first + layout.rank < len(micro_batches) else first for first in rounds]
+    numbers = [first + where.shard if first + where.shard < len(micro_batches) else first for first in rounds]
+    whole, micro_batches = micro_batches, micro_batches if where.size == 1 else SequenceShards(micro_batches, engine)
     feed = BatchFeed(micro_batches, numbers, engine.device)
 
     def backward(loss: Tensor) -> None:
         # DeepSpeed multiplies by its own loss scale, if it has one. The product is also needed because 0.19 divides
         # by the accumulation steps when it recognises the very tensor that forward returned.
-        engine.backward(loss * (loss_scale / _engine_loss_scale(engine)), scale_wrt_gas=False)
+        with receiver.backward():
+            engine.backward(loss * (loss_scale / _engine_loss_scale(engine)), scale_wrt_gas=False)
 
     # One micro-batch a rank and round.
     with undisturbed(engine), receiver.hooks(), adapter.local_backward():
+        if isinstance(micro_batches, SequenceShards) and numbers:
+            prove_parts(engine, proof_rows(whole[numbers[0]]), micro_batches)
         for first in progress_bar(rounds, description, unit="round"):
             report_status(f"{description}, from micro-batch {first}")
             batch = feed.take()
             if last_pass is not None and 0 < first == rounds[-1]:
                 last_pass.begin(stats)
                 receiver.last_pass = last_pass
-            receiver.begin_round(num_valid=min(layout.num_ranks, len(micro_batches) - first))
+            receiver.begin_round(num_valid=min(where.num_shards, len(micro_batches) - first))
             loss = loss_of(micro_batches, engine, batch)
             feed.read_ahead()
 
@@ -191,7 +198,7 @@ def _pass(
             backward(loss)
             receiver.end_round()
             nonfinite.end_round(first)
-            stats.num_micro_batches = min(first + layout.num_ranks, len(micro_batches))
+            stats.num_micro_batches = min(first + where.num_shards, len(micro_batches))
             if keeper is not None and keeper.is_due(stats.num_micro_batches):
                 stats.num_nonfinite = num_before + nonfinite.total()
                 keeper.keep(stats)
@@ -205,16 +212,16 @@ def _pass(
             logger.warning(
                 "%d gradient entries were NaN or infinite and counted as 0%s",
                 stats.num_nonfinite,
-                _shown(stats.first_nonfinite, layout.num_ranks),
+                _shown(stats.first_nonfinite, where),
             )
     return stats
 
 
-def _shown(first: tuple[int, str] | None, num_ranks: int) -> str:
+def _shown(first: tuple[int, str] | None, where: SequenceGroup) -> str:
     if first is None:
         return " (all of them before the pass was interrupted)"
     b, name = first
-    return f": the first in {name}, from micro-batch {b} (counted from 0) on rank {b % num_ranks}"
+    return f": the first in {name}, from micro-batch {b} (counted from 0) on rank {b % where.num_shards * where.size}"
 
 
 def _engine_loss_scale(engine: Any) -> float:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from piece_ds.config.deepspeed_features import refused_feature
 from piece_ds.models.experts import unmarked_lists
 from piece_ds.runtime.errors import UserError
-from piece_ds.zero.adapter import Adapter, offload_device
+from piece_ds.zero.adapter import Adapter
+from piece_ds.zero.sequence_parallel import sequence_size
 from piece_ds.zero.stage0 import Stage0
 from piece_ds.zero.stage1_bf16 import Stage1BF16
 from piece_ds.zero.stage3 import Stage3
@@ -17,6 +19,14 @@ _ADAPTERS: dict[str, type[Adapter]] = {
     "BF16_Optimizer": Stage1BF16,
     "FP16_Optimizer": Stage0,
     "FP16_UnfusedOptimizer": Stage0,
+}
+
+# Other engines -> why they are refused.
+_ENGINES = {
+    **dict.fromkeys(
+        ("PipelineEngine", "DualPipeVEngine"), "ranks hold other layers, so no one has the model; use ZeRO-3 instead"
+    ),
+    "DeepSpeedHybridEngine": "it takes the weights apart to generate; set hybrid_engine.enabled to false",
 }
 
 # Optimizers for which a zero gradient with zero moments leaves an entry's bits alone, and whose weight decay is
@@ -50,38 +60,27 @@ def adapter_for(engine: Any) -> Adapter:
 
 def _refusal(engine: Any) -> str | None:
     """Return why this engine is refused, or None."""
-    # Other kinds of parallelism.
+    # Is it an engine of DeepSpeed, and an ordinary one?
     kind = type(engine).__name__
     if type(getattr(engine, "module", None)).__name__ == "DeepSpeedEngine":
         return f"a DeepSpeed engine inside {kind}: it reduces gradients itself; pass the engine, {kind}.module"
     if not hasattr(engine, "zero_optimization_stage"):
         return f"{kind}, which is no DeepSpeed engine: pass what deepspeed.initialize() returned first"
-    config = engine._config
-    zero = config.zero_config
+    if kind in _ENGINES:
+        return f"{kind}: {_ENGINES[kind]}"
     if kind != "DeepSpeedEngine":
-        return f"{kind}: pipeline parallel training has not been proven; use ZeRO-3 instead"
+        return f"{kind}: only DeepSpeed's own engine is proven"
+
+    # What it was told, and what its model brings.
+    refused = refused_feature(engine._config._param_dict, of_command=False)
+    if refused is not None:
+        return refused
     if getattr(engine, "has_moe_layers", False):
         return "DeepSpeed's MoE layers: expert gradients are reduced over other groups; use a dense model"
-    if getattr(engine, "zenflow", False) or zero.zenflow is not None:
-        return "ZenFlow: it selects gradient columns itself; remove 'zenflow' from the DeepSpeed configuration"
-    if engine.is_deepcompile_active() or getattr(config.compile_config, "deepcompile", False):
-        return "DeepCompile: it compiles its own gradient reduction; set compile.deepcompile to false"
-    if getattr(engine, "sequence_parallel_size", 1) > 1:
-        return "sequence parallelism: gradients are summed over another group; set its size to 1"
     if engine.autotp_size() > 0:
-        return "AutoTP: parameters are split before ZeRO sees them; set tensor_parallel.autotp_size to 0"
-
-    # Quantization and offload.
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if getattr(zero, key, False):
-            return f"zero_optimization.{key}: weights or gradients are rounded; set it to false"
-    for key in ("offload_optimizer", "offload_param"):
-        if offload_device(getattr(zero, key, None)) == "nvme":
-            return f"zero_optimization.{key}.device 'nvme': not proven yet; use 'cpu'"
-    if zero.offload_optimizer is not None and getattr(zero.offload_optimizer, "super_offload", False):
-        return "SuperOffload: it replaces the step; remove super_offload"
-    if zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1.0:
-        return "offload_optimizer.ratio below 1: a second optimizer steps a part; set it to 1"
+        return "AutoTP: ranks hold other parts of a weight under one name; set tensor_parallel.autotp_size to 0"
+    if engine.is_deepcompile_active():
+        return "DeepCompile: it compiles a reduction of its own; set compile.deepcompile to false"
     if engine.zero_optimization_stage() == 3:
         lost = unmarked_lists(engine.module)
         if lost is not None:
@@ -90,8 +89,22 @@ def _refusal(engine: Any) -> str | None:
                 "wait for each other; call deepspeed.utils.set_z3_leaf_modules(model, "
                 f"[{type(engine.module.get_submodule(lost)).__name__}]) before deepspeed.initialize()"
             )
-    if engine.torch_autocast_enabled():
-        return "torch_autocast: the gradient's dtype differs per module; use bf16 instead"
+    return _refused_with_sequences(engine) if sequence_size(engine) > 1 else None
+
+
+def _refused_with_sequences(engine: Any) -> str | None:
+    """Return what is refused of an engine whose ranks share rows, or None."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3 and not engine.zero_reduce_scatter():
+        return (
+            "sequence parallelism at ZeRO-3 with reduce_scatter false: it averages large gradients over other numbers "
+            "of ranks than small ones; remove zero_optimization.reduce_scatter"
+        )
+    if type(engine.optimizer).__name__ == "BF16_Optimizer":
+        return (
+            f"sequence parallelism in DeepSpeed's BF16_Optimizer (bf16 at ZeRO-{stage} with fp32 gradients): its norm "
+            "leaves out all parameters on every rank of a row but the first; use ZeRO-2 or 3"
+        )
     return None
 
 

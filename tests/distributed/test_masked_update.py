@@ -198,13 +198,18 @@ REASONS = {
     "rmsprop": "the optimizer RMSprop",
     "l2-decay": "Adam with L2 weight decay",
     "fp16-stage0": "fp16 at ZeRO stage 0",
-    "zenflow": "ZenFlow",
-    "nvme": "'nvme'",
-    "super-offload": "SuperOffload",
-    "ratio": r"ratio below 1",
+    "zenflow": "zero_optimization.zenflow",
+    "nvme": '"nvme"',
+    "super-offload": "offload_optimizer.super_offload true",
+    "ratio": "offload_optimizer.ratio 0.5",
     "quantized-gradients": "zero_quantized_gradients",
     "moe": "MoE",
-    "sequence-parallel": "sequence parallelism",
+    "predivided": "prescale_gradients true",
+    "summed": 'gradient_allreduce_op "sum"',
+    "masters": "bf16.bf16_master_weights_and_grads true",
+    "expert-parallel": "expert_parallel.enabled true",
+    "pipeline": "PipelineEngine: ranks hold other layers",
+    "hybrid": "DeepSpeedHybridEngine: it takes the weights apart",
 }
 
 

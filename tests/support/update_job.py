@@ -2,7 +2,6 @@
 
 import random
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -213,28 +212,44 @@ def forged(path: str, value: Any) -> Any:
 
 
 ADAMW = lambda params: torch.optim.AdamW(params, lr=1e-3)  # noqa: E731
-NVME = SimpleNamespace(device="nvme", super_offload=False, ratio=1.0)
+
+
+def as_engine(name: str) -> Any:
+    """An engine of another class of DeepSpeed."""
+
+    def forge(engine: Any) -> None:
+        engine.__class__ = type(name, (type(engine),), {})
+
+    return forge
+
+
+def told(**zero: Any) -> Any:
+    """An engine that was configured as this machine cannot build it."""
+    return forged("_config._param_dict", {"zero_optimization": zero})
+
+
 REFUSALS = {
     "sgd": (Setup(2), lambda params: torch.optim.SGD(params, lr=0.1), keep),
     "momentum": (Setup(3), lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), keep),
     "rmsprop": (Setup(0), lambda params: torch.optim.RMSprop(params), keep),
     "l2-decay": (Setup(2), lambda params: torch.optim.Adam(params, weight_decay=0.1), keep),
     "fp16-stage0": (Setup(0, "fp16"), ADAMW, keep),
-    "zenflow": (Setup(2), ADAMW, forged("zenflow", True)),
-    "nvme": (Setup(3, offload="optimizer"), ADAMW, forged("_config.zero_config.offload_optimizer", NVME)),
-    "super-offload": (
-        Setup(3),
-        ADAMW,
-        forged("_config.zero_config.offload_optimizer", SimpleNamespace(device="cpu", super_offload=True, ratio=1.0)),
-    ),
-    "ratio": (
-        Setup(3),
-        ADAMW,
-        forged("_config.zero_config.offload_optimizer", SimpleNamespace(device="cpu", super_offload=False, ratio=0.5)),
-    ),
-    "quantized-gradients": (Setup(3), ADAMW, forged("_config.zero_config.zero_quantized_gradients", True)),
+    "zenflow": (Setup(2), ADAMW, told(zenflow={"topk_ratio": 0.1})),
+    "nvme": (Setup(3), ADAMW, told(offload_optimizer={"device": "nvme"})),
+    "super-offload": (Setup(3), ADAMW, told(offload_optimizer={"device": "cpu", "super_offload": True})),
+    "ratio": (Setup(3), ADAMW, told(offload_optimizer={"device": "cpu", "ratio": 0.5})),
+    "quantized-gradients": (Setup(3), ADAMW, told(zero_quantized_gradients=True)),
     "moe": (Setup(2), ADAMW, forged("has_moe_layers", True)),
-    "sequence-parallel": (Setup(2), ADAMW, forged("sequence_parallel_size", 2)),
+    "predivided": (Setup(0, config={"prescale_gradients": True}), ADAMW, keep),
+    "summed": (Setup(2, config={"gradient_allreduce_op": "sum"}), ADAMW, keep),
+    "masters": (
+        Setup(2, "bf16", config={"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}),
+        ADAMW,
+        keep,
+    ),
+    "expert-parallel": (Setup(2), ADAMW, forged("_config._param_dict", {"expert_parallel": {"enabled": True}})),
+    "pipeline": (Setup(1), ADAMW, as_engine("PipelineEngine")),
+    "hybrid": (Setup(2), ADAMW, as_engine("DeepSpeedHybridEngine")),
 }
 
 

@@ -11,6 +11,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.launch_environment import RANK_VARIABLES, complete_launch_environment
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+DIVIDED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 
 # Environment -> the line's words.
 REFUSED: list[tuple[dict[str, str], str]] = [
@@ -32,11 +33,15 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({**TWO, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
     ({"SLURM_STEP_NUM_TASKS": "8"}, "srun has started 8 processes"),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 processes"),
+    ({**TWO, **DIVIDED, "PARALLELISM_CONFIG_SP_SIZE": "2"}, "--parallelism_config_sp_size): DeepSpeed divides"),
+    ({**DIVIDED, "PARALLELISM_CONFIG_TP_SIZE": "4"}, "PARALLELISM_CONFIG_TP_SIZE is '4'"),
 ]
 
 # Environment -> LOCAL_RANK that it is completed with.
 COMPLETED: list[tuple[dict[str, str], str]] = [
     ({}, "0"),
+    ({**DIVIDED, "PARALLELISM_CONFIG_SP_SIZE": "1"}, "0"),
+    ({"PARALLELISM_CONFIG_SP_SIZE": "2"}, "0"),  # accelerate reads it only if it is told to
     ({"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": ""}, "0"),
     ({"WORLD_SIZE": "1"}, "0"),
     ({"SLURM_STEP_NUM_TASKS": "1"}, "0"),
@@ -56,7 +61,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in list(os.environ):
         if name in RANK_VARIABLES or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_")):
             monkeypatch.delenv(name)
-    for name in RANK_VARIABLES:
+    for name in (*RANK_VARIABLES, *DIVIDED, "PARALLELISM_CONFIG_SP_SIZE", "PARALLELISM_CONFIG_TP_SIZE"):
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
     return monkeypatch

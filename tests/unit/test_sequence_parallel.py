@@ -1,0 +1,123 @@
+"""How rows are cut for ranks that share them, what the divisor of gradients is, and what is refused before a step."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from support.models import make_model
+from torch import Tensor, nn
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from piece_ds.runtime.errors import UserError
+from piece_ds.training.compact_trainer import engine_of
+from piece_ds.zero import sequence_parallel
+from piece_ds.zero.sequence_parallel import (
+    SequenceGroup,
+    SequenceShards,
+    attention_window,
+    gradient_divisor,
+    sequence_group,
+    sequence_loss,
+)
+
+ROWS = 3
+
+
+def shards(place: int, size: int) -> SequenceShards:
+    engine = SimpleNamespace(module=nn.Linear(1, 1), train_micro_batch_size_per_gpu=lambda: ROWS)
+    with mock.patch.object(sequence_parallel, "sequence_group", return_value=SequenceGroup(size, place, 0, 1)):
+        return SequenceShards([], engine)
+
+
+def rows(num: int, length: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(1, 90, (num, length), generator=generator)
+    attention = torch.ones_like(ids)
+    attention[0, length - length // 3 :] = 0
+    labels = ids.clone()
+    labels[:, : length // 2] = -100
+    labels[attention == 0] = -100
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+
+
+def test_the_parts_of_all_ranks_are_the_rows() -> None:
+    for num in (1, 2, ROWS):
+        for length in (1, 2, 3, 7, 8, 9):
+            whole = rows(num, length)
+            targets = torch.cat([whole["labels"][:, 1:], torch.full((num, 1), -100)], dim=1)
+            for size in (2, 3, 4):
+                parts = [shards(place, size).part(whole) for place in range(size)]
+                joined = {k: torch.cat([part[k] for part in parts], dim=1) for k in ("input_ids", "shift_labels")}
+                positions = torch.cat([part["position_ids"] for part in parts], dim=1)
+                assert joined["input_ids"].shape == (ROWS, -(-length // size) * size)
+                assert torch.equal(joined["input_ids"][:num, :length], whole["input_ids"])
+                assert torch.equal(joined["shift_labels"][:num, :length], targets)
+                # What was added has no loss, and positions that go on.
+                assert (joined["shift_labels"] != -100).sum() == (targets != -100).sum()
+                assert torch.equal(positions, torch.arange(positions.shape[1]).expand_as(positions))
+                count = max(1, int((targets != -100).sum()))
+                assert all(int(part["num_items_in_batch"]) == count for part in parts)
+
+
+def test_parts_of_a_loss_add_up_to_that_of_the_rows() -> None:
+    """In an attention-free model, which needs no exchange."""
+    torch.manual_seed(2)
+    embed, head = nn.Embedding(90, 7), nn.Linear(7, 90)
+    whole = rows(ROWS, 11)
+    targets = whole["labels"]
+    expected = nn.functional.cross_entropy(
+        head(embed(whole["input_ids"]))[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
+    )
+    for size in (2, 4):
+        total = torch.zeros(())
+        for place in range(size):
+            part = shards(place, size).part(whole)
+            logits = head(embed(part["input_ids"])).flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, part["shift_labels"].flatten(), reduction="sum")
+            total = total + loss / part["num_items_in_batch"]
+        assert torch.allclose(total, expected)
+
+
+def test_windows_are_read_from_the_configuration() -> None:
+    windows = {
+        None: (
+            LlamaConfig(),
+            MistralConfig(sliding_window=None),
+            Qwen2Config(use_sliding_window=False, sliding_window=64),
+        ),
+        64: (MistralConfig(sliding_window=64), Gemma2Config(sliding_window=64)),
+    }
+    for window, configs in windows.items():
+        for config in configs:
+            assert attention_window(SimpleNamespace(config=config)) == window, type(config).__name__
+    assert attention_window(nn.Linear(1, 1)) is None
+
+
+def test_without_sequence_parallelism_everything_is_as_before() -> None:
+    model = make_model("llama")
+    engine = mock.MagicMock(side_effect=lambda **inputs: model(**inputs))
+    engine.sequence_parallel_size, engine.device, engine.module = 1, torch.device("cpu"), model
+    assert sequence_group(engine) == SequenceGroup(1, 0, 0, 1)
+    batch = {"input_ids": torch.arange(1, 9).view(1, 8), "labels": torch.arange(1, 9).view(1, 8)}
+    loss, mean = sequence_loss(engine, batch)
+    assert torch.equal(loss.detach(), mean)
+    assert torch.equal(mean, model(**batch).loss.detach())
+
+
+def test_deepspeed_divides_by_ranks_at_zero_3_and_by_micro_batches_below() -> None:
+    with mock.patch.object(sequence_parallel, "world_size", return_value=8):
+        for stage, divisor in ((0, 2), (1, 2), (2, 2), (3, 8)):
+            engine = SimpleNamespace(sequence_parallel_size=4, zero_optimization_stage=lambda stage=stage: stage)
+            assert gradient_divisor(engine) == divisor
+
+
+def test_a_trainer_that_shares_rows_is_refused() -> None:
+    kind = type("DeepSpeedEngine", (SimpleNamespace,), {})
+    engine = kind(
+        sequence_parallel_size=2,
+        basic_optimizer=torch.optim.AdamW([nn.Parameter(torch.zeros(1))]),
+        fp16_enabled=lambda: False,
+    )
+    with pytest.raises(UserError, match="not proven with sequence parallelism"):
+        engine_of(SimpleNamespace(model_wrapped=engine))
