@@ -68,8 +68,11 @@ def model_types() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_model(model_type: str) -> nn.Module:
-    """The causal model of a type, tiny, in evaluation mode, the same at every call. Raises what the class raises."""
+def tiny_model(model_type: str, **besides: Any) -> nn.Module:
+    """The causal model of a type, tiny, in evaluation mode, the same at every call. Raises what the class raises.
+
+    besides: settings in place of the tiny ones.
+    """
     config_class = CONFIG_MAPPING[model_type]
     options = _tiny_options(config_class)
     for name in getattr(config_class, "sub_configs", None) or {}:
@@ -79,7 +82,7 @@ def tiny_model(model_type: str) -> nn.Module:
     for name, value in _BESIDES.get(model_type, {}).items():
         options.pop(name, None)
         options |= {} if value is None else {name: value}
-    config = config_class(**options)
+    config = config_class(**options | besides)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     torch.manual_seed(0)
