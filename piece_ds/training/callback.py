@@ -10,7 +10,7 @@ the trainer's own data, and the mask is attached.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from piece_ds.state.partition import Layout
 from piece_ds.state.selected_values import selected_values
 from piece_ds.training.chain_writer import ChainCallback, ChainWriter
 from piece_ds.training.compact_trainer import engine_of, prepare_trainer
+from piece_ds.training.general_text import GeneralText
 from piece_ds.training.progress import selection_line
 from piece_ds.training.run_folder import PREVIOUS_NAME
 from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
@@ -54,8 +55,9 @@ class PieceCallback(TrainerCallback):
     """Select weights when training begins, train only them, and write mask and delta.safetensors to OUTPUT_DIR.
 
     Importance is that of the trainer's own loss over its own batches. TRL's SFTTrainer, DPOTrainer, RewardTrainer and
-    GRPOTrainer work as transformers' Trainer does. A run resumed from a checkpoint uses the mask that it began with,
-    from the same file. previous.safetensors, which its delta needs, lies beside it.
+    GRPOTrainer work as transformers' Trainer does; general text needs a model that predicts tokens, so no
+    RewardTrainer's. A run resumed from a checkpoint uses the mask that it began with, from the same file.
+    previous.safetensors, which its delta needs, lies beside it, and so do general text's statistics and base logits.
 
     Attributes:
         config: settings of the method.
@@ -71,6 +73,9 @@ class PieceCallback(TrainerCallback):
         *,
         mask_file: str | Path | None = None,
         delta_every: int | None = None,
+        general_text: Sequence[Any] | None = None,
+        general_replay: float = 0.0,
+        general_kl: float = 0.0,
         **settings: Any,
     ) -> None:
         """Check the settings and, in compact mode, prepare the trainer's model.
@@ -83,19 +88,22 @@ class PieceCallback(TrainerCallback):
             mask_file: use this mask instead of estimating one.
             delta_every: every so many optimizer steps, write what has changed since the last time into
                 OUTPUT_DIR/chain, for copies of the model that follow the training; see deltas.follow.
+            general_text: rows with input_ids and labels that stand for general ability, for method="piece-ratio",
+                step_scale="general", general_replay and general_kl. Their loss is the model's own, of the next token,
+                whatever the trainer's is.
+            general_replay: S in [0, 1]: round(S * per_device_train_batch_size) of these rows, at least one, join every
+                micro-batch, and S times their mean loss is added to the trainer's.
+            general_kl: BETA: BETA times the mean KL(model before training || model) over the tokens of these rows, or
+                without general_replay of a quarter as many as the micro-batch has, is added.
             settings: fields of PieceConfig by name, in place of config's: method="piece-s", ratio=0.001,
                 update_mode="masked", exclude="*norm*", importance_rows=1000 ...
         Raises:
-            UserError: a setting is outside its range, or compact mode is asked of a trainer that already has an
-                optimizer.
+            UserError: a setting is outside its range, general text is missing or of no use, or compact mode is asked of
+                a trainer that already has an optimizer.
         """
         self.trainer = trainer
         self.config = config_of(config, settings)
-        if self.config.step_scale != "none":
-            raise UserError(
-                "PieceCallback takes no step_scale, which needs statistics of general text: give attach() "
-                "step_scale=general_step_scale(statistics), or train with --step_scale general"
-            )
+        self.general = GeneralText(trainer, self.config, general_text, general_replay, general_kl)
         if delta_every is not None and delta_every < 1:
             raise UserError(f"delta_every must be a positive number of steps, got {delta_every}")
         self.mask_file = mask_file
@@ -141,8 +149,10 @@ class PieceCallback(TrainerCallback):
         if not is_resumed:
             save_delta(previous, engine.module, self.mask, self._previous)
 
-        # Attach.
-        self.update = attach(engine, self.mask, self.config.save_full, self.config.selected_gradient)
+        # Attach. What general text gives is taken before: a compact update takes every backward's gradients.
+        step_scale = self.general.step_scale(engine, layout, is_resumed)
+        self.general.begin(engine, is_resumed)
+        self.update = attach(engine, self.mask, self.config.save_full, self.config.selected_gradient, step_scale)
         if self._chain is not None:
             self._chain.writer = ChainWriter(path.parent / CHAIN_NAME, engine.module, self.mask, self._previous)
         barrier()
@@ -151,6 +161,19 @@ class PieceCallback(TrainerCallback):
         """Write a link of the chain, if one is due."""
         if self._chain is not None:
             self._chain.on_step_end(args, state, control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add general text's tokens, loss and divergence to a row of the trainer's log."""
+        if logs is not None and "loss" in logs:
+            self.general.add_to_log(logs)
+            state.log_history[-1] |= {name: value for name, value in logs.items() if name.startswith("general_")}
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Write the delta and the chain's last link, detach, and let the trainer write whole checkpoints again."""
@@ -162,6 +185,7 @@ class PieceCallback(TrainerCallback):
                 self._chain.writer.write(state.global_step, is_last=True)
             self.update.detach()
             self.update = None
+        self.general.end()
         if self._save_whole_again is not None:
             self._save_whole_again()
 
@@ -177,6 +201,7 @@ class PieceCallback(TrainerCallback):
 
         # The statistics pass must not appear in the trainer's own log.
         with notes_kept(self.trainer):
-            mask = estimate_mask(engine, batches, self.config, layout=layout)
+            options = self.general.options(engine, layout)
+            mask = estimate_mask(engine, batches, self.config, layout=layout, options=options)
         self.select_seconds = time.perf_counter() - begin
         return mask

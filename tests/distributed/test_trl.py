@@ -48,3 +48,18 @@ def test_importance_is_that_of_the_loss_that_is_trained(tmp_path: Path) -> None:
     """DFT weighs each token by its probability; with the plain loss' importance the masks would be the same."""
     plain, dft = (run(kind, "masked", tmp_path / kind)["index"] for kind in ("assistant-only", "dft"))
     assert plain != dft
+
+
+@pytest.mark.parametrize("kind", ["completion-only", "packing", "dpo", "grpo"])
+def test_general_text_joins_every_trainer_whose_model_predicts_tokens(kind: str, tmp_path: Path) -> None:
+    found = run(kind, "general", tmp_path / "out")
+    assert found["outside"] == 0
+    assert found["inside"] > 0
+    first, second = [row for row in found["log"] if "general_kl" in row]
+    assert abs(first["general_kl"]) < 1e-5
+    assert second["general_kl"] > 1e-5
+    assert first["general_tokens"] == second["general_tokens"] == 11
+
+
+def test_a_reward_model_has_no_loss_on_general_text(tmp_path: Path) -> None:
+    assert "needs a model that predicts tokens" in run("reward", "general", tmp_path / "out")["refused"]

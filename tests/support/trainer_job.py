@@ -16,6 +16,25 @@ from support.update_cases import batches_of
 from support.update_job import run_step
 
 NUM_STEPS, SAVED_STEP = 6, 3
+
+
+def rows() -> list[dict[str, list[int]]]:
+    return _drawn(seed=2, num_rows=20)
+
+
+def _drawn(seed: int, num_rows: int) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randint(1, 97, (9,), generator=generator).tolist() for _ in range(num_rows)]
+    return [{"input_ids": ids, "labels": ids} for ids in made]
+
+
+GENERAL = {
+    "method": "piece-ratio",
+    "step_scale": "general",
+    "general_text": _drawn(seed=5, num_rows=7),
+    "general_replay": 0.5,
+    "general_kl": 1.0,
+}
 # (stage, options of PieceCallback) of the Trainers.
 TRAINERS: dict[str, tuple[int, dict[str, Any]]] = {
     "trainer-stage2": (2, {"update_mode": "masked", "delta_every": 4}),
@@ -23,6 +42,8 @@ TRAINERS: dict[str, tuple[int, dict[str, Any]]] = {
     "trainer-compact-stage0": (0, {}),
     "trainer-compact-stage3": (3, {"update_mode": "compact", "delta_every": 2}),
     "trainer-compact-full-stage2": (2, {"update_mode": "compact", "save_full": True}),
+    "trainer-general-stage2": (2, {"update_mode": "masked", **GENERAL}),
+    "trainer-compact-general-stage3": (3, GENERAL),
 }
 
 
@@ -84,7 +105,7 @@ def train(output: Path, stage: int, options: dict[str, Any], resume_from: Path |
     )
     model = make_model("llama", dropout=0.1)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows(), data_collator=default_data_collator)
-    callback = PieceCallback(trainer, method="piece-s", ratio=0.02, importance_batch_size=3, **options)
+    callback = PieceCallback(trainer, **{"method": "piece-s", "ratio": 0.02, "importance_batch_size": 3, **options})
     trainer.add_callback(callback)
     initial = {name: p.detach().reshape(-1).clone() for name, p in make_model("llama").named_parameters()}
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -93,12 +114,6 @@ def train(output: Path, stage: int, options: dict[str, Any], resume_from: Path |
     trainer.save_model(str(output / "model"))
     log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     return initial, weights, callback.mask.whole(), log
-
-
-def rows() -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(2)
-    made = [torch.randint(1, 97, (9,), generator=generator).tolist() for _ in range(20)]
-    return [{"input_ids": ids, "labels": ids} for ids in made]
 
 
 def plain_loop(stage: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from piece_ds import PieceCallback
 from piece_ds.demo.model import make_tokenizer, model_config
+from piece_ds.runtime.errors import UserError
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
@@ -27,6 +28,16 @@ PAIRS = [{"prompt": f"say {i}: ", "completion": f"it is {i}"} for i in range(8)]
 PREFERENCES = [{"prompt": f"say {i}: ", "chosen": f"it is {i}", "rejected": "no"} for i in range(8)]
 PROMPTS = [{"prompt": f"say {i}: "} for i in range(8)]
 
+GENERAL: dict[str, Any] = {
+    "method": "piece-ratio",
+    "step_scale": "general",
+    "general_text": [
+        {"input_ids": [1, *ids], "labels": [-100, *ids]} for ids in (range(i, i + 10) for i in range(20, 25))
+    ],
+    "general_replay": 0.5,
+    "general_kl": 1.0,
+}
+
 # kind -> rows and options of SFTConfig.
 SFT: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "assistant-only": (CHAT, {"assistant_only_loss": True}),
@@ -40,7 +51,12 @@ def main() -> None:
     kind, mode, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     trainer = make_trainer(kind, folder)
     before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
-    callback = PieceCallback(trainer, ratio=0.01, update_mode=mode, importance_batch_size=2)
+    options = GENERAL if mode == "general" else {"update_mode": mode}
+    try:
+        callback = PieceCallback(trainer, ratio=0.01, importance_batch_size=2, **options)
+    except UserError as error:
+        (folder / "found.json").write_text(json.dumps({"refused": str(error)}))
+        return
     trainer.add_callback(callback)
     trainer.train()
     assert callback.mask is not None
@@ -52,8 +68,10 @@ def main() -> None:
             selected = torch.zeros_like(moved)
             selected[index.get(name, torch.empty(0, dtype=torch.int64)).long()] = True
             inside, outside = inside + int((moved & selected).sum()), outside + int((moved & ~selected).sum())
-    positions = {name: found.tolist() for name, found in index.items() if len(found)}
-    (folder / "found.json").write_text(json.dumps({"inside": inside, "outside": outside, "index": positions}))
+    positions = {name: where.tolist() for name, where in index.items() if len(where)}
+    (folder / "found.json").write_text(
+        json.dumps({"inside": inside, "outside": outside, "index": positions, "log": trainer.state.log_history})
+    )
 
 
 def make_trainer(kind: str, folder: Path) -> Any:
@@ -81,6 +99,7 @@ def make_trainer(kind: str, folder: Path) -> Any:
         "learning_rate": 1e-2,
         "report_to": [],
         "save_strategy": "no",
+        "logging_steps": 1,
         "disable_tqdm": True,
     }
     of_list = datasets.Dataset.from_list

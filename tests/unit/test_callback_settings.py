@@ -1,15 +1,58 @@
-"""What PieceCallback cannot do with a setting is said when it is made, not found out after the pass over the data."""
+"""What PieceCallback cannot do with a setting is said when it is made; what general text adds to a trainer's loss."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
+from support.models import make_micro_batches, make_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from piece_ds import PieceCallback
+from piece_ds.config.piece import PieceConfig
 from piece_ds.runtime.errors import UserError
+from piece_ds.training.general_text import GeneralText
+
+ROWS = [{"input_ids": [1, 2], "labels": [1, 2]}]
 
 
-def test_a_step_scale_is_refused_since_no_general_statistics_are_there() -> None:
-    trainer = cast(Any, SimpleNamespace(model=None, optimizer=None))
-    with pytest.raises(UserError, match="takes no step_scale"):
-        PieceCallback(trainer, step_scale="general")
+def test_general_text_and_what_uses_it_need_each_other() -> None:
+    causal, scoring = make_model("llama"), nn.Linear(2, 1)
+    scoring.get_output_embeddings = lambda: None  # type: ignore[assignment]
+    for options, model, message in (
+        ({"step_scale": "general"}, causal, "step_scale='general' needs general_text"),
+        ({"method": "piece-ratio"}, causal, "method='piece-ratio' needs general_text"),
+        ({"general_replay": 0.5}, causal, "general_replay=0.5 needs general_text"),
+        ({"general_kl": 2.0}, causal, "general_kl=2 needs general_text"),
+        ({"general_text": ROWS}, causal, "but no method, step_scale"),
+        ({"general_text": ROWS, "general_replay": 1.5}, causal, r"must be in \[0, 1\]"),
+        ({"general_text": ROWS, "general_kl": -1.0, "general_replay": 1.0}, causal, "0 or more"),
+        ({"general_text": ROWS, "general_kl": 1.0}, scoring, "needs a model that predicts tokens, got Linear"),
+    ):
+        with pytest.raises(UserError, match=message):
+            PieceCallback(cast(Any, SimpleNamespace(model=model)), update_mode="masked", **options)
+
+
+def test_the_trainers_loss_gains_general_texts_and_gets_its_own_back(tmp_path: Path) -> None:
+    """Losses that the trainer adds up over a step get a part of the mean; those that it averages, all."""
+    model, batch = make_model("llama").train(), make_micro_batches("llama", 1)[0]
+    for is_summed in (True, False):
+        trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+        trainer.model_accepts_loss_kwargs, trainer.current_gradient_accumulation_steps = is_summed, 4
+        config = PieceConfig(update_mode="masked")
+        general = GeneralText(trainer, config, ROWS, replay=0.5, divergence=0.0)
+        own = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(1))
+        general.begin(None, has_moved=False)
+        got = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(1))
+        alone = model(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss
+        torch.testing.assert_close(got - own, 0.5 * alone / (4 if is_summed else 1), rtol=1e-4, atol=1e-5)
+        row: dict[str, float] = {}
+        general.add_to_log(row)
+        assert row["general_loss"] == pytest.approx(alone.item(), rel=1e-5)
+        model.eval()
+        assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(model(**batch).loss.item())
+        model.train()
+        general.end()
+        assert "compute_loss" not in vars(trainer)

@@ -1,0 +1,190 @@
+"""General text in any trainer of transformers or TRL: importance, scaled steps, replay and divergence."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer
+
+from piece_ds.config.piece import PieceConfig
+from piece_ds.data.collate import Collator, pad_id
+from piece_ds.methods.method import GENERAL
+from piece_ds.methods.registry import find_method
+from piece_ds.methods.request import SelectionOptions
+from piece_ds.models.loading import reads_images
+from piece_ds.models.processor import tokenizer_of
+from piece_ds.runtime.distributed import all_reduce_sum_, collective_device, rank, world_size
+from piece_ds.runtime.errors import UserError
+from piece_ds.state.partition import Layout
+from piece_ds.training.base_logits import LOGITS_FOLDER, BaseLogits
+from piece_ds.training.general_loss import GeneralLoss
+from piece_ds.training.general_replay import KL_SHARE, GeneralRows
+from piece_ds.training.general_statistics import GeneralStatistics
+from piece_ds.update.step_scale import StepScale, general_step_scale
+
+STATISTICS_FOLDER = "general_statistics"
+
+
+class GeneralText:
+    """What a trainer does with text that stands for general ability.
+
+    The loss there is the model's own, of the next token, whatever the trainer's is.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: PieceConfig,
+        rows: Sequence[Any] | None,
+        replay: float,
+        divergence: float,
+    ) -> None:
+        """Check what is asked; nothing is computed yet.
+
+        Args:
+            trainer: of a causal language model.
+            config: settings of the method.
+            rows: with input_ids and labels, or None.
+            replay, divergence: S and BETA, as in GeneralLoss; 0 for none.
+        Raises:
+            UserError: rows are missing, or given to nothing; or the trainer's model predicts no tokens.
+        """
+        self._trainer, self._config, self._rows = trainer, config, rows
+        self._replay, self._divergence = replay, divergence
+        self.loss: GeneralLoss | None = None
+        self._own_loss: Any = None
+        self._micro_batch = (-1, 0)  # (step, micro-batches of it so far)
+
+        # Rows and uses need each other.
+        uses = {
+            f"method={config.method!r}": find_method(config.method).needs == GENERAL,
+            f"step_scale={config.step_scale!r}": config.step_scale != "none",
+            f"general_replay={replay:g}": replay > 0,
+            f"general_kl={divergence:g}": divergence > 0,
+        }
+        used = [name for name, is_used in uses.items() if is_used]
+        if used and rows is None:
+            raise UserError(f"PieceCallback's {used[0]} needs general_text: rows of input_ids and labels")
+        if rows is not None and not used:
+            raise UserError(
+                "PieceCallback was given general_text, but no method, step_scale, general_replay or general_kl uses it"
+            )
+        if not (0 <= replay <= 1 and 0 <= divergence < float("inf")):
+            raise UserError(f"general_replay must be in [0, 1] and general_kl 0 or more, got {replay} and {divergence}")
+
+        # The loss on general text is that of the next token.
+        if used and trainer.model.get_output_embeddings() is None:
+            raise UserError(
+                f"PieceCallback's {used[0]} needs a model that predicts tokens, got {type(trainer.model).__name__}"
+            )
+        if divergence and reads_images(trainer.model.config):
+            raise UserError("PieceCallback's general_kl does not keep the logits of a model that reads images")
+
+    def options(self, engine: Any, layout: Layout) -> SelectionOptions:
+        """Return what selection may need of general text."""
+        if self._rows is None:
+            return SelectionOptions()
+        return SelectionOptions(general=partial(self._statistics(is_base=True).take, engine, layout))
+
+    def step_scale(self, engine: Any, layout: Layout, has_moved: bool) -> StepScale | None:
+        """Return the factors of step_scale "general", or None without it. A collective.
+
+        Args:
+            engine: deepspeed.DeepSpeedEngine.
+            layout: of its model.
+            has_moved: whether the weights are those of a checkpoint.
+        """
+        if self._config.step_scale == "none":
+            return None
+        return general_step_scale(self._statistics(not has_moved).take(engine, layout, has_moved))
+
+    def begin(self, engine: Any, has_moved: bool) -> None:
+        """Add general text's part to the trainer's loss from here on. A collective.
+
+        Args:
+            engine: deepspeed.DeepSpeedEngine, with its weights before the first step unless has_moved.
+            has_moved: as in step_scale().
+        """
+        if not (self._replay or self._divergence):
+            return
+        rows, collate, trainer = self._rows or (), self._collate(), self._trainer
+        base = BaseLogits(
+            rows=rows,
+            collate=collate,
+            batch_size=self._config.importance_batch_size,
+            folder=Path(trainer.args.output_dir or ".") / LOGITS_FOLDER,
+            is_base=not has_moved,
+        )
+        share = self._replay or KL_SHARE
+        self.loss = GeneralLoss(
+            GeneralRows(rows, collate, share, trainer.args.seed),
+            replay_weight=self._replay,
+            kl_weight=self._divergence,
+            base=base,
+        )
+        self.loss.begin(engine, has_moved)
+
+        # On the object: the trainer's class, and other trainers of it, stay as they are.
+        self._own_loss = trainer.compute_loss
+        trainer.compute_loss = self._compute_loss
+
+    def end(self) -> None:
+        """Give the trainer its own loss back."""
+        if self._own_loss is not None:
+            del self._trainer.compute_loss
+            self._own_loss = None
+
+    def add_to_log(self, row: dict[str, Any]) -> None:
+        """Add general text's tokens, loss and divergence since the last log. A collective."""
+        if self.loss is None:
+            return
+        sums = self.loss.read_sums(all_reduce_sum_(self.loss.take_sums().to(collective_device())).tolist())
+        row |= {"general_tokens": sums.num_tokens, "general_loss": sums.loss}
+        row |= {} if sums.divergence is None else {"general_kl": sums.divergence}
+
+    def _compute_loss(self, model: Any, inputs: Any, *others: Any, **named: Any) -> Any:
+        """Return what the trainer's own compute_loss() does, with general text's part added in training."""
+        found = self._own_loss(model, inputs, *others, **named)
+        if not model.training or self.loss is None:
+            return found
+        device = next(model.parameters()).device
+        num_rows = self._trainer.args.per_device_train_batch_size
+        extra = self.loss.loss(model, self._next_micro_batch(), num_rows, getattr(model, "device", device))
+        extra = extra / self._divisor(named.get("num_items_in_batch"))
+        if isinstance(found, tuple):
+            return (found[0] + extra.to(found[0].device), *found[1:])
+        return found + extra.to(found.device)
+
+    def _divisor(self, num_items_in_batch: Any) -> int:
+        """Return by what to divide a micro-batch's mean: the trainer divides some losses itself, and adds up others."""
+        trainer: Any = self._trainer
+        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if is_scaled is None:
+            is_summed = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = is_summed or trainer.compute_loss_func is not None
+        return int(trainer.current_gradient_accumulation_steps) if is_scaled else 1
+
+    def _next_micro_batch(self) -> int:
+        """Return the number of this micro-batch over all ranks and steps, and count it."""
+        step, in_step = self._micro_batch
+        now, accumulation = self._trainer.state.global_step, self._trainer.args.gradient_accumulation_steps
+        in_step = in_step if step == now else 0
+        self._micro_batch = (now, in_step + 1)
+        return (now * accumulation + in_step) * world_size() + rank()
+
+    def _statistics(self, is_base: bool) -> GeneralStatistics:
+        return GeneralStatistics(
+            rows=self._rows or (),
+            collate=self._collate(),
+            batch_size=self._config.importance_batch_size,
+            folder=Path(self._trainer.args.output_dir or ".") / STATISTICS_FOLDER,
+            is_base=is_base,
+            device="cpu" if self._config.statistics_device == "cpu" else None,
+        )
+
+    def _collate(self) -> Callable[[list[Any]], dict[str, Tensor]]:
+        processing: Any = self._trainer.processing_class
+        # Padding is masked, so without a tokenizer any token will do.
+        return Collator(0 if processing is None else pad_id(tokenizer_of(processing)))
