@@ -4,8 +4,8 @@ python bench/cost.py [--shape small|llama3-8b] [--ranks 2] [--repeats 9]
 
 Time: all methods in one process group, step by step in turn, so that a busy machine slows all; ratios are medians over
 rounds. Memory: each method in processes of its own; with --apart time too, for models of which only one fits. `zero`
-is a ZeRO stage, or 'none' for one process without DeepSpeed. Writes bench/results/cost-<device>.csv, where a method
-that ran out of memory has no time.
+is a ZeRO stage, 3-... (its settings are in cost_worker.py), or 'none' for one process without DeepSpeed. Writes
+bench/results/cost-<device>.csv, where a method that ran out of memory has no time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import peft
 import transformers
 
 from bench.cost_methods import METHODS
-from bench.cost_worker import SHAPES
+from bench.cost_worker import SHAPES, ZERO3
 from bench.record import device_name, write_rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -154,7 +154,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="in a batch of one rank")
     parser.add_argument("--tokens", type=int, default=256, help="in a row")
     parser.add_argument("--checkpointing", action="store_true", help="activations are made again in backward")
-    parser.add_argument("--zero", nargs="+", default=["none", "3"])
+    parser.add_argument("--zero", nargs="+", choices=["none", "0", "1", "2", *ZERO3], default=["none", "3"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     return parser.parse_args()

@@ -52,6 +52,18 @@ SHAPES = {
     },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Settings of ZeRO-3 to compare: fetched one by one as by default, far ahead, or kept whole once gathered.
+ZERO3 = {
+    "3": {},
+    "3-ahead": {"stage3_prefetch_bucket_size": int(5e8), "overlap_comm": True, "contiguous_gradients": True},
+    "3-large": {
+        "stage3_prefetch_bucket_size": int(5e8),
+        "reduce_bucket_size": int(5e8),
+        "stage3_max_live_parameters": int(4e9),
+        "stage3_max_reuse_distance": int(4e9),
+    },
+    "3-persistent": {"stage3_param_persistence_threshold": int(1e9), "stage3_model_persistence_threshold": int(1e12)},
+}
 
 
 def main() -> None:
@@ -218,13 +230,13 @@ def _config(options: argparse.Namespace) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": options.rows,
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": int(options.zero)},
+        "zero_optimization": {"stage": int(options.zero[0]), **ZERO3.get(options.zero, {})},
         "zero_allow_untested_optimizer": True,
         "communication_data_type": "fp32",
     }
     if options.dtype == "bf16":
         config["bf16"] = {"enabled": True}
-        if options.zero in ("2", "3"):
+        if options.zero[0] in "23":
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
@@ -240,7 +252,7 @@ def _batch(options: argparse.Namespace, device: torch.device) -> dict[str, torch
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
-    parser.add_argument("--zero", required=True)
+    parser.add_argument("--zero", choices=["none", "0", "1", "2", *ZERO3], required=True)
     parser.add_argument("--dtype", choices=list(DTYPES), required=True)
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--repeats", type=int, required=True)

@@ -122,7 +122,20 @@ def test_a_plan_says_what_it_is_of_and_what_it_fits(capsys: pytest.CaptureFixtur
         "8 ranks, ZeRO-3, bf16, update_mode compact, 8030261 selected (0.1 %, piece-s), 2048 tokens x 1 a step and rank"
     )
     assert lines[2].startswith("fits 24 GB cards: needs 16.6")
+    assert lines[3].startswith("From 40 GB cards on ZeRO-0 fits too and is faster: ")
     assert sum(bool(re.match(r"\d+ GB \(.* (yes|perhaps|no) ", line)) for line in lines) == len(CARDS)
+
+
+def test_a_lower_stage_is_named_only_if_it_fits_a_card_and_is_not_the_one_planned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for flags, named in (
+        (["--model", "8B", "--zero", "2"], False),
+        (["--model", "405B", "--world", "64"], False),
+        (["--model", "1.5B", "--world", "8"], True),
+    ):
+        main(["plan", *flags])
+        assert ("fits too and is faster" in capsys.readouterr().out) is named, flags
 
 
 def test_update_mode_and_ratio_are_those_of_training() -> None:
