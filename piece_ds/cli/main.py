@@ -175,6 +175,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--tokens", type=int, default=2048, help="tokens of a micro-batch on one rank")
     plan.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")
     plan.add_argument("--lora_rank", type=int, default=32, help="of update_mode lora, on all Linear layers")
+    plan.add_argument("--selected_gradient", default="auto", choices=["auto", "dense"], help="of update_mode compact")
     plan.add_argument("--table", action="store_true", help="1.5B to 405B at 1, 8, 64 and 512 ranks, as Markdown")
     plan.set_defaults(run="piece_ds.cli.plan:plan")
 

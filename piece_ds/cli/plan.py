@@ -33,7 +33,7 @@ def plan(arguments: argparse.Namespace) -> None:
         raise UserError(f"plan needs --model ({_expected()}) or --table")
     shape = _shape(arguments.model)
 
-    print(printable(f"{arguments.model}: {shape.total} parameters"))
+    print(printable(f"{arguments.model}: {shape.total} parameters{_of_experts(shape)}"))
     print(_setting_line(shape, setting))
     print(_verdict_line(shape, setting))
     faster = _faster_line(shape, setting)
@@ -99,6 +99,13 @@ def _shape(name: str) -> ModelShape:
         reason = " ".join(str(error).removeprefix(f"--model_name_or_path {name}: ").split())
         hint = nearest(name, [*KNOWN, *PRETRAINED])
         raise UserError(f"--model {name}: expected {_expected()}; {reason[:300]}.{hint}") from error
+
+
+def _of_experts(shape: ModelShape) -> str:
+    """Return what a token uses of a mixture of experts, in words; nothing for other models."""
+    if shape.experts is None:
+        return ""
+    return f", {shape.active} active for a token ({shape.experts.per_token} of {shape.experts.number} experts a layer)"
 
 
 def _setting_line(shape: ModelShape, setting: Setting) -> str:

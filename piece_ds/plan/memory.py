@@ -98,6 +98,7 @@ def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
     """
     if setting.update_mode == "compact":
         k = setting.selected(shape)
+        whole = shape.largest if setting.selected_gradient == "dense" else shape.formed_whole
         return [
             Term("gradient of the selected", "4 K", 4 * k, MOMENTS[1:]),
             Term(
@@ -107,6 +108,7 @@ def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
                 MOMENTS[1:],
                 on_host=setting.offload_optimizer,
             ),
+            Term("a gradient formed whole", "B largest", setting.itemsize * whole, ("backward",), is_estimate=True),
         ]
 
     # Every other mode, by stage.
@@ -184,7 +186,7 @@ def _selection(shape: ModelShape, setting: Setting) -> list[Term]:
         Term(
             "gradients in exchange",
             "B (largest + 2 min(2^25, E))",
-            setting.itemsize * (shape.largest + 2 * bucket),
+            setting.itemsize * (shape.together + 2 * bucket),
             statistics,
             is_estimate=True,
         ),
@@ -210,8 +212,9 @@ def _working(shape: ModelShape, setting: Setting) -> list[Term]:
     """Return the terms of buckets, gathered parameters and activations.
 
     transformers sets the bucket to hidden^2 elements. Stages 1 and 2 have two buckets, made when backward begins. Stage
-    3 may hold 1e9 gathered elements at a time. Activations are those of gradient checkpointing: the input of each
-    layer, the inside of one layer, and the logits in the model's dtype, in fp32, and their gradient.
+    3 may hold 1e9 gathered elements at a time, or all experts of a layer if they are more. Activations are those of
+    gradient checkpointing: the input of each layer, the inside of one layer, and the logits in the model's dtype, in
+    fp32, and their gradient.
 
     Source: the inside of a layer is 34 bytes per token and unit of hidden at 16 bits, without the attention matrix
         (Korthikanti et al. 2022).
@@ -222,7 +225,11 @@ def _working(shape: ModelShape, setting: Setting) -> list[Term]:
     reduces = setting.update_mode != "compact" or setting.zero == 3  # stage 3 makes its bucket whatever it optimises
     bucket = {1: 2 * size, 2: 2 * size, 3: 4}.get(setting.zero, 0) * hidden**2
     # One rank, or a lower stage, holds whole parameters anyway.
-    gathered = size * min(shape.total, MAX_LIVE) if setting.zero == 3 and setting.world > 1 else 0
+    live = min(shape.total, max(MAX_LIVE, shape.together))
+    gathered = size * live if setting.zero == 3 and setting.world > 1 else 0
+    experts = shape.experts
+    # Each token's row goes in and out of its experts, and has three inner rows in each.
+    routed = size * tokens * experts.per_token * (2 * hidden + 3 * experts.width) if experts else 0
     forward = MOMENTS[:2]
     return [
         Term(
@@ -231,7 +238,8 @@ def _working(shape: ModelShape, setting: Setting) -> list[Term]:
             bucket * reduces,
             MOMENTS if setting.zero == 3 else ("backward",),
         ),
-        Term("gathered parameters, at most", "B min(N, 1e9)", gathered, forward, is_estimate=True),
+        Term("gathered parameters, at most", "B min(N, max(1e9, layer))", gathered, forward, is_estimate=True),
         Term("activations", "B tokens hidden (layers + 17)", layers, forward, is_estimate=True),
+        Term("rows of experts", "B tokens top (2 hidden + 3 width)", routed, forward, is_estimate=True),
         Term("logits", "(B + 8) tokens vocab", (size + 8) * tokens * shape.vocab, forward, is_estimate=True),
     ]

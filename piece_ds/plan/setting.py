@@ -23,6 +23,7 @@ class Setting:
         tokens: of a micro-batch on one rank.
         accumulation: micro-batches per optimizer step on one rank.
         lora_rank: of update_mode lora.
+        selected_gradient: of update_mode compact: auto samples what has a formula, dense forms every gradient whole.
     Raises:
         UserError: a value is out of its range, or offloading does not fit the stage.
     """
@@ -38,6 +39,7 @@ class Setting:
     tokens: int = 2048
     accumulation: int = 1
     lora_rank: int = 32
+    selected_gradient: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("world", "tokens", "accumulation", "lora_rank"):

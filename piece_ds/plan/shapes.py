@@ -1,12 +1,16 @@
 """The sizes of a model that decide memory and traffic, from its configuration only."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from piece_ds.models.eligible import input_embedding
+from piece_ds.models.experts import expert_blocks, experts_of, stacked_experts
 from piece_ds.models.layout import full_shape, layout_of
+from piece_ds.state.partition import Layout
 
 # Published configurations, reduced to what decides shapes.
 _QWEN = {
@@ -54,6 +58,9 @@ class ModelShape:
         hidden: width, for activations and DeepSpeed's bucket sizes.
         layers: number of blocks.
         vocab: number of token ids.
+        experts: what a mixture of experts adds; None for other models.
+        formed_whole: of the largest eligible parameter that is neither a linear layer's weight nor stacked experts: its
+            gradient is formed whole even if others are sampled.
     """
 
     total: int
@@ -63,6 +70,41 @@ class ModelShape:
     hidden: int
     layers: int
     vocab: int
+    experts: "ExpertShape | None" = None
+    formed_whole: int = 0
+
+    @property
+    def active(self) -> int:
+        """Elements that one token uses."""
+        return self.total - (self.experts.idle if self.experts else 0)
+
+    @property
+    def together(self) -> int:
+        """Most elements that ZeRO-3 gathers at once, and whose gradients wait for each other: a layer's experts."""
+        return max(self.largest, self.experts.block if self.experts else 0)
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Sizes of a mixture of experts.
+
+    Attributes:
+        number: of experts in a layer, the most of all layers.
+        per_token: experts that a token is routed to.
+        width: inner width of one expert, if it has three matrices, as gated ones do.
+        block: elements of the largest module that holds experts, with everything in it.
+        idle: elements of the model that one token does not use.
+    """
+
+    number: int
+    per_token: int
+    width: int
+    block: int
+    idle: int
+
+
+# What configurations call the number of experts that a token is routed to.
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 
 
 def known_config(name: str) -> Any:
@@ -89,4 +131,41 @@ def shape_of(model: nn.Module) -> ModelShape:
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         vocab=text.vocab_size,
+        experts=_expert_shape(model, text),
+        formed_whole=_formed_whole(model, layout),
     )
+
+
+def _expert_shape(model: nn.Module, text: Any) -> ExpertShape | None:
+    """Return the sizes of a mixture of experts; None if model is none."""
+    blocks = [module for _, module in expert_blocks(model)]
+    # Per group of experts: how many, and elements of one.
+    groups = [(number, numel // number) for number, numel in map(experts_of, blocks) if number]
+    if not groups:
+        return None
+    number, one = max(groups)
+    # A configuration that does not say so may route to all of them.
+    per_token = next((getattr(text, name) for name in _PER_TOKEN if isinstance(getattr(text, name, None), int)), number)
+    return ExpertShape(
+        number=number,
+        per_token=per_token,
+        width=one // (3 * text.hidden_size),
+        block=max(sum(int(_numel(param)) for param in block.parameters()) for block in blocks),
+        idle=sum(max(0, number - per_token) * one for number, one in groups),
+    )
+
+
+def _formed_whole(model: nn.Module, layout: Layout) -> int:
+    """Return the elements of the largest eligible parameter without a formula for single entries of its gradient."""
+    sampled = {f"{name}.weight" for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
+    stacks = set(stacked_experts(model))
+    rest = (
+        info.numel
+        for info in layout.eligible()
+        if info.name not in sampled and not (info.name.rpartition(".")[0] in stacks and len(info.shape) == 3)
+    )
+    return max(rest, default=0)
+
+
+def _numel(param: nn.Parameter) -> int:
+    return prod(full_shape(param))

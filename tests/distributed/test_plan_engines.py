@@ -1,5 +1,7 @@
 """The planner's sums are what engines of two ranks hold and send, at every stage, dtype and offload."""
 
+from functools import cache
+
 import pytest
 from support.jobs import Results, result_of, run_job
 from support.plan_job import NUM_RANKS, SETTINGS, make_plan_model
@@ -16,9 +18,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return run_job("support.plan_job", NUM_RANKS, tmp_path_factory.mktemp("plan"))
 
 
-@pytest.fixture(scope="module")
-def shape() -> ModelShape:
-    return shape_of(make_plan_model())
+@pytest.fixture
+def shape(name: str) -> ModelShape:
+    return _shape(name.rpartition("-")[0] if "moe" in name or "deepseek" in name else "")
+
+
+@cache
+def _shape(name: str) -> ModelShape:
+    return shape_of(make_plan_model(name))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

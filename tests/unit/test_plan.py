@@ -12,8 +12,9 @@ from support.models import make_model
 
 from piece_ds.__main__ import main
 from piece_ds.cli.main import _parser
+from piece_ds.config.arguments import ModelArguments
 from piece_ds.config.piece import PieceConfig
-from piece_ds.models.loading import empty_model
+from piece_ds.models.loading import empty_model, load_config
 from piece_ds.plan.cards import CARDS, card_verdicts, fits
 from piece_ds.plan.memory import MOMENTS, memory_terms, peak, total
 from piece_ds.plan.setting import Setting
@@ -222,3 +223,110 @@ def test_bad_settings_are_one_line(flags: list[str], message: str, capsys: pytes
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "vocab_size": 129280,
+    "tie_word_embeddings": False,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
+
+def experts_by_hand(config: dict) -> tuple[int, int, int, int]:
+    """(elements, active elements, routers, elements of a layer's experts) of a published mixture, matrix by matrix."""
+    hidden, vocab, width = config["hidden_size"], config["vocab_size"], config["moe_intermediate_size"]
+    heads, layers, top = config["num_attention_heads"], config["num_hidden_layers"], config["num_experts_per_tok"]
+    if config["model_type"] == "qwen3_moe":
+        number, dense, shared = config["num_experts"], 0, 0
+        keys = config["num_key_value_heads"]
+        attention = 2 * (heads + keys) * config["head_dim"] * hidden + 2 * config["head_dim"]
+    else:
+        number, dense, shared = config["n_routed_experts"], config["first_k_dense_replace"], 3 * hidden * width
+        q, kv, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+        inner, value = config["qk_nope_head_dim"], config["v_head_dim"]
+        attention = hidden * q + q + q * heads * (inner + rope) + hidden * (kv + rope) + kv
+        attention += kv * heads * (inner + value) + heads * value * hidden
+    experts, routers = 3 * number * hidden * width, number * hidden * (layers - dense)
+    rest = (
+        2 * vocab * hidden
+        + hidden
+        + layers * (attention + 2 * hidden)
+        + dense * 3 * hidden * config["intermediate_size"]
+    )
+    rest += routers + (layers - dense) * shared
+    return rest + (layers - dense) * experts, rest + (layers - dense) * experts * top // number, routers, experts
+
+
+@pytest.mark.parametrize(
+    ("config", "billions", "active"), [(QWEN3_30B_A3B, 30.5, 3.35), (DEEPSEEK_V3, 671.0, 37.55)], ids=["qwen3", "v3"]
+)
+def test_mixtures_are_those_that_were_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict, billions: float, active: float
+) -> None:
+    """Totals and active parameters as their model cards say (37 B and 3.3 B); embeddings count here."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    main(["plan", "--model", str(tmp_path), "--world", "64"])
+    printed = capsys.readouterr().out
+    total_by_hand, active_by_hand, routers, experts = experts_by_hand(config)
+    number = config.get("num_experts") or config["n_routed_experts"]
+    assert f"{total_by_hand} parameters, {active_by_hand} active for a token (8 of {number} experts a layer)" in printed
+    assert math.isclose(total_by_hand / 1e9, billions, rel_tol=2e-3)
+    assert math.isclose(active_by_hand / 1e9, active, rel_tol=2e-3)
+
+    shape = shape_of(empty_model(load_config(ModelArguments(model_name_or_path=str(tmp_path)))))
+    assert shape.total - shape.eligible == config["vocab_size"] * config["hidden_size"] + routers
+    assert shape.experts is not None
+    assert shape.experts.width == config["moe_intermediate_size"]
+    # A whole layer's experts are gathered at a time, though more than DeepSpeed would keep otherwise.
+    assert experts < shape.together < 1.02 * experts
+    terms = {t.name: t.size for t in memory_terms(shape, Setting(world=64))}
+    assert terms["gathered parameters, at most"] == 2 * max(10**9, shape.together)
+    # No gradient of experts is formed whole, unless that is asked for.
+    assert terms["a gradient formed whole"] < 1e6
+    dense = {t.name: t.size for t in memory_terms(shape, Setting(world=64, selected_gradient="dense"))}
+    assert dense["a gradient formed whole"] == 2 * experts * 2 // 3
+
+
+def test_other_models_have_no_experts() -> None:
+    shape = shape_of(make_model("llama"))
+    assert shape.experts is None
+    assert (shape.active, shape.together) == (shape.total, shape.largest)
+
+
+def test_lists_of_experts_count_as_stacked_ones_do() -> None:
+    model = make_model("listed")
+    model.config.num_experts_per_tok = 2
+    shape = shape_of(model)
+    assert shape.experts is not None
+    one = sum(param.numel() for param in model.model.layers[0].mlp.experts[0].parameters())
+    assert (shape.experts.number, shape.experts.per_token) == (5, 2)
+    assert shape.total - shape.active == 2 * 3 * one
