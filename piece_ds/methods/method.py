@@ -44,6 +44,7 @@ class Method:
         reads_images: proven with models that read images.
         packs: of a baseline: its batches may be rows laid end to end.
         scores_elements: of a selection by select: it scores elements, so that rows and columns can compete.
+        only_linear: it acts on linear layers alone, and leaves experts out that are stacked into one parameter.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Method:
     reads_images: bool = True
     packs: bool = False
     scores_elements: bool = False
+    only_linear: bool = False
 
     def __post_init__(self) -> None:
         # A wrong entry fails at import, not in a run.

@@ -65,6 +65,7 @@ TABLE = (
         kind=SELECTION,
         select=select_lift,
         count=_in_linear,
+        only_linear=True,
     ),
     Method(
         name="hft",
@@ -91,6 +92,7 @@ TABLE = (
         kind=SELECTION,
         select=select_migu,
         count=_in_linear,
+        only_linear=True,
     ),
     Method(
         name="shira",
@@ -99,6 +101,7 @@ TABLE = (
         kind=SELECTION,
         select=select_shira,
         count=_shira,
+        only_linear=True,
     ),
     Method(
         name="piece-ratio",
@@ -176,6 +179,7 @@ TABLE = (
         kind=BASELINE,
         baseline=LoRA,
         reads_images=False,
+        only_linear=True,
     ),
     Method(
         name="peft",
@@ -192,5 +196,6 @@ TABLE = (
         kind=BASELINE,
         baseline=OLoRA,
         reads_images=False,
+        only_linear=True,
     ),
 )

@@ -14,9 +14,10 @@ from piece_ds.config.deepspeed_features import refused_feature
 from piece_ds.config.settings import Settings
 from piece_ds.methods.registry import find_method
 from piece_ds.models.eligible import names_rows
-from piece_ds.models.loading import empty_layout, reads_images
+from piece_ds.models.experts import stacked_experts
+from piece_ds.models.loading import empty_layout, empty_model, reads_images
 from piece_ds.preflight.general_flags import check_general_flags
-from piece_ds.runtime.distributed import world_size
+from piece_ds.runtime.distributed import is_main, world_size
 from piece_ds.runtime.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,21 @@ def check_method_reads_images(method: str, config: Any) -> None:
         raise UserError(
             f"--method {method} is not proven with models that read images (its adapters, memory or "
             "replayed rows may reach the vision tower); use a selection or seqft"
+        )
+
+
+def warn_of_stacked_experts(method: str, config: Any, trust_remote_code: bool) -> None:
+    """Say so if a method that acts on linear layers leaves out experts that are stacked into one parameter."""
+    if not find_method(method).only_linear or not is_main():
+        return
+    model = empty_model(config, trust_remote_code)
+    stacked = sum(param.numel() for module in stacked_experts(model).values() for param in module.parameters())
+    total = sum(param.numel() for param in model.parameters())
+    if stacked:
+        logger.warning(
+            "--method %s acts on linear layers: it leaves the stacked experts out, %.1f %% of the model's weights",
+            method,
+            100 * stacked / total,
         )
 
 

@@ -34,7 +34,12 @@ from piece_ds.models.model_settings import check_generation_settings
 from piece_ds.models.processor import Processing, tokenizer_of
 from piece_ds.models.suitable import check_checkpoint
 from piece_ds.models.token_ids import token_ids_tokenizer
-from piece_ds.preflight.checks import check_deepspeed_file, check_mask, check_method_reads_images
+from piece_ds.preflight.checks import (
+    check_deepspeed_file,
+    check_mask,
+    check_method_reads_images,
+    warn_of_stacked_experts,
+)
 from piece_ds.preflight.general_text import (
     check_base_logits,
     check_general_text,
@@ -107,6 +112,7 @@ def load_inputs(settings: Settings) -> Inputs:
     check_attention_of(settings.model, config)
     check_mask(settings, config)
     check_method_reads_images(settings.method.method, config)
+    warn_of_stacked_experts(settings.method.method, config, settings.model.trust_remote_code)
     check_eligible(settings.model, config)
     check_general_text(settings, config)
     data = settings.data

@@ -15,6 +15,7 @@ from piece_ds.models.eligible import ineligible, make_eligible
 from piece_ds.models.experts import gather_experts_whole, router_names, stacked_experts, unmarked_lists
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import check_eligible, freeze_ineligible
+from piece_ds.preflight.checks import warn_of_stacked_experts
 from piece_ds.runtime.errors import UserError
 from piece_ds.update.attach import prepare_compact
 
@@ -119,3 +120,16 @@ def test_the_load_balancing_loss_counts_in_training_and_not_in_evaluation() -> N
             model.generate(batch["input_ids"][:1], max_new_tokens=2, do_sample=False)
         assert model.config.output_router_logits is True
         assert plain.config.output_router_logits is False
+
+
+def test_methods_of_linear_layers_say_what_they_leave_out(caplog: pytest.LogCaptureFixture) -> None:
+    config = make_moe("mixtral").config
+    for method in ("lift", "shira", "migu", "lora", "o-lora"):
+        caplog.clear()
+        warn_of_stacked_experts(method, config, False)
+        assert f"--method {method} acts on linear layers: it leaves the stacked experts out, 61.1 %" in caplog.text
+    caplog.clear()
+    for method in ("piece-s", "piece-ratio", "magnitude", "seqft"):
+        warn_of_stacked_experts(method, config, False)
+    warn_of_stacked_experts("lift", make_moe("listed").config, False)
+    assert not caplog.text
