@@ -69,6 +69,13 @@ class MethodArguments:
             "general text and d the median of F; every method that trains the model's own weights"
         },
     )
+    damping_quantile: float = field(
+        default=_DEFAULT.damping_quantile,
+        metadata={
+            "help": "quantile of general text's importance that damps divisions by it, in piece-ratio, piece-gain, "
+            "piece-ratio-activation and --step_scale general; 0.5: the median"
+        },
+    )
     general_replay: float = field(
         default=0.0,
         metadata={
@@ -140,6 +147,7 @@ class MethodArguments:
             update_mode=self.update_mode,
             selected_gradient=self.selected_gradient,
             step_scale=self.step_scale,
+            damping_quantile=self.damping_quantile,
             save_full=save_full,
             seed=seed,
         )

@@ -57,7 +57,8 @@ class PieceConfig:
             and the gradient is masked).
         selected_gradient: in compact mode, 'auto' (linear layers form only their selected gradients) or 'dense'.
         step_scale: 'none', or 'general': the update of weight i is multiplied by sqrt(d / (F_i + d)), where F is the
-            mean squared gradient of general text and d its median.
+            mean squared gradient of general text and d its quantile.
+        damping_quantile: the quantile of general text's importance that damps divisions by it, in [0, 1].
         save_full: in compact mode, training checkpoints hold the whole model.
         seed: of everything that is drawn.
     Raises:
@@ -77,6 +78,7 @@ class PieceConfig:
     update_mode: str = "compact"
     selected_gradient: str = "auto"
     step_scale: str = "none"
+    damping_quantile: float = 0.5
     save_full: bool = False
     seed: int = 42
 
@@ -86,6 +88,8 @@ class PieceConfig:
         # Ranges; `not x > 0` also refuses NaN.
         if not 0.0 < self.ratio <= 1.0:
             raise FieldError("ratio", f"must be in (0, 1], got {self.ratio}")
+        if not 0.0 <= self.damping_quantile <= 1.0:
+            raise FieldError("damping_quantile", f"must be in [0, 1], got {self.damping_quantile}")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -1,8 +1,11 @@
 """LIFT: in every linear matrix, select the weights that are largest once the matrix is reduced to low rank."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from piece_ds.methods.activations import reversed_order
 from piece_ds.methods.linear import linear_weights
 from piece_ds.methods.request import SelectionRequest, restricted
 from piece_ds.state.mask import Mask
@@ -20,6 +23,19 @@ def select_lift(request: SelectionRequest) -> Mask:
     Cost: an eigendecomposition in fp64 per matrix, of its shorter side, on every rank; under ZeRO-3 a gather each.
     Source: LIFT (Liu et al., arXiv 2506.00772).
     """
+    return _select(request, lambda score: score)
+
+
+def select_lift_complement(request: SelectionRequest) -> Mask:
+    """Return the mask of the weights that are smallest once the matrix is reduced to low rank: what LIFT leaves last.
+
+    Cost: as select_lift().
+    Source: the complement of LIFT's principal weights, which carry what the model knows (arXiv 2506.00772).
+    """
+    return _select(request, reversed_order)
+
+
+def _select(request: SelectionRequest, order: Callable[[Tensor], Tensor]) -> Mask:
     names = {weight.name for weight in linear_weights(request.model)}
     layout = restricted(request.layout, names)
     device = request.device
@@ -31,7 +47,7 @@ def select_lift(request: SelectionRequest) -> Mask:
         rank = request.config.lift_rank or max(1, min(info.shape) // RANK_SHARE)
         score = low_rank(whole, rank).abs_().reshape(-1)
         score_N[offset : offset + part.numel] = score[part.start : part.stop]
-    return request.select(score_N.nan_to_num_(nan=0.0), names, "tensor")
+    return request.select(order(score_N.nan_to_num_(nan=0.0)), names, "tensor")
 
 
 def low_rank(matrix: Tensor, rank: int) -> Tensor:

@@ -17,7 +17,7 @@ from piece_ds.state.partition import Layout
 Count = Callable[[nn.Module, Layout, PieceConfig, str], int]
 
 SELECTION, BASELINE = "selection", "baseline"
-GENERAL = "general statistics"
+GENERAL, GENERAL_TEXT = "general statistics", "general text"
 
 
 def by_ratio(model: nn.Module, layout: Layout, config: PieceConfig, task: str) -> int:
@@ -34,7 +34,8 @@ class Method:
         help: what it does, in half a line.
         source: where the idea comes from.
         kind: SELECTION (it makes a mask) or BASELINE (it has none).
-        needs: statistics that it takes: one of NEEDS, or GENERAL (those of general text beside the task's).
+        needs: statistics that it takes: one of NEEDS, or GENERAL (those of general text beside the task's), or
+            GENERAL_TEXT (general text itself).
         estimator: of a selection that is one top-k of scores. Its statistics serve any ratio and budget.
         select: of any other selection: a collective that makes the mask, with a budget of its own.
         baseline: of a method without a mask.
@@ -65,8 +66,10 @@ class Method:
 
     def __post_init__(self) -> None:
         # A wrong entry fails at import, not in a run.
-        if self.needs not in (*NEEDS, GENERAL):
-            raise ValueError(f"method {self.name!r}: needs is {self.needs!r}, expected one of {NEEDS} or {GENERAL!r}")
+        if self.needs not in (*NEEDS, GENERAL, GENERAL_TEXT):
+            raise ValueError(
+                f"method {self.name!r}: needs is {self.needs!r}, expected one of {NEEDS}, {GENERAL!r}, {GENERAL_TEXT!r}"
+            )
         if [self.estimator, self.select, self.baseline].count(None) != 2:
             raise ValueError(f"method {self.name!r}: give one of estimator, select and baseline")
         if (self.kind == BASELINE) != (self.baseline is not None):
@@ -81,6 +84,11 @@ class Method:
     def has_units(self) -> bool:
         """Whether rows and columns can compete, by the mean score of their elements."""
         return self.estimator is not None or self.scores_elements
+
+    @property
+    def needs_general_text(self) -> bool:
+        """Whether it selects by text that stands for general ability."""
+        return self.needs in (GENERAL, GENERAL_TEXT)
 
     @property
     def uses_ops(self) -> bool:

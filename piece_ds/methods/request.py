@@ -23,11 +23,13 @@ class SelectionOptions:
     Attributes:
         task: name of the task; draws that differ from task to task depend on it.
         general: called for statistics of text that stands for general ability (at least squares, owned elements).
+        general_batches: micro-batches of that text.
         earlier: for each earlier task, parameter name -> ascending flat positions that it selected.
     """
 
     task: str = ""
     general: Callable[[], GradientStats] | None = None
+    general_batches: MicroBatchSource | None = None
     earlier: Sequence[dict[str, Tensor]] = field(default=())
 
 

@@ -8,18 +8,19 @@ from functools import partial
 from torch import nn
 
 from piece_ds.config.piece import PieceConfig
+from piece_ds.methods.activations import select_activation_ratio, select_ssu
 from piece_ds.methods.any_peft import AnyPeft
 from piece_ds.methods.baseline import Baseline
 from piece_ds.methods.ewc import EWC
 from piece_ds.methods.gem import GEM
 from piece_ds.methods.hft import count_whole, half_names, norm_names, select_whole
-from piece_ds.methods.lift import select_lift
+from piece_ds.methods.lift import select_lift, select_lift_complement
 from piece_ds.methods.linear import linear_weights
 from piece_ds.methods.lora import LoRA, OLoRA
 from piece_ds.methods.lwf import LwF
-from piece_ds.methods.method import BASELINE, GENERAL, SELECTION, Method, estimated
+from piece_ds.methods.method import BASELINE, GENERAL, GENERAL_TEXT, SELECTION, Method, estimated
 from piece_ds.methods.migu import select_migu
-from piece_ds.methods.piece_variants import select_disjoint, select_ratio
+from piece_ds.methods.piece_variants import select_disjoint, select_gain, select_ratio
 from piece_ds.methods.replay import Replay, ReplayOnline
 from piece_ds.methods.request import restricted
 from piece_ds.methods.shira import select_shira, shira_counts
@@ -29,6 +30,7 @@ from piece_ds.selection.estimators import (
     PIECE_F,
     PIECE_S,
     RANDOM,
+    TAYLOR,
 )
 from piece_ds.state.partition import Layout
 
@@ -55,6 +57,11 @@ TABLE = (
     # One top-k of scores.
     estimated(PIECE_S, "|sum of g| / sqrt(sum of g^2 + lambda)", f"{_PAPER}, PIECE-S: second-order normalization"),
     estimated(PIECE_F, "sum of g^2", f"{_PAPER}, PIECE-F: diagonal empirical Fisher information"),
+    estimated(
+        TAYLOR,
+        "weight * sum of g: the first-order gain of setting a weight to zero",
+        "Taylor; Deletion Tuning, arXiv 2611.10866, sets such weights to zero; here they train",
+    ),
     estimated(RANDOM, "weights drawn uniformly", "control: uniform, seeded"),
     estimated(MAGNITUDE, "the largest absolute weights", "control: magnitude"),
     # Selections with rules of their own.
@@ -66,6 +73,14 @@ TABLE = (
         select=select_lift,
         count=_in_linear,
         only_linear=True,
+    ),
+    Method(
+        name="lift-complement",
+        help="in linear layers, the smallest weights after low-rank approximation",
+        source="the complement of LIFT, arXiv 2506.00772",
+        kind=SELECTION,
+        select=select_lift_complement,
+        count=_in_linear,
     ),
     Method(
         name="hft",
@@ -111,6 +126,36 @@ TABLE = (
         needs=GENERAL,
         select=select_ratio,
         scores_elements=True,
+    ),
+    Method(
+        name="piece-gain",
+        help="(mean of g)^2 of the task over g^2 of general text",
+        source="this project: a diagonal model's gain at the best step of each weight",
+        kind=SELECTION,
+        needs=GENERAL,
+        select=select_gain,
+        scores_elements=True,
+    ),
+    Method(
+        name="piece-ratio-activation",
+        help="in linear layers, g^2 of the task over the mean square of the input on general text",
+        source="this project; the cost as in arXiv 2610.11076",
+        kind=SELECTION,
+        needs=GENERAL_TEXT,
+        select=select_activation_ratio,
+        count=_in_linear,
+        reads_images=False,
+        scores_elements=True,
+    ),
+    Method(
+        name="ssu",
+        help="in linear layers, the input columns that general text needs least",
+        source="SSU, arXiv 2512.04844",
+        kind=SELECTION,
+        needs=GENERAL_TEXT,
+        select=select_ssu,
+        count=_in_linear,
+        reads_images=False,
     ),
     Method(
         name="piece-s-disjoint",

@@ -1,7 +1,7 @@
 """Refuse flags about general text that lack it, ignore it, or cannot be carried out."""
 
+from piece_ds.config.piece import PieceConfig
 from piece_ds.config.settings import Settings
-from piece_ds.methods.method import GENERAL
 from piece_ds.methods.registry import find_method
 from piece_ds.runtime.errors import UserError
 
@@ -46,13 +46,19 @@ def check_general_flags(settings: Settings, num_tasks: int) -> None:
             "--general_text and --general_statistics belong to --method piece-ratio, --step_scale general, "
             "--general_replay and --general_kl; --general_text also to --forgetting_budget without --general_file"
         )
+    divides = method.name in ("piece-ratio", "piece-gain", "piece-ratio-activation") or flags.step_scale != "none"
+    if flags.damping_quantile != PieceConfig.damping_quantile and not divides:
+        raise UserError(
+            f"--damping_quantile has no meaning with --method {method.name}: it belongs to piece-ratio, piece-gain, "
+            "piece-ratio-activation and --step_scale general"
+        )
 
 
 def needing_general_text(settings: Settings) -> list[str]:
     """Return the flags in use that need text which stands for general ability."""
     flags, method = settings.method, find_method(settings.method.method)
     asked = {
-        f"--method {method.name}": method.needs == GENERAL,
+        f"--method {method.name}": method.needs_general_text,
         f"--step_scale {flags.step_scale}": flags.step_scale != "none",
         f"--general_replay {flags.general_replay:g}": flags.general_replay > 0,
         f"--general_kl {flags.general_kl:g}": flags.general_kl > 0,

@@ -53,6 +53,13 @@ def fisher(fragment: Fragment) -> Tensor:
     return ops.score(None, fragment.square_sum)
 
 
+def zeroing(fragment: Fragment) -> Tensor:
+    """Return the first-order gain of setting a weight to zero: weight * sum of g where it is positive, else 0."""
+    assert fragment.grad_sum is not None
+    gain = fragment.weight().to(fragment.device) * fragment.grad_sum
+    return gain.nan_to_num_(nan=0.0, posinf=float("inf")).clamp_(min=0.0).add_(0.0)
+
+
 _NUM_FINITE_KEYS = 0x7F800000  # bit patterns of non-negative finite fp32 numbers
 
 
@@ -110,6 +117,7 @@ class Estimator:
 
 PIECE_F = Estimator("piece-f", fisher, "squares", from_sums=True)
 PIECE_S = Estimator("piece-s", second_order, "sum and squares", from_sums=True)
+TAYLOR = Estimator("taylor", zeroing, "sum and squares")
 RANDOM = Estimator("random", random_score)
 MAGNITUDE = Estimator("magnitude", magnitude)
 

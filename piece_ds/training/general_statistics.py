@@ -31,6 +31,7 @@ class GeneralStatistics:
         folder: where they are kept.
         is_base: whether the model is still the base model, so no task has been trained.
         device: device of the sums; None means the engine's device.
+        damping_quantile: of the mean squares that damps divisions by them.
     """
 
     rows: Sequence[Any]
@@ -39,6 +40,12 @@ class GeneralStatistics:
     folder: Path
     is_base: bool
     device: str | None = None
+    damping_quantile: float = 0.5
+
+    @property
+    def batches(self) -> MicroBatches:
+        """The micro-batches of the text."""
+        return MicroBatches(self.rows, self.collate, self.batch_size)
 
     def take(self, engine: Any, layout: Layout, has_moved: bool = False) -> GradientStats:
         """Return the statistics, taken now if they are not in the folder. A collective.
@@ -60,7 +67,7 @@ class GeneralStatistics:
             )
 
         # What they are taken of, so that those of other text or weights are not mistaken for them.
-        batches = MicroBatches(self.rows, self.collate, self.batch_size)
+        batches = self.batches
         source: dict[str, object] = {"rows": len(self.rows), "batch_size": self.batch_size, "text": digest_of(batches)}
         if is_base:
             source["weights"] = _fingerprint(engine.module, layout)
@@ -100,6 +107,7 @@ def general_statistics_of(
         folder=Path(flags.general_statistics or folder),
         is_base=is_base,
         device="cpu" if flags.statistics_device == "cpu" else None,
+        damping_quantile=flags.damping_quantile,
     )
 
 

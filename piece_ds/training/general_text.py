@@ -10,7 +10,6 @@ from transformers import Trainer
 
 from piece_ds.config.piece import PieceConfig
 from piece_ds.data.collate import Collator, pad_id
-from piece_ds.methods.method import GENERAL
 from piece_ds.methods.registry import find_method
 from piece_ds.methods.request import SelectionOptions
 from piece_ds.models.loading import reads_images
@@ -59,7 +58,7 @@ class GeneralText:
 
         # Rows and uses need each other.
         uses = {
-            f"method={config.method!r}": find_method(config.method).needs == GENERAL,
+            f"method={config.method!r}": find_method(config.method).needs_general_text,
             f"step_scale={config.step_scale!r}": config.step_scale != "none",
             f"general_replay={replay:g}": replay > 0,
             f"general_kl={divergence:g}": divergence > 0,
@@ -86,7 +85,8 @@ class GeneralText:
         """Return what selection may need of general text."""
         if self._rows is None:
             return SelectionOptions()
-        return SelectionOptions(general=partial(self._statistics(is_base=True).take, engine, layout))
+        statistics = self._statistics(is_base=True)
+        return SelectionOptions(general=partial(statistics.take, engine, layout), general_batches=statistics.batches)
 
     def step_scale(self, engine: Any, layout: Layout, has_moved: bool) -> StepScale | None:
         """Return the factors of step_scale "general", or None without it. A collective.
@@ -98,7 +98,8 @@ class GeneralText:
         """
         if self._config.step_scale == "none":
             return None
-        return general_step_scale(self._statistics(not has_moved).take(engine, layout, has_moved))
+        taken = self._statistics(not has_moved).take(engine, layout, has_moved)
+        return general_step_scale(taken, self._config.damping_quantile)
 
     def begin(self, engine: Any, has_moved: bool) -> None:
         """Add general text's part to the trainer's loss from here on. A collective.

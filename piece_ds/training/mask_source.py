@@ -86,11 +86,14 @@ class MaskSource:
         if self.config.step_scale == "none":
             return None
         assert self.general is not None
-        return general_step_scale(self.general.take(engine, layout, has_moved))
+        return general_step_scale(self.general.take(engine, layout, has_moved), self.config.damping_quantile)
 
     def _options(self, engine: Any, layout: Layout) -> SelectionOptions:
-        general = None if self.general is None else partial(self.general.take, engine, layout)
-        return SelectionOptions(self.task, general, [read_index(path)[0] for path in self.earlier])
+        earlier = [read_index(path)[0] for path in self.earlier]
+        if self.general is None:
+            return SelectionOptions(self.task, earlier=earlier)
+        take = partial(self.general.take, engine, layout)
+        return SelectionOptions(self.task, take, self.general.batches, earlier)
 
     def _kept_statistics(
         self, engine: Any, batches: MicroBatches, layout: Layout, keeper: StatisticsCheckpoint | None

@@ -62,7 +62,8 @@ def begin_baseline(
     """
     guard.watch_engine()
     if general is not None:
-        scale_steps(engine, general_step_scale(general.take(engine, layout_of(engine.module), has_moved)))
+        taken = general.take(engine, layout_of(engine.module), has_moved)
+        scale_steps(engine, general_step_scale(taken, general.damping_quantile))
 
     # Last: hooks installed later run earlier, so the watch sees the gradient that the baseline has changed.
     if acts is not None:

@@ -1,8 +1,9 @@
 """Scale steps by general importance: weights that matter for general ability move less, and none is frozen.
 
 The optimizer's update of weight i is multiplied by sqrt(d / (F_i + d)). F is the mean squared gradient of text that
-stands for general ability, and d its median. Moments, norm and clip are of the unscaled gradient; weight decay is not
-scaled. A weight that general text does not use moves at the full rate, one of median importance at 0.71 of it.
+stands for general ability, and d its median or another quantile. Moments, norm and clip are of the unscaled gradient;
+weight decay is not scaled. A weight that general text does not use moves at the full rate, one of importance d at 0.71
+of it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from piece_ds.runtime.errors import UserError
-from piece_ds.selection.median import median_of_importance
+from piece_ds.selection.quantile import quantile_of_importance
 from piece_ds.state.mask import Mask, gather_fragments
 from piece_ds.state.partition import Layout
 from piece_ds.state.selected_values import selected_values
@@ -65,17 +66,18 @@ class StepScale:
             )
 
 
-def general_step_scale(general: GradientStats) -> StepScale:
+def general_step_scale(general: GradientStats, quantile: float = 0.5) -> StepScale:
     """Return the factors sqrt(d / (F + d)) of general statistics. A collective.
 
     Args:
         general: of text that stands for general ability; its squares are read, not changed.
+        quantile: of F that is d; 0.5 is the median.
     Raises:
         UserError: the text gives no gradient.
     Cost: 4 bytes per owned element, on the statistics' device.
     """
     mean_square = general.square_sum / general.num_micro_batches
-    damping = median_of_importance(mean_square, general.layout)
+    damping = quantile_of_importance(mean_square, general.layout, quantile)
     return StepScale(general.layout, (damping / mean_square.add_(damping)).sqrt_(), damping)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from support.models import make_micro_batches, make_model
 from torch import Tensor, nn
 
 from piece_ds.config.piece import PieceConfig
+from piece_ds.methods import piece_variants
+from piece_ds.methods.activations import reversed_order
 from piece_ds.methods.estimate import count_selected
 from piece_ds.methods.hft import half_names
 from piece_ds.methods.lift import low_rank
@@ -23,10 +26,13 @@ from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_to_select, share_out
-from piece_ds.selection.median import median_of_importance
-from piece_ds.state.statistics import GradientStats
+from piece_ds.selection.estimators import Fragment, zeroing
+from piece_ds.selection.quantile import quantile_of_importance
+from piece_ds.state.mask import Mask
+from piece_ds.state.partition import Layout
+from piece_ds.state.statistics import GradientStats, empty_stats
 
-ALONE = ("lift", "hft", "layernorm", "migu", "shira")  # no DeepSpeed needed
+ALONE = ("lift", "lift-complement", "hft", "layernorm", "migu", "shira")  # no DeepSpeed needed
 FAMILIES = ("llama", "qwen3", "neox", "gpt2")
 
 
@@ -217,9 +223,17 @@ def test_median_counts_every_value_unless_it_would_be_zero(num_zeros: int) -> No
     for offset in range(num_zeros):
         values[offset::3] = 0.0
     counted = values if num_zeros < 2 else values[values > 0]
-    assert median_of_importance(values, request.layout) == counted.median().item()
+    assert quantile_of_importance(values, request.layout) == counted.median().item()
     with pytest.raises(UserError, match="gives no gradient"):
-        median_of_importance(torch.zeros_like(values), request.layout)
+        quantile_of_importance(torch.zeros_like(values), request.layout)
+
+
+def test_a_quantile_is_an_order_statistic() -> None:
+    request, stats = layout_and_stats()
+    values = stats.square_sum
+    for quantile in (0.0, 0.1, 0.5, 0.9, 1.0):
+        want = np.quantile(values.numpy(), quantile, method="lower")
+        assert quantile_of_importance(values, request.layout, quantile) == want, quantile
 
 
 def test_ratio_prefers_what_the_task_needs_and_general_text_does_not() -> None:
@@ -228,9 +242,153 @@ def test_ratio_prefers_what_the_task_needs_and_general_text_does_not() -> None:
     assert not ratio_score(torch.tensor([float("inf")]), torch.tensor([float("inf")]), 1.0).isnan().any()
 
 
-def test_ratio_without_general_text_is_refused() -> None:
-    with pytest.raises(UserError, match="--general_text"):
-        METHODS["piece-ratio"].select(request_of("llama", "piece-ratio"))
+def test_what_needs_general_text_is_refused_without() -> None:
+    for method in ("piece-ratio", "piece-gain", "piece-ratio-activation", "ssu"):
+        with pytest.raises(UserError, match=f"--method {method} needs text"):
+            METHODS[method].select(request_of("llama", method))
+
+
+def chosen_by(mask: Mask, score: dict[str, np.ndarray]) -> bool:
+    """Whether a mask holds the highest of dense scores over all its tensors, none of which tie there."""
+    flat = np.sort(np.concatenate([values.ravel() for values in score.values()]))
+    least = flat[-mask.num_selected]
+    return all(
+        set(mask.index.get(name, torch.zeros(0)).tolist()) == set(np.flatnonzero(values.ravel() >= least).tolist())
+        for name, values in score.items()
+    )
+
+
+def damping(cost: dict[str, np.ndarray], quantile: float) -> float:
+    flat = np.concatenate([values.ravel() for values in cost.values()])
+    return float(np.quantile(flat, quantile, method="lower"))
+
+
+def dense_sums(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[dict[str, np.ndarray], ...]:
+    """Sums of gradients and of their squares, by autograd alone, fp64."""
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    sums: tuple[dict[str, np.ndarray], ...] = ({}, {})
+    for batch in batches:
+        for (name, _), g in zip(
+            params.items(), torch.autograd.grad(model(**batch).loss, list(params.values())), strict=True
+        ):
+            for total, values in zip(sums, (g, g.square()), strict=True):
+                total[name] = total.get(name, 0.0) + values.double().numpy()
+    return sums
+
+
+@pytest.fixture
+def own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics without DeepSpeed, for a selection's own arithmetic."""
+
+    def collect(
+        engine: Engine, batches: Any, needs_sum: bool, device: Any, layout: Layout, *args: Any
+    ) -> GradientStats:
+        stats = empty_stats(layout, needs_sum, "cpu")
+        sums = dense_sums(engine.module, list(batches))
+        for info, part, offset in layout.owned():
+            for target, source in zip((stats.grad_sum, stats.square_sum), sums, strict=True):
+                if target is not None:
+                    flat = torch.from_numpy(source[info.name]).float().reshape(-1)
+                    target[offset : offset + part.numel] = flat[part.start : part.stop]
+        stats.num_micro_batches = len(batches)
+        return stats
+
+    for module in ("piece_variants", "activations"):
+        monkeypatch.setattr(f"piece_ds.methods.{module}.collect_statistics", collect)
+
+
+@pytest.mark.usefixtures("own_statistics")
+@pytest.mark.parametrize("quantile", [0.5, 0.9])
+def test_gain_and_ratio_divide_the_task_by_damped_general_text(quantile: float) -> None:
+    task, text = make_micro_batches("qwen3", 6)[:3], make_micro_batches("qwen3", 6)[3:]
+    for method in ("piece-gain", "piece-ratio"):
+        request = replace(request_of("qwen3", method, damping_quantile=quantile), micro_batches=task)
+        eligible = {info.name for info in request.layout.eligible()}
+        general = piece_variants.collect_statistics(request.engine, text, False, None, request.layout)
+        request = replace(request, options=SelectionOptions(general=lambda general=general: general))
+        (total, squares), (_, h) = dense_sums(request.model, task), dense_sums(request.model, text)
+        cost = {name: h[name] / len(text) for name in eligible}
+        d = damping(cost, quantile)
+        top = {name: (total[name] / 3) ** 2 if method == "piece-gain" else squares[name] / 3 for name in eligible}
+        mask = METHODS[method].select(request)
+        assert mask.method == method
+        assert chosen_by(mask, {name: top[name] / (cost[name] + d) for name in eligible}), method
+
+
+def moments_of(model: nn.Module, text: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Each layer's mean square of inputs over tokens, averaged over micro-batches; by hooks of its own."""
+    found: dict[str, np.ndarray] = {}
+    for weight in linear_weights(model):
+
+        def watch(module: nn.Module, args: Any, name: str = weight.name) -> None:
+            x = args[0].detach().double().reshape(-1, args[0].shape[-1])[kept]
+            found[name] = found.get(name, 0.0) + x.square().mean(0).numpy() / len(text)
+
+        weight.module.register_forward_pre_hook(watch)
+    for batch in text:
+        kept = batch["attention_mask"].reshape(-1).bool() if "attention_mask" in batch else slice(None)
+        with torch.no_grad():
+            model.eval()(**batch)
+    return found
+
+
+@pytest.mark.usefixtures("own_statistics")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_activations_stand_for_what_a_change_costs(family: str) -> None:
+    task, text = make_micro_batches(family, 5)[:3], make_micro_batches(family, 5)[3:]
+    request = replace(request_of(family, "piece-ratio-activation"), micro_batches=task)
+    request = replace(request, options=SelectionOptions(general_batches=text))
+    mask = METHODS["piece-ratio-activation"].select(request)
+    squares = dense_sums(request.model, task)[1]
+    moments, cost = moments_of(request.model, text), {}
+    for weight in linear_weights(request.model):
+        of_input = moments[weight.name][None, :] if weight.out_first else moments[weight.name][:, None]
+        cost[weight.name] = np.broadcast_to(of_input, squares[weight.name].shape)
+    d = damping(cost, 0.5)
+    assert chosen_by(mask, {name: squares[name] / 3 / (cost[name] + d) for name in cost})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ssu_trains_the_columns_that_general_text_needs_least(family: str) -> None:
+    text = make_micro_batches(family, 5)[3:]
+    request = replace(request_of(family, "ssu", 0.1), options=SelectionOptions(general_batches=text))
+    mask = METHODS["ssu"].select(request)
+    moments = moments_of(request.model, text)
+    for weight in linear_weights(request.model):
+        matrix = dict(request.model.named_parameters())[weight.name].detach().numpy()
+        matrix = matrix if weight.out_first else matrix.T
+        importance = np.abs(matrix).mean(0) * np.sqrt(moments[weight.name])
+        index = mask.index[weight.name].numpy()
+        inputs = index % matrix.shape[1] if weight.out_first else index // matrix.shape[0]
+        count = np.bincount(inputs, minlength=matrix.shape[1])[np.argsort(importance, kind="stable")]
+        whole = int((count == matrix.shape[0]).sum())
+        assert (count[:whole] == matrix.shape[0]).all(), weight.name
+        assert (count[whole + 1 :] == 0).all(), weight.name  # at most one column in part
+
+
+def test_lifts_complement_begins_where_lift_ends() -> None:
+    request = request_of("llama", "lift-complement", 0.2, lift_rank=2)
+    mask = METHODS["lift-complement"].select(request)
+    params = dict(request.model.named_parameters())
+    for name, index in mask.index.items():
+        score = low_rank(params[name].detach(), 2).abs().reshape(-1)
+        left = torch.ones(score.numel(), dtype=torch.bool)
+        left[index] = False
+        assert float(score[index].max()) <= float(score[left].min())
+
+
+def test_the_order_of_any_values_is_reversed_to_the_bit() -> None:
+    values = torch.tensor([0.0, 1e-45, 1e-30, 1.0, 1.0, torch.finfo(torch.float32).max])
+    turned = reversed_order(values)
+    assert bool((turned >= 0).all())
+    assert torch.equal(turned.argsort(stable=True), torch.tensor([5, 3, 4, 2, 1, 0]))
+    assert turned[3] == turned[4]
+
+
+def test_zeroing_gains_where_weight_and_gradient_agree() -> None:
+    weight, total = torch.tensor([1.0, -2.0, 3.0, float("nan"), 0.0]), torch.tensor([2.0, 1.0, float("inf"), 1.0, 5.0])
+    fragment = Fragment(0, 0, 5, torch.device("cpu"), total.square(), total, lambda: weight)
+    assert zeroing(fragment).tolist() == [2.0, 0.0, float("inf"), 0.0, 0.0]
 
 
 def test_disjoint_masks_share_nothing_and_end_where_no_weight_is_free() -> None:

@@ -214,8 +214,9 @@ def test_units_are_refused_where_a_method_has_a_rule_of_its_own() -> None:
 
 def test_the_flag_is_refused_where_it_would_be_ignored() -> None:
     for method in [name for name, method in METHODS.items() if not method.has_units]:
+        text = ["--general_text", "self"] if METHODS[method].needs_general_text else []
         with pytest.raises(UserError, match=rf"--unit row has no meaning with --method {method}, .*"):
-            check_sources(parse(["--method", method, "--unit", "row"]), 2)
+            check_sources(parse(["--method", method, "--unit", "row", *text]), 2)
     with pytest.raises(UserError, match="--unit row has no meaning with --mask_file"):
         check_sources(parse(["--unit", "row", "--mask_file", "m.safetensors"]), 1)
     check_sources(parse(["--method", "piece-ratio", "--unit", "column", "--general_text", "self"]), 1)
