@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from piece_ds.deltas.card import FIGURES_FOLDER, CardFacts, card_figure, card_te
 from piece_ds.deltas.delta import DELTA_NAME, Delta, find_deltas
 from piece_ds.deltas.hub import known_base, pull_deltas, push_deltas, require_empty, require_token
 from piece_ds.deltas.published import CARD_NAME, Base, Published, collect
-from piece_ds.deltas.remote import parse_remote
+from piece_ds.deltas.remote import Remote, parse_remote
 from piece_ds.deltas.verify import Step, verify
 from piece_ds.models.pretrained import PRETRAINED
 from piece_ds.report.results import read_results
@@ -26,32 +28,66 @@ from piece_ds.runtime.text import printable
 RESULTS_NAME, RUN_NAME = "results.json", "run.json"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """How deltas are published.
+
+    Attributes:
+        with_masks: the mask beside each delta too.
+        private, create_pr: see push_deltas().
+        base_model, base_revision: of the base on the Hub; None takes the run's own.
+        datasets: Hub ids of the data; empty means the tasks' names.
+    """
+
+    with_masks: bool = False
+    private: bool = False
+    create_pr: bool = False
+    base_model: str | None = None
+    base_revision: str | None = None
+    datasets: Sequence[str] = ()
+
+
 def push(arguments: argparse.Namespace) -> None:
     """Publish the deltas of a run, of a task or of a file."""
     _quiet()
-    source, remote = Path(arguments.source), parse_remote(arguments.repository, arguments.revision)
     if arguments.base_revision and not arguments.base_model:
         raise UserError("--base_revision needs --base_model: the repository that has the revision")
+    options = PushOptions(
+        with_masks=arguments.with_masks,
+        private=arguments.private,
+        create_pr=arguments.create_pr,
+        base_model=arguments.base_model,
+        base_revision=arguments.base_revision,
+        datasets=_datasets(arguments),
+    )
+    print(printable(publish(Path(arguments.source), parse_remote(arguments.repository, arguments.revision), options)))
 
+
+def publish(source: Path, remote: Remote, options: PushOptions) -> str:
+    """Publish the deltas of a run, of a task or of a file; return a line that says what was pushed.
+
+    Raises:
+        UserError: see collect() and push_deltas().
+    """
     # Read everything that is published before the Hub is asked.
-    published = collect(source, _base_of(source), arguments.with_masks)
+    published = collect(source, _base_of(source), options.with_masks)
     results = source / RESULTS_NAME
     run = read_results(results) if results.is_file() else None
     require_token(remote)
 
     # Write the card, with what the Hub knows of the base.
-    published = _with_known_base(published, arguments)
+    published = _with_known_base(published, options)
     figure = card_figure(run) if run is not None else None
     figures = {} if figure is None else {f"{FIGURES_FOLDER}/{figure.file_name}": figure.png}
     facts = CardFacts(
-        repo_id=remote.repo_id, revision=arguments.revision, run=run, figure=figure, datasets=_datasets(arguments)
+        repo_id=remote.repo_id, revision=remote.revision, run=run, figure=figure, datasets=options.datasets
     )
     card = card_text(published, facts)
 
     # Send it.
-    address = push_deltas(remote, published, card, figures, private=arguments.private, create_pr=arguments.create_pr)
+    address = push_deltas(remote, published, card, figures, private=options.private, create_pr=options.create_pr)
     size = sum(path.stat().st_size for path in published.files.values())
-    print(printable(f"pushed {len(published.deltas)} deltas, {len(published.files)} files of {size} bytes: {address}"))
+    return f"pushed {len(published.deltas)} deltas, {len(published.files)} files of {size} bytes: {address}"
 
 
 def pull(arguments: argparse.Namespace) -> None:
@@ -84,11 +120,11 @@ def _datasets(arguments: argparse.Namespace) -> list[str]:
     return [name.strip() for name in (arguments.datasets or "").split(",") if name.strip()]
 
 
-def _with_known_base(published: Published, arguments: argparse.Namespace) -> Published:
+def _with_known_base(published: Published, options: PushOptions) -> Published:
     """Return published with a base that the Hub knows, or that piece_ds fetches, or with none named."""
     base = published.base
-    if arguments.base_model:
-        named = base.model_copy(update={"name": arguments.base_model, "revision": arguments.base_revision})
+    if options.base_model:
+        named = base.model_copy(update={"name": options.base_model, "revision": options.base_revision})
         base = known_base(named, is_given=True)
     elif base.name is not None and base.name not in PRETRAINED:
         base = known_base(base, is_given=False)

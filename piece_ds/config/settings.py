@@ -89,14 +89,14 @@ class Settings:
         return {cls.__name__: asdict(value) for cls, value in zip(OURS, self._ours(), strict=True)}
 
     def shown(self) -> dict[str, Any]:
-        """Return what the user set, with the values in force, as a report shows it."""
+        """Return what the user set, with the values in force, as a report shows it. Tokens are left out."""
         arguments = self.training_arguments()
         found = {}
 
         # A flag belongs to one of our groups or to transformers.
         for name in sorted(self.given):
             holder = next((part for part in (*self._ours(), arguments) if hasattr(part, name)), None)
-            if holder is not None:
+            if holder is not None and not name.endswith("_token"):
                 value = getattr(holder, name)
                 found[name] = value if isinstance(value, int | float | str | bool | None) else str(value)
         return found

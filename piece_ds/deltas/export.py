@@ -1,7 +1,8 @@
 """Write a delta in the formats of other tools: vLLM's sparse weight patches, and a PEFT adapter.
 
 vLLM takes patches in checkpoint coordinates: tensor name, full shape, 1-D int32 flat indices, and replacement values in
-the tensor's dtype. NaN means "unchanged". Source: vllm/distributed/weight_transfer/sparse_nccl_engine.py and
+the tensor's dtype. NaN means "unchanged". We add the previous values, if there are, so that the base can be checked and
+the patch taken off again. Source: vllm/distributed/weight_transfer/sparse_nccl_engine.py and
 model_executor/model_loader/checkpoint_weight_patch.py; pull requests 40096, 50723, 53751 of vllm-project/vllm, 2026.
 
 PEFT's SHiRA adds fp32 differences at 2-D int32 positions to the weights of Linear modules. Every module has r * (rows +
@@ -26,6 +27,8 @@ from piece_ds.state.partition import INT32_MAX
 def export_vllm(delta: Delta, output: Path | str, folder: ModelFolder | None = None) -> None:
     """Write NAME.indices (int32), NAME.values and metadata `full_shapes` (JSON): the fields of SparseWeightPatch.
 
+    And NAME.previous, if the delta has previous values.
+
     Args:
         delta: to export.
         output: path of the file.
@@ -48,7 +51,12 @@ def export_vllm(delta: Delta, output: Path | str, folder: ModelFolder | None = N
                 raise UserError(f"vLLM's patches have int32 indices, {name!r} has {prod(shapes[name])} elements")
             tensors[f"{name}.indices"] = positions.to(torch.int32)
             tensors[f"{name}.values"] = change.values[places]
+            if change.previous is not None:
+                tensors[f"{name}.previous"] = change.previous[places]
     metadata = {"format": "vllm-sparse-weight-patch", "full_shapes": json.dumps(shapes)}
+    for key in ("base_fingerprint", "result_fingerprint"):
+        if key in delta.metadata:
+            metadata[key] = delta.metadata[key]
     write_tensors(output, tensors, metadata)
 
 

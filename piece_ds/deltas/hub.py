@@ -65,7 +65,7 @@ def push_deltas(
     Raises:
         UserError: see the module. Nothing was committed.
     """
-    api = HfApi()
+    api = HfApi(token=remote.token)
     manifest = published.manifest(figures)
 
     # Find the repository and its newest commit, or make it.
@@ -139,6 +139,13 @@ def pull_deltas(remote: Remote, output: Path, check: Callable[[list[Delta]], obj
     return [replace(delta, path=output / name) for name, delta in zip(manifest.deltas, deltas, strict=True)]
 
 
+def own_name(remote: Remote) -> str:
+    """Return the name of the token's owner. Raise UserError if there is no token, or none that is valid."""
+    require_token(remote)
+    with said_in_one_line("pushed", remote):
+        return str(HfApi(token=remote.token).whoami()["name"])
+
+
 def known_base(base: Base, *, is_given: bool) -> Base:
     """Return base with the licence that its repository names; without a name if there is no such repository.
 
@@ -172,7 +179,7 @@ def require_token(remote: Remote) -> None:
     with said_in_one_line("pushed", remote):
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled
-        if huggingface_hub.get_token() is None:
+        if remote.token is None and huggingface_hub.get_token() is None:
             raise UserError(
                 f"nothing was pushed: there is no token for {remote}; set HF_TOKEN or run hf auth login, with a token "
                 "that may write there"

@@ -7,7 +7,7 @@ command says one line: what was not done, why, and what to do.
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -50,16 +50,18 @@ class Remote:
     Attributes:
         repo_id: user/name.
         revision: a branch, tag or commit; None for the main branch.
+        token: that is used there; None means the one that huggingface_hub finds.
     """
 
     repo_id: str
     revision: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f"{_SCHEME}{self.repo_id}" + (f" at {self.revision}" if self.revision else "")
 
 
-def parse_remote(address: str, revision: str | None = None) -> Remote:
+def parse_remote(address: str, revision: str | None = None, token: str | None = None) -> Remote:
     """Return the repository that hf://user/name means.
 
     Raises:
@@ -74,7 +76,7 @@ def parse_remote(address: str, revision: str | None = None) -> Remote:
         raise UserError(f"{address[:200]!r}: expected a repository of the Hub as hf://user/name")
     if revision is not None and not revision.strip():
         raise UserError("--revision is empty: give a branch, a tag or a commit, or leave it out")
-    return Remote(repo_id, revision)
+    return Remote(repo_id, revision, token)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, Runti
 
 # Keys of accelerator_config that change neither rows nor steps.
 _ACCELERATOR_FREE = ("non_blocking", "use_seedable_sampler")
+_OF_A_PUSH = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
 
 
 def check_trainer_arguments(arguments: TrainingArguments, given: Collection[str]) -> None:
@@ -52,6 +53,9 @@ def check_trainer_arguments(arguments: TrainingArguments, given: Collection[str]
         raise UserError("--max_steps expects a number of steps, or -1 for --num_train_epochs, got 0")
     _check_workers(arguments)
     _check_accelerator(arguments)
+    alone = next((name for name in _OF_A_PUSH if name in given and getattr(arguments, name)), None)
+    if alone is not None and not arguments.push_to_hub:
+        raise UserError(f"--{alone} belongs to --push_to_hub, which is not given")
 
     # Tell: settings that are ignored, and fields of a newer transformers.
     idle = [name for name in sorted(given) if name in FIELDS and FIELDS[name].kind == NO_EFFECT]

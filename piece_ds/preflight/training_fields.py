@@ -62,7 +62,7 @@ def _no_effect(note: str) -> Treatment:
 _COUNT = 2**31 - 1
 _SEED = 2**32 - 1  # numpy's limit
 _OWN_EVALUATION = "evaluation sums the loss of all answer tokens on the device; scores are --scorers'"
-_TO_HUB = "see push_to_hub"
+_ONE_PUSH = "there is one push, when the run ends"
 _NOT_DDP = "DeepSpeed's engine and not DistributedDataParallel reduces gradients"
 _NO_STEPS = "the script's name says what is done: train.py, select_mask.py or eval_tasks.py"
 _FSDP = "masks live in DeepSpeed's engine: use --deepspeed zero3, which partitions the same"
@@ -163,16 +163,13 @@ FIELDS: dict[str, Treatment] = {
     "ignore_data_skip": _works(),
     "restore_callback_states_from_checkpoint": _works(),
     # The Hub.
-    "push_to_hub": _refused(
-        "it would upload a task's folder with its checkpoints and not the model: run without it, then "
-        "`hf upload NAME OUTPUT_DIR/NN-TASK/model`"
-    ),
-    "hub_token": _no_effect(_TO_HUB),
-    "hub_private_repo": _no_effect(_TO_HUB),
-    "hub_model_id": _no_effect(_TO_HUB),
-    "hub_strategy": _no_effect(_TO_HUB),
-    "hub_always_push": _no_effect(_TO_HUB),
-    "hub_revision": _no_effect(_TO_HUB),
+    "push_to_hub": _works("when the run ends, what `piece_ds delta push` sends: deltas, card and manifest"),
+    "hub_token": _works("default: that of HF_TOKEN or hf auth login; it is written nowhere"),
+    "hub_private_repo": _works("makes a private repository; a public one is refused"),
+    "hub_model_id": _works("user/name, or a name of the token's owner; default: the output folder's name"),
+    "hub_strategy": _no_effect(_ONE_PUSH),
+    "hub_always_push": _no_effect(_ONE_PUSH),
+    "hub_revision": _works("a branch, made if it is missing"),
     # What is drawn, and the device.
     "full_determinism": _works("see also --deterministic"),
     "seed": _works(low=0, high=_SEED),

@@ -27,6 +27,8 @@ def arguments_of(settings: Settings, folder: Path, masked: bool) -> TrainingArgu
     """Return the arguments of one task's trainer."""
     # The collator needs columns that no model takes: a row's image and its text.
     options: dict[str, Any] = {"output_dir": folder, "report_to": "none", "remove_unused_columns": False}
+    # The run is pushed when it ends, and not the folder of a task.
+    options["push_to_hub"] = False
     # Without a mask the best step is in a checkpoint, which transformers loads. With one see BestStep.
     if settings.evaluation.load_best_model_at_end and not masked:
         options["load_best_model_at_end"] = True

@@ -135,6 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
             return repository
         return None
 
+    def whoami(self) -> None:
+        known = self.token in (WRITER, READER)
+        self._send(200 if known else 401, {"name": "user", "type": "user"} if known else {"error": "Invalid username"})
+
     def info(self, name: str, revision: str = "main") -> None:
         if (repository := self._repository(name)) is None:
             return
@@ -228,6 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 NAME, REST = r"([^/]+/[^/]+)", r"([^/]+)"
 ROUTES: list[tuple[str, str, Any]] = [
+    ("GET", "/api/whoami-v2", _Handler.whoami),
     ("GET", f"/api/models/{NAME}", _Handler.info),
     ("GET", f"/api/models/{NAME}/revision/{REST}", _Handler.info),
     ("POST", "/api/repos/create", _Handler.create),

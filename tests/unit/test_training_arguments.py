@@ -58,7 +58,8 @@ REFUSALS: dict[tuple[str, ...], str] = {
     ("--dataloader_num_workers=-3",): "--dataloader_num_workers expects",
     ("--dataloader_prefetch_factor=2",): "--dataloader_num_workers > 0",
     ("--dataloader_multiprocessing_context=thread", "--dataloader_num_workers=1"): "invalid choice: 'thread'",
-    ("--push_to_hub=true",): "hf upload",
+    ("--hub_model_id=me/model",): "--hub_model_id belongs to --push_to_hub",
+    ("--hub_private_repo=true",): "--hub_private_repo belongs to --push_to_hub",
     ("--load_best_model_at_end=true",): "--load_best_model_at_end needs evaluations",
     ("--early_stopping_patience=2",): "--early_stopping_patience needs evaluations",
     ("--early_stopping_patience=0", "--eval_strategy=epoch"): "--early_stopping_patience must be positive",
@@ -174,11 +175,11 @@ def test_hostile_values_of_any_field_end_in_no_traceback() -> None:
 
 
 def test_what_has_no_effect_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    given = ["--do_train=True", "--hub_model_id=me/model", "--ddp_backend=gloo", "--run_name=x"]
+    given = ["--do_train=True", "--hub_always_push=True", "--ddp_backend=gloo", "--run_name=x"]
     with caplog.at_level(logging.WARNING):
         preflight(load_settings([*sweep.base_flags(folder), *given]))
     (line,) = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
-    assert all(f"--{name}" in line for name in ("do_train", "hub_model_id", "ddp_backend"))
+    assert all(f"--{name}" in line for name in ("do_train", "hub_always_push", "ddp_backend"))
     assert "run_name" not in line
 
 
