@@ -19,6 +19,7 @@ from piece_ds.state.mask import Mask
 from piece_ds.training.engines import statistics_engine
 from piece_ds.training.general_statistics import general_statistics_of
 from piece_ds.training.mask_source import MaskSource
+from piece_ds.training.progress import proposal
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> None:
         return
     mask = select_mask(load_settings(argv))
     if is_main():
-        print(f"{mask.num_selected} of {mask.layout.total} elements selected ({mask.method})")
+        print(f"{mask.num_selected} of {mask.layout.total} elements selected ({mask.method}){proposal(mask)}")
 
 
 def select_mask(settings: Settings) -> Mask:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from piece_ds.deltas.delta import Change
@@ -21,7 +22,7 @@ class DenseChange:
         """Copy the parameters as they are now.
 
         Args:
-            model: before the task; whole, or partitioned by ZeRO-3 as it will be in training.
+            model: before the task; whole, or partitioned by ZeRO-3.
             names: of the parameters that the task changes.
         """
         params = dict(model.named_parameters())
@@ -33,6 +34,10 @@ class DenseChange:
     def end(self) -> None:
         """Copy the parameters as the task has left them."""
         self._after = {name: _held(param).cpu().clone() for name, param in self._params.items()}
+        # Adapters are made whole; ZeRO-3 partitions them when the engine is made.
+        for name, param in self._params.items():
+            if self._before[name].shape != self._after[name].shape:
+                self._before[name] = _shard(self._before[name], param)
 
     @torch.no_grad()
     def set_(self, alpha: float = 1.0) -> None:
@@ -55,3 +60,11 @@ class DenseChange:
 def _held(param: nn.Parameter) -> Tensor:
     """Return what this rank holds of a parameter, flat, to be written to."""
     return param.ds_tensor.data.view(-1) if is_partitioned(param) else param.data.view(-1)
+
+
+def _shard(whole: Tensor, param: nn.Parameter) -> Tensor:
+    """Return this rank's shard of a flat whole parameter, padded as ZeRO-3 pads it."""
+    chunk = param.ds_tensor.numel()
+    begin = chunk * dist.get_rank(group=param.ds_process_group)
+    own = whole[begin : begin + chunk]
+    return torch.cat([own, own.new_zeros(chunk - own.numel())])

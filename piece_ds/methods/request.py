@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from piece_ds.config.piece import PieceConfig
 from piece_ds.selection.estimators import PIECE_F
+from piece_ds.selection.knee import proposed_ratio_of
 from piece_ds.selection.top_k import select_by
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
@@ -89,7 +90,8 @@ class SelectionRequest:
         # PIECE-F scores are the sums of squares themselves, so given scores can take their place.
         stats = GradientStats(layout, score_N, None)
         mask = select_by(PIECE_F, layout, self.ratio, stats=stats, budget=budget, unit=self.config.unit)
-        return replace(mask, layout=self.layout, method=self.method)
+        ratio = proposed_ratio_of(score_N, layout) if budget == "model" else None
+        return replace(mask, layout=self.layout, method=self.method, proposed_ratio=ratio)
 
 
 def restricted(layout: Layout, names: set[str]) -> Layout:

@@ -24,6 +24,7 @@ class Mask:
             inside this rank's range. A parameter without a key has nothing selected on this rank.
         num_selected: selected elements over all ranks.
         method, ratio: how it was made.
+        proposed_ratio: where the knee of its scores lies, as selected / all elements; None if it was not looked for.
         extra: more text to be kept in its file.
     """
 
@@ -33,6 +34,7 @@ class Mask:
     method: str = "unknown"
     ratio: float = 0.0
     extra: dict[str, str] = field(default_factory=dict)
+    proposed_ratio: float | None = None
 
     def whole(self) -> dict[str, Tensor]:
         """Return parameter name -> ascending positions over all ranks, on every rank. A collective.

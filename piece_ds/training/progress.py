@@ -22,8 +22,13 @@ def selection_line(mask: Mask, seconds: float | None) -> str:
     share = 100 * mask.num_selected / max(1, mask.layout.total)
     return (
         f"{mask.num_selected:,} of {mask.layout.total:,} weights selected ({share:.3g} %, {mask.method}) {took}: "
-        f"{_shown(counts_by_module(mask), mask.num_selected)}"
+        f"{_shown(counts_by_module(mask), mask.num_selected)}{proposal(mask)}"
     )
+
+
+def proposal(mask: Mask) -> str:
+    """Return '; proposed ratio: 2.7 %' if the scores of a mask propose one, else ''."""
+    return "" if mask.proposed_ratio is None else f"; proposed ratio: {100 * mask.proposed_ratio:.2g} %"
 
 
 def counts_by_module(mask: Mask) -> dict[str, int]:

@@ -238,6 +238,7 @@ def _note_selection(mask: TaskMask, metrics: MetricsLog) -> None:
             "selection",
             statistics_seconds=statistics,
             num_selected=mask.mask.num_selected,
+            proposed_ratio=mask.mask.proposed_ratio,
             selection_seconds=mask.select_seconds - statistics,
         )
 

@@ -33,12 +33,12 @@ def runs(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Result
         "zero2-masked": material.short_flags("zero2-masked", **flags, **zero2, forgetting_budget=BUDGET),
         "none-fits": material.short_flags("none-fits", **flags, forgetting_budget=0.0),
     }
-    lora = {"method": "lora", "lora_dropout": 0.0}
+    lora = {"method": "lora", "lora_dropout": 0.0, "learning_rate": 0.5}
     for name, own in {"seqft": {"method": "seqft"}, "lora": lora}.items():
-        jobs[f"{name}-unlimited"] = material.short_flags(f"{name}-unlimited", **flags, **own)
+        jobs[f"{name}-unlimited"] = material.short_flags(f"{name}-unlimited", **{**flags, **own})
         for stage in ("zero2", "zero3"):
             stage_flags = {"deepspeed": CONFIGS / f"{stage}.json", "forgetting_budget": BUDGET}
-            jobs[f"{name}-{stage}"] = material.short_flags(f"{name}-{stage}", **flags, **own, **stage_flags)
+            jobs[f"{name}-{stage}"] = material.short_flags(f"{name}-{stage}", **{**flags, **own, **stage_flags})
     job = tmp_path_factory.mktemp("budgets")
     (job / "runs.json").write_text(json.dumps(jobs))
     return run_job("support.train_job", NUM_RANKS, job)
@@ -105,8 +105,8 @@ def test_a_method_without_a_mask_keeps_a_part_of_its_whole_change(
     material: Material, runs: Results, method: str, stage: str
 ) -> None:
     """At the run's own stage, the model is base + alpha * (unlimited - base), to the bit for plain weights."""
-    got = found(material, f"{method}-{stage}")
     folder = folder_of(material, runs, f"{method}-{stage}")
+    got = found(material, f"{method}-{stage}")
     assert 0.0 < got["delta_scale"] < 1.0
     assert got["search"]["after"] - got["search"]["before"] <= BUDGET
     base, unlimited = weights(material.base), weights(folder_of(material, runs, f"{method}-unlimited") / "model")
