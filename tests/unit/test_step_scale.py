@@ -1,5 +1,6 @@
 """Steps by general importance: factors are the oracle's, and SparseAdamW's steps are plain AdamW's times them."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,11 @@ from support.models import make_micro_batches, make_model
 from support.oracle import SelectedAdamW, step_factors
 from torch import Tensor, nn
 
+from piece_ds.config.settings import parse
 from piece_ds.methods.estimate import select
+from piece_ds.methods.registry import METHODS
 from piece_ds.models.layout import layout_of
+from piece_ds.preflight.general_flags import check_general_flags
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.update.sparse_adamw import SparseAdamW
@@ -152,3 +156,15 @@ def test_a_mask_that_does_not_fit_is_refused(change: Any, message: str) -> None:
     mask = select(layout_of(model), "random", 0.01)
     with pytest.raises(UserError, match=message):
         general_step_scale(general_of(model)).selected(replace(mask, layout=change(mask.layout)))
+
+
+def test_every_method_that_trains_the_models_own_weights_takes_scaled_steps() -> None:
+    """Adapters begin with the task: general text has no importance for them."""
+    refused = [name for name, method in METHODS.items() if method.baseline and method.baseline.saves_itself]
+    assert sorted(refused) == ["lora", "o-lora", "peft"]
+    for name in METHODS:
+        extra = ["--peft_config", "f.json"] if name == "peft" else []
+        settings = parse(["--method", name, "--step_scale", "general", "--general_text", "self", *extra])
+        message = "--step_scale general has no meaning"
+        with pytest.raises(UserError, match=message) if name in refused else nullcontext():
+            check_general_flags(settings, 2)
