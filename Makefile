@@ -1,6 +1,7 @@
 # make train: the embedded default.   make vqa-demo: the one with images.   make docs: the pages as a site.
 # make test: the gate.   make test-fast: its tests that start no ranks.   make test-all: every test.
 # make test-gpu, make bench-gpu: what needs a GPU, each in one command (GPU_ARGS=--second: the second script).
+# make dist: what a release holds, built twice, compared and checked; see release/README.md.
 # make test-faults: KILLS kills of running streams, FUZZ_SECONDS of damage for every reader of files.   make venv: set-up alone.
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ RANKS ?= $(if $(HAS_GPU),1,2)
 LAUNCH := DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/deepspeed --num_accelerators $(RANKS)
 
 .PHONY: train vqa-demo test test-fast test-all test-faults check bench bench-cost bench-continual \
-	bench-continual-small bench-kernels test-gpu bench-gpu docs clean venv
+	bench-continual-small bench-kernels test-gpu bench-gpu docs dist clean venv
 
 train: $(VENV)/.ready
 	rm -rf runs/embedded
@@ -77,6 +78,11 @@ bench-gpu: $(VENV)/.ready
 	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no GPU here that torch can use")'
 	PYTHON=$(CURDIR)/$(BIN)/python OUT=$(or $(OUT),$(CURDIR)/runs/gpu) bench/gpu.sh $(GPU_ARGS)
 
+# Of the committed files.
+dist: $(VENV)/.ready
+	PYTHON=$(CURDIR)/$(BIN)/python release/build.sh --kernels
+	$(BIN)/python release/check_wheel.py dist/*.whl
+
 # The pages and the API as a site, in site/. The builder is installed into an environment of its own, once; then it needs no network.
 docs: $(VENV)-docs/.ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet --site-dir site
@@ -102,4 +108,4 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs site runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs site runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

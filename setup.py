@@ -38,7 +38,13 @@ def ahead_of_time() -> dict[str, Any]:
     extensions = [builder.builder() for builder in builders]
     for extension in extensions:  # setuptools takes no absolute path
         extension.sources = [os.path.relpath(source, Path(__file__).parent) for source in extension.sources]
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+        extension.py_limited_api = True
+    # One wheel for every Python from 3.11 on; torch's ABI is stable too, see build_specs.py.
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
 
 
 setup(version="0.1.0", **(ahead_of_time() if os.environ.get("PIECE_DS_BUILD_OPS") == "1" else {}))

@@ -2,6 +2,8 @@
 // register themselves when it is loaded, and Python reaches the rest through ctypes.
 #pragma once
 
+// Python's stable ABI of 3.11, so that one wheel serves every later Python.
+#define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 
 #define PIECE_JOIN_(a, b) a##b

@@ -14,6 +14,7 @@ from piece_ds.doctor.findings import BAD, GOOD, NOTE, Finding
 from piece_ds.doctor.processes import run_self_test
 from piece_ds.ops import backends
 from piece_ds.ops.build_specs import compiler_version
+from piece_ds.ops.extension import prebuilt
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.versions import versions
 
@@ -51,14 +52,15 @@ def _gpus() -> Finding:
 
 
 def _programs() -> Iterator[Finding]:
+    # Without the programs that compile, a package that brings its kernels compiled works all the same.
+    is_prebuilt = prebuilt("cuda" if torch.cuda.is_available() else "cpu") is not None
+    missing = NOTE if is_prebuilt else BAD
     compiler = compiler_version()
-    yield Finding(
-        "C++ compiler",
-        GOOD if compiler else BAD,
-        compiler or "none: install g++, name one in CXX, or set PIECE_DS_BACKEND=reference",
-    )
+    advice = "install g++, name one in CXX, or set PIECE_DS_BACKEND=reference"
+    without = "none: the kernels came compiled with the package" if is_prebuilt else f"none: {advice}"
+    yield Finding("C++ compiler", GOOD if compiler else missing, compiler or without)
     has_ninja = bool(shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}"))
-    yield Finding("ninja", GOOD if has_ninja else BAD, "found" if has_ninja else "none: pip install ninja")
+    yield Finding("ninja", GOOD if has_ninja else missing, "found" if has_ninja else "none: pip install ninja")
     nvcc = shutil.which("nvcc")
     if torch.cuda.is_available() or nvcc:
         version = _first_line([nvcc, "--version"], "release") if nvcc else "no nvcc: Triton can serve the GPU's ops"
@@ -81,9 +83,11 @@ def _deepspeed_ops() -> Finding:
         from deepspeed.ops.op_builder import CPUAdamBuilder
 
         builder = CPUAdamBuilder()
-        if not builder.is_compatible(verbose=False):
+        if _is_built(builder):
+            return "cpu_adam is compiled (optimizer offload)"
+        if not compiler_version() or not builder.is_compatible(verbose=False):
             raise UserError("cpu_adam cannot be compiled here")
-        return f"cpu_adam {'is compiled' if _is_built(builder) else 'can be compiled'} (optimizer offload)"
+        return "cpu_adam can be compiled (optimizer offload)"
 
     works, found = _tried(look)
     return Finding("DeepSpeed's ops", GOOD if works else NOTE, found if works else f"{found}: no optimizer offload")

@@ -46,11 +46,9 @@ def load_extension(device_type: str) -> Path:
     recipe = BUILD_SPECS[device_type]
     if not recipe.source_files():
         raise UserError(f"no sources of the {device_type} kernels under {CSRC}: install piece_ds from a whole checkout")
-    name = recipe.library_name()
-    ahead_of_time = [PACKAGE / f"{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    for path in ahead_of_time:
-        if path.exists():
-            return _import(name, path)
+    name, path = recipe.library_name(), prebuilt(device_type)
+    if path is not None:
+        return _import(name, path)
 
     # In the cache, under a name that also tells torch, machine and compiler.
     name = f"{name}_{_digest(_environment(device_type))}"
@@ -70,6 +68,13 @@ def load_extension(device_type: str) -> Path:
             if not path.exists():  # another process may have built it while this one waited
                 return _build(device_type, name, path)
     return _import(name, path)
+
+
+def prebuilt(device_type: str) -> Path | None:
+    """Return the library that was compiled with the package from these very sources; None if there is none."""
+    name = BUILD_SPECS[device_type].library_name()
+    places = [PACKAGE / f"{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return next((path for path in places if path.exists()), None)
 
 
 def _environment(device_type: str) -> list[str]:

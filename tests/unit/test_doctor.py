@@ -13,6 +13,8 @@ from piece_ds.__main__ import main
 from piece_ds.doctor import machine, probe, processes
 from piece_ds.doctor.findings import BAD, GOOD, NOTE, Finding
 from piece_ds.doctor.machine import _folder
+from piece_ds.ops import extension
+from piece_ds.ops.build_specs import BUILD_SPECS
 
 
 @pytest.mark.slow
@@ -82,3 +84,26 @@ def test_each_place_of_a_run_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(machine, "run_self_test", lambda num_ranks: iter(()))
     what = [finding.what for finding in machine.examine(".", 2)]
     assert [f"folder for {place}" for place in ("output", "temporary files", "compiled kernels")] == what[-3:]
+
+
+def test_a_machine_without_compiler_passes_if_the_kernels_came_with_the_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "compiler_version", lambda: "")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for found, status in ((tmp_path / "piece_ds_cpu.abi3.so", NOTE), (None, BAD)):
+        monkeypatch.setattr(machine, "prebuilt", lambda device, found=found: found)
+        findings = {finding.what: finding for finding in machine._programs()}
+        assert findings["C++ compiler"].status == status
+        assert ("came compiled" in findings["C++ compiler"].found) == (status == NOTE)
+        assert machine._deepspeed_ops().status == NOTE  # those need the compiler all the same
+
+
+def test_the_library_of_the_package_is_found_by_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path)
+    assert extension.prebuilt("cpu") is None
+    (tmp_path / "piece_ds_cpu_000000000000.abi3.so").touch()  # of other sources
+    assert extension.prebuilt("cpu") is None
+    library = tmp_path / f"{BUILD_SPECS['cpu'].library_name()}.abi3.so"
+    library.touch()
+    assert extension.prebuilt("cpu") == library
