@@ -17,6 +17,9 @@ EXPECTED = {
     "deltas.py": "the file is the first one again: True",
 }
 
+# Needs an environment of its own: unit/test_serve_vllm.py.
+ELSEWHERE = {"serve_vllm.py"}
+
 
 def run(script: str, folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -31,7 +34,7 @@ def run(script: str, folder: Path) -> str:
 def test_the_table_of_examples_has_every_script() -> None:
     scripts = {path.name for path in (ROOT / "examples").glob("*.py")} - {"small_model.py"}
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    assert scripts == set(EXPECTED)
+    assert scripts == set(EXPECTED) | ELSEWHERE
     assert all(f"| `{name}` |" in page for name in scripts)
 
 
