@@ -4,6 +4,7 @@ from typing import Any
 
 from piece_ds.config.settings import Settings, load_settings, print_help
 from piece_ds.data.collate import pad_id
+from piece_ds.evaluation.chunked_loss import install_chunked_loss
 from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
 from piece_ds.evaluation.matrix import ACCURACY
 from piece_ds.evaluation.padding import answer_tokens, check_rows
@@ -49,7 +50,9 @@ def evaluate(settings: Settings) -> tuple[EvalResult, dict[str, str]]:
     # Check settings and data, then load the model.
     inputs = preflight(settings, EVALUATE)
     settings, arguments, output_file = inputs.settings, inputs.arguments, inputs.output_file
-    model: Any = inference_model(load_model(settings.model, inputs.dtype), arguments)
+    loaded = load_model(settings.model, inputs.dtype)
+    install_chunked_loss(loaded, settings.model.loss_chunk_tokens)
+    model: Any = inference_model(loaded, arguments)
     if not reads_images(inputs.config):
         padding = pad_id(tokenizer_of(inputs.tokenizer))
         # A model that sees padding or later tokens would give wrong losses without any error.

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from piece_ds import __version__
 from piece_ds.cli.commands import LAUNCHED
+from piece_ds.cli.completion import SHELLS, CompletionAction
 from piece_ds.runtime.errors import UserError
 
 
@@ -19,6 +20,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="piece_ds", description="Task deltas as files, what a run needs, and runs compared.")
     parser.add_argument("--version", action="version", version=f"piece_ds {__version__}")
+    parser.add_argument(
+        "--completion", action=CompletionAction, choices=SHELLS, help="print a script that completes flags in a shell"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (_, meaning) in LAUNCHED.items():
         commands.add_parser(name, help=meaning, add_help=False)

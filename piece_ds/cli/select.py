@@ -8,6 +8,7 @@ from piece_ds.config.settings import Settings, load_settings, print_help
 from piece_ds.data.collate import pad_id
 from piece_ds.data.image_collate import make_collator
 from piece_ds.data.packing import training_collator
+from piece_ds.evaluation.chunked_loss import install_chunked_loss
 from piece_ds.evaluation.padding import answer_tokens, check_rows
 from piece_ds.methods.registry import methods_help
 from piece_ds.models.layout import layout_of
@@ -46,6 +47,7 @@ def select_mask(settings: Settings) -> Mask:
     freeze_ineligible(
         model, patterns=split_patterns(settings.model.eligible), excluded=split_patterns(settings.model.exclude)
     )
+    install_chunked_loss(model, settings.model.loss_chunk_tokens)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
 

@@ -29,6 +29,13 @@ class ModelArguments:
     )
     dtype: str = field(default="auto", metadata={"help": "auto (that of the files), float32, bfloat16 or float16"})
     attn_implementation: str | None = field(default=None, metadata={"help": "as in transformers: sdpa, eager, ..."})
+    loss_chunk_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "the head runs on answer tokens only, N at a time, and backward runs it again: the logits of a "
+            "micro-batch are never held whole; 0: off"
+        },
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "run modelling code that comes with the model"})
     eligible: str | None = field(
         default=None,
@@ -43,6 +50,8 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
+        if self.loss_chunk_tokens < 0:
+            raise UserError(f"--loss_chunk_tokens must be 0 or more, got {self.loss_chunk_tokens}")
 
 
 @dataclass

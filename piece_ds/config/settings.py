@@ -192,14 +192,23 @@ def print_help(meanings: Mapping[str, str]) -> None:
     # A launcher starts several processes; one of them speaks.
     if os.environ.get("RANK", "0") != "0":
         return
-    parser = make_parser(*OURS, TrainingArguments)
+    parser = every_flag()
     parser.epilog = HELP
-    # Where both have a flag, the parser shows transformers' own help.
-    meanings = {**{field.name: field.metadata["help"] for field in shared_fields()}, **meanings}
     for action in parser._actions:
         if action.dest in meanings:
             action.help = meanings[action.dest].replace("%", "%%")
     parser.print_help(sys.stdout)
+
+
+def every_flag() -> argparse.ArgumentParser:
+    """Return a parser of every flag, ours first, for those who show them. Values are parsed by parse()."""
+    parser = make_parser(*OURS, TrainingArguments)
+    # Where both have a flag, the parser shows transformers' own help.
+    ours = {field.name: field.metadata["help"] for field in shared_fields()}
+    for action in parser._actions:
+        if action.dest in ours:
+            action.help = ours[action.dest].replace("%", "%%")
+    return parser
 
 
 def shared_fields() -> list[Any]:

@@ -72,6 +72,7 @@ class Baseline:
         passing: names of folders in a task's folder that nobody needs once the next task is finished.
         resumes_inside: whether an interrupted task resumes from the trainer's checkpoint.
         saves_itself: whether save_model() is called instead of the trainer's.
+        needs_logits: whether it reads the logits of the training rows.
         changes_gradient: whether it changes the reduced gradient, which optimizer offload does not allow.
         reads_peft_config: whether --peft_config says what it is.
         scalable: in which tasks scaled_names() scales the whole change: "every", "first" or "none".
@@ -80,6 +81,7 @@ class Baseline:
     passing: tuple[str, ...] = ()
     resumes_inside = True
     saves_itself = False
+    needs_logits = False
     changes_gradient = False
     reads_peft_config = False
     scalable = "every"

@@ -24,6 +24,7 @@ class LwF(Baseline):
     """
 
     resumes_inside = False
+    needs_logits = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

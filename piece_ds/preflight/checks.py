@@ -50,6 +50,20 @@ def warn_of_stacked_experts(method: str, config: Any, trust_remote_code: bool) -
         )
 
 
+def check_loss_chunks(settings: Settings) -> None:
+    """Raise UserError if --loss_chunk_tokens is given and something needs the logits that it does not hold."""
+    method = find_method(settings.method.method)
+    needing = {
+        f"--method {method.name}": method.baseline is not None and method.baseline.needs_logits,
+        f"--general_kl {settings.method.general_kl:g}": settings.method.general_kl > 0,
+    }
+    asked = next((flag for flag, needs in needing.items() if needs), None)
+    if settings.model.loss_chunk_tokens and asked is not None:
+        raise UserError(
+            f"--loss_chunk_tokens has no meaning with {asked}, which needs the logits of every answer token"
+        )
+
+
 def check_deepspeed_file(path: str | None) -> None:
     """Raise UserError unless path is a readable DeepSpeed configuration without what the engine would refuse later.
 

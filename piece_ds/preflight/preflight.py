@@ -16,6 +16,7 @@ from piece_ds.preflight.best_step import check_best_step, decides_weights
 from piece_ds.preflight.checks import (
     check_accumulation,
     check_kernels,
+    check_loss_chunks,
     check_offload,
     check_overwrite,
     check_sources,
@@ -73,6 +74,7 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
     # The flags, without a file.
     method = find_method(settings.method.method)
     _check_flags(settings, job, method)
+    check_loss_chunks(settings)
 
     # The files, cheapest first.
     inputs = load_inputs(settings)

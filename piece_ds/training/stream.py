@@ -17,6 +17,7 @@ from piece_ds.checkpoint.manifest import verify_manifest
 from piece_ds.checkpoint.mask_file import mask_names
 from piece_ds.config.piece import split_patterns
 from piece_ds.data.tasks import Task
+from piece_ds.evaluation.chunked_loss import install_chunked_loss
 from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible, load_model
@@ -120,6 +121,7 @@ def _load(stream: Stream, first: int) -> nn.Module:
         patterns=split_patterns(settings.model.eligible),
         excluded=split_patterns(settings.model.exclude),
     )
+    install_chunked_loss(model, settings.model.loss_chunk_tokens)
     if stream.baseline is not None:
         set_seed(stream.seed)  # adapters are drawn, the same on every rank
         model = stream.baseline.adapt(model, len(stream.tasks), previous)

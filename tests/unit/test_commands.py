@@ -37,6 +37,23 @@ def test_version_and_help_name_what_there_is(capsys: pytest.CaptureFixture[str])
     assert all(command in shown for command in LAUNCHED)
 
 
+def test_a_shell_completes_every_command_and_flag(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for shell in ("bash", "zsh"):
+        with pytest.raises(SystemExit) as leaving:
+            main(["--completion", shell])
+        assert leaving.value.code == 0
+        script = capsys.readouterr().out
+        for word in ("train", "delta", "merge", "--loss_chunk_tokens", "--learning_rate", "--print_config", "compact"):
+            assert word in script, (shell, word)
+        (tmp_path / shell).write_text(script)
+    # What bash makes of it: a prefix of a flag has one end.
+    asked = f"source {tmp_path / 'bash'}; COMP_WORDS=(piece_ds train --early_stopping_p); COMP_CWORD=2; "
+    shown = subprocess.run(
+        ["bash", "-c", f"{asked} _shtab_piece_ds; echo ${{COMPREPLY[@]}}"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.split() == ["--early_stopping_patience"]
+
+
 def test_configurations_travel_with_the_package_and_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_all"} == set(

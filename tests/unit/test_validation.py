@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.deltas import sha256_of
 from support.launches import make_model_folder, make_rows, same_bits, weights, write_rows
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from piece_ds.__main__ import main
 from piece_ds.cli.run import train
@@ -37,6 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         write_rows(made / "eval.jsonl", make_rows(1, 6, ("A", "B")))
         write_rows(made / "general.jsonl", [{"text": f"plain text number {i} of seven"} for i in range(7)])
         yield made
+    # Else models of later tests would be partitioned: transformers remembers the last run's ZeRO-3.
+    unset_hf_deepspeed_config()
 
 
 def run(folder: Path, name: str, *flags: str, num_steps: int = NUM_STEPS) -> Path:
