@@ -7,7 +7,6 @@ task, to the bit: there is no second model, no weight is put back, and a method 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,17 @@ from torch import Tensor, nn
 
 from piece_ds.config.method_arguments import MethodArguments
 from piece_ds.evaluation.kept_logits import KeptLogits, answer_logits, divergence
+from piece_ds.runtime.distributed import all_reduce_sum_, collective_device
 from piece_ds.training.base_logits import LOGITS_FOLDER, BaseLogits
 from piece_ds.training.general_replay import KL_SHARE, GeneralRows
 
 
-@dataclass(frozen=True)
-class GeneralSums:
-    """What general text was, over some steps.
+class GeneralLoss:
+    """General text's part of the loss. begin() must be called before the first step if there is a base.
 
     Attributes:
-        num_tokens: of the rows that joined, without padding.
-        num_answer_tokens: of them, those with a loss.
-        loss: their mean loss, nats; nan without tokens.
-        divergence: their mean KL(base || model), nats; None without --general_kl.
+        num_tokens: of all ranks' rows that have joined, without padding, as far as take_row() has been called.
     """
-
-    num_tokens: int
-    num_answer_tokens: int
-    loss: float
-    divergence: float | None
-
-
-class GeneralLoss:
-    """General text's part of the loss. begin() must be called before the first step if there is a base."""
 
     def __init__(
         self, rows: GeneralRows, *, replay_weight: float = 0.0, kl_weight: float = 0.0, base: BaseLogits | None = None
@@ -53,6 +40,7 @@ class GeneralLoss:
         """
         self._rows, self._replay_weight, self._kl_weight, self._base = rows, replay_weight, kl_weight, base
         self._kept: KeptLogits | None = None
+        self.num_tokens = 0
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     def begin(self, engine: Any, has_moved: bool = False) -> KeptLogits | None:
@@ -97,20 +85,20 @@ class GeneralLoss:
         self._sums = self._sums.to(device) + torch.cat([counts, means])
         return total
 
-    def take_sums(self) -> Tensor:
-        """Return this rank's sums since the last call: tokens, answer tokens, losses and divergences over them.
+    def take_row(self) -> dict[str, float]:
+        """Return what the rows were since the last call, over all ranks, for the log. A collective of four numbers.
 
-        fp64, on the device.
+        Returns:
+            general_tokens, without padding; general_loss and, with a base, general_kl: means over their answer tokens,
+            nats, NaN if there were none.
         """
-        taken, self._sums = self._sums, torch.zeros_like(self._sums)
-        return taken
-
-    def read_sums(self, sums: Sequence[float]) -> GeneralSums:
-        """Return the meaning of take_sums(), added up over any ranks and steps."""
-        num_tokens, num_answer_tokens, loss, apart = sums
+        sums = all_reduce_sum_(self._sums.to(collective_device()))
+        self._sums = torch.zeros_like(self._sums)
+        num_tokens, num_answer_tokens, loss, apart = sums.tolist()  # counts are exact in fp64
+        self.num_tokens += int(num_tokens)
         of_one = num_answer_tokens or float("nan")
-        kl = apart / of_one if self._kl_weight else None
-        return GeneralSums(int(num_tokens), int(num_answer_tokens), loss / of_one, kl)
+        row = {"general_tokens": int(num_tokens), "general_loss": loss / of_one}
+        return row | ({"general_kl": apart / of_one} if self._kl_weight else {})
 
 
 def general_loss_of(

@@ -14,7 +14,7 @@ from piece_ds.methods.registry import find_method
 from piece_ds.methods.request import SelectionOptions
 from piece_ds.models.loading import reads_images
 from piece_ds.models.processor import tokenizer_of
-from piece_ds.runtime.distributed import all_reduce_sum_, collective_device, rank, world_size
+from piece_ds.runtime.distributed import rank, world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import Layout
 from piece_ds.training.base_logits import LOGITS_FOLDER, BaseLogits
@@ -139,11 +139,8 @@ class GeneralText:
 
     def add_to_log(self, row: dict[str, Any]) -> None:
         """Add general text's tokens, loss and divergence since the last log. A collective."""
-        if self.loss is None:
-            return
-        sums = self.loss.read_sums(all_reduce_sum_(self.loss.take_sums().to(collective_device())).tolist())
-        row |= {"general_tokens": sums.num_tokens, "general_loss": sums.loss}
-        row |= {} if sums.divergence is None else {"general_kl": sums.divergence}
+        if self.loss is not None:
+            row |= self.loss.take_row()
 
     def _compute_loss(self, model: Any, inputs: Any, *others: Any, **named: Any) -> Any:
         """Return what the trainer's own compute_loss() does, with general text's part added in training."""

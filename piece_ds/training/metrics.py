@@ -10,14 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from piece_ds.runtime.distributed import all_reduce_sum_, collective_device, is_main
 from piece_ds.runtime.files import not_written, write_text
 from piece_ds.runtime.profiling import host_peak_bytes, peak_bytes, take_seconds
 from piece_ds.runtime.rank_status import report_status
-from piece_ds.training.general_loss import GeneralSums
 from piece_ds.training.trainer import TaskTrainer
 
 METRICS_NAME = "metrics.jsonl"
@@ -37,7 +35,7 @@ class MetricsLog(TrainerCallback):
         self._path, self._trainer = path, trainer
         self._begin = 0.0
         self._seconds_logged = 0.0
-        self._num_tokens = self._num_general_tokens = 0
+        self._num_tokens = 0
 
     def open(self, last_step: int | None) -> None:
         """Begin the file, or continue it.
@@ -84,30 +82,27 @@ class MetricsLog(TrainerCallback):
         """Write the Trainer's newest log row, with the cost of its steps."""
         row = dict(state.log_history[-1])
         if "loss" in row:
-            row |= self._cost()
+            row |= self._cost(row.get("general_tokens"))
         self._append(row)
 
-    def _cost(self) -> Row:
-        """Return the cost of the steps since the last log, and what general text was. A collective of a few numbers."""
-        own, general = self._take_num_tokens()
+    def _cost(self, beside: int | None) -> Row:
+        """Return the cost of the steps since the last log. A collective of one number.
+
+        Args:
+            beside: tokens of general text in these steps, over all ranks; None without it.
+        """
+        own = self._take_num_tokens()
         seconds, self._seconds_logged = self.train_seconds - self._seconds_logged, self.train_seconds
-        beside = general.num_tokens if general is not None else 0
 
         # What a machine cannot tell is left out.
         cost = {
             "train_seconds": seconds,
             "tokens": own,
-            "tokens_per_second": (own + beside) / seconds if seconds else None,
+            "tokens_per_second": (own + (beside or 0)) / seconds if seconds else None,
+            "general_tokens_per_second": beside / seconds if seconds and beside is not None else None,
             "host_peak_bytes": host_peak_bytes(),
             "peak_bytes": peak_bytes(),
         }
-        if general is not None:
-            cost |= {
-                "general_tokens": beside,
-                "general_tokens_per_second": beside / seconds if seconds else None,
-                "general_loss": general.loss,
-                "general_kl": general.divergence,
-            }
         return {name: value for name, value in cost.items() if value is not None}
 
     def tokens_per_second(self) -> tuple[float | None, float | None]:
@@ -116,24 +111,20 @@ class MetricsLog(TrainerCallback):
         Only steps of this process count; None if it took none, or without general text.
         """
         self._take_num_tokens()
+        general = self._trainer.general
+        if general is not None:
+            general.take_row()  # of the steps since the last log
         if not self.train_seconds:
             return None, None
-        of_general = self._num_general_tokens / self.train_seconds if self._trainer.general is not None else None
-        return (self._num_tokens + self._num_general_tokens) / self.train_seconds, of_general
+        beside = 0 if general is None else general.num_tokens
+        of_general = None if general is None else beside / self.train_seconds
+        return (self._num_tokens + beside) / self.train_seconds, of_general
 
-    def _take_num_tokens(self) -> tuple[int, GeneralSums | None]:
-        """Return what all ranks trained on since the last call: the task's tokens, and general text. A collective."""
-        # One all-reduce for everything. Counts are exact in fp64.
-        general = self._trainer.general
-        taken = [self._trainer.take_num_tokens().double().view(1)]
-        taken += [] if general is None else [general.take_sums()]
-        own, *sums = all_reduce_sum_(torch.cat([part.to(collective_device()) for part in taken])).tolist()
-        self._num_tokens += int(own)
-        if general is None:
-            return int(own), None
-        found = general.read_sums(sums)
-        self._num_general_tokens += found.num_tokens
-        return int(own), found
+    def _take_num_tokens(self) -> int:
+        """Return the task's tokens of all ranks since the last call. A collective."""
+        number = int(all_reduce_sum_(self._trainer.take_num_tokens().to(collective_device()).view(1)))
+        self._num_tokens += number
+        return number
 
     def _append(self, row: Row) -> None:
         if not is_main():

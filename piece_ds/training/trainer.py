@@ -85,6 +85,12 @@ class TaskTrainer(Trainer):
         taken, self._num_tokens = self._num_tokens, torch.zeros_like(self._num_tokens)
         return taken
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as transformers' Trainer does, with what general text was since the last row of training."""
+        if "loss" in logs and self.general is not None:
+            logs |= self.general.take_row()
+        super().log(logs, start_time)
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -18,6 +18,7 @@ from piece_ds.config.ranges import require_choice
 from piece_ds.models.experts import stacked_experts
 from piece_ds.models.layout import full_shape
 from piece_ds.runtime.distributed import is_main
+from piece_ds.state.partition import is_partitioned
 from piece_ds.update.expert_gradients import SampledExperts
 from piece_ds.update.sampling_rule import max_density
 from piece_ds.zero.weights import SelectedWeights
@@ -115,8 +116,11 @@ class SampledGradient:
         # non-reentrant checkpointing only if it is frozen when it is gathered, and a frozen one is saved as it is. It
         # is shown by the first hook after forward, also on errors: that recomputation ends by an error as soon as it
         # has what it needs.
+        # With two forward passes before a backward, ZeRO-3 may all the same release it before the recomputation is
+        # read: then what is saved must be a tensor of its own, which a release does not empty.
         handles = [
             module.register_forward_pre_hook(self._hide, prepend=True),
+            *([module.register_forward_pre_hook(self._keep)] if is_partitioned(selected.param) else []),
             module.register_forward_hook(self._watch, with_kwargs=True),
             module.register_forward_hook(self._show, prepend=True, always_call=True),
         ]
@@ -131,7 +135,13 @@ class SampledGradient:
     def _hide(self, *_: Any) -> None:
         self._weight.requires_grad_(False)
 
-    def _show(self, *_: Any) -> None:
+    def _keep(self, module: nn.Module, *_: Any) -> None:
+        """Let the layer see a view of its gathered weight while backward recomputes it."""
+        if torch._C._current_graph_task_id() != -1:
+            vars(module)["weight"] = self._weight.detach()
+
+    def _show(self, module: nn.Module, *_: Any) -> None:
+        vars(module).pop("weight", None)
         self._weight.requires_grad_(True)
 
     def _note_use(self) -> None:

@@ -161,13 +161,12 @@ def test_the_loss_is_replays_and_the_divergence_from_the_base_and_so_is_its_grad
             torch.testing.assert_close(param.grad, other.grad, rtol=1e-3, atol=1e-6, msg=name)
 
         # What the log says of it.
-        sums = term.read_sums(term.take_sums().tolist())
-        assert sums.num_answer_tokens == num_tokens
-        assert sums.num_tokens == sum(len(TEXT[row]["input_ids"]) for row in chosen)
-        assert sums.loss == pytest.approx(loss.item() / num_tokens, rel=1e-5)
-        assert (sums.divergence is None) == (kl_weight == 0)
-        assert sums.divergence is None or sums.divergence == pytest.approx(apart.item() / num_tokens, rel=1e-4)
-        assert term.read_sums(term.take_sums().tolist()).num_tokens == 0
+        row = term.take_row()
+        assert row["general_tokens"] == sum(len(TEXT[row]["input_ids"]) for row in chosen) == term.num_tokens
+        assert row["general_loss"] == pytest.approx(loss.item() / num_tokens, rel=1e-5)
+        assert ("general_kl" in row) == (kl_weight > 0)
+        assert row.get("general_kl", 0.0) == pytest.approx(apart.item() / num_tokens if kl_weight else 0.0, rel=1e-4)
+        assert term.take_row()["general_tokens"] == 0
 
 
 def test_the_base_model_itself_diverges_by_nothing(tmp_path: Path) -> None:
@@ -233,7 +232,7 @@ def test_the_loss_is_the_tasks_plus_the_share_times_the_means_and_tokens_are_cou
         return int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel())
 
     assert int(trainer.take_num_tokens()) == num_tokens(task)
-    assert trainer.general.read_sums(trainer.general.take_sums().tolist()).num_tokens == num_tokens(general)
+    assert trainer.general.take_row()["general_tokens"] == num_tokens(general)
 
 
 @pytest.mark.usefixtures("plain_loss")
