@@ -137,6 +137,9 @@ def flags_of(
     }
     if sweep.ratio is not None:
         flags |= {"mask_ratio": sweep.ratio, "importance_rows": recipe.importance_rows}
+        # All rates of a task and seed select from the same statistics, which are kept from the first of them.
+        if sweep.method != "random":
+            flags["statistics_file"] = options.cache / f"task-{sweep.method}-{setting.seed}"
     if sweep.general_text:
         flags["general_text"] = "self" if sweep.general_text == "self" else options.cache / "real.jsonl"
         flags["general_statistics"] = options.cache / f"statistics-{sweep.general_text}"
@@ -144,6 +147,8 @@ def flags_of(
         flags["step_scale"] = "general"
     if sweep.replay:
         flags["general_replay"] = sweep.replay
+    if sweep.divergence:
+        flags["general_kl"] = sweep.divergence
     return [item for name, value in flags.items() for item in (f"--{name}", str(value))]
 
 
