@@ -1,17 +1,19 @@
 """The work of `piece_ds delta ...`: open files and folders, pass them to piece_ds.deltas, and print what was done."""
 
 import argparse
+from functools import partial
 from math import prod
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from piece_ds.checkpoint.mask_statistics import mask_statistics, place_of
 from piece_ds.cli.masks import layers_grid
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.deltas import compose, verify
 from piece_ds.deltas.delta import Delta, find_deltas, open_delta
-from piece_ds.deltas.export import export_peft, export_vllm, require_stored_names
+from piece_ds.deltas.export import export_vllm, require_stored_names
+from piece_ds.deltas.export_peft import export_peft
 from piece_ds.deltas.folder import ModelFolder, open_folder
 from piece_ds.deltas.patch import patch_in_place, patch_to, require_free
 from piece_ds.deltas.value_changes import movements
@@ -104,7 +106,15 @@ def export_deltas(arguments: argparse.Namespace) -> None:
         return
     if folder is None:
         raise UserError("--format peft needs --model: only the model says which weights are those of Linear modules")
-    num_inexact = export_peft(deltas[0], output, _linear_weights(arguments), str(folder.root.absolute()))
+    model = _empty_model(arguments)
+    num_inexact = export_peft(
+        deltas[0],
+        output,
+        _linear_weights(model),
+        str(folder.root.absolute()),
+        small=_small_modules(model),
+        read=partial(_parameter, folder),
+    )
     size = sum(file.stat().st_size for file in output.iterdir())
     print(
         printable(
@@ -147,9 +157,25 @@ def _empty_model(arguments: argparse.Namespace) -> nn.Module:
     return empty_model(load_config(source), arguments.trust_remote_code)
 
 
-def _linear_weights(arguments: argparse.Namespace) -> set[str]:
+def _parameter(folder: ModelFolder, name: str) -> Tensor:
+    """Return a parameter that the folder's files hold whole."""
+    place = folder.stored[folder.stored_as(name)[0]]
+    assert place.dtype is not None
+    return folder.bits_of(name).view(place.dtype).view(place.shape)
+
+
+def _small_modules(model: nn.Module) -> dict[str, str]:
+    """Return parameter -> module, for modules that hold nothing but vectors: norms."""
+    return {
+        f"{name}.{parameter}": name
+        for name, module in model.named_modules()
+        if not any(module.children()) and all(p.dim() == 1 for p in module.parameters())
+        for parameter, _ in module.named_parameters()
+    }
+
+
+def _linear_weights(model: nn.Module) -> set[str]:
     """Return names of the weights of Linear modules, without input embeddings that are tied to a head."""
-    model = _empty_model(arguments)
     embedding = input_embedding(model)
     modules = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     return {name for name, module in modules.items() if module.weight is not embedding}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from piece_ds.__main__ import main
 from piece_ds.deltas.delta import Change, open_delta
-from piece_ds.deltas.export import _shira
+from piece_ds.deltas.export_peft import _shira
 from piece_ds.state.weights_hash import bits_of
 
 
@@ -64,14 +64,41 @@ def test_inexact_differences_are_counted() -> None:
     assert weight.tolist() == [-1.0, 1.0, 0.0, 0.0, 0.0]
 
 
-def test_peft_cannot_hold_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run(tmp_path)
-    out = ["--format", "peft", "--output", tmp_path / "a"]
-    assert "Linear weights alone" in refuse(capsys, "export", run.deltas[0], *out, "--model", run.base)
-    assert "needs --model" in refuse(capsys, "export", run.deltas[0], *out)
-    assert "takes one delta" in refuse(capsys, "export", run.folder, *out, "--model", run.base)
-    assert "in task order" in refuse(capsys, "export", run.deltas[1], *out, "--model", run.base)
-    assert not (tmp_path / "a").exists()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_peft_holds_norms_whole_and_gives_the_merged_models_bits(
+    tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In bf16, from the folder alone: every selected parameter of these models but the embeddings."""
+    run = make_run(tmp_path, family, density=0.02)
+    assert any("norm" in name for name in open_delta(run.deltas[0]).shapes)
+    delta("merge", run.base, run.deltas[0], "--output", tmp_path / "task")
+    delta("export", run.deltas[0], "--format", "peft", "--model", run.base, "--output", tmp_path / "adapter")
+    assert " 0 of " in capsys.readouterr().out.splitlines()[-1]
+    base = AutoModelForCausalLM.from_pretrained(run.base).eval()
+    ids = torch.arange(40).view(2, 20)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    task = AutoModelForCausalLM.from_pretrained(tmp_path / "task").eval()
+    assert torch.equal(adapted(input_ids=ids).logits, task(input_ids=ids).logits)
+    merged = dict(adapted.merge_and_unload().named_parameters())
+    assert all(torch.equal(merged[name], param) for name, param in task.named_parameters())
+
+
+def test_what_peft_cannot_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        ("llama", lambda name: "embed_tokens" in name or linear(name), "Linear weights and norms alone"),
+        ("llama", lambda name: "norm" in name, "changes no Linear weight"),
+        ("neox", lambda name: "query_key_value" in name, "query_key_value.bias' for one"),
+    ]
+    for number, (family, select, message) in enumerate(cases):
+        root = tmp_path / str(number)
+        run = make_run(root, family, select=select, density=0.1)
+        out = ["--format", "peft", "--output", root / "adapter", "--model", run.base]
+        assert message in refuse(capsys, "export", run.deltas[0], *out)
+        assert not (root / "adapter").exists()
+    assert "needs --model" in refuse(capsys, "export", run.deltas[0], *out[:-2])
+    assert "takes one delta" in refuse(capsys, "export", run.folder, *out)
+    assert "in task order" in refuse(capsys, "export", run.deltas[1], *out)
+    assert not (root / "adapter").exists()
 
 
 def test_peft_cannot_hold_most_of_a_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
