@@ -1,6 +1,5 @@
 """Make a mask: estimate_mask() from an engine and data, select() from sums."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.candidates import LastPassFilter
 from piece_ds.selection.estimators import Estimator
-from piece_ds.selection.knee import proposed_ratio
 from piece_ds.selection.scores import WeightReader
 from piece_ds.selection.top_k import select_by
 from piece_ds.state.mask import Mask
@@ -49,7 +47,7 @@ def estimate_mask(
         keeper: as in collect_statistics().
         settings: fields of PieceConfig by name, in place of config's: method="piece-f", ratio=0.01 ...
     Returns:
-        Mask; give it to attach(). If it was selected by scores of statistics, it says which ratio they propose.
+        Mask; give it to attach().
     Raises:
         UserError: the method is unknown, a setting is outside its range, a pattern of exclude names nothing, or the
             unit has no meaning with the method.
@@ -97,7 +95,7 @@ def estimate_mask(
     def weight_of(name: str, start: int, numel: int) -> Tensor:
         return read_weight(params[name], start, numel)
 
-    mask = _select(
+    return _select(
         scorer,
         layout,
         config,
@@ -106,10 +104,6 @@ def estimate_mask(
         candidates=candidates,
         device=device or engine.device,
     )
-    if stats is None:
-        return mask
-    ratio = proposed_ratio(scorer, layout, stats, weight_of=weight_of, lam=config.importance_lambda)
-    return replace(mask, proposed_ratio=ratio)
 
 
 def select(

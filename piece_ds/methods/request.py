@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from piece_ds.config.piece import PieceConfig
 from piece_ds.selection.estimators import PIECE_F
-from piece_ds.selection.knee import proposed_ratio_of
+from piece_ds.selection.proposal import proposed_ratio
 from piece_ds.selection.top_k import select_by
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
@@ -83,14 +83,15 @@ class SelectionRequest:
         Args:
             score_N: fp32, >= 0, never NaN, laid out by Layout.owned() of the layout restricted to names.
             names: parameters that compete.
-            budget: as in select_by(). What competes is the config's unit.
+            budget: as in select_by(). What competes is the config's unit. With 'model' the mask says which ratio the
+                scores propose.
         """
         layout = restricted(self.layout, names)
 
         # PIECE-F scores are the sums of squares themselves, so given scores can take their place.
         stats = GradientStats(layout, score_N, None)
         mask = select_by(PIECE_F, layout, self.ratio, stats=stats, budget=budget, unit=self.config.unit)
-        ratio = proposed_ratio_of(score_N, layout) if budget == "model" else None
+        ratio = proposed_ratio(score_N, layout) if budget == "model" else None
         return replace(mask, layout=self.layout, method=self.method, proposed_ratio=ratio)
 
 

@@ -24,7 +24,7 @@ class Mask:
             inside this rank's range. A parameter without a key has nothing selected on this rank.
         num_selected: selected elements over all ranks.
         method, ratio: how it was made.
-        proposed_ratio: where the knee of its scores lies, as selected / all elements; None if it was not looked for.
+        proposed_ratio: selected / all elements that its scores propose; None if they propose none.
         extra: more text to be kept in its file.
     """
 
