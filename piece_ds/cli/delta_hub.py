@@ -34,12 +34,14 @@ class PushOptions:
 
     Attributes:
         with_masks: the mask beside each delta too.
+        with_statistics: the run's statistics of general text too.
         private, create_pr: see push_deltas().
         base_model, base_revision: of the base on the Hub; None takes the run's own.
         datasets: Hub ids of the data; empty means the tasks' names.
     """
 
     with_masks: bool = False
+    with_statistics: bool = False
     private: bool = False
     create_pr: bool = False
     base_model: str | None = None
@@ -54,6 +56,7 @@ def push(arguments: argparse.Namespace) -> None:
         raise UserError("--base_revision needs --base_model: the repository that has the revision")
     options = PushOptions(
         with_masks=arguments.with_masks,
+        with_statistics=arguments.with_general_statistics,
         private=arguments.private,
         create_pr=arguments.create_pr,
         base_model=arguments.base_model,
@@ -70,7 +73,7 @@ def publish(source: Path, remote: Remote, options: PushOptions) -> str:
         UserError: see collect() and push_deltas().
     """
     # Read everything that is published before the Hub is asked.
-    published = collect(source, _base_of(source), options.with_masks)
+    published = collect(source, _base_of(source), options.with_masks, options.with_statistics)
     results = source / RESULTS_NAME
     run = read_results(results) if results.is_file() else None
     require_token(remote)

@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_delta_commands(delta.add_subparsers(metavar="COMMAND", required=True))
     _add_plan(commands.add_parser("plan", help="memory and traffic of a run, from a model's shapes alone"))
     _add_doctor(commands.add_parser("doctor", help="whether this machine can do what a run needs"))
+    _add_hub(commands)
     masks = commands.add_parser("masks", help="where the selected weights of mask files lie, and how much they overlap")
     masks.add_argument("masks", metavar="MASK", nargs="+", help="a mask.safetensors file")
     masks.set_defaults(run="piece_ds.cli.masks:masks")
@@ -72,7 +73,7 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
 
 
 def _add_hub(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    """Add the commands that reach the Hub."""
+    """Add the commands that reach the Hub. They stand under `delta`, and under `piece_ds` itself."""
 
     # push: deltas, with a card.
     push = commands.add_parser(
@@ -83,6 +84,11 @@ def _add_hub(commands: "argparse._SubParsersAction[_Parser]") -> None:
     push.add_argument("source", metavar="RUN_OR_DELTA", help="a run's folder, a task's folder, or a delta file")
     push.add_argument("repository", metavar="hf://USER/NAME", help="made if it is missing")
     push.add_argument("--with_masks", action="store_true", help="the mask beside each delta too")
+    push.add_argument(
+        "--with_general_statistics",
+        action="store_true",
+        help="the run's statistics of general text too: 4 or 8 bytes a weight, which other runs take instead of a pass",
+    )
     push.add_argument("--private", action="store_true", help="make a private repository; a public one is refused")
     push.add_argument("--revision", metavar="BRANCH", help="made if it is missing; default: main")
     push.add_argument("--create_pr", action="store_true", help="open a pull request instead of changing the branch")

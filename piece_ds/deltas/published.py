@@ -5,6 +5,7 @@ A repository of deltas has the layout of a run's folder, so that what was pulled
     piece_ds_deltas.json         the manifest: the order of the deltas, sha256 and size of every file, the base
     00-law/delta.safetensors     one folder a task (a lone delta lies beside the manifest)
     00-law/mask.safetensors      if masks were asked for
+    general_statistics/...       of general text, if they were asked for
     figures/results-....png      of the card
     README.md                    the card; not in the manifest, since people edit it
 """
@@ -20,14 +21,17 @@ from typing import Literal
 from pydantic import BaseModel
 
 from piece_ds.checkpoint.artifact import MASK, open_artifact
+from piece_ds.checkpoint.statistics_file import has_statistics
 from piece_ds.deltas.delta import DELTA_NAME, Delta, find_deltas, open_delta
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.schema import Count, read_json
 from piece_ds.runtime.text import printable
 
 MANIFEST_NAME, CARD_NAME, MASK_NAME = "piece_ds_deltas.json", "README.md", "mask.safetensors"
+STATISTICS_FOLDER = "general_statistics"
 # Paths that a manifest may name. Nothing else of a repository is written, replaced or removed.
 _ARTIFACT = re.compile(r"([0-9]{1,9}-[^/\\:]{1,180}/)?(delta|mask)\.safetensors")
+_STATISTICS = re.compile(r"general_statistics/statistics(\.json|-[0-9]{5}-of-[0-9]{5}\.safetensors)")
 _FIGURE = re.compile(r"figures/results-[\w.-]{1,180}\.png")
 _NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 _MAX_MANIFEST_BYTES = 2**24
@@ -93,15 +97,16 @@ class Published:
         return Manifest(base=self.base, deltas=list(self.deltas), files=entries | drawn)
 
 
-def collect(source: Path, base: Base, with_masks: bool) -> Published:
+def collect(source: Path, base: Base, with_masks: bool, with_statistics: bool = False) -> Published:
     """Return the deltas of a run, of a task or of a file, checked, under the names that they get in a repository.
 
     Args:
         source: a run's folder, a task's folder, or a delta file.
         base: what is known of it. Fingerprints are filled in from the deltas.
         with_masks: take the mask.safetensors beside each delta too.
+        with_statistics: take the run's statistics of general text too.
     Raises:
-        UserError: no delta, a damaged file, deltas that do not follow on each other, or a missing mask.
+        UserError: no delta, a damaged file, deltas that do not follow on each other, or a missing mask or statistics.
     """
     paths = find_deltas([source])
     deltas, files = {}, {}
@@ -115,6 +120,8 @@ def collect(source: Path, base: Base, with_masks: bool) -> Published:
         files[f"{folder}{DELTA_NAME}"] = path
         if with_masks:
             files[f"{folder}{MASK_NAME}"] = _mask_of(path)
+    if with_statistics:
+        files |= _statistics_of(source)
     require_chain(deltas)
     first = next(iter(deltas.values()))
     fingerprints = {
@@ -164,8 +171,8 @@ def read_manifest(path: Path, origin: str) -> Manifest:
 
 
 def is_own_path(name: str) -> bool:
-    """Return whether a manifest may name this path: a delta, a mask or a figure in its place."""
-    known = _ARTIFACT.fullmatch(name) or _FIGURE.fullmatch(name)
+    """Return whether a manifest may name this path: a delta, a mask, statistics or a figure in its place."""
+    known = _ARTIFACT.fullmatch(name) or _FIGURE.fullmatch(name) or _STATISTICS.fullmatch(name)
     return known is not None and printable(name) == name
 
 
@@ -209,6 +216,15 @@ def _is_run(source: Path, delta: Path) -> bool:
 def _plain_name(name: str) -> str:
     """Return the name of a task's folder with only letters, digits, dots, dashes and underscores."""
     return _NOT_IN_NAMES.sub("-", name)[:180]
+
+
+def _statistics_of(run: Path) -> dict[str, Path]:
+    """Return the files of a run's statistics of general text, under the names that they get in a repository."""
+    folder = run / STATISTICS_FOLDER
+    if not has_statistics(folder):
+        raise UserError(f"--with_general_statistics: there are none in {folder}; leave the flag out")
+    named = {f"{STATISTICS_FOLDER}/{path.name}": path for path in sorted(folder.iterdir())}
+    return {name: path for name, path in named.items() if is_own_path(name)}
 
 
 def _mask_of(delta: Path) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
 from support.deltas import Run, make_run, sha256_of
@@ -15,13 +16,17 @@ from support.hub_server import READER, WRITER, Hub, serve
 
 from piece_ds.__main__ import main
 from piece_ds.checkpoint.mask_file import save_mask
+from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
 from piece_ds.deltas.card import escaped
 from piece_ds.evaluation.matrix import ResultMatrix
+from piece_ds.models.layout import layout_of
 from piece_ds.report.results import RunResults
+from piece_ds.state.statistics import GradientStats
 
 Capture = pytest.CaptureFixture[str]
 TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 REPOSITORY = "hf://user/deltas"
+LAYOUT = layout_of(torch.nn.Linear(3, 2))
 
 
 def delta(*arguments: object) -> None:
@@ -109,6 +114,22 @@ def test_three_tasks_pushed_and_pulled_are_the_same_files_and_go_on_and_off(run:
     assert sha256_of(tmp_path / "back") == sha256_of(run.base)
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_general_statistics_are_pushed_if_asked_for(run: Run, hub: Hub, tmp_path: Path, capsys: Capture) -> None:
+    assert "there are none in" in refused(capsys, "push", run.folder, REPOSITORY, "--with_general_statistics")
+    sums = torch.arange(LAYOUT.num_owned, dtype=torch.float32)
+    folder = run.folder / "general_statistics"
+    save_statistics(folder, GradientStats(LAYOUT, sums, sums, 9, 2), {"file": "a.json"})
+    (folder / "secret.txt").write_text("not of the statistics")
+    main(["push", str(run.folder), REPOSITORY, "--with_general_statistics"])
+    main(["pull", REPOSITORY, "--output", str(tmp_path / "pulled")])
+    found = load_statistics(tmp_path / "pulled" / "general_statistics", LAYOUT, needs_sum=True)
+    assert torch.equal(found.square_sum, sums)
+    assert "general_statistics/secret.txt" not in hub.repositories["user/deltas"].files
+    # A push without them takes them away again.
+    delta("push", run.folder, REPOSITORY)
+    assert not any(name.startswith("general_statistics/") for name in hub.repositories["user/deltas"].files)
 
 
 def test_one_delta_is_pushed_and_pulled_alone(run: Run, hub: Hub, tmp_path: Path) -> None:
