@@ -15,6 +15,7 @@ FAST = (
     "added-rows-tied-stage3",
     "scalars-stage2",
     "t5-stage3-checkpointed",
+    "listed-experts-stage3-checkpointed",
     "tiled-mlp-stage3",
     "tiled-loss-stage2",
     "activations-on-host-stage2",

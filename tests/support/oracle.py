@@ -72,7 +72,7 @@ class SelectedAdamW:
             self.model.zero_grad(set_to_none=True)
             self.model(**batch).loss.backward()
             for name, param in self.model.named_parameters():
-                if name in sums:
+                if name in sums and param.grad is not None:  # None: no token came to this expert
                     sums[name] += param.grad.double().view(-1)[self.index[name]] / len(batches)
         norm = torch.cat(list(sums.values())).norm().item()
         factor = min(1.0, self.clip / (norm + 1e-6))

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from piece_ds.models.eligible import make_eligible
+from piece_ds.models.experts import gather_experts_whole
 from support import tiled
 from support.causal_classes import VOCAB, tiny_model
 from support.models import make_model
+from support.moe import frozen_routers, make_moe
 
 # Recurrent and hybrid families, with everything that is no linear layer: A_log, D, dt_bias, conv1d, gates, RG-LRU.
 RECURRENT = (
@@ -138,6 +140,16 @@ def _t5() -> nn.Module:
     return model
 
 
+def _listed_experts() -> nn.Module:
+    """Experts in a list, which ZeRO-3 gathers with the block around them."""
+    model = frozen_routers(make_moe("listed"))
+    gather_experts_whole(model)
+    # Something after the block, so that recomputing it goes to the block's end.
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, out: out + out.tanh())
+    return model
+
+
 REBUILT: dict[str, Callable[[], nn.Module]] = {
     "frozen-parts": _frozen_parts,
     "shared-block": _shared_block,
@@ -152,6 +164,7 @@ REBUILT: dict[str, Callable[[], nn.Module]] = {
     "biases-alone": _biases_alone,
     "scalars": _Scalars,
     "t5": _t5,
+    "listed-experts": _listed_experts,
     "tiled-mlp": tiled.tiled_mlp,
     "tiled-loss": tiled.TiledLoss,
     "activations-on-host": tiled.on_the_host,

@@ -29,11 +29,11 @@ RATIO, NUM_BATCHES = 0.05, 5
 ACCUMULATION, NUM_STEPS, CLIP, LEARNING_RATE, WEIGHT_DECAY = 2, 2, 0.02, 1e-2, 0.1
 STAGES = (0, 2, 3)
 
+CHECKPOINTED = (*RECURRENT, "t5", "frozen-parts", "listed-experts")
+
 # Name of the case -> (shape, setup of DeepSpeed, way of checkpointing).
 CASES = {f"{shape}-stage{stage}": (shape, Setup(stage), "") for shape in SHAPES for stage in STAGES}
-CASES |= {
-    f"{shape}-stage3-checkpointed": (shape, Setup(3), "non-reentrant") for shape in (*RECURRENT, "t5", "frozen-parts")
-}
+CASES |= {f"{shape}-stage3-checkpointed": (shape, Setup(3), "non-reentrant") for shape in CHECKPOINTED}
 CASES |= {
     f"{shape}-bf16-stage{stage}": (shape, Setup(stage, "bf16", config=FP32_ACCUMULATION), "")
     for shape, stage in (("mamba2", 2), ("falcon_h1", 3), ("qwen3_next", 2), ("recurrent_gemma", 3), ("t5", 3))
