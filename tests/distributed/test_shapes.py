@@ -7,19 +7,13 @@ from support.jobs import result_of, run_job
 from support.shapes_job import CASES
 
 FAST = (
-    "falcon_h1-stage3",
-    "qwen3_next-stage3-checkpointed",
+    "falcon_h1-stage3-checkpointed",
     "recurrent_gemma-stage2",
     "shared-block-stage3",
-    "added-rows-stage0",
     "added-rows-tied-stage3",
-    "scalars-stage2",
-    "t5-stage3-checkpointed",
-    "listed-experts-stage3-checkpointed",
-    "tiled-mlp-stage3",
+    "t5-stage0",
+    "tiled-mlp-stage2",
     "tiled-loss-stage2",
-    "activations-on-host-stage2",
-    "checkpointed-by-deepspeed-stage2",
 )
 
 

@@ -1,6 +1,6 @@
 """A job: statistics and steps with Ulysses sequence parallelism, against plain torch; for test_sequence_parallel.py.
 
-Arguments: folder, and over how many ranks a row is spread.
+Arguments: folder, over how many ranks a row is spread, and names of cases; none means all of them.
 """
 
 import sys
@@ -56,8 +56,8 @@ def main() -> None:
     results: Results = {}
     initialize = partial(deepspeed.initialize, mpu=mpu)
     with mock.patch("deepspeed.initialize", initialize):
-        for name, case in CASES.items():
-            collect_case(results, name, lambda case=case: run_case(*case))  # type: ignore[misc]
+        for name in sys.argv[3:] or CASES:
+            collect_case(results, name, lambda name=name: run_case(*CASES[name]))  # type: ignore[misc]
         for name, refusal in REFUSALS.items():
             collect_case(results, f"refusal-{name}", lambda refusal=refusal: refused(*refusal))  # type: ignore[misc]
     finish(results)
