@@ -30,11 +30,10 @@ def engine_of(trainer: Trainer) -> Any:
             "with TrainingArguments(deepspeed=...)"
         )
     require_trainable(engine)
-    if sequence_size(engine) > 1:
+    if sequence_size(engine) > 1 and engine.zero_optimization_stage() != 3:
         raise UserError(
-            "PieceCallback is not proven with sequence parallelism (parallelism_config): at ZeRO 0 to 2 the trainer's "
-            "loss gives gradients as many times too large as ranks share a row; use a loop of your own with "
-            "piece_ds.sequence_loss(), or set its size to 1"
+            "sequence parallelism (parallelism_config) below ZeRO-3: the trainer's loss gives gradients as many times "
+            "too large as ranks share a row; use ZeRO-3, or a loop of your own with piece_ds.sequence_loss()"
         )
     return engine
 

@@ -112,12 +112,18 @@ def test_deepspeed_divides_by_ranks_at_zero_3_and_by_micro_batches_below() -> No
             assert gradient_divisor(engine) == divisor
 
 
-def test_a_trainer_that_shares_rows_is_refused() -> None:
+def test_a_trainer_that_shares_rows_needs_zero_3() -> None:
     kind = type("DeepSpeedEngine", (SimpleNamespace,), {})
-    engine = kind(
-        sequence_parallel_size=2,
-        basic_optimizer=torch.optim.AdamW([nn.Parameter(torch.zeros(1))]),
-        fp16_enabled=lambda: False,
-    )
-    with pytest.raises(UserError, match="not proven with sequence parallelism"):
-        engine_of(SimpleNamespace(model_wrapped=engine))
+    for stage in range(4):
+        engine = kind(
+            sequence_parallel_size=2,
+            basic_optimizer=torch.optim.AdamW([nn.Parameter(torch.zeros(1))]),
+            fp16_enabled=lambda: False,
+            zero_optimization_stage=lambda stage=stage: stage,
+        )
+        trainer = SimpleNamespace(model_wrapped=engine)
+        if stage == 3:
+            assert engine_of(trainer) is engine
+        else:
+            with pytest.raises(UserError, match="below ZeRO-3"):
+                engine_of(trainer)
