@@ -16,6 +16,7 @@ MESSAGES = {
     "more rows": "a micro-batch of 4 rows, and sequence parallelism was set up for 2",
     "window": "the model attends to windows of 8",
     "attention of its own": "GPTJForCausalLM has layers that do not take part in Ulysses' exchange",
+    "recurrence": "MambaForCausalLM has layers that do not take part",
     "bf16 optimizer": "DeepSpeed's BF16_Optimizer (bf16 at ZeRO-1",
     "all-reduce": "reduce_scatter false",
 }

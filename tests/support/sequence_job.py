@@ -33,6 +33,7 @@ from support.jobs import Results, collect_case, finish, start
 from support.models import cast_parameters
 from support.oracle import SelectedAdamW, gradient_sums, score, top_k
 from support.selection_cases import as_set
+from support.shapes import make_shape
 from support.statistics_job import whole
 
 VOCAB, ROWS, RATIO, NUM_BATCHES = 97, 2, 0.05, 5
@@ -82,6 +83,8 @@ def make(family: str) -> nn.Module:
         return Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, **sizes)).train()
     if family == "mistral":  # a window
         return MistralForCausalLM(MistralConfig(sliding_window=8, **sizes)).train()
+    if family == "mamba":  # a state that goes from token to token
+        return make_shape("mamba")
     assert family == "gptj"  # its attention is its own, not one of transformers' table
     config = GPTJConfig(vocab_size=VOCAB, n_embd=32, n_head=4, n_layer=2, rotary_dim=4, n_positions=64, resid_pdrop=0.0)
     config.initializer_range = 0.2
@@ -204,6 +207,10 @@ def labelled_padding(rows: dict[str, Tensor]) -> None:
     rows["labels"] = rows["input_ids"]
 
 
+def small_ids(rows: dict[str, Tensor]) -> None:
+    rows["input_ids"] = rows["input_ids"] % 60
+
+
 def packed(rows: dict[str, Tensor]) -> None:
     length = rows["input_ids"].shape[1]
     rows["position_ids"] = torch.tensor([*range(4), *range(length - 4)]).expand_as(rows["input_ids"])
@@ -231,6 +238,7 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     "more rows": ("llama", more_rows),
     "window": ("mistral", as_they_are),
     "attention of its own": ("gptj", as_they_are),
+    "recurrence": ("mamba", small_ids),
     "bf16 optimizer": ("llama", as_they_are, Setup(1, "bf16", config=FP32_ACCUMULATION)),
     "all-reduce": ("llama", as_they_are, Setup(3, zero={"reduce_scatter": False})),
 }
