@@ -12,6 +12,7 @@ from piece_ds.evaluation.batches import evaluating
 from piece_ds.methods.linear import LinearWeight
 from piece_ds.runtime.distributed import world_size
 from piece_ds.state.mask import collective_device
+from piece_ds.zero.sequence_parallel import refuse_sequences
 from piece_ds.zero.statistics import MicroBatchSource
 
 # (inputs, outputs) of a layer, one row a token, fp64 -> one value for each input or output of each token.
@@ -31,8 +32,11 @@ def layer_sums(
         widths: weight's name -> length of its vector.
         weights: of the linear layers.
         measure: of every layer.
+    Raises:
+        UserError: ranks share rows.
     Cost: one forward pass per micro-batch; each round gathers the vectors from every rank.
     """
+    refuse_sequences(engine, "a method that reads activations")
     total = {name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items()}
     num_ranks, own = world_size(), dist.get_rank() if world_size() > 1 else 0
     for first in range(0, len(micro_batches), num_ranks):

@@ -131,6 +131,7 @@ class PieceCallback(TrainerCallback):
             UserError: there is no suitable engine, or this callback has already served a train().
         """
         engine = engine_of(self.trainer)
+        self.general.check(engine)
         if self.config.update_mode == "compact" and selected_values(engine.module) is None:
             raise UserError("PieceCallback prepares the model for one train(): make another callback for another one")
 

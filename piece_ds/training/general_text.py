@@ -22,6 +22,7 @@ from piece_ds.training.general_loss import GeneralLoss
 from piece_ds.training.general_replay import KL_SHARE, GeneralRows
 from piece_ds.training.general_statistics import GeneralStatistics
 from piece_ds.update.step_scale import StepScale, general_step_scale
+from piece_ds.zero.sequence_parallel import refuse_sequences
 
 STATISTICS_FOLDER = "general_statistics"
 
@@ -80,6 +81,11 @@ class GeneralText:
             )
         if divergence and reads_images(trainer.model.config):
             raise UserError("PieceCallback's general_kl does not keep the logits of a model that reads images")
+
+    def check(self, engine: Any) -> None:
+        """Raise UserError if ranks share rows: rows of general text are whole."""
+        if self._replay or self._divergence:
+            refuse_sequences(engine, "general_replay or general_kl")
 
     def options(self, engine: Any, layout: Layout) -> SelectionOptions:
         """Return what selection may need of general text."""

@@ -14,7 +14,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import collective_device
 from piece_ds.state.partition import Layout, ParameterInfo, partition_of
 from piece_ds.zero.adapter import Piece, offload_device
-from piece_ds.zero.sequence_parallel import sequence_size
+from piece_ds.zero.sequence_parallel import refuse_sequences
 from piece_ds.zero.supported import adapter_for
 
 # Parameter name -> (flat index of the first element, values): one range of each parameter.
@@ -42,11 +42,7 @@ class GradientTerm:
                 "this method changes the reduced gradient, which is not proven with optimizer offload: use "
                 "a DeepSpeed configuration without zero_optimization.offload_optimizer"
             )
-        if sequence_size(engine) > 1:
-            raise UserError(
-                "this method changes the reduced gradient, which is not proven with sequence parallelism: set its size "
-                "to 1"
-            )
+        refuse_sequences(engine, "a method that changes the reduced gradient")
         self._engine, self._adapter = engine, adapter_for(engine)
         self.replicated = self._adapter.replicated or engine.dp_world_size == 1
 

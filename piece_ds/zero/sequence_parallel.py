@@ -90,6 +90,12 @@ def sequence_loss(engine: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return loss * (gradient_divisor(engine) / where.num_shards), whole
 
 
+def refuse_sequences(engine: Any, what: str) -> None:
+    """Raise UserError if ranks share rows, for what gives whole rows to the model and is not proven with that."""
+    if sequence_size(engine) > 1:
+        raise UserError(f"{what} is not proven with sequence parallelism: set its size to 1, or leave {what} out")
+
+
 def sequence_group(engine: Any) -> SequenceGroup:
     """Return the ranks that share rows with this one.
 

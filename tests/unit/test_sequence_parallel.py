@@ -9,8 +9,11 @@ from support.models import make_model
 from torch import Tensor, nn
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
+from piece_ds.config.piece import PieceConfig
+from piece_ds.methods.layer_sums import layer_sums
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.compact_trainer import engine_of
+from piece_ds.training.general_text import GeneralText
 from piece_ds.zero import sequence_parallel
 from piece_ds.zero.sequence_parallel import (
     SequenceGroup,
@@ -127,3 +130,17 @@ def test_a_trainer_that_shares_rows_needs_zero_3() -> None:
         else:
             with pytest.raises(UserError, match="below ZeRO-3"):
                 engine_of(trainer)
+
+
+def test_what_gives_the_model_whole_rows_is_refused() -> None:
+    engine = SimpleNamespace(sequence_parallel_size=2)
+    with pytest.raises(UserError, match="reads activations is not proven with sequence parallelism"):
+        layer_sums(engine, [], {}, [], lambda inputs, outputs: outputs)
+    for options in ({"general_replay": 0.5}, {"general_kl": 1.0}):
+        trainer = SimpleNamespace(model=make_model("llama"))
+        general = GeneralText(
+            trainer, PieceConfig(), [{}], options.get("general_replay", 0.0), options.get("general_kl", 0.0)
+        )
+        with pytest.raises(UserError, match="general_kl is not proven with sequence parallelism"):
+            general.check(engine)
+        general.check(SimpleNamespace(sequence_parallel_size=1))
