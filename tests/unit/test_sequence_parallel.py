@@ -6,15 +6,20 @@ from unittest import mock
 import pytest
 import torch
 from support.models import make_model
+from support.ranks import on_ranks
 from torch import Tensor, nn
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from piece_ds.config.piece import PieceConfig
 from piece_ds.methods.layer_sums import layer_sums
+from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
+from piece_ds.state.statistics import empty_stats
 from piece_ds.training.compact_trainer import engine_of
 from piece_ds.training.general_text import GeneralText
 from piece_ds.zero import sequence_parallel
+from piece_ds.zero.nonfinite_counts import NonfiniteCounts
+from piece_ds.zero.receiver import GradientReceiver
 from piece_ds.zero.sequence_parallel import (
     SequenceGroup,
     SequenceShards,
@@ -144,3 +149,64 @@ def test_what_gives_the_model_whole_rows_is_refused() -> None:
         with pytest.raises(UserError, match="general_kl is not proven with sequence parallelism"):
             general.check(engine)
         general.check(SimpleNamespace(sequence_parallel_size=1))
+
+
+class Tokenwise(nn.Module):
+    """A model whose tokens do not see each other, so that ranks need no exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.embed, self.head = nn.Embedding(90, 7), nn.Linear(7, 90)
+
+    def loss(self, part: dict[str, Tensor]) -> Tensor:
+        logits = self.head(self.embed(part["input_ids"])).flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, part["shift_labels"].flatten(), reduction="sum")
+        return loss / part["num_items_in_batch"]
+
+
+NUM_BATCHES = 5  # the last round of two groups has one
+
+
+def added_parts(size: int) -> tuple[dict[str, Tensor], int]:
+    """This rank's sums of g and g^2 if `size` ranks share a row; and how many gradient entries were not finite."""
+    model = Tokenwise()
+    layout = layout_of(model)
+    stats = empty_stats(layout, True, "cpu")
+    counts = NonfiniteCounts(layout, torch.device("cpu"))
+    engine = SimpleNamespace(module=model, device=torch.device("cpu"))
+    receiver = GradientReceiver(engine, stats, counts, 1.0, 50, size)
+    num_shards, shard, place = layout.num_ranks // size, layout.rank // size, layout.rank % size
+    with receiver.hooks():
+        for first in range(0, NUM_BATCHES, num_shards):
+            receiver.begin_round(num_valid=min(num_shards, NUM_BATCHES - first))
+            b = first + shard if first + shard < NUM_BATCHES else first
+            loss = model.loss(shards(place, size).part(rows(ROWS, 6 + b)))
+            with receiver.backward():
+                loss.backward()
+            receiver.end_round()
+            counts.end_round(first)
+    found = {}
+    for info, part, offset in layout.owned():
+        assert stats.grad_sum is not None
+        found[f"{info.name} G"] = stats.grad_sum[offset : offset + part.numel].numpy()
+        found[f"{info.name} F"] = stats.square_sum[offset : offset + part.numel].numpy()
+    return found, counts.total()
+
+
+def test_gradients_of_ranks_that_share_rows_are_added_before_they_are_squared() -> None:
+    expected: dict[str, Tensor] = {}
+    model = Tokenwise()
+    for b in range(NUM_BATCHES):
+        model.zero_grad()
+        model.loss(shards(0, 1).part(rows(ROWS, 6 + b))).backward()
+        for name, param in model.named_parameters():
+            grad = param.grad.double().reshape(-1)
+            expected[f"{name} G"] = expected.get(f"{name} G", 0.0) + grad
+            expected[f"{name} F"] = expected.get(f"{name} F", 0.0) + grad * grad
+    for num_ranks, size in ((2, 2), (4, 2), (4, 4), (2, 1)):
+        results = on_ranks(num_ranks, lambda size=size: added_parts(size))
+        for key, want in expected.items():
+            got = torch.cat([torch.from_numpy(found[key]) for found, _ in results if key in found])
+            assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-7), (num_ranks, size, key)
+        assert all(count == 0 for _, count in results)
