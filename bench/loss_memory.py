@@ -2,14 +2,13 @@
 
 python bench/loss_memory.py [--vocabulary 262144 --tokens 2048 --chunks 512]
 
-A Llama of one small layer, so that the logits are what counts, in one process of its own for each row. "bytes" is the
-most resident memory above what the process held before the pass. Prints a table and writes
+A Llama of one small layer, so that the logits are what counts. "bytes" is the most memory above what was held before
+the pass: of tensors on a GPU, resident memory of the process on a CPU. Prints a table and writes
 bench/results/loss-memory-<device>.csv.
 """
 
 import argparse
-import json
-import subprocess
+import gc
 import sys
 import time
 from pathlib import Path
@@ -21,34 +20,27 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.record import write_rows
+from bench.record import device_name, write_rows
 from piece_ds.evaluation.chunked_loss import install_chunked_loss
 from piece_ds.runtime.profiling import host_peak_bytes, reset_peaks
 
-HIDDEN = 64
+HIDDEN = 16
 
 
 def main() -> None:
     options = _options()
-    if options.one is not None:
-        print(json.dumps(_measure(options.vocabulary, options.tokens, options.share, options.one)))
-        return
-    rows = []
-    for share in (1.0, 0.25):
+    rows: list[dict[str, Any]] = []
+    for share in options.shares:
         for chunk in (0, *options.chunks):
-            flags = ("--vocabulary", options.vocabulary, "--tokens", options.tokens, "--share", share, "--one", chunk)
-            command = [sys.executable, __file__, *map(str, flags)]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-            rows.append(json.loads(found))
-            plain = next(row for row in rows if row["answer_share"] == share)
-            rows[-1]["times_less"] = plain["bytes"] / rows[-1]["bytes"]
+            found = _measure(options.vocabulary, options.tokens, share, chunk)
+            plain = next((row for row in rows if row["answer_share"] == share), found)
+            rows.append({**found, "times_less": plain["bytes"] / found["bytes"]})
             print(
-                f"{share:4.0%} answers, chunk {chunk or 'none':>5}: {rows[-1]['bytes'] / 2**30:6.2f} GiB above the "
-                f"model, {rows[-1]['times_less']:5.1f} times less, {rows[-1]['seconds']:6.2f} s",
+                f"{share:4.0%} answers, chunk {chunk or 'none':>5}: {found['bytes'] / 2**30:6.2f} GiB above the model, "
+                f"{rows[-1]['times_less']:5.1f} times less, {found['seconds']:6.2f} s, loss {found['loss']:.6f}",
                 flush=True,
             )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    write_rows(Path(__file__).resolve().parent / "results" / f"loss-memory-{device}.csv", rows)
+    write_rows(Path(__file__).resolve().parent / "results" / f"loss-memory-{device_name()}.csv", rows)
 
 
 def _measure(vocabulary: int, tokens: int, share: float, chunk: int) -> dict[str, Any]:
@@ -67,6 +59,7 @@ def _measure(vocabulary: int, tokens: int, share: float, chunk: int) -> dict[str
     # The pass. Gradients of the head and the embedding are there before it, as in a second step.
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
+    gc.collect()
     reset_peaks()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
     begin = time.perf_counter()
@@ -93,8 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=262_144)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--chunks", type=int, nargs="+", default=[128, 512])
-    parser.add_argument("--share", type=float, default=1.0)
-    parser.add_argument("--one", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.25], help="of the tokens that are answers")
     return parser.parse_args()
 
 
