@@ -14,6 +14,7 @@ SCORINGS = ["clean", "authors"]
 SAVE_MODEL = ["last", "each", "never"]
 CHAT_TEMPLATE = ["auto", "true", "false"]
 NONFINITE = ["stop", "skip"]
+STOPPING = ["first_exhausted", "all_exhausted"]  # names of the datasets library
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 
@@ -58,7 +59,21 @@ class ModelArguments:
 class DataArguments:
     """Which tasks, and how rows become tokens."""
 
-    train_file: str | None = field(default=None, metadata={"help": "one task: JSON, JSONL, CSV, Parquet or a Hub name"})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "one task: JSON, JSONL, CSV, Parquet or a Hub name; several files with commas between them"},
+    )
+    interleave_probs: str | None = field(
+        default=None,
+        metadata={"help": "rows of the files of --train_file are drawn with these weights: 0.7,0.3; else file by file"},
+    )
+    stopping_strategy: str = field(
+        default="first_exhausted",
+        metadata={
+            "help": "of --interleave_probs: first_exhausted ends with the first file that has no row left, "
+            "all_exhausted with the last one, and repeats the others"
+        },
+    )
     eval_file: str | None = field(default=None, metadata={"help": "held-out rows of --train_file"})
     task_dir: str | None = field(default=None, metadata={"help": "a stream: folder with NAME/{train,eval,test}.json"})
     tasks: str | None = field(default=None, metadata={"help": "comma-separated task names under --task_dir, in order"})
@@ -113,6 +128,10 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
+
+        require_choice("stopping_strategy", self.stopping_strategy, STOPPING)
+        if self.interleave_probs is not None and "," not in (self.train_file or ""):
+            raise UserError("--interleave_probs belongs to several files of --train_file, separated by commas")
 
         # Flags and YAML spell booleans in several ways.
         template = str(self.chat_template).lower()

@@ -6,17 +6,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
-import pyarrow.compute
 from transformers import ProcessorMixin
 
 from piece_ds.config.arguments import DataArguments
-from piece_ds.data.files import DataFile, first_format, first_rows, read_data_file
+from piece_ds.data.files import first_format, first_rows
 from piece_ds.data.formats import parse_columns
 from piece_ds.data.held_out import hold_out
-from piece_ds.data.image_rows import ImagePrompt, encode_image_rows, find_images, has_images
+from piece_ds.data.image_rows import ImagePrompt
+from piece_ds.data.mixing import mixed, parse_probs, split_files
 from piece_ds.data.readers import READERS
-from piece_ds.data.rows import CHAT, COMPLETION, PAIR, TEXT, TOKENS
-from piece_ds.data.tokenize import Encoder, split_prompt, tokenize_rows
+from piece_ds.data.rows import TEXT, TOKENS
+from piece_ds.data.task_reader import TaskReader
+from piece_ds.data.tokenize import Encoder, split_prompt
 from piece_ds.models.processor import Processing, tokenizer_of
 from piece_ds.models.token_ids import TokenIds
 from piece_ds.runtime.errors import UserError, nearest
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 # A task with training rows only is evaluated on its first rows, so that its column is not empty; Task.held_out is
 # then False. More rows would tell nothing new: the model has seen them all.
 NUM_TRAINING_ROWS_JUDGED = 256
+
+MAX_NAME = 100  # characters of a task that is named after several files
 
 
 @dataclass(frozen=True)
@@ -94,55 +97,6 @@ class Gold:
     references: list[list[str]]
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads files into encoded rows.
-
-    Attributes:
-        prompt: how an image stands in a prompt; None for a model that reads no images.
-    """
-
-    arguments: DataArguments
-    encoder: Encoder
-    prompt: ImagePrompt | None
-    seed: int
-
-    def load(self, path: str, limit: int | None) -> DataFile:
-        file = read_data_file(path, self.prompt is not None, parse_columns(self.arguments.columns))
-        rows = first_rows(file.rows, limit)
-        return DataFile(find_images(rows, path, self.arguments) if has_images(rows) else rows, file.format)
-
-    def encode(self, rows: datasets.Dataset, path: str) -> datasets.Dataset:
-        if self.prompt is not None and has_images(rows):
-            return encode_image_rows(rows, self.encoder, self.prompt)
-        return tokenize_rows(rows, self.encoder, path, documents=True)
-
-    def show(self, file: DataFile, encoded: datasets.Dataset, path: str) -> None:
-        """Log in one line what a file was taken for."""
-        what, encoder = file.format, self.encoder
-        has_template = bool(encoder.tokenizer.chat_template)
-        if what.kind == CHAT and encoder.templates_conversations:
-            template = "chat template used, loss on the assistant's turns"
-        elif what.kind == CHAT:
-            template = "no chat template: question and answer stand plain"
-        elif what.kind in (PAIR, COMPLETION) and encoder.chat_template:
-            template = "chat template used, loss on the answer"
-        elif what.kind in (PAIR, COMPLETION):
-            template = "chat template not used" + (
-                " (--chat_template true uses it)" if has_template else ": there is none"
-            )
-        else:
-            template = "used as they are" if what.kind == TOKENS else "loss on all of it"
-        cut = ""
-        if what.kind in (CHAT, COMPLETION) and len(encoded):
-            lengths = pyarrow.compute.list_value_length(encoded.data.column("input_ids"))
-            num_cut = pyarrow.compute.sum(pyarrow.compute.equal(lengths, encoder.cutoff)).as_py()
-            cut = (
-                f"; {num_cut} rows end at {encoder.cutoff} tokens (--max_prompt_len + --max_ans_len)" if num_cut else ""
-            )
-        logger.warning("%s: %d rows, %s; %s%s", path, len(file.rows), what.name, template, cut)
-
-
 def load_task_stream(arguments: DataArguments, processing: Processing, seed: int = 42) -> list[Task]:
     """Return the tasks that --train_file, or --task_dir with --tasks, names; in order.
 
@@ -156,13 +110,45 @@ def load_task_stream(arguments: DataArguments, processing: Processing, seed: int
     mode = arguments.chat_template
     encoder = Encoder(tokenizer_of(processing), arguments.cutoff, mode == "true", mode != "false")
     prompt = ImagePrompt(processing) if isinstance(processing, ProcessorMixin) else None
-    reader = _Reader(arguments, encoder, prompt, seed)
+    reader = TaskReader(arguments, encoder, prompt, seed)
+    if arguments.train_file is not None and len(split_files(arguments.train_file)) > 1:
+        return [_load_mixed(arguments, reader)]
     return [_load_task(name, files, reader) for name, files in _task_files(arguments).items()]
+
+
+def _load_mixed(arguments: DataArguments, reader: TaskReader) -> Task:
+    """Return one task of the rows of several training files. Each may have a format of its own."""
+    paths = split_files(arguments.train_file or "")
+    probs = parse_probs(arguments.interleave_probs, len(paths))
+    name = "+".join(Path(path.split(":")[0]).stem for path in paths)[:MAX_NAME]
+
+    # Each file by itself. A file of held-out rows belongs to all of them, so it is read once.
+    held_out = {"eval": arguments.eval_file} if arguments.eval_file else {}
+    parts = [_load_task(name, {"train": path, **(held_out if path == paths[0] else {})}, reader) for path in paths]
+    if any("image" in part.train.column_names for part in parts):
+        raise UserError("--train_file: rows with images come from one file; put them into one")
+    train = mixed([part.train for part in parts], probs, arguments.stopping_strategy, reader.seed)
+    logger.warning("task %s: %d training rows from %d files", name, len(train), len(paths))
+    whole = replace(parts[0], train=first_rows(train, arguments.max_train_samples))
+    if held_out:
+        return whole
+
+    # Without that file every training file gives the rows that judge: held out, or its first ones.
+    test = datasets.concatenate_datasets([part.test for part in parts])
+    return replace(
+        whole,
+        eval=test,
+        test=test,
+        answers=[text for part in parts for text in part.answers],
+        prompt_texts=[text for part in parts for text in part.prompt_texts],
+        references=[text for part in parts for text in part.references] if all(p.references for p in parts) else [],
+        generates=all(part.generates for part in parts),
+    )
 
 
 def holds_token_ids(arguments: DataArguments) -> bool:
     """Return whether all rows are token ids already, judged by each file's first row. Then no tokenizer is needed."""
-    named = [path for files in _task_files(arguments).values() for path in files.values()]
+    named = [one for files in _task_files(arguments).values() for path in files.values() for one in split_files(path)]
     named += [path for path in (arguments.general_file, arguments.general_text) if path]
     columns = parse_columns(arguments.columns)
     paths = [Path(path) for path in named]
@@ -213,7 +199,7 @@ def _files_in(folder: Path) -> dict[str, str]:
     return found
 
 
-def _load_task(name: str, files: dict[str, str], reader: _Reader) -> Task:
+def _load_task(name: str, files: dict[str, str], reader: TaskReader) -> Task:
     max_eval_samples, share = reader.arguments.max_eval_samples, reader.arguments.validation_share
     limits = {"train": reader.arguments.max_train_samples, "eval": max_eval_samples, "test": max_eval_samples}
     loaded = {split: reader.load(path, limits[split]) for split, path in files.items()}

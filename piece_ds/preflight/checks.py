@@ -12,6 +12,7 @@ from piece_ds.checkpoint.mask_file import check_mask_file
 from piece_ds.config.deepspeed_configs import config_names
 from piece_ds.config.deepspeed_features import refused_feature
 from piece_ds.config.settings import Settings
+from piece_ds.data.mixing import split_files
 from piece_ds.methods.registry import find_method
 from piece_ds.models.eligible import names_rows
 from piece_ds.models.experts import stacked_experts
@@ -145,13 +146,13 @@ def check_overwrite(settings: Settings, root: Path) -> None:
         "statistics_file": method.statistics_file,
         "peft_config": settings.baseline.peft_config,
         "general_statistics": method.general_statistics,
-        "train_file": data.train_file,
         "eval_file": data.eval_file,
         "task_dir": data.task_dir,
         "general_file": data.general_file,
         "general_text": data.general_text,
     }
-    for name, path in read.items():
+    files = [("train_file", path) for path in (split_files(data.train_file) if data.train_file else ())]
+    for name, path in (*read.items(), *files):
         if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(root.resolve()):
             raise UserError(f"--{name} {path} lies in --output_dir {root}, which --overwrite_output_dir would remove")
 
