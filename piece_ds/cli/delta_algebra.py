@@ -27,7 +27,15 @@ def prune_deltas(arguments: argparse.Namespace) -> None:
     """Write one delta without its small changes."""
     delta = _only(arguments, "prune")
     require_free(Path(arguments.output))
-    prune_delta(delta, arguments.keep, arguments.output, arguments.by, coding=arguments.coding)
+    if arguments.by == "loss":
+        from piece_ds.cli.delta_loss import prune_by_loss  # loads transformers' models
+
+        prune_by_loss(delta, arguments)
+    else:
+        alone = next((flag for flag in ("model", "train_file") if getattr(arguments, flag) is not None), None)
+        if alone is not None:
+            raise UserError(f"--{alone} belongs to --by loss, and --by {arguments.by} would ignore it")
+        prune_delta(delta, arguments.keep, arguments.output, arguments.by, coding=arguments.coding)
     say_size(Path(arguments.output))
 
 

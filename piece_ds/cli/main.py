@@ -141,8 +141,16 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
     prune = add("prune", "A delta with only its largest changes", model=False)
     prune.add_argument("--keep", metavar="SHARE", type=float, required=True, help="of the selected elements, in (0, 1]")
     prune.add_argument(
-        "--by", choices=["change", "relative"], default="change", help="|change|, or |change| / |weight|"
+        "--by",
+        choices=["change", "relative", "loss"],
+        default="change",
+        help="|change|, |change| / |weight|, or by how much each lowers the loss on rows of --train_file",
     )
+    prune.add_argument("--model", metavar="MODEL_FOLDER", help="with --by loss: the base that the delta goes on")
+    prune.add_argument("--train_file", metavar="FILE", help="with --by loss: rows, as training takes them")
+    prune.add_argument("--rows", type=int, default=256, help="with --by loss: the first N; default: %(default)s")
+    prune.add_argument("--batch_size", type=int, default=8, help="with --by loss; default: %(default)s")
+    prune.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
     prune.add_argument("--output", metavar="FILE", required=True)
     _add_coding(prune)
 

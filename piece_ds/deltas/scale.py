@@ -4,7 +4,7 @@ A scaled file keeps the task's full values beside the scaled ones (NAME.unscaled
 be reached from it to the bit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite
 from pathlib import Path
 
@@ -86,18 +86,42 @@ def prune_delta(
     Raises:
         UserError: keep or by is none of these, or the delta has no previous values.
     """
-    if not 0 < keep <= 1:
-        raise UserError(f"keep is {keep}: expected a share of the selected elements, in (0, 1]")
     if by not in PRUNE_BY:
         raise UserError(f"by is {by!r}: expected one of {', '.join(PRUNE_BY)}")
+    require_share(keep)
     require_previous(delta, "pruning")
-    changes = {name: delta.change(name) for name in delta.shapes}
+    scores = {name: _size(change, by) for name, change in delta.changes()}
+    keep_largest(delta, keep, scores, output, coding=coding)
+
+
+def keep_largest(
+    delta: Delta, keep: float, scores: Mapping[str, Tensor], output: Path | str, *, coding: str = CODINGS[0]
+) -> None:
+    """Write the delta with only the changes of the highest scores: max(1, int(keep * selected)) of them.
+
+    Args:
+        delta: with previous values.
+        keep: share of the selected elements, in (0, 1].
+        scores: for each parameter, one number a change. Ties go to the first.
+        output: path of the new delta.
+        coding: see write_parts().
+    Raises:
+        UserError: keep is outside its range.
+    """
+    require_share(keep)
+    changes = dict(delta.changes())
     # One budget over all parameters.
-    scores = torch.cat([_size(change, by) for change in changes.values()])
-    chosen = top(scores, max(1, int(keep * scores.numel())))
+    every = torch.cat([scores[name] for name in changes])
+    chosen = top(every, max(1, int(keep * every.numel())))
     kept = dict(zip(changes, split(chosen, (change.index.numel() for change in changes.values())), strict=True))
     pruned = {name: take(change, kept[name]) for name, change in changes.items()}
     write_delta(output, pruned, delta.shapes, delta.metadata, scale=delta.scale, coding=coding)
+
+
+def require_share(keep: float) -> None:
+    """Raise UserError unless keep is in (0, 1]."""
+    if not 0 < keep <= 1:
+        raise UserError(f"keep is {keep}: expected a share of the selected elements, in (0, 1]")
 
 
 def split(chosen: Tensor, sizes: Iterable[int]) -> list[Tensor]:
