@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "apply_delta_": "piece_ds.deltas",
+    "ChainFollower": "piece_ds.deltas",
     "attach": "piece_ds.update",
     "collect_statistics": "piece_ds.zero",
     "Estimator": "piece_ds.selection",
@@ -44,6 +45,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ChainFollower",
     "Estimator",
     "Fragment",
     "Mask",
@@ -78,7 +80,7 @@ if TYPE_CHECKING:
     from piece_ds.cli.notebook import train
     from piece_ds.config.piece import PieceConfig
     from piece_ds.data.collate import MicroBatches
-    from piece_ds.deltas import apply_delta_, scale_delta
+    from piece_ds.deltas import ChainFollower, apply_delta_, scale_delta
     from piece_ds.methods.estimate import estimate_mask, select
     from piece_ds.methods.registry import register_estimator
     from piece_ds.models.layout import layout_of
