@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from piece_ds.cli.delta import open_deltas, open_model, say_size
-from piece_ds.deltas.combine import Merge, merge_deltas
+from piece_ds.deltas.combine import LINES_DEPTH, Merge, merge_deltas
 from piece_ds.deltas.delta import Delta, open_delta
 from piece_ds.deltas.difference import diff_folders
 from piece_ds.deltas.patch import patch_to, require_free
@@ -68,31 +68,45 @@ def merge_models(arguments: argparse.Namespace) -> None:
         density=arguments.density,
         scale=arguments.scale,
         seed=arguments.seed,
+        depth=_pair(arguments.depth),
     )
     folder = open_model(arguments)
+    names = list(folder.layout.shapes())
     # The other deltas are compared with the first one by merge_deltas().
     verify(folder, [Step(deltas[0])])
 
     # Write the delta, or the model with it.
     if output.suffix == ".safetensors":
-        merge_deltas(deltas, merge, output, coding=arguments.coding)
+        merge_deltas(deltas, merge, output, names, coding=arguments.coding)
         say_size(output)
         return
     # The merged delta is only a step on the way to the model.
     with tempfile.TemporaryDirectory() as scratch:
         merged = Path(scratch) / "merged.safetensors"
-        merge_deltas(deltas, merge, merged)
+        merge_deltas(deltas, merge, merged, names)
         patch_to(folder, [Step(open_delta(merged))], output, with_record=False)
     print(printable(f"merged {len(deltas)} deltas by {arguments.how} into {output}"))
 
 
 def _refuse_options_of_merging(arguments: argparse.Namespace) -> None:
     given = {"--weights": arguments.weights, "--density": arguments.density != 1, "--scale": arguments.scale != 1}
+    given["--depth"] = arguments.depth is not None
     named = next((flag for flag, is_given in given.items() if is_given), None)
     if named is not None:
         raise UserError(f"{named} has no meaning with --how replace, which puts a stack of deltas on as it is")
     if Path(arguments.output).suffix == ".safetensors":
         raise UserError("--how replace writes a model folder; for the one delta of a stack use piece_ds delta compose")
+
+
+def _pair(text: str | None) -> tuple[float, float]:
+    if text is None:
+        return LINES_DEPTH
+    parts = text.split(",")
+    try:
+        first, last = (float(part) for part in parts)
+    except ValueError:
+        raise UserError(f"--depth {text[:60]!r}: expected two numbers, such as 0.2,1") from None
+    return first, last
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:

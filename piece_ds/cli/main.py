@@ -123,13 +123,14 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
     )
     merge.add_argument(
         "--how",
-        choices=["replace", "linear", "ties", "dare"],
+        choices=["replace", "linear", "lines", "ties", "dare"],
         default="replace",
         help="replace: a stack, the last value stands; the others merge changes; default: %(default)s",
     )
     merge.add_argument("--weights", metavar="W,W", help="one number a delta; default: 1 / number of deltas each")
     merge.add_argument("--density", type=float, default=1.0, help="ties: share of largest changes; dare: share drawn")
     merge.add_argument("--scale", type=float, default=1.0, help="the merged change is multiplied by it")
+    merge.add_argument("--depth", metavar="FIRST,LAST", help="lines: factors of the first and last block; default: 0,1")
     merge.add_argument("--seed", type=int, default=42, help="of dare's draws; default: %(default)s")
     _add_coding(merge)
 

@@ -1,8 +1,9 @@
-"""Merge several tasks into one delta: by a linear combination, by TIES, or by DARE.
+"""Merge several tasks into one delta: by a linear combination, also by depth (LiNeS), by TIES, or by DARE.
 
 A task's change is value - previous at its selected elements and 0 elsewhere. The result is base + scale * merged.
 
 - Linear: the sum of w_i t_i.
+- LiNeS: the same, multiplied by a factor that rises with depth; see depth.py.
 - TIES (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): keep each task's largest changes, elect the sign of the
   larger total per element, average the changes that have this sign.
 - DARE (Yu et al. 2023, arXiv 2311.03099): drop each change with probability 1 - density, multiply the others by 1 /
@@ -10,7 +11,7 @@ A task's change is value - previous at its selected elements and 0 elsewhere. Th
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from piece_ds.checkpoint.delta_parts import CODINGS
 from piece_ds.deltas.delta import Change, Delta
+from piece_ds.deltas.depth import depth_factors
 from piece_ds.deltas.scale import split
 from piece_ds.deltas.write import require_previous, top, write_delta
 from piece_ds.runtime.errors import UserError
 
-HOWS = ("linear", "ties", "dare")
+HOWS = ("linear", "lines", "ties", "dare")
+LINES_DEPTH = (0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class Merge:
         density: share of each task's changes to keep, in (0, 1]: the largest (ties), or drawn at random (dare).
         scale: factor of the merged change.
         seed: of DARE's draws.
+        depth: with lines, the factors of the first and of the last block.
     Raises:
         UserError: a value is out of its range, or does not fit `how`.
     """
@@ -47,6 +51,7 @@ class Merge:
     density: float = 1.0
     scale: float = 1.0
     seed: int = 42
+    depth: tuple[float, float] = LINES_DEPTH
 
     def __post_init__(self) -> None:
         if self.how not in HOWS:
@@ -56,19 +61,31 @@ class Merge:
         numbers = torch.tensor([self.scale, *(self.weights or ())], dtype=torch.float64)
         if not bool(numbers.isfinite().all()):
             raise UserError("scale and weights must be finite numbers")
-        if self.how == "linear" and self.density != 1:
-            raise UserError("density has no meaning with how 'linear', which keeps every change")
+        if self.how in ("linear", "lines") and self.density != 1:
+            raise UserError(f"density has no meaning with how {self.how!r}, which keeps every change")
+        if not bool(torch.tensor(self.depth, dtype=torch.float64).isfinite().all()):
+            raise UserError("depth must be two finite numbers, such as 0.2,1")
+        if self.how != "lines" and self.depth != LINES_DEPTH:
+            raise UserError(f"depth has no meaning with how {self.how!r}: only lines scales by depth")
         if self.how == "ties" and min(self.weights or (1.0,)) <= 0:
             raise UserError("weights of TIES must be above 0: it divides by the weights of the tasks that agree")
 
 
-def merge_deltas(deltas: Sequence[Delta], merge: Merge, output: Path | str, *, coding: str = CODINGS[0]) -> None:
+def merge_deltas(
+    deltas: Sequence[Delta],
+    merge: Merge,
+    output: Path | str,
+    names: Iterable[str] = (),
+    *,
+    coding: str = CODINGS[0],
+) -> None:
     """Write the delta that merges tasks, for the base of the first one.
 
     Args:
         deltas: all of one base, or each on top of the one before; with previous values.
         merge: how.
         output: path of the new delta.
+        names: of all parameters of the model; lines counts the blocks by them.
         coding: see write_parts().
     Raises:
         UserError: the deltas have no base in common or no previous values, or there are not as many weights as deltas.
@@ -82,6 +99,7 @@ def merge_deltas(deltas: Sequence[Delta], merge: Merge, output: Path | str, *, c
     # Reduce each task's changes, then merge them parameter by parameter.
     kept = [_sparsified(delta, number, merge) for number, delta in enumerate(deltas)]
     shapes = {name: shape for delta in deltas for name, shape in delta.shapes.items()}
+    factors = depth_factors({*names, *shapes}, *merge.depth) if merge.how == "lines" else {}
     changes: dict[str, Change] = {}
     for name in shapes:
         parts = [
@@ -89,7 +107,7 @@ def merge_deltas(deltas: Sequence[Delta], merge: Merge, output: Path | str, *, c
             for delta, weight, tau in zip(deltas, weights, kept, strict=True)
             if name in tau
         ]
-        changes[name] = _merged(parts, merge)
+        changes[name] = _merged(parts, merge, merge.scale * factors.get(name, 1.0))
     metadata = deltas[0].metadata | {
         "method": f"{merge.how}({'+'.join(d.metadata.get('method', '?') for d in deltas)})"
     }
@@ -145,8 +163,8 @@ def _sparsified(delta: Delta, number: int, merge: Merge) -> dict[str, Tensor]:
     return found
 
 
-def _merged(parts: Sequence[tuple[Change, float, Tensor]], merge: Merge) -> Change:
-    """Return the merged change of one parameter, at the union of the tasks' positions."""
+def _merged(parts: Sequence[tuple[Change, float, Tensor]], merge: Merge, scale: float) -> Change:
+    """Return the merged change of one parameter, times scale, at the union of the tasks' positions."""
     index = torch.cat([change.index for change, _, _ in parts]).unique()
     base = torch.empty(index.numel(), dtype=parts[0][0].values.dtype)
     weighted = torch.zeros(len(parts), index.numel(), dtype=torch.float64)
@@ -159,9 +177,9 @@ def _merged(parts: Sequence[tuple[Change, float, Tensor]], merge: Merge) -> Chan
         weighted[row, places] = of_task * tau
         weight[row] = of_task
     merged = _elected_mean(weighted, weight) if merge.how == "ties" else weighted.sum(0)
-    values = (base.double() + merge.scale * merged).to(base.dtype)
+    values = (base.double() + scale * merged).to(base.dtype)
     # A change of 0 must keep the base's bits: -0.0 and NaN would not survive the sum.
-    return Change(index, torch.where(merged == 0, base, values), base)
+    return Change(index, torch.where((merged == 0) | (scale == 0), base, values), base)
 
 
 def _elected_mean(weighted: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from torch import nn
 
 from piece_ds.checkpoint.delta_file import save_delta
 from piece_ds.deltas import Merge, merge_deltas, open_delta
+from piece_ds.deltas.depth import depth_factors
 from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
 from piece_ds.zero.weights import read_selected
 
@@ -70,3 +72,39 @@ def test_merging_is_what_mergekit_does(
     found = torch.tensor(BASE, dtype=torch.float64)
     found[change.index] = change.values
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_lines_scales_by_depth_as_its_authors_do(tmp_path: Path) -> None:
+    """Factors of arXiv 2410.17146: alpha + beta l / (L - 1) for block l from 0; alpha outside of blocks."""
+    names = ["embed.weight", *(f"model.layers.{n}.up.weight" for n in range(5)), "norm.weight", "vision.layers.0.w"]
+    assert depth_factors([*names, "vision.layers.2.w"], 0.2, 1.0) == pytest.approx(
+        dict(zip(names, (0.2, 0.2, 0.4, 0.6, 0.8, 1.0, 0.2, 0.2), strict=True)) | {"vision.layers.2.w": 1.0}
+    )
+    assert depth_factors(["only.0.w", "norm"], 0.3, 1.0) == {"only.0.w": 0.3, "norm": 0.3}
+
+    # Two tasks on four blocks: the weighted sum of their changes, by depth. A factor of 0 leaves the base's bits.
+    paths = []
+    for task in range(2):
+        model = nn.Sequential(*(nn.Linear(2, 2, bias=False, dtype=torch.float64) for _ in range(4)))
+        wrapped = nn.ModuleDict({"layers": model})
+        with torch.no_grad():
+            for param in wrapped.parameters():
+                param.fill_(-0.0)
+        index = {name: torch.arange(4) for name, _ in wrapped.named_parameters()}
+        mask = Mask(layout_of(wrapped), index, 16, "hand", 1.0)
+        previous = read_selected(wrapped, mask)
+        with torch.no_grad():
+            for number, param in enumerate(wrapped.parameters()):
+                param.fill_(1.0 + number + 10 * task)
+        paths.append(tmp_path / f"{task}.safetensors")
+        save_delta(paths[-1], wrapped, mask, previous)
+    merge = Merge(how="lines", weights=(0.5, 0.25), depth=(0.0, 1.5), scale=2.0)
+    merge_deltas([open_delta(path) for path in paths], merge, tmp_path / "merged")
+    for number in range(4):
+        expected = 2.0 * (1.5 * number / 3) * (0.5 * (1 + number) + 0.25 * (11 + number))
+        values = open_delta(tmp_path / "merged").change(f"layers.{number}.weight").values
+        assert torch.allclose(values, torch.full((4,), expected, dtype=torch.float64))
+        assert bool(torch.signbit(values).all()) == (number == 0)
+    for wrong in ({"how": "linear", "depth": (0.2, 1.0)}, {"how": "lines", "density": 0.5}):
+        with pytest.raises(UserError, match="has no meaning"):
+            Merge(**wrong)  # type: ignore[arg-type]
