@@ -2,9 +2,9 @@
 
 python bench/packing.py --trace FOLDER [--tasks FOMC ScienceQA --rows 8 --batch_size 4]
 
-FOLDER/TASK/train.json holds the rows, as TRACE has them. For each task the statistics pass (forward and backward of every
-micro-batch) reads the first rows in fp32, padded and packed, on one process at ZeRO-2. Tokens are those of the rows,
-without padding. Prints a table and writes bench/results/packing-<device>.csv.
+FOLDER/TASK/train.json holds the rows, as TRACE has them. For each task the statistics pass (forward and backward of
+every micro-batch) reads the first rows in fp32, padded and packed, on one process at ZeRO-2. Tokens are those of the
+rows, without padding. Prints a table and writes bench/results/packing-<device>.csv.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def _measure(engine: Any, task: Task, collate: Any, batch_size: int) -> tuple[di
         losses.append(loss.item())
         return loss * 1.0
 
-    batches = replace(MicroBatches(task.train, collate, batch_size), loss_of=loss_of)  # type: ignore[arg-type]
+    batches = replace(MicroBatches(task.train, collate, batch_size), loss_of=loss_of)
     num_tokens = sum(len(row["input_ids"]) for row in task.train)
     num_places = sum(batches[index]["input_ids"].numel() for index in range(len(batches)))
     on_gpu = torch.cuda.is_available()

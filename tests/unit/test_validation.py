@@ -11,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.deltas import sha256_of
+from support.engines import whole_weights
 from support.launches import make_model_folder, make_rows, same_bits, weights, write_rows
+from support.models import make_model
+from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from piece_ds import PieceCallback
 from piece_ds.__main__ import main
 from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings
@@ -168,3 +172,46 @@ def test_full_fine_tuning_keeps_its_best_step_in_a_checkpoint(folder: Path) -> N
         assert got["used_step"] == got["best_step"] < got["last_step"]
         ended = run(folder, f"full-{config}-ended", *full, "--deepspeed", config, num_steps=got["best_step"])
         assert same_bits(weights(kept / TASK / "model"), weights(ended / TASK / "model"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["compact", "masked"])
+def test_transformers_own_best_checkpoint_works_with_the_callback(folder: Path, mode: str) -> None:
+    """load_best_model_at_end of a plain Trainer: weights and delta of a Trainer that ended there."""
+    rows, held_out = (_token_rows(seed, count) for seed, count in ((2, 16), (3, 4)))
+
+    def fit(name: str, num_steps: int, **options: Any) -> tuple[Trainer, Path]:
+        arguments = TrainingArguments(
+            output_dir=str(folder / name),
+            deepspeed={"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"},
+            use_cpu=True,
+            per_device_train_batch_size=4,
+            max_steps=num_steps,
+            learning_rate=0.4,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            report_to=[],
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = Trainer(make_model("llama"), arguments, default_data_collator, rows, held_out)
+        callback = PieceCallback(trainer, method="piece-s", ratio=0.02, importance_batch_size=3, update_mode=mode)
+        trainer.add_callback(callback)
+        trainer.train()
+        return trainer, folder / name / "delta.safetensors"
+
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    kept, delta = fit(f"callback-{mode}", 6, **every, load_best_model_at_end=True)
+    step = int(str(kept.state.best_model_checkpoint).split("-")[-1])
+    assert step < 6
+    ended, other = fit(f"callback-{mode}-ended", step, save_strategy="no")
+    expected, got = whole_weights(ended.model_wrapped), whole_weights(kept.model_wrapped)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    first, second = load_file(delta), load_file(other)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def _token_rows(seed: int, count: int) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randint(1, 97, (9,), generator=generator).tolist() for _ in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in made]
