@@ -100,7 +100,13 @@ def _refused_with_sequences(engine: Any) -> str | None:
             "sequence parallelism at ZeRO-3 with reduce_scatter false: it averages large gradients over other numbers "
             "of ranks than small ones; remove zero_optimization.reduce_scatter"
         )
-    if type(engine.optimizer).__name__ == "BF16_Optimizer":
+    wrapper = type(engine.optimizer).__name__
+    if wrapper in ("FP16_Optimizer", "FP16_UnfusedOptimizer"):
+        return (
+            f"sequence parallelism in DeepSpeed's {wrapper} (16 bits at ZeRO-0): it looks for a group that sequence "
+            "parallelism does not have; use ZeRO-2 or 3"
+        )
+    if wrapper == "BF16_Optimizer":
         return (
             f"sequence parallelism in DeepSpeed's BF16_Optimizer (bf16 at ZeRO-{stage} with fp32 gradients): its norm "
             "leaves out all parameters on every rank of a row but the first; use ZeRO-2 or 3"

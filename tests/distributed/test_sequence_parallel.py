@@ -18,6 +18,7 @@ MESSAGES = {
     "attention of its own": "GPTJForCausalLM has layers that do not take part in Ulysses' exchange",
     "recurrence": "MambaForCausalLM has layers that do not take part",
     "bf16 optimizer": "DeepSpeed's BF16_Optimizer (bf16 at ZeRO-1",
+    "bf16 at stage 0": "DeepSpeed's FP16_UnfusedOptimizer (16 bits at ZeRO-0)",
     "all-reduce": "reduce_scatter false",
 }
 
