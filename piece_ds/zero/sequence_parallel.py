@@ -274,10 +274,10 @@ def prove_parts(engine: Any, batch: dict[str, Tensor], shards: SequenceShards) -
     )
     worst = all_reduce_max_(off.nan_to_num(nan=float("inf")).to(collective_device())).tolist()
     tolerances = TOLERANCES.get(next(engine.module.parameters()).dtype, TOLERANCES[torch.bfloat16])
-    for what, found, tolerance in zip(("loss", "logits"), worst, tolerances, strict=True):
+    for what, found, tolerance in zip(("losses", "logits"), worst, tolerances, strict=True):
         if found > tolerance:
             raise UserError(
-                f"sequence parallelism: the {what} of rows spread over {where.size} ranks are off by {found:.1g} of "
+                f"sequence parallelism: with rows spread over {where.size} ranks the {what} differ by {found:.1g} from "
                 f"those of whole rows: {type(engine.module).__name__} has layers that do not take part in Ulysses' "
                 "exchange (or register_with_transformers() was called without disable_in_eval=True); set its size to 1"
             )

@@ -35,7 +35,7 @@ def check(results: Results, names: Iterable[str] = CASES) -> None:
                 return case[f"{mode} {key}"]
 
             # bf16 gradients are rounded on each rank before they are added.
-            assert max(of("sums"), of("squares")) < (1e-5 if fp32 else 2e-2), name
+            assert max(of("sums"), of("squares")) < (1e-5 if fp32 else 5e-2), name
             assert of("selected") == case["k"]
             assert of("other") <= (0.01 if fp32 else 0.1) * case["k"], name
             assert of("loss") < (1e-5 if fp32 else 2e-2), name
