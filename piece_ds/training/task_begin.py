@@ -21,6 +21,7 @@ from piece_ds.training.nonfinite import NonfiniteCallback
 from piece_ds.training.task_mask import TaskMask
 from piece_ds.training.trainer import TaskTrainer
 from piece_ds.update.step_scale import general_step_scale, scale_steps
+from piece_ds.zero.even_gradients import even_out_gradients
 
 
 def arguments_of(settings: Settings, folder: Path, masked: bool) -> TrainingArguments:
@@ -63,6 +64,7 @@ def begin_baseline(
         has_moved: as in GeneralStatistics.take().
     """
     guard.watch_engine()
+    even_out_gradients(engine)  # as the update of a mask does; the model keeps it for later tasks
     if general is not None:
         taken = general.take(engine, layout_of(engine.module), has_moved)
         scale_steps(engine, general_step_scale(taken, general.damping_quantile))

@@ -5,6 +5,7 @@ from typing import Any
 from piece_ds.state.mask import Mask
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.update.step_scale import StepScale
+from piece_ds.zero.even_gradients import even_out_gradients
 from piece_ds.zero.partial_gradients import refuse_parts
 from piece_ds.zero.scaled_update import scale_selected
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
@@ -41,7 +42,7 @@ class MaskedUpdate:
         if step_scale is not None:
             scale = scale_selected(adapter, whole, step_scale.selected(mask))
             self._remove += scale.install(engine.basic_optimizer)
-        self._remove.append(refuse_parts(engine))
+        self._remove += [refuse_parts(engine), even_out_gradients(engine)]
 
     def detach(self) -> None:
         """Restore the engine as it was before."""

@@ -1,6 +1,6 @@
 """Receive the gradients of a statistics pass: take them off the parameters, send them to their owners, add them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.state.statistics import GradientStats
 from piece_ds.zero.exchange import Slice, exchange, plan_buckets, slice_range
 from piece_ds.zero.host_copies import HostCopies
+from piece_ds.zero.leaf_modules import LeafModules
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
 from piece_ds.zero.partial_gradients import came_in_forward, came_in_parts, largest_counts
 
@@ -63,16 +64,21 @@ class GradientReceiver:
         self.buckets = plan_buckets(self.layout, bucket_elements)
         self.copies = HostCopies(engine.device, stats.square_sum.device)
         self.offset_of = {info.name: (offset, part.start) for info, part, offset in self.layout.owned()}
+        self.numel_of = {info.name: info.numel for info in self.layout.eligible()}
         self.dtype_of = {name: p.dtype for name, p in self.model.named_parameters()}
         # Ranks may use different parts of a ZeRO-3 leaf module (experts). To exchange as soon as one rank has its
-        # gradients would wait for a rank that waits for the next gather, so these wait for the end of backward.
-        self.late = {name for name, p in self.model.named_parameters() if hasattr(p, "ds_z3_leaf_module")}
+        # gradients would wait for a rank that waits for the next gather. So these wait until backward leaves the
+        # module, or for the end of backward if it enters the module more than once.
+        self.leaves = LeafModules(self.model)
+        self.late = set(self.leaves.names)
+        self.in_parts: set[str] = set()  # of late, those that wait for the end of backward
 
         # State of the current round.
         self.in_backward = False
         self.part_counts: dict[str, int] | None = None  # set for the backward in which parts are counted
         self.grads: dict[str, Tensor] = {}
         self.taken: set[str] = set()  # parameters whose gradient has come in this round
+        self.waiting: set[str] = set()  # of late, those whose gradient may not be exchanged yet
         self.next_bucket = 0
         self.num_valid = 0
         self.last_pass: LastPass | None = None  # set for the last round
@@ -92,6 +98,7 @@ class GradientReceiver:
             for name, param in self.model.named_parameters()
             if param.requires_grad
         ]
+        handles += self.leaves.hooks(self._left)
         try:
             yield
         finally:
@@ -115,10 +122,19 @@ class GradientReceiver:
 
         return take
 
+    def _left(self, names: Iterable[str]) -> None:
+        """Exchange what waited for backward to leave a leaf module. What the micro-batch did not use is zero."""
+        if self.part_counts is not None:
+            return
+        names = set(names) & self.waiting - self.in_parts
+        self.waiting -= names
+        self._fill(name for name in names if name not in self.taken)
+        self._flush_complete()
+
     def _take(self, name: str, grad: Tensor) -> None:
         if name not in self.taken:
             self.grads[name] = grad
-        elif name in self.late:
+        elif name in self.waiting:
             self.grads[name] = self.grads[name] + grad
         else:  # the first part may have been sent as the whole
             raise UserError(came_in_parts(name))
@@ -133,7 +149,9 @@ class GradientReceiver:
         self.part_counts = dict.fromkeys(self.dtype_of, 0)
         yield
         counts, self.part_counts = self.part_counts, None
-        self.late |= {name for name, count in largest_counts(counts).items() if count > 1}
+        self.in_parts = {name for name, count in largest_counts(counts).items() if count > 1}
+        self.late |= self.in_parts
+        self.waiting |= self.in_parts
 
     def begin_round(self, num_valid: int) -> None:
         """Prepare for the backward of a new micro-batch on every rank.
@@ -143,12 +161,15 @@ class GradientReceiver:
         """
         self.grads.clear()
         self.taken.clear()
+        self.leaves.begin_round()
+        self.waiting = set(self.late)
         self.next_bucket = 0
         self.num_valid = num_valid
 
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Enter a context in which gradients are expected. Those that come outside of it are refused."""
+        self.leaves.end_forward()
         self.in_backward = True
         try:
             yield
@@ -157,15 +178,19 @@ class GradientReceiver:
 
     def end_round(self) -> None:
         """Send what is left. A parameter that this micro-batch did not use has gradient zero."""
-        for info in self.layout.eligible():
-            if info.name not in self.grads and self._is_pending(info.name):
-                self.grads[info.name] = torch.zeros(info.numel, dtype=self.dtype_of[info.name], device=self.device)
+        self.waiting.clear()
+        pending = {part.info.name for bucket in self.buckets[self.next_bucket :] for part in bucket}
+        self._fill(pending - self.grads.keys())
         self._flush_complete()
         self.copies.drain()
         assert self.next_bucket == len(self.buckets)
 
-    def _is_pending(self, name: str) -> bool:
-        return any(part.info.name == name for bucket in self.buckets[self.next_bucket :] for part in bucket)
+    def _fill(self, names: Iterable[str]) -> None:
+        """Set gradients to zero. A second gradient of one of them is refused: zero may have been sent already."""
+        for name in names:
+            if name in self.numel_of:
+                self.grads[name] = torch.zeros(self.numel_of[name], dtype=self.dtype_of[name], device=self.device)
+                self.taken.add(name)
 
     def _flush_complete(self) -> None:
         """Exchange buckets in their fixed order while the next one is complete: every rank makes the same calls."""
@@ -174,7 +199,7 @@ class GradientReceiver:
             names = {part.info.name for part in bucket}
 
             # Stop at the first incomplete bucket, even if a later one is complete.
-            if not names <= self.grads.keys() or (self.in_backward and names & self.late):
+            if not names <= self.grads.keys() or names & self.waiting:
                 return
             sums: dict[int, Tensor] = {}  # of the parts of a micro-batch, by the slice's place in the bucket
             for number, (source, part, grad) in enumerate(exchange(bucket, self.grads, self.layout)):
