@@ -36,17 +36,24 @@ def check_method_reads_images(method: str, config: Any) -> None:
         )
 
 
-def warn_of_stacked_experts(method: str, config: Any, trust_remote_code: bool) -> None:
-    """Say so if a method that acts on linear layers leaves out experts that are stacked into one parameter."""
-    if not find_method(method).only_linear or not is_main():
+def warn_of_stacked_experts(method: str, unit: str, config: Any, trust_remote_code: bool) -> None:
+    """Say so if a method or a unit acts on matrices, which experts that are stacked into one parameter are not."""
+    only_linear = find_method(method).only_linear
+    if not is_main() or (unit == "element" and not only_linear):
         return
     model = empty_model(config, trust_remote_code)
     stacked = sum(param.numel() for module in stacked_experts(model).values() for param in module.parameters())
     total = sum(param.numel() for param in model.parameters())
-    if stacked:
+    if stacked and only_linear:
         logger.warning(
             "--method %s acts on linear layers: it leaves the stacked experts out, %.1f %% of the model's weights",
             method,
+            100 * stacked / total,
+        )
+    elif stacked:
+        logger.warning(
+            "--unit %s is of matrices: the stacked experts, %.1f %% of the model's weights, compete by element",
+            unit,
             100 * stacked / total,
         )
 

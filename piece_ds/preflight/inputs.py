@@ -112,7 +112,7 @@ def load_inputs(settings: Settings) -> Inputs:
     check_attention_of(settings.model, config)
     check_mask(settings, config)
     check_method_reads_images(settings.method.method, config)
-    warn_of_stacked_experts(settings.method.method, config, settings.model.trust_remote_code)
+    warn_of_stacked_experts(settings.method.method, settings.method.unit, config, settings.model.trust_remote_code)
     check_eligible(settings.model, config)
     check_general_text(settings, config)
     data = settings.data

@@ -126,10 +126,14 @@ def test_methods_of_linear_layers_say_what_they_leave_out(caplog: pytest.LogCapt
     config = make_moe("mixtral").config
     for method in ("lift", "shira", "migu", "lora", "o-lora"):
         caplog.clear()
-        warn_of_stacked_experts(method, config, False)
+        warn_of_stacked_experts(method, "element", config, False)
         assert f"--method {method} acts on linear layers: it leaves the stacked experts out, 61.1 %" in caplog.text
     caplog.clear()
     for method in ("piece-s", "piece-ratio", "magnitude", "seqft"):
-        warn_of_stacked_experts(method, config, False)
-    warn_of_stacked_experts("lift", make_moe("listed").config, False)
+        warn_of_stacked_experts(method, "element", config, False)
+    warn_of_stacked_experts("lift", "element", make_moe("listed").config, False)
     assert not caplog.text
+    warn_of_stacked_experts("piece-s", "column", config, False)
+    assert "--unit column is of matrices: the stacked experts, 61.1 % of the model's weights, compete by element" in (
+        caplog.text
+    )
