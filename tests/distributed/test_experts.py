@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 from support.jobs import result_of
-from support.moe_cases import CASES, LEARNING_RATE, LONG, NUM_STEPS, plain_training, scores_of
+from support.moe_cases import CASES, FAST, LEARNING_RATE, LONG, NUM_STEPS, SLOW, plain_training, scores_of
 from support.oracle import top_k
 from support.selection_cases import as_set
 
-EVERYWHERE = [(name, ranks) for name, case in CASES.items() for ranks in case.num_ranks]
+EVERYWHERE = [
+    *(pytest.param(name, ranks, "fast", id=f"{name}-{ranks}") for name, ranks in sorted(FAST)),
+    *(pytest.param(name, ranks, "slow", id=f"{name}-{ranks}", marks=pytest.mark.slow) for name, ranks in sorted(SLOW)),
+]
 
 
 def assert_only_selected_moved(got: dict[str, Any], index: dict[str, torch.Tensor]) -> None:
@@ -19,10 +22,10 @@ def assert_only_selected_moved(got: dict[str, Any], index: dict[str, torch.Tenso
         assert final.isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
-def test_masks_are_those_of_one_process(job: Any, name: str, ranks: int) -> None:
+@pytest.mark.parametrize(("name", "ranks", "tier"), EVERYWHERE)
+def test_masks_are_those_of_one_process(job: Any, name: str, ranks: int, tier: str) -> None:
     """Exactly k; at most 1 % of k may differ where scores at the threshold are equal up to rounding."""
-    got = result_of(job("moe_job", ranks), name)
+    got = result_of(job("moe_job", ranks, tier), name)
     scores, k = scores_of(CASES[name])
     for method, mask in got["masks"].items():
         found = as_set(mask)
@@ -31,9 +34,11 @@ def test_masks_are_those_of_one_process(job: Any, name: str, ranks: int) -> None
     assert got["leftover"] == []
 
 
-@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
-def test_steps_move_the_selected_weights_as_one_process_does_and_no_others(job: Any, name: str, ranks: int) -> None:
-    got = result_of(job("moe_job", ranks), name)
+@pytest.mark.parametrize(("name", "ranks", "tier"), EVERYWHERE)
+def test_steps_move_the_selected_weights_as_one_process_does_and_no_others(
+    job: Any, name: str, ranks: int, tier: str
+) -> None:
+    got = result_of(job("moe_job", ranks, tier), name)
     index = {parameter: torch.as_tensor(positions) for parameter, positions in got["masks"]["piece-s"].items()}
     expected = plain_training(CASES[name], index, ranks)
     assert expected.keys() == got["final"].keys()

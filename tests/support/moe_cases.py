@@ -77,6 +77,28 @@ CASES |= {
     for stage in (0, 1, 2, 3)
     for mode in ("compact", "masked")
 }
+# What the fast tests run, as (case, ranks): every family, stage, mode, kind of bucket and of checkpointing once.
+FAST = {
+    ("mixtral-stage3-compact", 2),
+    ("qwen3-moe-stage2-masked", 2),
+    ("gpt-oss-stage3-masked", 2),
+    ("deepseek-v3-stage0-compact", 2),
+    ("listed-stage2-masked", 2),
+    ("listed-stage3-compact", 2),
+    ("small-buckets-mixtral-stage3", 2),
+    ("small-buckets-listed-stage3", 2),
+    ("sampled-gpt-oss-stage3", 2),
+    ("reentrant-checkpointing-listed-stage3", 2),
+    ("aux-loss-mixtral-stage3", 2),
+    ("routers-too-gpt-oss-stage2", 2),
+    ("forced-mixtral-stage3-compact", 2),
+    ("forced-listed-stage1-masked", 2),
+    ("forced-listed-stage2-compact", 2),
+    ("forced-listed-stage3-masked", 2),
+    ("deepseek-v3-stage3-compact", 1),
+}
+SLOW = {(name, ranks) for name, case in CASES.items() for ranks in case.num_ranks} - FAST
+
 # Only that they end, and that nothing else moves.
 LONG = {
     f"long-{family}-{mode}": Case(family, Setup(3), mode, forced=True, bucket_elements=300, num_steps=200)

@@ -1,4 +1,7 @@
-"""A job: statistics, selection and training of mixtures of experts; results for test_experts.py."""
+"""A job: statistics, selection and training of mixtures of experts; results for test_experts.py.
+
+Arguments: folder, and which cases: fast, slow or long.
+"""
 
 import sys
 from typing import Any
@@ -20,9 +23,11 @@ from support.moe_cases import (
     ACCUMULATION,
     CASES,
     CLIP,
+    FAST,
     LEARNING_RATE,
     LONG,
     RATIO,
+    SLOW,
     WEIGHT_DECAY,
     Case,
     batches_of_step,
@@ -34,8 +39,9 @@ from support.moe_cases import (
 def main() -> None:
     start()
     results: Results = {}
-    for name, case in (LONG if "long" in sys.argv[2:] else CASES).items():
-        if dist.get_world_size() in case.num_ranks:
+    wanted = {"fast": FAST, "slow": SLOW, "long": {(name, 2) for name in LONG}}[sys.argv[2]]
+    for name, case in (CASES | LONG).items():
+        if (name, dist.get_world_size()) in wanted:
             collect_case(results, name, lambda case=case: run_case(case))  # type: ignore[misc]
     finish(results)
 
