@@ -138,7 +138,7 @@ def flags_of(
     if sweep.ratio is not None:
         flags |= {"mask_ratio": sweep.ratio, "importance_rows": recipe.importance_rows}
         # All rates of a task and seed select from the same statistics, which are kept from the first of them.
-        if sweep.method != "random":
+        if sweep.method in ("piece-s", "piece-f"):
             flags["statistics_file"] = options.cache / f"task-{sweep.method}-{setting.seed}"
     if sweep.general_text:
         flags["general_text"] = "self" if sweep.general_text == "self" else options.cache / "real.jsonl"
