@@ -62,13 +62,12 @@ class Comparison:
     tasks: tuple[str, ...]
 
 
-def contenders(recipe: OfficeRecipe, material: Path, with_replay: bool) -> list[Contender]:
-    """Return the contenders, the recommended recipe first.
+def contenders(recipe: OfficeRecipe, material: Path) -> list[Contender]:
+    """Return the contenders: the recommended recipe first, each method with and without divergence from the base model.
 
     Args:
         recipe: the settings.
         material: folder that keeps the base model's statistics of general text for all of them.
-        with_replay: add each contender once more, with rows of the self-written text beside every batch.
     """
     mask = {
         "method": "piece-ratio",
@@ -79,17 +78,16 @@ def contenders(recipe: OfficeRecipe, material: Path, with_replay: bool) -> list[
         "general_text": SELF,
         "general_statistics": material / "general_statistics",
     }
-    plain = [
-        Contender("recommended", "", mask),
-        Contender("seqft", "seqft", {"method": "seqft", "learning_rate": recipe.full_learning_rate}),
-        Contender("lora", "lora", {"method": "lora", "learning_rate": recipe.lora_learning_rate}),
-    ]
-    if not with_replay:
-        return plain
-    replay = {"general_text": SELF, "general_replay": recipe.replay_weight}
-    return plain + [
-        Contender(f"{one.name} + replay", f"{one.folder or 'recommended'}-replay", {**one.flags, **replay})
-        for one in plain
+    seqft = {"method": "seqft", "learning_rate": recipe.full_learning_rate}
+    lora = {"method": "lora", "learning_rate": recipe.lora_learning_rate}
+    divergence = {"general_text": SELF, "general_kl": recipe.general_kl}
+    return [
+        Contender("recommended", "", {**mask, **divergence}),
+        Contender("recommended without KL", "without-kl", mask),
+        Contender("seqft", "seqft", seqft),
+        Contender("seqft + KL", "seqft-kl", {**seqft, **divergence}),
+        Contender("lora", "lora", lora),
+        Contender("lora + KL", "lora-kl", {**lora, **divergence}),
     ]
 
 
@@ -98,7 +96,6 @@ def run_office(
     model: str,
     folder: RunFolder,
     recipe: OfficeRecipe | None = None,
-    with_replay: bool | None = None,
 ) -> Comparison:
     """Run every contender over the stream; with --method, only the user's own method and seqft.
 
@@ -107,19 +104,15 @@ def run_office(
         model: name or folder of the pretrained model.
         folder: free, or of the run to resume.
         recipe: the settings; None means the defaults, on a CPU with fewer tasks and rows.
-        with_replay: run each contender once more with replay. None means only on a GPU: on a CPU three more runs would
-            take the whole past ten minutes.
     """
 
     # Write the data, and choose who takes part: on a CPU what takes ten minutes on two cores.
     on_cpu = get_accelerator().device_name() == "cpu"
     recipe = recipe or (CPU_RECIPE if on_cpu else OfficeRecipe())
-    if with_replay is None:
-        with_replay = not on_cpu
     seed = settings.training_arguments().seed
     paths = _write(folder.root / "material", seed, model, recipe)
     common = _common_flags(paths, model, recipe, folder)
-    chosen = _chosen(settings, contenders(recipe, folder.root / "material", with_replay), recipe)
+    chosen = _chosen(settings, contenders(recipe, folder.root / "material"), recipe)
 
     # Run one contender after another.
     runs = []

@@ -23,11 +23,9 @@ def test_the_comparison_ends_with_its_table_and_answers_in_words(tmp_path: Path)
     text = succeeded(run).stdout
     table, answers = text.split("Learned against forgotten")[1].split("What the model answers")
     rows = {line.split("  ")[0]: line for line in table.splitlines()}
-    folders = {"recommended": out, "seqft": out / "seqft", "lora": out / "lora"}
-    folders |= {
-        f"{name} + replay": out / f"{'recommended' if folder == out else name}-replay"
-        for name, folder in folders.items()
-    }
+    folders = {"recommended": out, "recommended without KL": out / "without-kl"}
+    for name in ("seqft", "lora"):
+        folders |= {name: out / name, f"{name} + KL": out / f"{name}-kl"}
     for name, folder in folders.items():
         summary = json.loads((folder / "results.json").read_text())["matrix"]["summary"]
         assert f"{summary['general_loss_change']:+.3f}" in rows[name]

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     settings = load_settings(argv)
     start_distributed()
     folder = RunFolder(Path(settings.training_arguments().output_dir))
-    comparison = run_office(settings, MODEL, folder, TINY, with_replay=True)
+    comparison = run_office(settings, MODEL, folder, TINY)
     show(comparison.runs, folder)
     print_comparison(comparison)
 

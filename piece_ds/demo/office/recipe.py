@@ -29,7 +29,8 @@ does. LoRA learns more there, and raises it six to ten times as much. Without sc
 loses to full fine-tuning on orders: the recipe rests on the scaling.
 
 Replay of self-written text at this weight halves the rise of full fine-tuning and takes a fifth off that of the mask.
-It does not bring it to zero. The rates below are those at which the three methods learn about as much, interpolated
+It does not bring it to zero; divergence from the base model nearly does (docs/forgetting.md), so the runs have that
+instead. The rates below are those at which the three methods learn about as much, interpolated
 linearly between these.
 """
 
@@ -49,7 +50,7 @@ class OfficeRecipe:
         task_batch_size: rows of such a step.
         mask_ratio: selected weights / weights of the model.
         mask_learning_rate: of the recommended recipe, whose steps are scaled by general importance.
-        replay_weight: weight of --general_replay, in the runs with replay.
+        general_kl: weight of the divergence from the base model on text that it wrote, in the runs with it.
         full_learning_rate, lora_learning_rate: of the methods it is compared with, so that they learn about as much.
         importance_batch_size: rows of a micro-batch of the statistics.
         importance_rows: rows of each task that its statistics are taken from.
@@ -66,7 +67,7 @@ class OfficeRecipe:
     task_batch_size: int = 8
     mask_ratio: float = 0.01
     mask_learning_rate: float = 3e-3
-    replay_weight: float = 0.25
+    general_kl: float = 4.0
     full_learning_rate: float = 6e-5
     lora_learning_rate: float = 8e-4
     importance_batch_size: int = 4
