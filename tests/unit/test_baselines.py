@@ -1,7 +1,9 @@
 """What defines each method without a mask: EWC's gradient, GEM's angle, LwF's target, replay's mix, LoRA's merge."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -10,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from support.models import make_micro_batches, make_model
+from support.selection_cases import make_stats
 from torch import nn
 
+from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
 from piece_ds.config.method_arguments import BaselineArguments
 from piece_ds.data.tasks import Task
+from piece_ds.methods import ewc
 from piece_ds.methods.baseline import TaskContext
 from piece_ds.methods.ewc import penalty_gradient
 from piece_ds.methods.gem import dual_weights
@@ -81,6 +86,20 @@ def test_ewcs_gradient_is_that_of_the_quadratic_penalty() -> None:
     (400.0 / 2 * fisher.abs() * (weight - anchor) ** 2).sum().backward()
     found = penalty_gradient(400.0, {"w": (0, fisher.abs())}, {"w": (0, weight.detach())}, {"w": (0, anchor)})
     torch.testing.assert_close(found["w"][1], weight.grad)
+
+
+def test_ewc_keeps_the_earlier_tasks_fisher_decayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F = decay * F of earlier tasks + the mean squared gradient of this one."""
+    earlier, now = make_stats("random"), make_stats("bf16-tied")
+    now.num_micro_batches = 4
+    baseline = METHODS["ewc"].baseline(BaselineArguments(ewc_decay=0.25))
+    save_statistics(tmp_path / "before" / ewc.FOLDER, replace(earlier, grad_sum=None))
+    monkeypatch.setattr(ewc, "layout_of", lambda module: earlier.layout)
+    monkeypatch.setattr(ewc, "collect_statistics", lambda *args, **options: now)
+    (tmp_path / "now").mkdir()
+    baseline.end_task(SimpleNamespace(module=None), replace(context(1, tmp_path / "now"), previous=tmp_path / "before"))
+    kept = load_statistics(tmp_path / "now" / ewc.FOLDER, earlier.layout, False, torch.device("cpu"))
+    torch.testing.assert_close(kept.square_sum, 0.25 * earlier.square_sum + now.square_sum / 4)
 
 
 @pytest.mark.parametrize("num_memories", [1, 2, 5])

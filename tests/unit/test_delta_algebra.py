@@ -180,6 +180,10 @@ def test_linear_and_dare_are_weighted_sums(siblings: tuple[torch.Tensor, list[Pa
     ratio = moved[:, tau != 0] / tau[tau != 0]
     assert torch.minimum((ratio - 2).abs(), ratio.abs()).max() < 1e-3
     assert abs(float(ratio.mean()) - 1) < 0.1  # 100 x 24 draws: five standard deviations
+    # Each delta has draws of its own: of a task merged with itself some changes are kept once, not twice or never.
+    twice = merged(base, [paths[0], paths[0]], tmp_path / "m", how="dare", density=0.5, seed=7)
+    of_tau = (twice.double() - base.view(-1).double()).view(-1)[tau != 0] / tau[tau != 0]
+    assert of_tau.round().unique().tolist() == [0.0, 1.0, 2.0]
     again = merged(base, paths[:1], tmp_path / "m", how="dare", density=0.5, seed=7)
     assert torch.equal(again, one[7])
 
