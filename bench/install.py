@@ -4,11 +4,12 @@
     python bench/install.py --only piece_ds     # one of them
 
 Every package goes into a new virtual environment with the pip and the constraints of this project, without pip's cache.
-`seconds` includes the download, from whatever index is set up; `megabytes` are what the environment holds on disk
-beyond an empty one. The environment is removed before the next is made.
+`seconds` includes the download, from whatever index is set up; `cpu_seconds` is pip's own work; `megabytes` are what
+the environment holds on disk beyond an empty one. The environment is removed before the next is made.
 """
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
@@ -34,8 +35,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = [measured(name, Path(scratch)) for name in arguments.only or PACKAGES]
     write_rows(arguments.output, rows)
-    for row in rows:
-        print(row)
 
 
 def measured(name: str, scratch: Path) -> dict[str, Any]:
@@ -45,17 +44,26 @@ def measured(name: str, scratch: Path) -> dict[str, Any]:
     before = megabytes(folder)
     what = str(built_wheel(scratch)) if name == "piece_ds" else name
     command = [folder / "bin" / "pip", "install", "--quiet", "--no-cache-dir", "--constraint", ROOT / "constraints.txt"]
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), cpu_seconds()
     subprocess.run([*map(str, command), what], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seconds = time.perf_counter() - begin
+    seconds, busy = time.perf_counter() - begin, cpu_seconds() - cpu_begin
     sizes = folder_sizes(folder)
-    return {
+    row = {
         "package": name,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(busy, 1),
         "megabytes": round(megabytes(folder) - before),
         "packages": num_packages(folder),
         "heaviest": "; ".join(f"{part} {size}" for part, size in sizes[:HEAVIEST]),
     }
+    print(row, flush=True)  # before the environment is removed, which takes a while
+    return row
+
+
+def cpu_seconds() -> float:
+    """Return the processor seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def built_wheel(scratch: Path) -> Path:
