@@ -111,6 +111,15 @@ def _refused_with_sequences(engine: Any) -> str | None:
             f"sequence parallelism in DeepSpeed's BF16_Optimizer (bf16 at ZeRO-{stage} with fp32 gradients): its norm "
             "leaves out all parameters on every rank of a row but the first; use ZeRO-2 or 3"
         )
+    config: Any = getattr(engine.module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_key_value_heads", None)
+    if heads is not None and heads < sequence_size(engine):
+        return (
+            f"sequence parallelism over {sequence_size(engine)} ranks and {heads} key and value heads: DeepSpeed "
+            "repeats the heads and leaves the model so, and evaluation then fails; share a row among at most "
+            f"{heads} ranks"
+        )
     return None
 
 

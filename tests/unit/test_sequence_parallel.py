@@ -17,7 +17,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.state.statistics import empty_stats
 from piece_ds.training.compact_trainer import engine_of
 from piece_ds.training.general_text import GeneralText
-from piece_ds.zero import sequence_parallel
+from piece_ds.zero import sequence_parallel, supported
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
 from piece_ds.zero.receiver import GradientReceiver
 from piece_ds.zero.sequence_parallel import (
@@ -210,3 +210,20 @@ def test_gradients_of_ranks_that_share_rows_are_added_before_they_are_squared() 
             got = torch.cat([torch.from_numpy(found[key]) for found, _ in results if key in found])
             assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-7), (num_ranks, size, key)
         assert all(count == 0 for _, count in results)
+
+
+def test_more_ranks_a_row_than_key_heads_are_refused() -> None:
+    kind = type("DeepSpeedEngine", (SimpleNamespace,), {})
+    for heads, size, fits in ((1, 2, False), (2, 4, False), (4, 4, True), (8, 2, True)):
+        config = LlamaConfig(num_attention_heads=8, num_key_value_heads=heads)
+        engine = kind(
+            module=SimpleNamespace(config=config),
+            sequence_parallel_size=size,
+            optimizer=None,
+            _config=SimpleNamespace(_param_dict={}),
+            zero_optimization_stage=lambda: 2,
+            autotp_size=lambda: 0,
+            is_deepcompile_active=lambda: False,
+        )
+        assert (supported._refusal(engine) is None) == fits
+        assert fits or f"{size} ranks and {heads} key and value heads" in str(supported._refusal(engine))
