@@ -163,14 +163,16 @@ def main() -> None:
     parser.add_argument("model", help="folder of the base")
     parser.add_argument("patches", nargs="*", type=Path)
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL with a prompt a row")
+    parser.add_argument("--max_model_len", type=int, default=512, help="tokens of a prompt and its answer")
     parser.add_argument("--max_tokens", type=int, default=32)
     parser.add_argument("--output", type=Path, required=True, help="JSON: greedy tokens of every prompt, and seconds")
     arguments = parser.parse_args()
     prompts = [json.loads(line)["prompt"] for line in arguments.prompts.read_text().splitlines()]
     tasks = [Task(path) for path in arguments.patches]
 
+    length = arguments.max_model_len
     # Greedy, and the same batches for every task.
-    engine = Engine(arguments.model, dtype="bfloat16", enforce_eager=True, max_model_len=512, max_num_seqs=64)
+    engine = Engine(arguments.model, dtype="bfloat16", enforce_eager=True, max_model_len=length, max_num_seqs=64)
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=arguments.max_tokens)

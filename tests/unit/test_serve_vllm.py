@@ -119,6 +119,7 @@ def test_a_running_engine_switched_among_tasks_answers_as_the_merged_models_do(t
 
     def served(folder: Path, *given: Path) -> subprocess.CompletedProcess[str]:
         command = [PYTHON, EXAMPLE, folder, *given, "--prompts", tmp_path / "prompts.jsonl"]
+        command += ["--max_model_len", 128, "--max_tokens", 16]
         output = tmp_path / f"{folder.name}.json"
         variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         return subprocess.run(
