@@ -127,22 +127,25 @@ def _every_run(runs: list[Record]) -> str:
 
 
 def frontier_figure(runs: list[Record]) -> Figure:
-    """Return one panel a task: learned loss (better to the left) against the rise of general loss."""
+    """Return one panel a task: learned loss (better to the left) against the rise of general loss.
+
+    A method has one colour. Lines and marks tell whether it trains on general text: none, replay, or divergence.
+    """
+    methods = list(dict.fromkeys(sweep.name.split(" + ")[0] for sweep in SWEEPS))
     tasks = tasks_of(runs)
     figure = Figure(figsize=(5.2 * len(tasks), 4.6), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for task, panel in zip(tasks, panels, strict=True):
         of_task = [run for run in runs if run["task"] == task]
-        for index, sweep in enumerate(SWEEPS):
+        for sweep in SWEEPS:
             for curve in curves_of(of_task, sweep.name, "rise"):
-                style = "--" if sweep.replay else "-"
+                style = "s--" if sweep.replay else "^:" if sweep.divergence else "o-"
                 panel.plot(
                     [point.learned for point in curve],
                     [point.lost for point in curve],
                     style,
-                    marker="o",
-                    markersize=4,
-                    color=f"C{index % 10}",
+                    markersize=5,
+                    color=f"C{methods.index(sweep.name.split(' + ')[0]) % 10}",
                     label=sweep.name,
                 )
         panel.axhline(0, color="grey", linewidth=0.8)
