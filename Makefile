@@ -27,7 +27,7 @@ vqa-demo: $(VENV)/.ready
 
 # Two tests at a time where there are two cores; a single thread each: small tensors gain nothing by more.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 4 ? 4 : n)))
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test: check
 	$(PYTEST)

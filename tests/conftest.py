@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,16 @@ _TOGETHER = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file, and of files that share a job, on one worker of `pytest -n`."""
-    for item in items:
-        folder, name = item.path.parent.name, item.path.name
-        shared = [group for group, names in _TOGETHER.items() if name in names and folder != "unit"]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else f"{folder}/{name}"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByJob(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            folder, _, name = path.rpartition("/")
+            shared = [group for group, names in _TOGETHER.items() if name in names and not folder.endswith("unit")]
+            return shared[0] if shared else path
+
+    return ByJob(config, log)

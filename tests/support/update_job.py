@@ -243,9 +243,9 @@ REFUSALS = {
     "predivided": (Setup(0, config={"prescale_gradients": True}), ADAMW, keep),
     "summed": (Setup(2, config={"gradient_allreduce_op": "sum"}), ADAMW, keep),
     "masters": (
-        Setup(2, "bf16", config={"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}),
+        Setup(2, "bf16"),
         ADAMW,
-        keep,
+        forged("_config._param_dict", {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}),
     ),
     "expert-parallel": (Setup(2), ADAMW, forged("_config._param_dict", {"expert_parallel": {"enabled": True}})),
     "pipeline": (Setup(1), ADAMW, as_engine("PipelineEngine")),
