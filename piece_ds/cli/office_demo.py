@@ -81,7 +81,7 @@ def contenders(recipe: OfficeRecipe, material: Path) -> list[Contender]:
     seqft = {"method": "seqft", "learning_rate": recipe.full_learning_rate}
     lora = {"method": "lora", "learning_rate": recipe.lora_learning_rate}
     divergence = {"general_text": SELF, "general_kl": recipe.general_kl}
-    return [
+    every = [
         Contender("recommended", "", {**mask, **divergence}),
         Contender("recommended without KL", "without-kl", mask),
         Contender("seqft", "seqft", seqft),
@@ -89,6 +89,7 @@ def contenders(recipe: OfficeRecipe, material: Path) -> list[Contender]:
         Contender("lora", "lora", lora),
         Contender("lora + KL", "lora-kl", {**lora, **divergence}),
     ]
+    return [contender for contender in every if contender.name not in recipe.leaves_out]
 
 
 def run_office(
@@ -103,9 +104,8 @@ def run_office(
         settings: the user's, which win over the recipe's.
         model: name or folder of the pretrained model.
         folder: free, or of the run to resume.
-        recipe: the settings; None means the defaults, on a CPU with fewer tasks and rows.
+        recipe: the settings; None means the defaults, on a CPU with fewer tasks, rows and contenders.
     """
-
     # Write the data, and choose who takes part: on a CPU what takes ten minutes on two cores.
     on_cpu = get_accelerator().device_name() == "cpu"
     recipe = recipe or (CPU_RECIPE if on_cpu else OfficeRecipe())

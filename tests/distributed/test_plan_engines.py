@@ -1,21 +1,36 @@
 """The planner's sums are what engines of two ranks hold and send, at every stage, dtype and offload."""
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 from support.jobs import Results, result_of, run_job
-from support.plan_job import NUM_RANKS, SETTINGS, make_plan_model
+from support.plan_job import FAST, NUM_RANKS, SETTINGS, make_plan_model
 
 from piece_ds.plan.memory import MOMENTS, memory_terms, total
 from piece_ds.plan.shapes import ModelShape, shape_of
 from piece_ds.plan.traffic import transfers
 
 TOLERANCE = 0.05
+TIERS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SETTINGS]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_job("support.plan_job", NUM_RANKS, tmp_path_factory.mktemp("plan"))
+def measure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Results]:
+    """What the fast settings, or the others, held and sent; each job runs once."""
+    return cache(
+        lambda fast: run_job(
+            "support.plan_job",
+            NUM_RANKS,
+            tmp_path_factory.mktemp("plan"),
+            *(n for n in SETTINGS if (n in FAST) is fast),
+        )
+    )
+
+
+@pytest.fixture
+def measured(measure: Callable[[bool], Results], name: str) -> Results:
+    return measure(name in FAST)
 
 
 @pytest.fixture
@@ -29,7 +44,7 @@ def _shape(name: str) -> ModelShape:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", TIERS)
 def test_bytes_of_all_tensors(measured: Results, shape: ModelShape, name: str, moment: str) -> None:
     """On a CPU the accelerator's memory and the host's are one."""
     terms = [term for term in memory_terms(shape, SETTINGS[name]) if not term.is_estimate]
@@ -38,13 +53,13 @@ def test_bytes_of_all_tensors(measured: Results, shape: ModelShape, name: str, m
     assert abs(planned / held - 1) <= TOLERANCE, f"planned {planned}, held {held}: {planned / held - 1:+.1%}"
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", TIERS)
 def test_bytes_of_statistics(measured: Results, shape: ModelShape, name: str) -> None:
     (term,) = (term for term in memory_terms(shape, SETTINGS[name]) if term.name == "statistics")
     assert abs(term.size / result_of(measured, name)["statistics_bytes"] - 1) < 1e-3
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", TIERS)
 def test_elements_of_all_collectives(measured: Results, shape: ModelShape, name: str) -> None:
     result = result_of(measured, name)
     sent = {**result["sent"], "all-to-all": result["statistics_sent"]}
