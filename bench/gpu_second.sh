@@ -21,10 +21,9 @@ part "when a sampled gradient pays" 60 $PYTHON kernels/bench/gradient_table.py -
 # ---- steps ----
 part "overhead" 60 env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29777 $PYTHON bench/overhead.py \
   --output "$OUT/overhead.csv" --hidden 4096 --layers 2 --vocab 32000 --tokens 1024 --rows 1 --repeats 7 --stages 2 3 --dtypes bf16
-part "cost, 512 tokens" 130 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 --zero none 2 3 \
-  --methods compact lora --repeats 5 --seconds 45 --output "$OUT/cost-512-tokens.csv"
-part "ZeRO-3, how parameters are fetched" 70 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 \
-  --zero 3-ahead 3-large 3-persistent --methods compact --repeats 4 --seconds 22 --output "$OUT/cost-zero3.csv"
+part "cost, 512 tokens" 170 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 \
+  --zero none 2 3 3-ahead 3-large 3-persistent \
+  --methods compact lora --repeats 5 --seconds 40 --output "$OUT/cost-512-tokens.csv"
 part "where a compact step goes" 45 $PYTHON bench/gpu_step.py
 part "cost, 4096 tokens, checkpointing" 60 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 --zero none \
   --methods compact lora --rows 2 --tokens 2048 --checkpointing --repeats 3 --seconds 50 --output "$OUT/cost-4096-checkpointing.csv"
