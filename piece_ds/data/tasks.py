@@ -45,11 +45,11 @@ class Task:
         answers: gold answers of test, as text, in its order; if a row has several, the one that is trained.
         prompt_texts: prompts of test, as text, in its order.
         held_out: whether test holds rows that are not trained.
-        is_validated: whether eval holds rows that are neither trained nor in test.
         generates: whether answers can be generated and read; False for plain text and without a tokenizer.
         references: all gold answers of each row of test, if rows may have several; else empty.
         has_validation: whether eval holds rows that are not trained; without a test file they are test too.
-        validation: what answers, prompt_texts and references are of test, of eval; None if eval is test.
+        validation: what answers, prompt_texts and references are of test, of eval; None unless eval holds rows that are
+            neither trained nor in test.
     """
 
     name: str
@@ -61,7 +61,6 @@ class Task:
     held_out: bool = True
     generates: bool = True
     references: list[list[str]] = field(default_factory=list, repr=False)
-    is_validated: bool = False
     has_validation: bool = False
     validation: "Gold | None" = field(default=None, repr=False)
 
@@ -241,7 +240,6 @@ def _load_task(name: str, files: dict[str, str], reader: TaskReader) -> Task:
         held_out=held_out,
         generates=kind != TEXT and not isinstance(reader.encoder.tokenizer, TokenIds),
         references=gold.references,
-        is_validated={"eval", "test"} <= splits.keys(),
         has_validation="eval" in splits,
         validation=_gold(rows["eval"], splits["eval"], reader.encoder) if validates else None,
     )

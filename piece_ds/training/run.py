@@ -91,7 +91,7 @@ def budget_for(stream: Stream, index: int) -> ForgettingBudget | None:
     assert stream.judged is not None
 
     # Rows that the task is judged on must not choose its scale.
-    validated = task.eval if task.is_validated else None
+    validated = task.eval if task.validation is not None else None
     return ForgettingBudget(
         nats=nats,
         tokenizer=stream.tokenizer,
