@@ -37,7 +37,7 @@ def alone() -> Iterator[dict[str, Any]]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_two_ranks_equal_one_process(tmp_path: Path, alone: dict[str, Any], stage: int) -> None:
     together = run_job(tmp_path, num_ranks=2, stage=stage)
     assert together["texts"] == alone["texts"]

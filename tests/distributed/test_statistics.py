@@ -1,5 +1,6 @@
 """G and F are what plain PyTorch gives, and have the same bits for every number of ranks; the pass leaves no trace."""
 
+from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.statistics_cases import (
     PLAIN,
     RATIOS,
     SPECIAL,
+    THREE_RANKS,
     VISION,
     WORLD_SIZES,
     Case,
@@ -27,8 +29,14 @@ from support.statistics_results import statistics_result as result
 TOLERANCE = 1e-6
 TOLERANCE_OF_OTHER_PADDING = 1e-5  # the oracle of models that read images pads on the other side
 
-EVERYWHERE = [(name, ranks) for name, ranks in product(PLAIN, WORLD_SIZES)] + [(name, 2) for name in SPECIAL]
-EVERYWHERE += [(name, ranks) for name, ranks in product(VISION, (1, 2))]
+
+def tiers(cases: Iterable[tuple[str, int]]) -> list[Any]:
+    """Cases as parameters, those on three ranks of most models marked slow."""
+    slow = {(name, 3) for name in PLAIN if name not in THREE_RANKS}
+    return [pytest.param(*case, marks=pytest.mark.slow if case in slow else ()) for case in cases]
+
+
+EVERYWHERE = [*product(PLAIN, WORLD_SIZES), *((name, 2) for name in SPECIAL), *product(VISION, (1, 2))]
 CASES = PLAIN | SPECIAL | VISION
 
 
@@ -49,7 +57,7 @@ def own_error(case: Case, which: int) -> float:
     return relative_error(oracle_of(case)[which], fp64_sums_of(case)[which])
 
 
-@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
+@pytest.mark.parametrize(("name", "ranks"), tiers(EVERYWHERE))
 def test_sums_equal_plain_pytorch(job: Any, name: str, ranks: int) -> None:
     got = result(job, name, ranks)
     case = CASES[name]
@@ -61,7 +69,7 @@ def test_sums_equal_plain_pytorch(job: Any, name: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(("method", "ratio"), list(product(METHODS, RATIOS)))
-@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
+@pytest.mark.parametrize(("name", "ranks"), tiers(EVERYWHERE))
 def test_masks_equal_plain_pytorch(job: Any, name: str, ranks: int, method: str, ratio: float) -> None:
     """Exactly k; at most 1 % of k may differ where scores at the threshold are equal up to rounding."""
     got = result(job, name, ranks)
@@ -72,7 +80,7 @@ def test_masks_equal_plain_pytorch(job: Any, name: str, ranks: int, method: str,
     assert len(mask - top_k(score(method, sums, squares), k)) <= 0.01 * k
 
 
-@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
+@pytest.mark.parametrize(("name", "ranks"), tiers(EVERYWHERE))
 def test_candidates_of_the_last_pass_give_the_same_mask(job: Any, name: str, ranks: int) -> None:
     """Seven micro-batches move the scores so little that the bound, sampled before the last round, holds."""
     got = result(job, name, ranks)
@@ -80,7 +88,7 @@ def test_candidates_of_the_last_pass_give_the_same_mask(job: Any, name: str, ran
     assert as_set(got["mask_of_last_pass"]) == as_set(got["masks"]["piece-s", RATIOS[0]])
 
 
-@pytest.mark.parametrize(("name", "ranks"), [*product(PLAIN, (2, 3)), *product(VISION, (2,))])
+@pytest.mark.parametrize(("name", "ranks"), tiers([*product(PLAIN, (2, 3)), *product(VISION, (2,))]))
 def test_sums_have_the_same_bits_for_any_number_of_ranks(job: Any, name: str, ranks: int) -> None:
     alone, together = result(job, name, 1), result(job, name, ranks)
     for which in ("sums", "squares"):
@@ -99,13 +107,13 @@ def test_masks_are_the_same_at_every_stage(job: Any, name: str) -> None:
         assert len(differing) <= 0.01 * len(as_set(first[key]))
 
 
-@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
+@pytest.mark.parametrize(("name", "ranks"), tiers(EVERYWHERE))
 def test_modes_rates_random_states_and_hooks_are_as_before(job: Any, name: str, ranks: int) -> None:
     assert result(job, name, ranks)["changed"] == []
     assert result(job, name, ranks)["leftover_gradients"] == []
 
 
-@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE)
+@pytest.mark.parametrize(("name", "ranks"), tiers(EVERYWHERE))
 def test_every_micro_batch_counts_once(job: Any, name: str, ranks: int) -> None:
     assert result(job, name, ranks)["num_micro_batches"] == CASES[name].num_batches
 
@@ -128,7 +136,7 @@ def test_nonfinite_entries_are_counted_and_are_zero(job: Any, name: str) -> None
     assert all(np.isfinite(array).all() for array in (*got["sums"].values(), *got["squares"].values()))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [case for case in EVERYWHERE if "poison" not in case[0]])
+@pytest.mark.parametrize(("name", "ranks"), tiers(case for case in EVERYWHERE if "poison" not in case[0]))
 def test_finite_gradients_count_no_nonfinite_entry(job: Any, name: str, ranks: int) -> None:
     assert result(job, name, ranks)["num_nonfinite"] == 0
 

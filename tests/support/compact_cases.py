@@ -105,8 +105,6 @@ FAST = {
 FAST_WHOLE = {
     "llama-stage0",
     "columns-neox-stage2-offload",
-    "bf16-columns-qwen3-stage3",
-    "neox-stage2-offload",
     "bf16-qwen3-stage3",
     "reentrant-checkpointing-llama-stage3",
     "non-reentrant-checkpointing-qwen3-stage2",
@@ -114,7 +112,6 @@ FAST_WHOLE = {
 }
 FAST_SAMPLED = {
     "llama-stage3-all-persistent",
-    "neox-stage2",
     "gpt2-stage3",
     "bf16-qwen3-stage3",
     "reentrant-checkpointing-llama-stage3",

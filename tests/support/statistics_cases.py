@@ -153,3 +153,7 @@ def _sums_of(case: Case, model: nn.Module) -> tuple[Arrays, Arrays]:
 
 
 Setup.__hash__ = lambda self: hash(repr(self))  # type: ignore[method-assign] - dicts inside, never changed
+
+# On three ranks make test takes a plain and a branching model through every stage, and make test-all the others too.
+THREE_RANKS = tuple(name for name in PLAIN if name.startswith(("llama-", "branches-")))
+EVERY = "every"  # asks the job for those others
