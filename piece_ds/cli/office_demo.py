@@ -20,7 +20,7 @@ from piece_ds.demo.office.write import OfficePaths, write_office
 from piece_ds.evaluation.predictions import read_predictions
 from piece_ds.models.pretrained import model_source
 from piece_ds.report.frontier import FrontierPoint, frontier_figure
-from piece_ds.report.grids import Grid, percent, signed_nats
+from piece_ds.report.grids import Grid, nats, percent, signed_nats
 from piece_ds.report.results import RunResults
 from piece_ds.report.table import print_grids
 from piece_ds.runtime.distributed import broadcast_object, is_main, world_size
@@ -188,10 +188,11 @@ def frontier_grid(comparison: Comparison) -> Grid:
                 percent(summary["score_learning"]),
                 percent(summary["score_overall"]),
                 signed_nats(summary["general_loss_change"]),
+                nats(run.general_divergence),
                 f"{sum(deltas) / len(deltas) / 1e6:.1f} MB" if deltas else "-",
             )
         )
-    header = ("run", "learned", "kept to the end", "general loss", "delta of a task")
+    header = ("run", "learned", "kept to the end", "general loss", "general KL", "delta of a task")
     return Grid("Learned against forgotten", header, tuple(rows))
 
 

@@ -247,6 +247,14 @@ class EvaluationArguments:
     lm_eval_path: str | None = field(default=None, metadata={"help": "folder with the harness's YAML files of tasks"})
     lm_eval_limit: int | None = field(default=None, metadata={"help": "the harness uses the first N rows of each task"})
 
+    kl_tokens: int = field(
+        default=512,
+        metadata={
+            "help": "log KL(base model || model) on the first N answer tokens of each task's held-out rows and of "
+            "--general_file; 0: off"
+        },
+    )
+
     load_best_model_at_end: bool = field(
         default=False,
         metadata={
@@ -265,6 +273,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         require_choice("scoring", self.scoring, SCORINGS)
         require_positive("max_new_tokens_text", self.max_new_tokens_text)
+        if self.kl_tokens < 0:
+            raise UserError(f"--kl_tokens must be 0 or more, got {self.kl_tokens}")
         if self.lm_eval_limit is not None:
             require_positive("lm_eval_limit", self.lm_eval_limit)
 

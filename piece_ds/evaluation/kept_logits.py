@@ -102,7 +102,7 @@ def keep_logits(engine: nn.Module, batches: MicroBatches, path: Path, descriptio
         # A rank without a micro-batch repeats one and does not write it: ZeRO-3 gathers together.
         own = first + rank()
         b = own if own < len(batches) else first
-        logits = _forward(engine, batches[b])
+        logits = forward_answers(engine, batches[b])
         # The file's width is that of the logits, which a configuration may not tell.
         if kept is None:
             kept = KeptLogits(path, counts, logits.shape[-1], logits.dtype)
@@ -133,11 +133,12 @@ def divergence(now_AV: Tensor, before_AV: Tensor) -> Tensor:
     )
 
 
-def _bits_of(values: Tensor) -> Tensor:
-    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
-
-
-def _forward(engine: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def forward_answers(engine: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits [A, V] that predict the answer tokens of a batch, row by row. Modes are restored."""
     batch = {key: value.to(engine.device) for key, value in batch.items()}
     with evaluating(engine):
         return answer_logits(engine(**batch).logits, batch["labels"])
+
+
+def _bits_of(values: Tensor) -> Tensor:
+    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values

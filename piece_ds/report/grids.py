@@ -6,7 +6,7 @@ from statistics import fmean
 
 from piece_ds.evaluation.matrix import Measure
 from piece_ds.report.intervals import over_rows, over_rows_of_mean
-from piece_ds.report.results import Counts, RunResults
+from piece_ds.report.results import GENERAL_TEXT, Counts, RunResults
 
 ABSENT = "-"
 MAX_MASKS = 8  # columns of a table; more do not fit side by side
@@ -55,8 +55,9 @@ def summary_grid(runs: Sequence[RunResults]) -> Grid:
         ("loss OP", "loss_overall", nats),
         ("loss BWT", "loss_backward_transfer", signed_nats),
         ("general loss change", "general_loss_change", signed_nats),
+        ("general KL", "general_divergence", nats),
     ]
-    summaries = [run.matrix.summary() for run in runs]
+    summaries = [{**run.matrix.summary(), "general_divergence": run.general_divergence} for run in runs]
     kept = [column for column in columns if any(summary[column[1]] is not None for summary in summaries)]
     rows = [
         (run.name, *(form(summary[key]) for _, key, form in kept)) for run, summary in zip(runs, summaries, strict=True)
@@ -66,8 +67,19 @@ def summary_grid(runs: Sequence[RunResults]) -> Grid:
 
 def run_grids(run: RunResults) -> list[Grid]:
     """Return what one run found: its matrices, and the measures besides the scores."""
-    beside = measures_grid(run)
-    return [*result_grids(run), *([beside] if beside.rows else [])]
+    grids = (divergence_grid(run), measures_grid(run))
+    return [*result_grids(run), *(grid for grid in grids if grid.rows)]
+
+
+def divergence_grid(run: RunResults) -> Grid:
+    """Return the divergence from the base model: a row for each trained task, a column for each text.
+
+    Zero means that the model says of the text what it said before any task.
+    """
+    names = [*run.tasks, GENERAL_TEXT]
+    kept = [name for name in names if any(name in found for found in run.divergence.values())]
+    rows = [(moment, *(nats(found.get(name)) for name in kept)) for moment, found in run.divergence.items()]
+    return Grid(f"{run.name}: KL(base model || model) (nats per token)", ("", *kept), tuple(rows))
 
 
 def page_grids(run: RunResults) -> list[Grid]:

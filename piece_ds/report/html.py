@@ -43,6 +43,8 @@ DEFINITIONS = {
     "forgetting": "mean over i < T of the best R[l][i] with i ≤ l < T, minus R[T][i]; positive where ability was lost.",
     "FWT": "forward transfer: mean over i ≥ 2 of R[i-1][i] - R[before][i]; only where tasks to come were evaluated.",
     "general loss": "loss on text that no task trains; its rise says how much general ability was lost.",
+    "KL": "how far what the model says has moved from what the base model said, on held-out answers and on general "
+    "text. Unlike a loss it does not fall if something new is learned.",
     "overlap": "Jaccard index of two tasks' masks: weights in both / weights in either.",
 }
 

@@ -13,6 +13,9 @@ from piece_ds.runtime.schema import checked, read_json
 FORMAT = "piece-results"
 VERSION = 1
 
+# Text that no task trains, beside the names of tasks.
+GENERAL_TEXT = "general text"
+
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]  # layer -> module type -> {"selected", "total"}
 
 
@@ -29,6 +32,7 @@ class RunResults:
         overlaps: Jaccard index of every two masks, in [0, 1], in the order of masks.
         measures: moment ("before", "after TASK") -> task -> measures besides its score, in [0, 1].
         ability: moment -> measure of general ability -> value.
+        divergence: moment -> task or "general text" -> KL(base model || model) on its held-out rows, nats a token.
         logs: task -> the trainer's log. Entries with "step" and "loss" make the training curve.
         cost: task -> what was measured, by names that say the unit ("train_seconds", "peak_bytes").
         settings: flags worth showing, as JSON values.
@@ -49,6 +53,7 @@ class RunResults:
     overlaps: Sequence[Sequence[float]] = ()
     measures: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     ability: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    divergence: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -83,6 +88,11 @@ class RunResults:
             for task, log in self.logs.items()
         }
 
+    @property
+    def general_divergence(self) -> float | None:
+        """KL(base model || model) on general text after the last trained task; None if it was not measured."""
+        return list(self.divergence.values())[-1].get(GENERAL_TEXT) if self.divergence else None
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready values. from_json() gives equal results."""
         return {
@@ -95,6 +105,7 @@ class RunResults:
             "matrix": self.matrix.to_json(),
             "measures": self.measures,
             "ability": self.ability,
+            **({"divergence": self.divergence} if self.divergence else {}),
             "masks": self.masks,
             "overlaps": self.overlaps,
             "cost": self.cost,
@@ -112,7 +123,7 @@ class RunResults:
         """Return the results in the content of a results.json.
 
         Args:
-            values: from to_json(). name, measures, ability, settings, notes, rows, changes, forgetting and
+            values: from to_json(). name, measures, ability, divergence, settings, notes, rows, changes, forgetting and
                 validation may be absent.
             name: name to give the run; None means its own, or else its method.
         Raises:
@@ -121,8 +132,8 @@ class RunResults:
         content = checked(values, Results, "results", "run again", strict=True).model_dump(exclude_unset=True)
         # Required parts fail above; optional ones keep the defaults of older files.
         parts = {part: content[part] for part in ("method", "ratio", "masks", "overlaps", "logs", "cost")}
-        known = ("measures", "ability", "settings", "notes", "rows", "changes", "forgetting", "validation")
-        optional = {part: content[part] for part in known if part in content}
+        known = ("measures", "ability", "divergence", "settings", "notes", "rows", "changes", "forgetting")
+        optional = {part: content[part] for part in (*known, "validation") if part in content}
         name = name or content.get("name") or str(content["method"])
         return cls(name=name, matrix=ResultMatrix.from_json(content["matrix"]), **parts, **optional)
 

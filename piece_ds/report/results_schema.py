@@ -118,6 +118,7 @@ class Results(BaseModel):
     name: str | None = None
     measures: dict[str, dict[str, dict[str, Number]]] = {}
     ability: dict[str, dict[str, Number]] = {}
+    divergence: dict[str, dict[str, Number]] = {}
     settings: dict[str, Any] = {}
     notes: list[str] = []
     forgetting: dict[str, Forgetting] = {}

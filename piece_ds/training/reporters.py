@@ -176,6 +176,7 @@ def newest_values(results: RunResults) -> dict[str, float]:
     found |= {f"eval_stream/{name}": value for name, value in matrix.summary().items()}
     moment = "before" if stage < 0 else f"after {results.tasks[stage]}"
     found |= {f"eval_ability/{name}": value for name, value in results.ability.get(moment, {}).items()}
+    found |= {f"eval_divergence/{name}": value for name, value in results.divergence.get(moment, {}).items()}
 
     # What the last task cost.
     if stage >= 0:

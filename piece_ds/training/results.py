@@ -132,6 +132,11 @@ def with_validation(results: RunResults, task: Task, found: dict[str, Any] | Non
     return replace(results, notes=[*results.notes, note])
 
 
+def with_divergence(results: RunResults, moment: str, found: dict[str, float]) -> RunResults:
+    """Return results with the divergence from the base model at moment."""
+    return replace(results, divergence={**results.divergence, moment: found}) if found else results
+
+
 def _with_details(results: RunResults, moment: str, scores: EvalResult) -> RunResults:
     """Return results with what was measured besides the scores at moment."""
     measures = {**results.measures, moment: scores.measures} if scores.measures else results.measures

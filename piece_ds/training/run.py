@@ -2,17 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 
 from piece_ds.config.settings import Settings
-from piece_ds.data.image_collate import make_collator
+from piece_ds.data.image_collate import ImageCollator, make_collator
 from piece_ds.data.packing import training_collator
 from piece_ds.data.tasks import Task
 from piece_ds.methods.baseline import Baseline, TaskContext
 from piece_ds.methods.registry import find_method
 from piece_ds.models.processor import Processing
+from piece_ds.report.results import GENERAL_TEXT
+from piece_ds.training.base_divergence import BaseDivergence
 from piece_ds.training.best_step import LOSS_WITHIN_BUDGET
 from piece_ds.training.claim import Claim
 from piece_ds.training.forgetting import ForgettingBudget, searched_half
@@ -116,6 +119,22 @@ def general_loss_for(stream: Stream, index: int) -> GeneralLoss | None:
         seed=stream.seed + index,
         folder=stream.folder.root,
         is_base=index == 0,
+    )
+
+
+def divergence_of(stream: Stream) -> BaseDivergence:
+    """Return what tells how far the stream has moved the model."""
+    settings, collate = stream.settings, make_collator(stream.tokenizer)
+    rows: dict[str, Any] = {task.name: task.test for task in stream.tasks}
+
+    # Logits of rows with images are not kept, and those of a chunked loss are never held whole.
+    is_off = isinstance(collate, ImageCollator) or settings.model.loss_chunk_tokens > 0
+    return BaseDivergence(
+        rows=rows if stream.general is None else {GENERAL_TEXT: stream.general} | rows,
+        collate=collate,
+        batch_size=stream.eval_batch_size,
+        num_tokens=0 if is_off else settings.evaluation.kl_tokens,
+        folder=stream.folder.root,
     )
 
 

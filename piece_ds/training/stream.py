@@ -35,6 +35,7 @@ from piece_ds.training.results import (
     num_steps_before,
     open_results,
     with_before,
+    with_divergence,
     with_forgetting,
     with_overlaps,
     with_task,
@@ -45,6 +46,7 @@ from piece_ds.training.run import (
     Stream,
     budget_for,
     context_of,
+    divergence_of,
     general_for,
     general_loss_for,
     mask_files,
@@ -139,16 +141,22 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
     folder = stream.folder.task(index, task.name)
     logger.warning("task %d of %d: %s (%d rows)", index + 1, len(stream.tasks), task.name, len(task.train))
     scores: list[EvalResult] = []
+    divergence = divergence_of(stream)
+    apart: dict[str, float] = {}
 
     def before(engine: Any) -> None:
         nonlocal results
         results = with_before(results, _evaluate(stream, engine, stream.tasks, "before"))
+        divergence.begin(engine)
         write_results(results, stream.folder.results_file)
         stream.reporters.log_results(results)
 
     def after(engine: Any) -> None:
         seen = index + 1 + settings.evaluation.forward_transfer
         scores.append(_evaluate(stream, engine, stream.tasks[:seen], folder.name))
+        apart.update(divergence.of(engine, [task.name for task in stream.tasks[:seen]]))
+        if apart:
+            logger.warning("KL(base model || model): %s", ", ".join(f"{name} {kl:.4f}" for name, kl in apart.items()))
 
     # Train.
     trained = train_task(
@@ -173,6 +181,7 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
     numel = {info.name: info.numel for info in layout_of(model).parameters}
     cost = {**asdict(trained.cost), **written_bytes(folder)}
     results = with_task(results, task.name, scores[0], cost=cost, index=trained.index, numel=numel, log=trained.log)
+    results = with_divergence(results, f"after {task.name}", apart)
     results = with_forgetting(results, task.name, trained.forgetting)
     results = with_validation(results, task, trained.validation)
     results = with_overlaps(results, mask_files(stream, index + 1))

@@ -55,6 +55,15 @@ def test_stream_writes_exactly_the_files_of_the_contract(stream: Path) -> None:
     assert figures
 
 
+def test_every_task_moves_the_model_further_from_the_base_on_what_it_was_taught(stream: Path) -> None:
+    found = results_of(stream)["divergence"]
+    assert {moment: set(of_text) for moment, of_text in found.items()} == {
+        "after letter": {"letter", "general text"},
+        "after text": {"letter", "text", "general text"},
+    }
+    assert all(kl > 0 for of_text in found.values() for kl in of_text.values())
+
+
 @pytest.mark.parametrize("task", FOLDERS)
 def test_saved_model_and_tokenizer_load_and_generate(stream: Path, task: str) -> None:
     folder = stream / FOLDERS[task] / "model"

@@ -1,5 +1,7 @@
 """Tiny models of every architecture family under test, with sizes that divide by nothing, and data for them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -141,4 +143,24 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Parameters in dtype; buffers (rotary frequencies) stay in fp32, as under DeepSpeed."""
     for param in model.parameters():
         param.data = param.data.to(dtype)
+    return model
+
+
+class PlainEngine(nn.Module):
+    """A model with what a forward pass asks of an engine."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module, self.device = model, torch.device("cpu")
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.module(**batch)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Return the model with every weight moved a little, the same at every call."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.05 * torch.randn(param.shape, generator=generator))
     return model

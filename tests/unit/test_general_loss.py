@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import make_micro_batches, make_model
+from support.models import PlainEngine, make_micro_batches, make_model, moved
 from support.ranks import on_ranks
-from torch import Tensor, nn
+from torch import Tensor
 
 from piece_ds.data.collate import Collator, MicroBatches
 from piece_ds.evaluation.kept_logits import KeptLogits, answer_logits, divergence, keep_logits
@@ -59,17 +59,6 @@ TEXT[3]["labels"][1:4] = [-100] * 3
 NUM_ANSWER_TOKENS = [3, 9, 1, 3, 4]
 
 
-class Engine(nn.Module):
-    """A model with what keep_logits() asks of an engine."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.module, self.device = model, torch.device("cpu")
-
-    def forward(self, **batch: Tensor) -> Any:
-        return self.module(**batch)
-
-
 def text_rows(share: float) -> GeneralRows:
     return GeneralRows(TEXT, Collator(0), share, seed=3)
 
@@ -108,7 +97,7 @@ def test_any_number_of_ranks_keeps_the_same_logits(tmp_path: Path) -> None:
     """Three micro-batches on two ranks: one rank has none in the last round."""
 
     def keep() -> Tensor:
-        engine = Engine(make_model("llama").bfloat16())
+        engine = PlainEngine(make_model("llama").bfloat16())
         batches = MicroBatches(TEXT, Collator(0), 2)
         kept = keep_logits(engine, batches, tmp_path / f"{world_size()}.bin", "test")
         return kept.read(range(5))
@@ -119,14 +108,6 @@ def test_any_number_of_ranks_keeps_the_same_logits(tmp_path: Path) -> None:
     assert all(torch.equal(alone, other) for other in ranks)
 
 
-def moved(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(0.05 * torch.randn(param.shape, generator=generator))
-    return model
-
-
 def test_the_loss_is_replays_and_the_divergence_from_the_base_and_so_is_its_gradient(tmp_path: Path) -> None:
     """Against plain PyTorch with a second model, row by row without padding."""
     base, model = make_model("llama"), make_model("llama")
@@ -134,7 +115,7 @@ def test_the_loss_is_replays_and_the_divergence_from_the_base_and_so_is_its_grad
         term = GeneralLoss(
             text_rows(0.75), replay_weight=replay_weight, kl_weight=kl_weight, base=base_of(tmp_path / str(kl_weight))
         )
-        assert (term.begin(Engine(base)) is None) == (kl_weight == 0)
+        assert (term.begin(PlainEngine(base)) is None) == (kl_weight == 0)
         tuned = moved(make_model("llama"))
         got = term.loss(tuned, number=4, num_rows=4, device=torch.device("cpu"))
         got.backward()
@@ -172,13 +153,13 @@ def test_the_loss_is_replays_and_the_divergence_from_the_base_and_so_is_its_grad
 def test_the_base_model_itself_diverges_by_nothing(tmp_path: Path) -> None:
     model = make_model("llama")
     term = GeneralLoss(text_rows(1.0), kl_weight=1.0, base=base_of(tmp_path))
-    term.begin(Engine(model))
+    term.begin(PlainEngine(model))
     assert abs(term.loss(model, 0, 5, torch.device("cpu")).item()) < 1e-6
 
 
 def test_later_the_base_models_logits_are_read_and_never_those_of_a_model_that_has_moved(tmp_path: Path) -> None:
-    first = base_of(tmp_path).take(Engine(make_model("llama"))).read(range(5))
-    other = Engine(moved(make_model("llama")))
+    first = base_of(tmp_path).take(PlainEngine(make_model("llama"))).read(range(5))
+    other = PlainEngine(moved(make_model("llama")))
     for base, has_moved in ((base_of(tmp_path, is_base=False), False), (base_of(tmp_path), True)):
         assert torch.equal(base.take(other, has_moved).read(range(5)), first)
     with pytest.raises(UserError, match="other text"):
