@@ -22,7 +22,7 @@ from record import write_rows
 
 ROOT = Path(__file__).parents[1]
 # torch alone says how much of it all is torch, which every one of them needs.
-PACKAGES = ("torch", "piece_ds", "peft", "trl")
+PACKAGES = ("torch", "piece_ds", "piece_ds[all]", "peft", "trl")
 HEAVIEST = 6
 
 
@@ -42,7 +42,8 @@ def measured(name: str, scratch: Path) -> dict[str, Any]:
     folder = scratch / "environment"
     venv.create(folder, with_pip=True, clear=True)
     before = megabytes(folder)
-    what = str(built_wheel(scratch)) if name == "piece_ds" else name
+    is_own = name.startswith("piece_ds")
+    what = f"{built_wheel(scratch)}{name.removeprefix('piece_ds')}" if is_own else name
     command = [folder / "bin" / "pip", "install", "--quiet", "--no-cache-dir", "--constraint", ROOT / "constraints.txt"]
     begin, cpu_begin = time.perf_counter(), cpu_seconds()
     subprocess.run([*map(str, command), what], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -2,11 +2,8 @@
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from piece_ds.config.method_arguments import BaselineArguments
@@ -16,6 +13,9 @@ from piece_ds.methods.peft_config import difference, needs_whole_weights, read_p
 from piece_ds.models.loading import without_zero3
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import is_partitioned
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 
 class AnyPeft(LoRA):
@@ -38,6 +38,8 @@ class AnyPeft(LoRA):
         self.config = read_peft_config(settings.peft_config)
 
     def adapt(self, model: nn.Module, num_tasks: int, previous: Path | None) -> nn.Module:
+        from peft import get_peft_model
+
         unfit = needs_whole_weights(self.config)
         if unfit and is_partitioned(*model.parameters()):
             raise UserError(
@@ -59,6 +61,8 @@ class AnyPeft(LoRA):
         return adapted
 
     def save_model(self, model: nn.Module, state: dict[str, Tensor], context: TaskContext, to: Path | None) -> None:
+        from peft import PeftModel
+
         assert isinstance(model, PeftModel)
         state = _under_every_name(model, state)
         model.save_pretrained(str(context.folder / FOLDER), state_dict=state)
@@ -66,11 +70,13 @@ class AnyPeft(LoRA):
             merged_model(model, state, self.config).save_pretrained(str(to))
 
 
-def _require_mergeable(adapted: PeftModel, path: str) -> None:
+def _require_mergeable(adapted: "PeftModel", path: str) -> None:
     """Raise UserError if PEFT cannot merge some layer. Better said now than after training.
 
     A copy of the first layer of each kind is merged. Under ZeRO-3, whose weights are elsewhere, nothing is tried.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     tried = set()
     for name, module in adapted.named_modules():
         if not isinstance(module, BaseTunerLayer):
@@ -89,12 +95,15 @@ def _require_mergeable(adapted: PeftModel, path: str) -> None:
             raise UserError(f"--peft_config {path}: the adapter of {name} cannot be merged: {reason}") from error
 
 
-def _load(adapted: PeftModel, folder: Path) -> None:
+def _load(adapted: "PeftModel", folder: Path) -> None:
     """Set the adapter to the one that folder holds.
 
     Raises:
         UserError: there is none, or it was made by other settings.
     """
+    from peft import PeftConfig, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} does not hold an adapter: the stream cannot go on from there")
     changed = difference(adapted.peft_config["default"], PeftConfig.from_pretrained(str(folder)))
@@ -113,7 +122,7 @@ def _under_every_name(model: nn.Module, state: dict[str, Tensor]) -> dict[str, T
     return {name: found[id(tensor)] for name, tensor in every.items() if id(tensor) in found}
 
 
-def merged_model(model: PeftModel, state: dict[str, Tensor], config: PeftConfig) -> nn.Module:
+def merged_model(model: "PeftModel", state: dict[str, Tensor], config: "PeftConfig") -> nn.Module:
     """Return the base model with the adapter merged by PEFT, in the base model's dtypes, on the CPU.
 
     Args:
@@ -124,6 +133,8 @@ def merged_model(model: PeftModel, state: dict[str, Tensor], config: PeftConfig)
         RuntimeError: state does not hold every weight of the model.
     Cost: a second model in fp32 on the host, in which PEFT merges; rounded once at the end.
     """
+    from peft import get_peft_model
+
     # A second, whole model of the same structure.
     base = model.get_base_model()
     with without_zero3():
@@ -154,7 +165,7 @@ def merged_model(model: PeftModel, state: dict[str, Tensor], config: PeftConfig)
     return whole
 
 
-def _quick(config: PeftConfig) -> PeftConfig:
+def _quick(config: "PeftConfig") -> "PeftConfig":
     """Return config without an initialization that decomposes weights. Its result would be overwritten anyway."""
     quick = copy.deepcopy(config)
     if getattr(quick, "init_lora_weights", None) is not None:

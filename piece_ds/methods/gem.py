@@ -4,8 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import cholesky, solve_triangular
-from scipy.optimize import nnls
 from torch import Tensor
 
 from piece_ds.methods.baseline import Baseline, EngineCallback, Rows, TaskContext
@@ -104,6 +102,9 @@ def dual_weights(gram_KK: np.ndarray, dots_K: np.ndarray, margin: float) -> np.n
         dots_K: q, products of each memory's gradient and the step's.
         margin: least weight of each memory.
     """
+    from scipy.linalg import cholesky, solve_triangular
+    from scipy.optimize import nnls
+
     size = len(dots_K)
     regular = gram_KK + np.eye(size) * max(float(np.trace(gram_KK)) / size * 1e-6, np.finfo(float).tiny)
     lower = cholesky(regular, lower=True)

@@ -1,12 +1,10 @@
 """LoRA, one adapter through the whole stream; and O-LoRA, an adapter per task, orthogonal to earlier ones. On peft."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from piece_ds.methods.baseline import Baseline, EngineCallback, TaskContext
@@ -15,6 +13,10 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import collective_device
 from piece_ds.zero.gradient_term import GradientTerm
 from piece_ds.zero.weights import read_whole
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
 
 FOLDER = "adapter"
 
@@ -45,6 +47,8 @@ class LoRA(Baseline):
         if previous is not None:
             return _resumed(model, previous / FOLDER, names)
 
+        from peft import get_peft_model
+
         # adapt() is called once, so the adapters of all tasks are made here.
         try:
             adapted = get_peft_model(model, self._config(), adapter_name=names[0])
@@ -54,7 +58,9 @@ class LoRA(Baseline):
             raise UserError(f"--lora_target_modules {self.settings.lora_target_modules}: {error}") from error
         return adapted
 
-    def _config(self) -> LoraConfig:
+    def _config(self) -> "LoraConfig":
+        from peft import LoraConfig
+
         targets = self.settings.lora_target_modules
         return LoraConfig(
             r=self.settings.lora_r,
@@ -65,6 +71,8 @@ class LoRA(Baseline):
         )
 
     def save_model(self, model: nn.Module, state: dict[str, Tensor], context: TaskContext, to: Path | None) -> None:
+        from peft import PeftModel
+
         assert isinstance(model, PeftModel)
 
         # The adapter first: a stream resumes from it. The merged model is for the user.
@@ -79,6 +87,8 @@ def _resumed(model: nn.Module, folder: Path, names: list[str]) -> nn.Module:
     if not all((place / "adapter_config.json").is_file() for place in places.values()):
         raise UserError(f"{folder} does not hold the adapters {', '.join(names)}: the stream cannot go on from there")
 
+    from peft import PeftModel
+
     # The first adapter makes the PeftModel; the others join it.
     first, *rest = names
     adapted = PeftModel.from_pretrained(model, places[first], adapter_name=first, is_trainable=True)
@@ -87,7 +97,7 @@ def _resumed(model: nn.Module, folder: Path, names: list[str]) -> nn.Module:
     return adapted
 
 
-def merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged(model: "PeftModel", state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the base model's state with the active adapters added, from the whole model's state.
 
     Args:
@@ -96,6 +106,8 @@ def merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         names as in the base model's state_dict(), in its dtypes; sums are taken in fp32 and rounded once.
     """
+    from peft.tuners.lora import LoraLayer
+
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     prefix = "base_model.model."
     found = {}
@@ -112,7 +124,7 @@ def merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _with_adapters(weight: Tensor, name: str, layer: LoraLayer, state: dict[str, Tensor]) -> Tensor:
+def _with_adapters(weight: Tensor, name: str, layer: "LoraLayer", state: dict[str, Tensor]) -> Tensor:
     # In fp32, rounded once at the end.
     total = weight.float()
     for adapter in layer.active_adapters:
@@ -141,6 +153,8 @@ class OLoRA(LoRA):
         return [f"task{index:02d}" for index in range(num_tasks)]
 
     def begin_task(self, model: nn.Module, context: TaskContext) -> None:
+        from peft import PeftModel
+
         assert isinstance(model, PeftModel)
         names = self.adapter_names(context.num_tasks)[: context.index + 1]
 

@@ -46,6 +46,7 @@ class Method:
         packs: of a baseline: its batches may be rows laid end to end.
         scores_elements: of a selection by select: it scores elements, so that rows and columns can compete.
         only_linear: it acts on linear layers alone, and leaves experts out that are stacked into one parameter.
+        extra: of the installation that it needs (runtime/extras.py), or ''.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Method:
     packs: bool = False
     scores_elements: bool = False
     only_linear: bool = False
+    extra: str = ""
 
     def __post_init__(self) -> None:
         # A wrong entry fails at import, not in a run.

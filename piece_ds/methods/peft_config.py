@@ -4,13 +4,14 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from piece_ds.runtime.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # Types whose merged model says what the adapted one says, and whose saved adapter is read again without loss: the tests
 # hold each to it. The others have no merge (LILY, SHADOW, XLORA, POLY, prompts), take part in the training loop
@@ -33,7 +34,7 @@ _REFUSED = (
 _INITIALIZATIONS = re.compile("none|true|false|gaussian|orthogonal|olora|mica|pissa(_niter_[0-9]+)?")
 
 
-def read_peft_config(path: str) -> PeftConfig:
+def read_peft_config(path: str) -> "PeftConfig":
     """Return the configuration in a JSON or YAML file, ready to train causal language models.
 
     Args:
@@ -42,6 +43,8 @@ def read_peft_config(path: str) -> PeftConfig:
         UserError: no such file, neither JSON nor YAML, an unknown peft_type or key, a value that PEFT refuses, or a
             method whose adapter is not proven to merge into the model.
     """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
     # A type that is proven, with keys that PEFT knows for it.
     content = _read(path)
     name = str(content.get("peft_type", "")).upper()
@@ -80,14 +83,14 @@ def read_peft_config(path: str) -> PeftConfig:
         raise UserError(f"--peft_config {path}: PEFT refuses it: {_one_line(error)}") from error
 
 
-def needs_whole_weights(config: PeftConfig) -> str:
+def needs_whole_weights(config: "PeftConfig") -> str:
     """Return what in config cannot begin under ZeRO-3, or ''."""
     if getattr(config.peft_type, "value", config.peft_type) in _NEEDS_WHOLE_WEIGHTS:
         return f"peft_type {getattr(config.peft_type, 'value', config.peft_type)}"
     return "trainable_token_indices" if getattr(config, "trainable_token_indices", None) else ""
 
 
-def difference(first: PeftConfig, second: PeftConfig) -> list[str]:
+def difference(first: "PeftConfig", second: "PeftConfig") -> list[str]:
     """Return the keys, in order, in which two configurations describe the adapter differently."""
     passing = {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "task_type"}
     one, other = (json.loads(json.dumps(config.to_dict(), default=_plain)) for config in (first, second))

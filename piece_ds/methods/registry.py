@@ -13,6 +13,7 @@ from torch import Tensor
 from piece_ds.methods.method import Method, estimated
 from piece_ds.methods.table import TABLE
 from piece_ds.runtime.errors import UserError, nearest
+from piece_ds.runtime.extras import require_extra
 from piece_ds.selection.estimators import (
     Estimator,
     Fragment,
@@ -47,7 +48,7 @@ def find_method(name: str) -> Method:
     """Return the method called name.
 
     Raises:
-        UserError: there is none; the message names the nearest.
+        UserError: there is none; the message names the nearest. Or it needs a library that is not installed.
     """
     _add_installed()
 
@@ -55,7 +56,10 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         known = list(METHODS)
         raise UserError(f"--method {name!r} is unknown; known: {', '.join(known)}.{nearest(name, known)}")
-    return METHODS[name]
+    method = METHODS[name]
+    if method.extra:
+        require_extra(method.extra, f"--method {name}")
+    return method
 
 
 def find_estimator(name: str) -> Estimator:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist, fmean, stdev
 
+from piece_ds.runtime.extras import require_extra
+
 CONFIDENCE = 0.95
 
 
@@ -22,9 +24,14 @@ class Interval:
 
 
 def over_repetitions(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Return the mean of at least one value and, for two or more, its interval from Student's t."""
+    """Return the mean of at least one value and, for two or more, its interval from Student's t.
+
+    Raises:
+        UserError: scipy is not installed.
+    """
     if len(values) < 2:
         return Interval(values[0], None)
+    require_extra("statistics", "an interval over repeated runs")
     from scipy.stats import t  # takes a second to import
 
     quantile = float(t.ppf((1 + confidence) / 2, len(values) - 1))

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from support.launches import PROGRAMS, ROOT, free_port, make_model_folder, make_rows, write_rows
 
+from piece_ds.runtime.extras import EXTRAS
+
 pytestmark = pytest.mark.slow
 
 FLAGS = [
@@ -76,3 +78,34 @@ def test_commands_of_the_wheel_run_anywhere(installed: dict[str, str], tmp_path:
     call = f"import piece_ds; r = piece_ds.train('model', {rows}, 'three', max_steps=1, "
     run(sys.executable, "-c", call + "per_device_train_batch_size=4, deepspeed='zero0'); print(r.tasks)")
     assert (tmp_path / "three" / "report.html").is_file()
+
+
+@pytest.fixture
+def without_extras(installed: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The same environment, in which the libraries of the extras cannot be imported."""
+    modules = [module for modules in EXTRAS.values() for module in modules]
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({modules}))\n")
+    return {**installed, "PYTHONPATH": f"{hidden}{os.pathsep}{installed['PYTHONPATH']}"}
+
+
+def test_the_default_run_needs_no_extra(without_extras: dict[str, str], tmp_path: Path) -> None:
+    """The main job to its report; a method that needs an extra ends in one line that names it."""
+    train = [sys.executable, "-m", "piece_ds", "train", "--max_steps", "1", "--max_train_samples", "64"]
+    train += ["--max_eval_samples", "8", "--output_dir"]
+
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(list(map(str, command)), cwd=tmp_path, env=without_extras, capture_output=True, text=True)
+
+    done = run(*train, "default")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "default" / "report.html").is_file()
+    assert run(sys.executable, "-m", "piece_ds", "report", "default").returncode == 0
+
+    for method, extra in (("lora", "peft"), ("gem", "statistics")):
+        refused = run(*train, method, "--method", method)
+        assert refused.returncode == 2
+        assert f"pip install 'piece_ds[{extra}]'" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert not (tmp_path / method).exists()
