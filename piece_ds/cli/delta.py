@@ -18,7 +18,6 @@ from piece_ds.deltas.folder import ModelFolder, open_folder
 from piece_ds.deltas.patch import patch_in_place, patch_to, require_free
 from piece_ds.deltas.value_changes import movements
 from piece_ds.deltas.verify import Step
-from piece_ds.models.eligible import input_embedding
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import empty_model, load_config
 from piece_ds.models.pretrained import model_source
@@ -107,19 +106,13 @@ def export_deltas(arguments: argparse.Namespace) -> None:
     if folder is None:
         raise UserError("--format peft needs --model: only the model says which weights are those of Linear modules")
     model = _empty_model(arguments)
-    num_inexact = export_peft(
-        deltas[0],
-        output,
-        _linear_weights(model),
-        str(folder.root.absolute()),
-        small=_small_modules(model),
-        read=partial(_parameter, folder),
-    )
+    done = export_peft(deltas[0], output, model, str(folder.root.absolute()), partial(_parameter, folder))
     size = sum(file.stat().st_size for file in output.iterdir())
+    held = f"{len(done.whole)} modules are held whole, in {done.whole_bytes} bytes; " if done.whole else ""
     print(
         printable(
-            f"wrote {output}: {size} bytes; {num_inexact} of {deltas[0].num_selected} values differ in the last bits "
-            "from the delta's when added to the base in fp32"
+            f"wrote {output}: {size} bytes; {held}{done.num_inexact} of {deltas[0].num_selected} values differ in the "
+            "last bits from the delta's when added to the base in fp32"
         )
     )
 
@@ -158,27 +151,10 @@ def _empty_model(arguments: argparse.Namespace) -> nn.Module:
 
 
 def _parameter(folder: ModelFolder, name: str) -> Tensor:
-    """Return a parameter that the folder's files hold whole."""
+    """Return a parameter of the folder, whole; put together in memory if the files hold it in parts."""
     place = folder.stored[folder.stored_as(name)[0]]
     assert place.dtype is not None
-    return folder.bits_of(name).view(place.dtype).view(place.shape)
-
-
-def _small_modules(model: nn.Module) -> dict[str, str]:
-    """Return parameter -> module, for modules that hold nothing but vectors: norms."""
-    return {
-        f"{name}.{parameter}": name
-        for name, module in model.named_modules()
-        if not any(module.children()) and all(p.dim() == 1 for p in module.parameters())
-        for parameter, _ in module.named_parameters()
-    }
-
-
-def _linear_weights(model: nn.Module) -> set[str]:
-    """Return names of the weights of Linear modules, without input embeddings that are tied to a head."""
-    embedding = input_embedding(model)
-    modules = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return {name for name, module in modules.items() if module.weight is not embedding}
+    return folder.bits_of(name).view(place.dtype).view(folder.layout.shapes()[name])
 
 
 def _summary(delta: Delta) -> dict[str, str]:

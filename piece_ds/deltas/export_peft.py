@@ -1,95 +1,160 @@
 """Write a delta as an adapter of PEFT, for PeftModel.from_pretrained(model, folder): no piece_ds is needed to load it.
 
 Weights of Linear modules become a SHiRA adapter: fp32 differences at 2-D int32 positions. Every module has
-r * (rows + columns) of them, with the same r. Source: peft/tuners/shira, read at 0.21.2. Norms are small: the adapter
-holds them whole, as modules_to_save, so that they have the delta's bits.
+r * (rows + columns) of them, with the same r. Source: peft/tuners/shira, read at 0.21.2. Any other changed module
+(norms, layers whose bias changes, embeddings, convolutions, stacked experts) the adapter holds whole, as
+modules_to_save, so that it has the delta's bits.
 """
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from piece_ds.checkpoint.artifact import write_tensors
 from piece_ds.deltas.delta import Change, Delta
+from piece_ds.models.layout import full_shape
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
 
 
+@dataclass(frozen=True)
+class PeftExport:
+    """What export_peft() has written.
+
+    Attributes:
+        num_inexact: selected values that base + difference does not give to the bit. If a value crosses zero or changes
+            by orders of magnitude, there may be no fp32 difference that leads from one to the other.
+        whole: modules that the adapter holds whole.
+        whole_bytes: of their parameters.
+    """
+
+    num_inexact: int
+    whole: tuple[str, ...]
+    whole_bytes: int
+
+
 def export_peft(
-    delta: Delta,
-    output: Path | str,
-    linear: set[str],
-    base_model: str,
-    small: Mapping[str, str] | None = None,
-    read: Callable[[str], Tensor] | None = None,
-) -> int:
+    delta: Delta, output: Path | str, model: nn.Module, base_model: str, read: Callable[[str], Tensor]
+) -> PeftExport:
     """Write adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained(model, output).
 
     A module's differences are padded to r * (rows + columns) with zeros at its first element. r is the smallest that
-    serves all modules.
+    serves all modules. PEFT wants at least one such module: if no Linear weight has changed, the smallest one joins
+    with differences of zero.
 
     Args:
         delta: to export.
         output: folder for both files.
-        linear: parameters that are the weight of an nn.Linear.
+        model: that the delta belongs to; only names, shapes and classes are read, so it may be empty.
         base_model: what the adapter's configuration names as its base.
-        small: parameter -> its module, for modules such as norms that an adapter can hold whole.
-        read: returns a parameter of the base; needed for those.
-    Returns:
-        How many selected values base + difference does not give to the bit. If a value crosses zero or changes by
-        orders of magnitude, there may be no fp32 difference that leads from one to the other.
+        read: returns a parameter of the base.
     Raises:
-        UserError: no previous values, a selected element outside Linear weights and small modules, none in a Linear
-            weight, or more of them than SHiRA can hold.
+        UserError: no previous values; a changed parameter that shares its values with another one, or lies beside other
+            modules in one that PEFT cannot hold whole; no Linear weight; or more changes than SHiRA can hold.
     """
     if not delta.reversible:
         raise UserError(f"delta {delta.path} has no previous values, which an adapter of differences needs")
 
-    # PEFT can hold only weights of Linear modules, and only so many elements of each; and small modules whole.
-    small = small or {}
-    outside = [name for name in delta.shapes if name not in linear and name not in small]
-    if outside:
+    # Which changes become differences, and which modules are held whole: every parameter of theirs, changed or not.
+    linear, owner = _linear_weights(model), _holders(model)
+    outside = [name for name in delta.shapes if name not in linear]
+    lost = [name for name in outside if name not in owner]
+    if lost:
         raise UserError(
-            f"a PEFT adapter holds changes of Linear weights and norms alone, delta {delta.path} also changes "
-            f"{len(outside)} other parameters, {outside[0]!r} for one: use piece_ds delta merge"
+            f"a PEFT adapter holds differences of Linear weights, and other modules whole; delta {delta.path} also "
+            f"changes {lost[0]!r}, which is tied to another parameter or lies in a module beside others: use piece_ds "
+            "delta merge"
         )
-
-    # SHiRA needs one r for all modules: the largest that any of them needs.
-    changes = {name: delta.change(name) for name in delta.shapes if name in linear}
+    whole = {owner[name] for name in outside}
+    sparse = [name for name in delta.shapes if name in linear and owner.get(name) not in whole]
+    changes = {name: delta.change(name) for name in sparse} or _nothing(model, linear, whole)
     if not changes:
-        raise UserError(
-            f"delta {delta.path} changes no Linear weight, which a PEFT adapter needs: use piece_ds delta merge"
-        )
-    rank = max(-(-change.index.numel() // sum(delta.shapes[name])) for name, change in changes.items())
-    tight = [name for name in changes if rank * sum(delta.shapes[name]) > prod(delta.shapes[name])]
-    if tight:
-        raise UserError(
-            f"SHiRA gives every module r * (rows + columns) elements, here r = {rank}, which is more than "
-            f"{tight[0]!r} of shape {list(delta.shapes[tight[0]])} has: use piece_ds delta merge"
-        )
+        raise UserError(f"{base_model} has no Linear weight, which a PEFT adapter needs: use piece_ds delta merge")
+
+    # The differences.
+    rank = _rank(changes, model)
     tensors: dict[str, Tensor] = {}
     num_inexact = 0
     for name, change in changes.items():
-        rows_columns, weight, inexact = _shira(change, delta.shapes[name], rank)
+        rows_columns, weight, inexact = _shira(change, _shape(model, name), rank)
         module = f"base_model.model.{name.removesuffix('.weight')}"
         tensors[f"{module}.shira_indices"], tensors[f"{module}.shira_weight"] = rows_columns, weight
         num_inexact += inexact
 
-    # Modules that are held whole: every parameter of theirs, changed or not.
-    whole = sorted({small[name] for name in delta.shapes if name in small and name not in linear})
-    for name, module in small.items():
-        if module in whole:
-            assert read is not None
-            tensors[f"base_model.model.{name}"] = _changed(read(name), delta, name)
+    # The modules that are held whole.
+    num_bytes = 0
+    for name in (name for name, module in owner.items() if module in whole):
+        tensor = _changed(read(name), delta, name)
+        tensors[f"base_model.model.{name}"] = tensor
+        num_bytes += tensor.nbytes
 
     # The configuration names the modules in the order of the file.
     output = Path(output)
     write_tensors(output / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_json(output / "adapter_config.json", _adapter_config(rank, list(changes), whole, base_model))
-    return num_inexact
+    write_json(output / "adapter_config.json", _adapter_config(rank, list(changes), sorted(whole), base_model))
+    return PeftExport(num_inexact, tuple(sorted(whole)), num_bytes)
+
+
+def _linear_weights(model: nn.Module) -> set[str]:
+    """Return names of the weights of Linear modules that are no other module's too, such as a tied head's."""
+    uses = _num_uses(model)
+    modules = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name for name, module in modules.items() if uses[id(module.weight)] == 1}
+
+
+def _holders(model: nn.Module) -> dict[str, str]:
+    """Return parameter -> its module, for modules that an adapter can hold whole.
+
+    No part of them is a module with parameters, which might be adapted by itself, and none is shared.
+    """
+    uses = _num_uses(model)
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if len(own) == len(list(module.parameters())) and all(uses[id(param)] == 1 for param in own.values()):
+            found |= {f"{name}.{parameter}": name for parameter in own}
+    return found
+
+
+def _num_uses(model: nn.Module) -> Counter[int]:
+    """Return how many modules hold each parameter, by its id."""
+    return Counter(id(param) for module in model.modules() for param in module._parameters.values())
+
+
+def _nothing(model: nn.Module, linear: Iterable[str], whole: set[str]) -> dict[str, Change]:
+    """Return no change of the smallest Linear weight outside the modules that are held whole, if there is one."""
+    free = [name for name in linear if name.removesuffix(".weight") not in whole]
+    if not free:
+        return {}
+    empty = torch.zeros(0)
+    name = min(free, key=lambda name: (prod(_shape(model, name)), name))
+    return {name: Change(empty.long(), empty, empty)}
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    return tuple(full_shape(model.get_parameter(name)))
+
+
+def _rank(changes: dict[str, Change], model: nn.Module) -> int:
+    """Return SHiRA's r, one for all modules: the largest that any of them needs.
+
+    Raises:
+        UserError: some module has fewer elements than that.
+    """
+    shapes = {name: _shape(model, name) for name in changes}
+    rank = max(1, *(-(-change.index.numel() // sum(shapes[name])) for name, change in changes.items()))
+    tight = [name for name in changes if rank * sum(shapes[name]) > prod(shapes[name])]
+    if tight:
+        raise UserError(
+            f"SHiRA gives every module r * (rows + columns) elements, here r = {rank}, which is more than "
+            f"{tight[0]!r} of shape {list(shapes[tight[0]])} has: use piece_ds delta merge"
+        )
+    return rank
 
 
 def _changed(base: Tensor, delta: Delta, name: str) -> Tensor:
