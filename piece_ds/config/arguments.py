@@ -109,6 +109,13 @@ class DataArguments:
             "const": "true",
         },
     )
+    tokenized_cache: bool = field(
+        default=True,
+        metadata={
+            "help": "a file of 1 MiB or more is tokenized once, for all ranks and later runs, and kept in the user's "
+            "cache folder (PIECE_DS_CACHE)"
+        },
+    )
     image_dir: str | None = field(default=None, metadata={"help": "folder of the rows' images, with its subfolders"})
     skip_bad_images: bool = field(
         default=False, metadata={"help": "leave out rows whose image is missing or broken, and say how many"}

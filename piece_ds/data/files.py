@@ -1,7 +1,8 @@
-"""Read a data file, or a data set of the Hub, as a datasets.Dataset of checked rows."""
+"""Open a data file, or a data set of the Hub, as checked rows."""
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,33 @@ import pyarrow
 
 from piece_ds.data.formats import RowFormat, checked_rows, format_of, renamed_row
 from piece_ds.data.readers import READERS, ROWS_PER_BATCH, read_rows
-from piece_ds.data.rows import CHAT, features_of
+from piece_ds.data.rows import features_of
 from piece_ds.runtime.errors import UserError, nearest
 
-# Up to this size, each rank holds the rows in memory and touches no cache. Larger files go through the datasets
-# library's disk cache. Its file locks keep the cache safe between ranks, and all ranks map the same files.
-IN_MEMORY_BYTES = 2**30
-READER_VERSION = 2  # part of the cache key: raise it when the readers or the checks change
 Columns = dict[str, str] | None
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w\[\]%:+]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data file or a data set of the Hub, of which only the first row has been read.
+
+    Attributes:
+        name: path, or name on the Hub.
+        format: how the first row is written.
+        features: columns of checked rows.
+        num_bytes: of the file; None if the Hub does not say.
+        read: yields all rows, each checked; see formats.checked_rows().
+        digest: returns a hash of the content.
+    """
+
+    name: str
+    format: RowFormat
+    features: datasets.Features
+    num_bytes: int | None
+    read: Callable[[], Iterator[dict[str, Any]]]
+    digest: Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -37,12 +55,18 @@ class DataFile:
 
 
 def load_rows(path_or_name: str, images: bool = False, columns: Columns = None) -> datasets.Dataset:
-    """Return the rows of a data file or a Hub data set; see read_data_file()."""
+    """Return the rows of a data file or a Hub data set, in memory; see open_source()."""
     return read_data_file(path_or_name, images, columns).rows
 
 
 def read_data_file(path_or_name: str, images: bool = False, columns: Columns = None) -> DataFile:
-    """Read a JSON, JSONL, CSV or Parquet file, or a Hub data set, and check every row of it.
+    """Return the rows and the format of a data file or a Hub data set, in memory; see open_source()."""
+    source = open_source(path_or_name, images, columns)
+    return DataFile(in_memory(source.read(), source.features), source.format)
+
+
+def open_source(path_or_name: str, images: bool = False, columns: Columns = None) -> Source:
+    """Open a JSON, JSONL, CSV or Parquet file, or a Hub data set. Its rows are read one after another.
 
     Args:
         path_or_name: a file, or NAME or NAME:SPLIT of the Hub. The split is train unless given; offline, the Hub's
@@ -50,10 +74,11 @@ def read_data_file(path_or_name: str, images: bool = False, columns: Columns = N
         images: keep the columns of a pair that only a model that reads images needs.
         columns: name in the file -> known name; see formats.parse_columns().
     Returns:
-        The rows and their format. Rows have the columns of their kind (rows.FEATURES). With images, pairs also have
-        answers (a list) and image (a path or None). Other columns are dropped.
+        The source. Rows have the columns of their kind (rows.FEATURES). With images, pairs also have answers (a list)
+        and image (a path or None). Other columns are dropped.
     Raises:
-        UserError: something cannot be read or used; the message names the file and the line or row.
+        UserError: something cannot be read or used; the message names the file and the line or row. What is wrong with
+            a later row is raised by read().
     """
     path = Path(path_or_name)
     if _is_hub_name(path_or_name, path):
@@ -61,10 +86,14 @@ def read_data_file(path_or_name: str, images: bool = False, columns: Columns = N
     _check_file(path)
     # The first row decides the columns of the whole file.
     form = first_format(path, columns)
-    features = features_of(form.kind, images)
-    if path.stat().st_size <= IN_MEMORY_BYTES:
-        return DataFile(_in_memory(checked_rows(read_rows(path), str(path), images, columns), features), form)
-    return DataFile(_through_cache(path, features, images, columns), form)
+    return Source(
+        name=path_or_name,
+        format=form,
+        features=features_of(form.kind, images),
+        num_bytes=path.stat().st_size,
+        read=lambda: checked_rows(read_rows(path), str(path), images, columns),
+        digest=lambda: _digest_of_file(path),
+    )
 
 
 def first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -99,7 +128,7 @@ def first_format(path: Path, columns: Columns) -> RowFormat:
     raise UserError(f"{path} has no rows; expected rows of prompt and answer")
 
 
-def _in_memory(rows: Iterator[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
+def in_memory(rows: Iterable[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
     """Return rows as one Arrow table in this process's memory, built a batch at a time."""
     schema = features.arrow_schema
     batches, pending = [], []
@@ -112,29 +141,13 @@ def _in_memory(rows: Iterator[dict[str, Any]], features: datasets.Features) -> d
     return datasets.Dataset(pyarrow.Table.from_batches(batches, schema=schema))
 
 
-def _through_cache(path: Path, features: datasets.Features, images: bool, columns: Columns) -> datasets.Dataset:
-    """Return rows through the datasets library's disk cache. The key is the file's path, size and time of change."""
-    status = path.stat()
-    key = {
-        "path": str(path.resolve()),
-        "images": images,
-        "columns": columns,
-        "version": (READER_VERSION, status.st_size, status.st_mtime_ns),
-    }
-    try:
-        return datasets.Dataset.from_generator(_cached_rows, features=features, gen_kwargs=key)
-    except datasets.exceptions.DatasetGenerationError as error:
-        # The datasets library wraps our message in its own error.
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+def _digest_of_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes and of its suffix, which chooses the reader."""
+    with open(path, "rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()} {path.suffix.lower()}"
 
 
-def _cached_rows(path: str, images: bool, columns: Columns, version: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    yield from checked_rows(read_rows(Path(path)), path, images, columns)
-
-
-def _from_hub(name: str, images: bool, columns: Columns) -> DataFile:
+def _from_hub(name: str, images: bool, columns: Columns) -> Source:
     match = HUB_NAME.fullmatch(name)
     assert match is not None
     try:
@@ -145,11 +158,11 @@ def _from_hub(name: str, images: bool, columns: Columns) -> DataFile:
     if len(rows) == 0:
         raise UserError(f"{name} has no rows; expected rows of prompt and answer")
     form = format_of(renamed_row(rows[0], columns or {}, f"{name} row 1"), f"{name} row 1")
-    features = features_of(form.kind, images)
-    is_small = rows.dataset_size is None or rows.dataset_size <= IN_MEMORY_BYTES
-    # Rows that change in any way are converted in memory. Large ones that stay as they are keep the Hub's own files.
-    if is_small or columns or form.kind == CHAT or not set(features) <= set(rows.column_names):
-        return DataFile(_in_memory(checked_rows(rows, name, images, columns), features), form)
-    for _ in checked_rows(rows, name, images):
-        pass
-    return DataFile(rows.select_columns(list(features)).cast(features), form)
+    return Source(
+        name=name,
+        format=form,
+        features=features_of(form.kind, images),
+        num_bytes=rows.dataset_size,
+        read=lambda: checked_rows(rows, name, images, columns),
+        digest=lambda: f"{name} {rows._fingerprint}",
+    )

@@ -1,12 +1,13 @@
 """Read the text that stands for general ability: rows that no task trains."""
 
+from itertools import islice
 from pathlib import Path
 
 import datasets
 from transformers import ProcessorMixin
 
 from piece_ds.config.arguments import DataArguments
-from piece_ds.data.files import first_rows, read_data_file
+from piece_ds.data.files import first_rows, in_memory, open_source
 from piece_ds.data.image_rows import ImagePrompt, encode_image_rows, find_images, has_images
 from piece_ds.data.tokenize import Encoder, tokenize_rows
 from piece_ds.models.processor import Processing, tokenizer_of
@@ -40,9 +41,9 @@ def load_general(
     if path_or_name.lower().endswith(".txt") and Path(path_or_name).is_file():
         rows = _text_file_rows(Path(path_or_name))
     else:
-        rows = read_data_file(path_or_name, images=isinstance(processing, ProcessorMixin)).rows
-    if max_rows is not None:
-        rows = first_rows(rows, max_rows)  # a row makes at least one encoded row, so nothing needed is cut
+        source = open_source(path_or_name, images=isinstance(processing, ProcessorMixin))
+        # A row makes at least one encoded row, so nothing needed is cut.
+        rows = in_memory(islice(source.read(), max_rows), source.features)
     if isinstance(processing, ProcessorMixin) and has_images(rows):
         found = find_images(rows, path_or_name, images or DataArguments())
         return encode_image_rows(found, encoder, ImagePrompt(processing))

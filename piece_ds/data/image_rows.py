@@ -56,8 +56,8 @@ logger = logging.getLogger(__name__)
 
 ENCODED = Features(
     {
-        "input_ids": Sequence(Value("int64")),
-        "labels": Sequence(Value("int64")),
+        "input_ids": Sequence(Value("int32")),
+        "labels": Sequence(Value("int32")),
         "text": Value("string"),
         "image": Value("string"),
         "where": Value("string"),

@@ -27,14 +27,14 @@ FEATURES = {
     CHAT: Features(
         {"messages": [{"role": Value("string"), "content": Value("string")}], "num_context": Value("int64")}
     ),
-    TOKENS: Features({"input_ids": Sequence(Value("int64")), "labels": Sequence(Value("int64"))}),
+    TOKENS: Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))}),
     TEXT: Features({"text": Value("string")}),
 }
 # A pair for a model that reads images: `answer` is the one that is trained, `answers` are all gold answers.
 PAIR_WITH_IMAGE = Features({**FEATURES[PAIR], "answers": Sequence(Value("string")), "image": Value("string")})
 IMAGE_KEYS = ("image", "pic_path")
 
-MAX_TOKEN_ID = 2**31 - 1  # no vocabulary is larger; tokenizers decode 32 bits, tensors hold 64
+MAX_TOKEN_ID = 2**31 - 1  # no vocabulary is larger, so rows hold 32 bits a token; batches hold 64, as torch wants
 
 
 def features_of(kind: str, images: bool) -> Features:

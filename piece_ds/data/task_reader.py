@@ -1,17 +1,18 @@
-"""Read one file of a task: checked rows, then token ids, and a line that says what the file was taken for."""
+"""Read one file of a task: checked rows with their token ids, and a line that says what the file was taken for."""
 
 import logging
 from dataclasses import dataclass
-
-import datasets
-import pyarrow.compute
+from itertools import islice
 
 from piece_ds.config.arguments import DataArguments
-from piece_ds.data.files import DataFile, first_rows, read_data_file
+from piece_ds.data.encoded_file import EncodedFile, encode_in_memory
+from piece_ds.data.files import in_memory, open_source
 from piece_ds.data.formats import parse_columns
 from piece_ds.data.image_rows import ImagePrompt, encode_image_rows, find_images, has_images
+from piece_ds.data.lengths import lengths_of
 from piece_ds.data.rows import CHAT, COMPLETION, PAIR, TOKENS
-from piece_ds.data.tokenize import Encoder, tokenize_rows
+from piece_ds.data.token_cache import encode_once
+from piece_ds.data.tokenize import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +33,22 @@ class TaskReader:
     prompt: ImagePrompt | None
     seed: int
 
-    def load(self, path: str, limit: int | None) -> DataFile:
-        """Return the checked rows of a file, at most limit of them."""
-        file = read_data_file(path, self.prompt is not None, parse_columns(self.arguments.columns))
-        rows = first_rows(file.rows, limit)
-        return DataFile(find_images(rows, path, self.arguments) if has_images(rows) else rows, file.format)
+    def read(self, path: str, limit: int | None) -> EncodedFile:
+        """Return the checked rows of a file, at most limit of them, with their token ids."""
+        columns = parse_columns(self.arguments.columns)
+        source = open_source(path, self.prompt is not None, columns)
+        if self.prompt is None:
+            use_cache = self.arguments.tokenized_cache
+            return encode_once(source, self.encoder, limit=limit, columns=columns, use_cache=use_cache)
 
-    def encode(self, rows: datasets.Dataset, path: str) -> datasets.Dataset:
-        """Return rows as token ids. path is for messages."""
-        if self.prompt is not None and has_images(rows):
-            return encode_image_rows(rows, self.encoder, self.prompt)
-        return tokenize_rows(rows, self.encoder, path, documents=True)
+        # Images must be looked for at every start, so rows of a model that reads them are not kept.
+        rows = in_memory(islice(source.read(), limit), source.features)
+        if not has_images(rows):
+            return encode_in_memory(source, self.encoder, limit)
+        rows = find_images(rows, path, self.arguments)
+        return EncodedFile(rows, encode_image_rows(rows, self.encoder, self.prompt), source.format)
 
-    def show(self, file: DataFile, encoded: datasets.Dataset, path: str) -> None:
+    def show(self, file: EncodedFile, path: str) -> None:
         """Log in one line what a file was taken for."""
         what, encoder = file.format, self.encoder
         has_template = bool(encoder.tokenizer.chat_template)
@@ -61,10 +65,10 @@ class TaskReader:
         else:
             template = "used as they are" if what.kind == TOKENS else "loss on all of it"
         cut = ""
-        if what.kind in (CHAT, COMPLETION) and len(encoded):
-            lengths = pyarrow.compute.list_value_length(encoded.data.column("input_ids"))
-            num_cut = pyarrow.compute.sum(pyarrow.compute.equal(lengths, encoder.cutoff)).as_py()
+        if what.kind in (CHAT, COMPLETION):
+            num_cut = int((lengths_of(file.encoded) == encoder.cutoff).sum())
             cut = (
                 f"; {num_cut} rows end at {encoder.cutoff} tokens (--max_prompt_len + --max_ans_len)" if num_cut else ""
             )
-        logger.warning("%s: %d rows, %s; %s%s", path, len(file.rows), what.name, template, cut)
+        kept = f"; tokenized by an earlier run, in {file.kept_in} (--tokenized_cache)" if file.kept_in else ""
+        logger.warning("%s: %d rows, %s; %s%s%s", path, len(file.rows), what.name, template, cut, kept)

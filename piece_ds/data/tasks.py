@@ -201,24 +201,20 @@ def _files_in(folder: Path) -> dict[str, str]:
 def _load_task(name: str, files: dict[str, str], reader: TaskReader) -> Task:
     max_eval_samples, share = reader.arguments.max_eval_samples, reader.arguments.validation_share
     limits = {"train": reader.arguments.max_train_samples, "eval": max_eval_samples, "test": max_eval_samples}
-    loaded = {split: reader.load(path, limits[split]) for split, path in files.items()}
-    rows = {split: file.rows for split, file in loaded.items()}
+    if share is not None and "eval" in files:
+        raise UserError(f"task {name} has {files['eval']}, so --validation_share holds nothing out; drop one of them")
 
-    # Hold out rows before they become tokens, so that pieces of one text stay together.
+    # Read every split, and say what each file was taken for.
+    read = {split: reader.read(path, limits[split]) for split, path in files.items()}
+    for split, file in read.items():
+        reader.show(file, files[split])
+
+    # Rows of the file are held out, so that pieces of one text stay together.
     if share is not None:
-        if "eval" in files:
-            raise UserError(
-                f"task {name} has {files['eval']}, so --validation_share holds nothing out; drop one of them"
-            )
-        rows["train"], held_out_rows = hold_out(rows["train"], share, reader.seed, files["train"])
-        rows["eval"] = first_rows(held_out_rows, max_eval_samples)
-        files = {**files, "eval": files["train"]}
-        logger.warning("%s: %d rows are held out (--validation_share)", files["train"], len(held_out_rows))
-
-    # Encode every split, and say what each file was taken for.
-    splits = {split: reader.encode(rows[split], path) for split, path in files.items()}
-    for split, file in loaded.items():
-        reader.show(file, splits[split], files[split])
+        kept, chosen = hold_out(len(read["train"].rows), share, reader.seed, files["train"])
+        read |= {"train": read["train"].select(kept), "eval": read["train"].select(chosen[:max_eval_samples])}
+        logger.warning("%s: %d rows are held out (--validation_share)", files["train"], len(chosen))
+    splits, rows = ({split: getattr(file, part) for split, file in read.items()} for part in ("encoded", "rows"))
 
     # Choose the test rows: test, else eval, else the first training rows.
     held_out = len(splits) > 1
@@ -227,7 +223,7 @@ def _load_task(name: str, files: dict[str, str], reader: TaskReader) -> Task:
     test = splits[test_split] if held_out else judged
 
     # Keep their texts beside them, for the scores and the records.
-    kind = loaded.get(test_split, loaded["train"]).format.kind
+    kind = read[test_split].format.kind
     gold = _gold(rows[test_split], test, reader.encoder)
     validates = "eval" in splits and test_split != "eval"
     return Task(

@@ -4,7 +4,7 @@ All rows are tokenized before training starts. So an unusable row ends the run b
 middle of a task on one of many ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +163,9 @@ def split_prompt(input_ids: list[int], labels: list[int]) -> tuple[list[int], li
 ENCODED = FEATURES[TOKENS]
 
 
+RowEncoder = Callable[[dict[str, Any], str], list[dict[str, list[int]]]]
+
+
 def tokenize_rows(rows: datasets.Dataset, encoder: Encoder, source: str, documents: bool = False) -> datasets.Dataset:
     """Return rows of any kind as input_ids and labels, in the same order. Rows of token ids come back as they are.
 
@@ -172,16 +175,43 @@ def tokenize_rows(rows: datasets.Dataset, encoder: Encoder, source: str, documen
         source: file or data set, for messages.
         documents: plain text is to be learned (Encoder.documents()) rather than evaluated on (Encoder.windows()).
     Returns:
-        Dataset of columns input_ids and labels (int64 lists), in memory if rows are, else in datasets' disk cache.
+        Dataset of columns input_ids and labels (int32 lists), in memory.
     Raises:
         UserError: a row without an answer token; the message names source and row.
     """
-    columns = set(rows.column_names)
-    if columns >= set(ENCODED):
+    columns = rows.column_names
+    if set(columns) >= set(ENCODED):
         return rows
+    encode = row_encoder(columns, encoder, documents)
 
-    # The columns tell the kind of row.
+    def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+        given = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        pairs = zip(given, indices, strict=True)
+        return _columns([encoded for row, i in pairs for encoded in encode(row, f"{source} row {i + 1}")])
+
+    with no_progress_bars():
+        return rows.map(
+            encode_batch,
+            with_indices=True,
+            batched=True,
+            features=ENCODED,
+            remove_columns=columns,
+            keep_in_memory=True,
+            load_from_cache_file=False,
+        )
+
+
+def row_encoder(columns: Collection[str], encoder: Encoder, documents: bool) -> RowEncoder:
+    """Return (checked row, file and row for messages) -> encoded rows.
+
+    Args:
+        columns: of the rows, which tell their kind.
+        encoder, documents: as in tokenize_rows().
+    """
+
     def encode(row: dict[str, Any], where: str) -> list[dict[str, list[int]]]:
+        if "input_ids" in columns:
+            return [{name: row[name] for name in ENCODED}]
         if "messages" in columns:
             return [encoder.conversation(row["messages"], row["num_context"], where)]
         if "completion" in columns:
@@ -190,22 +220,7 @@ def tokenize_rows(rows: datasets.Dataset, encoder: Encoder, source: str, documen
             return [encoder.pair(row["prompt"], row["answer"], where)]
         return encoder.documents(row["text"]) if documents else encoder.windows(row["text"])
 
-    def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
-        given = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        pairs = zip(given, indices, strict=True)
-        return _columns([encoded for row, i in pairs for encoded in encode(row, f"{source} row {i + 1}")])
-
-    # Rows held in memory stay there: a cache would only be written and never found again.
-    with no_progress_bars():
-        return rows.map(
-            encode_batch,
-            with_indices=True,
-            batched=True,
-            features=ENCODED,
-            remove_columns=rows.column_names,
-            keep_in_memory=not rows.cache_files,
-            load_from_cache_file=bool(rows.cache_files),
-        )
+    return encode
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import logging
 from typing import Any
 
 import datasets
-import pyarrow.compute as compute
 
+from piece_ds.data.lengths import largest_of, lengths_of
 from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.data.tasks import Task
 from piece_ds.evaluation.scorers import get_scorer
@@ -50,7 +50,7 @@ def check_rows_fit(
 
 def _check_ids(rows: datasets.Dataset, name: str, size: int) -> None:
     for column in ("input_ids", "labels"):
-        largest = compute.max(compute.list_flatten(rows.data.column(column))).as_py()
+        largest = largest_of(rows, column)
         if largest is not None and largest >= size:
             # Only now is it worth reading rows one by one.
             number = next(i for i, ids in enumerate(rows[column], start=1) if max(ids, default=IGNORED_LABEL) >= size)
@@ -61,11 +61,11 @@ def _check_ids(rows: datasets.Dataset, name: str, size: int) -> None:
 
 
 def _check_lengths(rows: datasets.Dataset, name: str, positions: int, rotary: bool) -> None:
-    lengths = compute.list_value_length(rows.data.column("input_ids"))
-    longest = compute.max(lengths).as_py() or 0
+    lengths = lengths_of(rows)
+    longest = int(lengths.max(initial=0))
     if longest <= positions:
         return
-    number = compute.index(lengths, longest).as_py() + 1
+    number = int(lengths.argmax()) + 1
     said = f"{name} row {number} has {longest} tokens, the model {positions} positions (max_position_embeddings)"
     if not rotary:  # there is no row in the table of positions
         raise UserError(f"{said}: lower --max_prompt_len and --max_ans_len, or shorten the row")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from piece_ds.config.arguments import DataArguments, ModelArguments
 from piece_ds.data.image_collate import make_collator
+from piece_ds.data.lengths import largest_of, lengths_of
 from piece_ds.data.tasks import Task, holds_token_ids, load_task_stream
 from piece_ds.models.loading import load_config, load_tokenizer
 from piece_ds.models.token_ids import token_ids_tokenizer
@@ -28,6 +30,16 @@ def task_of(folder: Path, *rows: tuple[list[int], list[int]]) -> Task:
 
 
 GOOD = ([1, 2, 3], [-100, 2, 3])
+
+
+def test_only_rows_that_were_chosen_count(tmp_path: Path) -> None:
+    """Rows held out or never drawn lie in the same table."""
+    task = task_of(tmp_path, ([1] * 30, [-100] + [1] * 29), GOOD, ([60, 4], [-100, 4]), GOOD)
+    for chosen, longest, largest in (([1, 3], 3, 3), ([1, 2], 3, 60), ([0], 30, 1)):
+        rows = task.train.select(chosen)
+        assert (lengths_of(rows).max(), largest_of(rows, "input_ids")) == (longest, largest)
+    good = replace(task, train=task.train.select([1, 3]), eval=task.train.select([3]), test=task.train.select([3]))
+    check_rows_fit(ROTARY, [good], {}, 0)
 
 
 def test_ids_and_labels_past_the_embedding_name_the_row(tmp_path: Path) -> None:
