@@ -57,6 +57,10 @@ REFUSED = (
         "remove it; a loop of your own may have it (piece_ds.sequence_loss)",
         in_commands=True,
     ),
+    *(
+        Feature(f"{monitor}.enabled", (False,), "each task would begin a record anew", "use --report_to", True)
+        for monitor in ("tensorboard", "wandb", "comet", "csv_monitor")
+    ),
     # How gradients are formed and averaged.
     Feature("compile.deepcompile", (False,), "it compiles a reduction of its own", _OFF),
     Feature("torch_autocast.enabled", (False,), "the gradient's dtype differs from module to module", "use --bf16"),

@@ -1,6 +1,7 @@
 """LwF: while the model learns new rows, it is held to its earlier predictions on them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,11 +35,7 @@ class LwF(Baseline):
         return _Numbered(context.task.train)
 
     def collate(self, context: TaskContext) -> Collate:
-        def collate(rows: Sequence[Any]) -> dict[str, Tensor]:
-            numbers = {ROW: torch.tensor([row[ROW] for row in rows])} if ROW in rows[0] else {}  # not while evaluating
-            return {**context.collate(rows), **numbers}
-
-        return collate
+        return _NumberedCollator(context.collate)
 
     def engine_callback(self, context: TaskContext) -> EngineCallback | None:
         return _Record(self, context)
@@ -76,6 +73,17 @@ class _Numbered:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self._rows[index], ROW: index}
+
+
+@dataclass(frozen=True)
+class _NumberedCollator:
+    """Adds the rows' numbers to a batch. A class, since a worker process that is spawned gets it by pickle."""
+
+    of_rows: Collate
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        numbers = {ROW: torch.tensor([row[ROW] for row in rows])} if ROW in rows[0] else {}  # not while evaluating
+        return {**self.of_rows(rows), **numbers}
 
 
 class _Record(EngineCallback):

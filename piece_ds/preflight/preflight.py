@@ -5,14 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
 from piece_ds.config.settings import Settings
 from piece_ds.methods.baseline import Baseline
 from piece_ds.methods.method import SELECTION, Method
 from piece_ds.methods.registry import find_method, names_of
+from piece_ds.models.loading import empty_model
 from piece_ds.preflight.best_step import DECISIVE as OF_BEST_STEP
 from piece_ds.preflight.best_step import check_best_step, decides_weights
+from piece_ds.preflight.checkpointing import check_activation_checkpointing
 from piece_ds.preflight.checks import (
     check_accumulation,
     check_kernels,
@@ -24,6 +27,7 @@ from piece_ds.preflight.checks import (
     resumes_from,
 )
 from piece_ds.preflight.inputs import Inputs, load_inputs
+from piece_ds.preflight.loss_and_order import check_label_smoothing, check_lengths
 from piece_ds.preflight.rank_consistency import require_rank_consistency
 from piece_ds.preflight.trainer_arguments import check_optimizer, check_own_evaluation, check_trainer_arguments
 from piece_ds.runtime.distributed import world_size
@@ -83,15 +87,20 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
     # What the method needs of settings, data and machine.
     if job != EVALUATE:
         check_sources(settings, len(inputs.tasks))
-    check_trainer_arguments(arguments, settings.given)
+    judges = settings.evaluation
+    keeps_best = judges.load_best_model_at_end or judges.early_stopping_patience is not None
+    check_trainer_arguments(arguments, settings.given, keeps_best)
     if job == TRAIN:
+        _check_model_options(inputs)
         inputs = replace(inputs, baseline=method.baseline(settings.baseline) if method.baseline is not None else None)
-        check_training(arguments, masked=method.has_mask or settings.method.step_scale != "none")
+        masked = method.has_mask or settings.method.step_scale != "none"
+        check_training(arguments, masked)
         _check_accumulation(inputs)
         num_eval_rows = {task.name: len(task.eval) for task in inputs.tasks}
         check_own_evaluation(arguments, _num_rows(inputs), num_eval_rows)
         check_best_step(settings, arguments, inputs.tasks, inputs.scorers)
-        check_optimizer(arguments, inputs.config, [_num_steps(arguments, rows) for rows in _num_rows(inputs).values()])
+        num_steps = [_num_steps(arguments, rows) for rows in _num_rows(inputs).values()]
+        check_optimizer(arguments, inputs.config, num_steps, masked)
         check_offload(method.name, arguments)
     if job != EVALUATE:
         check_kernels(method.name, arguments)
@@ -128,6 +137,18 @@ def _check_flags(settings: Settings, job: str, method: Method) -> None:
     if settings.model.model_name_or_path is None:
         script = "select_mask.py" if job == SELECT else "eval_tasks.py"
         raise UserError(f"{script} needs --model_name_or_path M")
+
+
+def _check_model_options(inputs: Inputs) -> None:
+    """Raise UserError for options of training that the model's class or its rows do not allow."""
+    settings, arguments = inputs.settings, inputs.arguments
+
+    def make_model() -> nn.Module:
+        return empty_model(inputs.config, settings.model.trust_remote_code)
+
+    check_activation_checkpointing(arguments, make_model)
+    check_label_smoothing(settings, arguments, make_model)
+    check_lengths(arguments, inputs.tasks, inputs.tokenizer)
 
 
 def _check_accumulation(inputs: Inputs) -> None:

@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 
 from piece_ds.config.deepspeed_configs import contradiction
 from piece_ds.preflight.checks import PROVEN_OPTIM
+from piece_ds.preflight.idle_fields import unmet_needs
 from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
+from piece_ds.zero.config_file import ADAGRAD, check_deepspeed_config
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +33,18 @@ _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, Runti
 
 # Keys of accelerator_config that change neither rows nor steps.
 _ACCELERATOR_FREE = ("non_blocking", "use_seedable_sampler")
+# Schedules to which transformers hands no options.
+_WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
 _OF_A_PUSH = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
 
 
-def check_trainer_arguments(arguments: TrainingArguments, given: Collection[str]) -> None:
+def check_trainer_arguments(arguments: TrainingArguments, given: Collection[str], keeps_best: bool = False) -> None:
     """Raise UserError for a field that is refused or out of range; log which of the given fields have no effect.
 
     Args:
         arguments: of the run.
         given: names of the flags and YAML keys that the user has set.
+        keeps_best: whether --load_best_model_at_end or --early_stopping_patience is given.
     """
     # Refuse: only a field that the user has set, and only if its value asks for something.
     neutral = {field.name: field.default for field in fields(arguments) if field.init}
@@ -60,8 +66,11 @@ def check_trainer_arguments(arguments: TrainingArguments, given: Collection[str]
     # Tell: settings that are ignored, and fields of a newer transformers.
     idle = [name for name in sorted(given) if name in FIELDS and FIELDS[name].kind == NO_EFFECT]
     idle = [name for name in idle if getattr(arguments, name) != neutral[name]]
-    if idle:
-        logger.warning("given, but without effect here: %s", "; ".join(f"--{n} ({FIELDS[n].note})" for n in idle))
+    reasons = {name: FIELDS[name].note for name in idle}
+    set_ones = [name for name in sorted(given) if name in neutral and getattr(arguments, name) != neutral[name]]
+    reasons |= {name: f"needs {text}" for name, text in unmet_needs(arguments, set_ones, keeps_best).items()}
+    if reasons:
+        logger.warning("given, but without effect here: %s", "; ".join(f"--{n} ({why})" for n, why in reasons.items()))
     unknown = sorted((set(given) & neutral.keys()) - FIELDS.keys())
     if unknown:
         logger.warning(
@@ -98,6 +107,8 @@ def _check_accelerator(arguments: TrainingArguments) -> None:
                 f"--accelerator_config {field.name} {_shown(value)}: it changes which rows a rank takes or what a "
                 f"step is; known to be safe are {' and '.join(_ACCELERATOR_FREE)}"
             )
+        if field.name in _ACCELERATOR_FREE and not isinstance(value, bool):
+            raise UserError(f"--accelerator_config {field.name} expects true or false, got {value!r:.80}")
     if not config.even_batches:
         raise UserError("--accelerator_config even_batches false: ranks with fewer rows would leave the others waiting")
 
@@ -133,17 +144,20 @@ def check_own_evaluation(arguments: TrainingArguments, num_rows: dict[str, int],
         )
 
 
-def check_optimizer(arguments: TrainingArguments, config: Any, num_steps: Collection[int]) -> None:
+def check_optimizer(arguments: TrainingArguments, config: Any, num_steps: Collection[int], masked: bool) -> None:
     """Raise UserError if the optimizer, its schedule or the DeepSpeed file's numbers cannot be used.
 
     Args:
         arguments: of the run.
         config: the model's.
         num_steps: optimizer steps of each task.
+        masked: whether steps act on single weights.
     """
     _check_precision(arguments)
     holder = arguments.hf_deepspeed_config
-    _check_file_agrees(arguments, config, max(num_steps))
+    check_deepspeed_config(_file_with_numbers(arguments, config, max(num_steps)), masked)
+    if _plain(arguments.optim) == "adagrad":
+        raise UserError(ADAGRAD.format(flag="--optim adagrad"))
 
     # DeepSpeed makes what its file describes.
     if holder.config.get("optimizer"):
@@ -186,6 +200,11 @@ def _check_schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimiz
     kind, options = _plain(arguments.lr_scheduler_type), arguments.lr_scheduler_kwargs
     if options and not isinstance(options, dict):
         raise UserError(f"--lr_scheduler_kwargs expects a JSON object, got {_shown(options)}")
+    if options and kind in _WITHOUT_OPTIONS:  # transformers drops them silently
+        raise UserError(f"--lr_scheduler_type {kind} takes no options: leave --lr_scheduler_kwargs {options} out")
+    endless = [name for name, value in (options or {}).items() if isinstance(value, float) and not math.isfinite(value)]
+    if endless:
+        raise UserError(f"--lr_scheduler_kwargs: {endless[0]} expects a finite number, got {options[endless[0]]}")
     try:
         warmup = arguments.get_warmup_steps(steps)
         schedule = get_scheduler(
@@ -193,6 +212,8 @@ def _check_schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimiz
         )
         at = sorted({0, 1, warmup - 1, warmup, warmup + 1, steps // 2, steps - 1, steps} & set(range(steps + 1)))
         factors = [function(step) for function in getattr(schedule, "lr_lambdas", ()) for step in at]
+        if isinstance(schedule, ReduceLROnPlateau):
+            _try_plateau(schedule)
     except _REFUSALS as error:
         given = f" with --lr_scheduler_kwargs {options}" if options else " without --lr_scheduler_kwargs"
         reason = _first_line(error).replace("`", "")
@@ -207,8 +228,21 @@ def _check_schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimiz
         )
 
 
-def _check_file_agrees(arguments: TrainingArguments, config: Any, steps: int) -> None:
-    """Raise UserError if numbers in the DeepSpeed file contradict the flags, as transformers would find later."""
+def _try_plateau(schedule: ReduceLROnPlateau) -> None:
+    """Let the metric worsen until the rate falls, and once more: each option is read on the way."""
+    schedule.step(1.0)
+    schedule.step(2.0)
+    schedule.patience = 0
+    for metric in (3.0, 4.0, 5.0):
+        schedule.step(metric)
+
+
+def _file_with_numbers(arguments: TrainingArguments, config: Any, steps: int) -> dict[str, Any]:
+    """Return the DeepSpeed file's content with the flags' numbers in place of "auto".
+
+    Raises:
+        UserError: numbers in the file contradict the flags, as transformers would find later.
+    """
     holder = copy.deepcopy(arguments.hf_deepspeed_config)
     try:
         holder.trainer_config_finalize(arguments, SimpleNamespace(config=config), steps)
@@ -216,6 +250,8 @@ def _check_file_agrees(arguments: TrainingArguments, config: Any, steps: int) ->
         if "DeepSpeed config values" not in str(error):
             raise UserError(f"--deepspeed: {_first_line(error)}") from error
         raise UserError(contradiction(error)) from error
+    content: dict[str, Any] = holder.config
+    return content
 
 
 def _plain(value: Any) -> str:

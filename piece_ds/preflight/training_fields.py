@@ -83,7 +83,7 @@ FIELDS: dict[str, Treatment] = {
     "average_tokens_across_devices": _works(),
     "max_grad_norm": _works("0: gradients are not clipped", low=0),
     "label_smoothing_factor": _works("in training; importance is taken of the plain loss", low=0, below=1),
-    "neftune_noise_alpha": _works(low=0),
+    "neftune_noise_alpha": _works("in training; importance is taken without noise", low=0, high=10_000),
     # Optimizer.
     "optim": _works("with a mask: AdamW of torch or Apex; others move weights whose gradient is zero"),
     "optim_args": _works("the optimizer is made on a dummy parameter before a weight is read"),

@@ -30,7 +30,14 @@ from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.metrics import METRICS_NAME, MetricsLog, finite
 from piece_ds.training.nonfinite import NONFINITE, OVERFLOW, NonfiniteCallback
 from piece_ds.training.saving import save_baseline, save_model
-from piece_ds.training.task_begin import arguments_of, attach_mask, begin_baseline, begin_general, check_padding
+from piece_ds.training.task_begin import (
+    arguments_of,
+    attach_mask,
+    begin_baseline,
+    begin_general,
+    check_padding,
+    check_parts,
+)
 from piece_ds.training.task_mask import TaskMask
 from piece_ds.training.task_result import TaskCost, TaskResult
 from piece_ds.training.trainer import TaskTrainer, make_trainer
@@ -98,6 +105,8 @@ def train_task(
     def before_first_step(engine: Any) -> None:
         """Prepare the first step. The Trainer has made the engine, and no weight has moved."""
         check_padding(trainer, context, tokenizer)
+        if baseline is not None or settings.method.update_mode == "masked":
+            check_parts(trainer)
         claim.make()
         metrics.open(step_of(checkpoint) if resume else None)
         if evaluate_before is not None and checkpoint is None:

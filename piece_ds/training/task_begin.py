@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from piece_ds.config.settings import Settings
@@ -21,7 +22,9 @@ from piece_ds.training.nonfinite import NonfiniteCallback
 from piece_ds.training.task_mask import TaskMask
 from piece_ds.training.trainer import TaskTrainer
 from piece_ds.update.step_scale import general_step_scale, scale_steps
+from piece_ds.zero.batch_feed import all_to_device
 from piece_ds.zero.even_gradients import even_out_gradients
+from piece_ds.zero.partial_gradients import refuse_foreseen_parts
 
 
 def arguments_of(settings: Settings, folder: Path, masked: bool) -> TrainingArguments:
@@ -91,3 +94,20 @@ def check_padding(trainer: Trainer, context: TaskContext, tokenizer: Processing)
     sizes = {trainer.args.per_device_train_batch_size, trainer.args.per_device_eval_batch_size, context.batch_size}
     padding = pad_id(tokenizer_of(tokenizer))
     check_rows(trainer.model_wrapped, answer_tokens(context.task.train), padding, sizes == {1})
+
+
+def check_parts(trainer: TaskTrainer) -> None:
+    """Raise UserError if DeepSpeed would take a part of a gradient for all of it: see refuse_foreseen_parts().
+
+    A collective, for steps whose gradients DeepSpeed reduces: masked mode, and methods without a mask.
+    """
+    rows = trainer.train_dataset
+    first = [rows[index] for index in range(min(trainer.args.per_device_train_batch_size, len(rows)))]
+
+    def loss_of() -> Tensor:
+        # Collated here: a collator may draw, and what it draws is put back.
+        batch = trainer.for_model(trainer.data_collator(first))
+        loss: Tensor = trainer.model_wrapped(**all_to_device(batch, trainer.args.device)).loss
+        return loss
+
+    refuse_foreseen_parts(trainer.model_wrapped, loss_of)

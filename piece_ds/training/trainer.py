@@ -85,6 +85,10 @@ class TaskTrainer(Trainer):
         taken, self._num_tokens = self._num_tokens, torch.zeros_like(self._num_tokens)
         return taken
 
+    def for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of a batch that the model takes."""
+        return inputs
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers' Trainer does, with what general text was since the last row of training."""
         if "loss" in logs and self.general is not None:
@@ -224,7 +228,12 @@ class BaselineTrainer(TaskTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._epoch is None:
             return super()._get_train_sampler(train_dataset)
-        return _EpochOrder(self._epoch, len(train_dataset or self.train_dataset), self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _EpochOrder(self._epoch, len(train_dataset or self.train_dataset), seed)
+
+    def for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return inputs without what only the baseline knows."""
+        return self.baseline.take(inputs)
 
     def compute_loss(
         self,
@@ -234,7 +243,7 @@ class BaselineTrainer(TaskTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss as TaskTrainer does, plus what the baseline adds to it."""
-        known = self.baseline.take(inputs)
+        known = self.for_model(inputs)
         loss, outputs = super().compute_loss(model, known, True, num_items_in_batch)
         extra = self.baseline.extra_loss(inputs, outputs) if model.training else None
         if extra is not None:

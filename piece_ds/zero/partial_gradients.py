@@ -14,9 +14,14 @@ from torch import Tensor
 
 from piece_ds.runtime.distributed import all_reduce_max_, collective_device
 from piece_ds.runtime.errors import UserError
+from piece_ds.zero.supported import adapter_for
+from piece_ds.zero.undisturbed import undisturbed
 
 # autograd functions of these packages run no backward inside.
 _KNOWN = ("deepspeed.runtime.zero", "deepspeed.sequence.layer", "piece_ds.")
+
+# Layers of these packages checkpoint activations only if `gradient_checkpointing` says so.
+_OF_LAYERS = ("torch.", "transformers.", "peft.", "piece_ds.")
 
 
 def may_come_in_parts(loss: Tensor) -> bool:
@@ -90,6 +95,61 @@ def refuse_parts(engine: Any) -> Callable[[], None]:
             handle.remove()
 
     return undo
+
+
+def refuse_foreseen_parts(engine: Any, loss_of: Callable[[], Tensor]) -> None:
+    """Raise UserError if a gradient would come in parts in a step whose gradients DeepSpeed reduces. A collective.
+
+    One micro-batch tells, before any step. The engine is left as it was. At stage 0 parts are added, so nothing is
+    refused.
+
+    Args:
+        engine: whose steps are to come.
+        loss_of: runs a forward on the engine and returns its mean loss. Called in training mode without dropout.
+    Cost: nothing, unless the model checkpoints activations or is no class of transformers: then one forward, and one
+    backward if that forward may run another backward inside.
+    """
+    if engine.zero_optimization_stage() == 0 or not _may_hide_backwards(engine.module):
+        return
+
+    # Count how often each gradient is finished. It is freed, so that DeepSpeed never sees it.
+    params = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
+    counts = dict.fromkeys(params, 0)
+
+    def counter(name: str) -> Callable[[torch.nn.Parameter], None]:
+        def count(param: torch.nn.Parameter) -> None:
+            param.grad = None
+            counts[name] += bool(getattr(param, "ds_grad_is_ready", True))  # as in refuse_parts()
+
+        return count
+
+    # The backward of a pass that leaves nothing behind.
+    adapter = adapter_for(engine)
+    with undisturbed(engine), adapter.local_backward():
+        loss = loss_of()
+        is_suspect = may_come_in_parts(loss)
+        if is_suspect:
+            handles = [param.register_post_accumulate_grad_hook(counter(name)) for name, param in params.items()]
+            try:
+                engine.backward(loss * 1.0, scale_wrt_gas=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+    if not is_suspect:  # forward without backward: ZeRO-3 may still hold gathered weights
+        adapter.abandon_backward()
+        return
+    adapter.forget_backward()
+    found = next((name for name, count in largest_counts(counts).items() if count > 1), None)
+    if found is not None:
+        raise UserError(came_in_parts(found))
+
+
+def _may_hide_backwards(model: torch.nn.Module) -> bool:
+    """Return whether model checkpoints activations, or is of a library that is not known not to."""
+    return any(
+        getattr(module, "gradient_checkpointing", False) or not type(module).__module__.startswith(_OF_LAYERS)
+        for module in model.modules()
+    )
 
 
 def came_in_forward(name: str) -> str:

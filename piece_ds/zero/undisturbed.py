@@ -9,14 +9,18 @@ import numpy as np
 import torch
 from torch import nn
 
+# Attributes from which NEFTune, and the routers of Mixtral and PhiMoE, read how much noise they add in training.
+_NOISE = ("neftune_noise_alpha", "jitter_noise", "input_jitter_noise")
+
 
 @contextmanager
 def undisturbed(engine: Any) -> Iterator[None]:
-    """Enter training mode without dropout, and restore everything on exit.
+    """Enter training mode without dropout and noise, and restore everything on exit.
 
-    Training mode keeps gradient checkpointing working. Without dropout, nothing is random.
+    Training mode keeps gradient checkpointing working. Without dropout, and without the noise that NEFTune adds to
+    embeddings and some routers to their input, nothing is random.
 
-    Restored: every module's mode and dropout rates, and the states of Python's, NumPy's and torch's generators.
+    Restored: every module's mode, dropout rates and noise, and the states of Python's, NumPy's and torch's generators.
     """
     module = engine.module
     was_training = {m: m.training for m in module.modules()}
@@ -25,7 +29,8 @@ def undisturbed(engine: Any) -> Iterator[None]:
         (m, name): value
         for m in module.modules()
         for name, value in vars(m).items()
-        if isinstance(value, float) and ("drop" in name or (isinstance(m, nn.Dropout) and name == "p"))
+        if isinstance(value, float)
+        and ("drop" in name or name in _NOISE or (isinstance(m, nn.Dropout) and name == "p"))
     }
 
     # Random states. fork_rng() below restores torch's.
@@ -45,3 +50,7 @@ def undisturbed(engine: Any) -> Iterator[None]:
                 m.training = mode
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def _is_random(name: str) -> bool:
+    return "drop" in name or name in _NOISE

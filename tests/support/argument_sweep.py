@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings
+from piece_ds.preflight.idle_fields import NEEDS
 from piece_ds.preflight.preflight import preflight
 from piece_ds.preflight.training_fields import FIELDS, Treatment
 from piece_ds.runtime.errors import MachineError, UserError
@@ -26,6 +27,8 @@ from support.launches import CONFIGS, ROOT, make_model_folder, make_rows, write_
 
 # Tried on every field, whatever its type.
 HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e400", "9" * 5000, str(2**63), "true", "no", "{}", "[]", "nonsense", "é")
+
+_AUTO = {"train_micro_batch_size_per_gpu": "auto"}
 
 # Tried on a field besides: what it takes, and what it nearly takes. Tuples are several flags.
 VALUES: dict[str, tuple[str | tuple[str, ...], ...]] = {
@@ -42,20 +45,38 @@ VALUES: dict[str, tuple[str | tuple[str, ...], ...]] = {
         ("linear", "--lr_scheduler_kwargs", '{"colour": 1}'),
         ("cosine", "--lr_scheduler_kwargs", '{"num_cycles": "x"}'),
         ("reduce_lr_on_plateau", "--eval_strategy", "epoch"),
+        *(
+            ("reduce_lr_on_plateau", "--eval_strategy", "epoch", "--lr_scheduler_kwargs", options)
+            for options in ('{"patience": "x"}', '{"min_lr": "x"}', '{"cooldown": "x"}', '{"threshold": null}')
+        ),
+        ("constant", "--lr_scheduler_kwargs", '{"a": 1}'),
+        ("constant_with_warmup", "--lr_scheduler_kwargs", '{"num_cycles": 1}'),
+        ("cosine", "--lr_scheduler_kwargs", '{"num_cycles": NaN}'),
+        ("inverse_sqrt", "--lr_scheduler_kwargs", '{"timescale": 0}'),
     ),
     "lr_scheduler_kwargs": ('{"min_lr": 1}', "[1]", "{'a': 1}", "null"),
     "warmup_steps": ("0.5", "2", "1000"),
     "optim": (
         "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_anyprecision", "sgd", "adafactor",
         "adamw_apex_fused", "lomo", "galore_adamw", "muon",
+        *((name, "--method", "seqft") for name in ("adagrad", "rmsprop", "sgd", "adafactor", "lion_8bit")),
     ),
     "optim_args": ("beta=1", "weights", "a=b,c", "lr=1"),
     "adam_beta1": ("0.5", "0.999999"),
     "adam_epsilon": ("1e-12",),
     "gradient_accumulation_steps": ("2", "4"),
-    "label_smoothing_factor": ("0.1", "2"),
-    "gradient_checkpointing_kwargs": ('{"use_reentrant": false}', '{"use_reentrant": true}', '{"colour": 1}'),
-    "activation_checkpointing_kwargs": ('{"use_reentrant": false}', '{"colour": 1}'),
+    "label_smoothing_factor": ("0.1", "2", ("0.1", "--loss_chunk_tokens", "4")),
+    "gradient_checkpointing_kwargs": (
+        '{"use_reentrant": false}', '{"use_reentrant": true}', '{"colour": 1}',
+        *((value, "--gradient_checkpointing", "true") for value in (
+            '{"use_reentrant": false}', '{"use_reentrant": true}', '{"colour": 1}', '{"use_reentrant": "no"}', "[1]",
+            '{"determinism_check": "none"}', '{"determinism_check": "x"}', '{"every_n_layers": 0}',
+            '{"every_n_layers": "x"}', '{"every_n_layers": 2}', '{"offload": true}', '{"preserve_rng_state": false}',
+        )),
+    ),
+    "activation_checkpointing_kwargs": (
+        '{"use_reentrant": false}', '{"colour": 1}', ('{"colour": 1}', "--activation_checkpointing", "true"),
+    ),
     "logging_strategy": ("steps", "epoch", "no"),
     "logging_steps": ("0.5", "2"),
     "eval_strategy": ("steps", "epoch", "no", "best"),
@@ -72,13 +93,15 @@ VALUES: dict[str, tuple[str | tuple[str, ...], ...]] = {
     "fsdp_config": ('{"version": 2}', "nofile.json"),
     "accelerator_config": (
         '{"split_batches": true}', '{"dispatch_batches": true}', '{"colour": 1}', '{"use_seedable_sampler": false}',
-        '{"gradient_accumulation_kwargs": {"num_steps": 3}}', "nofile.json", '{"even_batches": false}',
+        '{"gradient_accumulation_kwargs": {"num_steps": 3}}', '{"use_seedable_sampler": "no"}',
+        "nofile.json", '{"even_batches": false}',
     ),
     "dataloader_num_workers": ("2", "-3"),
     "dataloader_prefetch_factor": ("2", ("2", "--dataloader_num_workers", "1")),
     "dataloader_multiprocessing_context": ("fork", ("fork", "--dataloader_num_workers", "1")),
     "dataloader_persistent_workers": (("true", "--dataloader_num_workers", "1"),),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
+    "length_column_name": (("labels", "--train_sampling_strategy", "group_by_length"),),
     "load_best_model_at_end": (
         ("true", "--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"),
     ),
@@ -86,7 +109,21 @@ VALUES: dict[str, tuple[str | tuple[str, ...], ...]] = {
     "hub_strategy": ("end", "every_save", "checkpoint"),
     "ddp_backend": ("gloo", "nccl"),
     "ddp_timeout": ("60",),
-    "deepspeed": ("zero0", "zero1", "zero2", "zero3", "nofile.json", '{"zero_optimization": {"stage": 1}}'),
+    "deepspeed": (
+        "zero0", "zero1", "zero2", "zero3", "nofile.json",
+        *(json.dumps(content) for content in (
+            {"zero_optimization": {"stage": 1}}, {"zero_optimization": {"stage": None}, **_AUTO},
+            {"zero_optimization": {"stage": 1, "colour": 3}, **_AUTO}, {"zero_optimisation": {"stage": 1}, **_AUTO},
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}, **_AUTO},
+            {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW"}, **_AUTO},
+            {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Lion"}, **_AUTO},
+            {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "params": {"colour": 1}}, **_AUTO},
+            {"zero_optimization": {"stage": 1}, "scheduler": {"type": "Colour"}, **_AUTO},
+            {"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR", "params": {"x": 1}}, **_AUTO},
+            {"zero_optimization": {"stage": 1}, "tensorboard": {"enabled": True}, **_AUTO},
+            {"zero_optimization": {"stage": 1}, "checkpoint": {"tag_validation": "colour"}, **_AUTO},
+        )),
+    ),
     "save_only_model": (("true", "--save_strategy", "steps"), ("true", "--resume_from_checkpoint", "true")),
     "eval_use_gather_object": (("true", "--eval_strategy", "epoch"),),
     "prediction_loss_only": (("true", "--eval_strategy", "epoch"),),
@@ -98,7 +135,7 @@ VALUES: dict[str, tuple[str | tuple[str, ...], ...]] = {
     "optim_target_modules": ("all-linear", ".*attn.*"),
     "seed": (str(2**32 - 1), str(2**32), "-5", "007"),
     "data_seed": ("3",),
-    "neftune_noise_alpha": ("5",),
+    "neftune_noise_alpha": ("5", "1e300"),
     "torch_empty_cache_steps": ("2",),
     "label_names": ("labels",),
     "liger_kernel_config": ('{"rope": true}',),
@@ -153,9 +190,10 @@ def outcome(argv: list[str], out: Path, trains: bool) -> tuple[str, str]:
 _INTRODUCTION = (
     "Each field of transformers' `TrainingArguments` is a flag and a YAML key. A field *works* as transformers says;",
     "it is *refused*, in one line and before anything is written, where it contradicts masks or checkpoints; or it has",
-    "*no effect* here, which the run says if it is given. Numbers out of range are refused too, and so are schedules",
-    "and optimizers that cannot be made. `PYTHONPATH=.:tests python -m support.argument_sweep --table` makes this",
-    "page, and `unit/test_training_arguments.py` holds it to the installed transformers.",
+    "*no effect* here, which the run says if it is given, as it says of a field whose *needs* are not met. Numbers out",
+    "of range are refused too, and so are schedules and optimizers that cannot be made.",
+    "`PYTHONPATH=.:tests python -m support.argument_sweep --table` makes this page, and",
+    "`unit/test_training_arguments.py` holds it to the installed transformers.",
 )
 
 
@@ -172,6 +210,7 @@ def table() -> str:
     for field in fields(TrainingArguments):
         treatment = FIELDS[field.name]
         note = (treatment.note[:1].upper() + treatment.note[1:]).replace("|", "\\|")
+        note += "".join(f"{'; needs' if note else 'Needs'} {need.text}" for need in NEEDS.get(field.name, ()))
         lines.append(f"| `{field.name}` | {treatment.kind} | {' '.join(filter(None, (note, _range(treatment))))} |")
     return "\n".join(lines) + "\n"
 

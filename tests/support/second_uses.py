@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, FalconMambaConfig, PreTrainedConfig, Zamba2Config
+from transformers import AutoModelForCausalLM, FalconMambaConfig, PreTrainedConfig, PreTrainedModel, Zamba2Config
 
 WIDTH = 6
 CHECKPOINTING = ("", "reentrant", "non-reentrant")
@@ -72,12 +72,12 @@ class NeverCalled(nn.Module):
         return (x @ self.holder.weight.t()).tanh().square().mean()
 
 
-def language_model(family: str, checkpointing: str) -> nn.Module:
+def language_model(family: str, checkpointing: str, vocab_size: int = 31) -> PreTrainedModel:
     """A tiny model of a family of transformers with shared blocks, or weights that are read past their layers."""
     torch.manual_seed(5)
     configs: dict[str, Callable[[], PreTrainedConfig]] = {
         "zamba2": lambda: Zamba2Config(
-            vocab_size=31,
+            vocab_size=vocab_size,
             hidden_size=16,
             num_hidden_layers=4,
             layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
@@ -93,7 +93,7 @@ def language_model(family: str, checkpointing: str) -> nn.Module:
             initializer_range=0.2,
         ),
         "falcon_mamba": lambda: FalconMambaConfig(
-            vocab_size=31, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.2
+            vocab_size=vocab_size, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.2
         ),
     }
     model = AutoModelForCausalLM.from_config(configs[family]()).train()

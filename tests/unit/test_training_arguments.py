@@ -6,23 +6,28 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from support import argument_sweep as sweep
-from support.launches import ROOT, tree
+from support.launches import CONFIGS, ROOT, tree
 from transformers import TrainingArguments
 
 from piece_ds.cli.run import train
 from piece_ds.config.parser import training_arguments_of
 from piece_ds.config.settings import load_settings
+from piece_ds.preflight.idle_fields import NEEDS, unmet_needs
 from piece_ds.preflight.preflight import preflight
 from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED, WORKS
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import one_process_environment
 from piece_ds.training.optimizer_defaults import show_defaults
+from piece_ds.zero.config_file import check_deepspeed_config
 
+_PLATEAU = ("--lr_scheduler_type=reduce_lr_on_plateau", "--eval_strategy=epoch", "--lr_scheduler_kwargs")
+_CHECKPOINTED = ("--gradient_checkpointing=true", "--gradient_checkpointing_kwargs")
 _BEST = ("--load_best_model_at_end=true", "--eval_strategy=steps")
 # Flags -> what the one line says. Kinds: schedules, optimizers, numbers out of range, what masks are not proven with.
 REFUSALS: dict[tuple[str, ...], str] = {
@@ -36,6 +41,30 @@ REFUSALS: dict[tuple[str, ...], str] = {
     ("--lr_scheduler_type=cosine", "--lr_scheduler_kwargs", '{"num_cycles": "x"}'): "cannot be made for 2 steps",
     ("--lr_scheduler_type=reduce_lr_on_plateau",): "requires an eval strategy",
     ("--lr_scheduler_kwargs=[1]",): "expects a JSON object",
+    ("--lr_scheduler_type=constant", "--lr_scheduler_kwargs", '{"a": 1}'): "constant takes no options",
+    (
+        "--lr_scheduler_type=cosine",
+        "--lr_scheduler_kwargs",
+        '{"num_cycles": NaN}',
+    ): "num_cycles expects a finite",
+    (*_PLATEAU, '{"patience": "x"}'): "cannot be made",
+    (*_PLATEAU, '{"min_lr": "x"}'): "cannot be made",
+    (*_PLATEAU, '{"cooldown": "x"}'): "cannot be made",
+    (*_PLATEAU, '{"threshold": null}'): "cannot be made",
+    (*_CHECKPOINTED, '{"colour": 1}'): "'colour' is unknown; known: use_reentrant",
+    (*_CHECKPOINTED, '{"use_reentrant": "no"}'): "use_reentrant expects true or false, got 'no'",
+    (*_CHECKPOINTED, '{"determinism_check": "x"}'): "determinism_check should be one of",
+    (*_CHECKPOINTED, '{"every_n_layers": 0}'): "every_n_layers",
+    (*_CHECKPOINTED, '{"every_n_layers": "x"}'): "every_n_layers",
+    (*_CHECKPOINTED, '{"offload": true}'): "offload",
+    (*_CHECKPOINTED, "[1]"): "expects a JSON object",
+    (*_CHECKPOINTED, "5"): "expects a JSON object",
+    ("--label_smoothing_factor=0.1", "--loss_chunk_tokens=4"): "--loss_chunk_tokens has no meaning with",
+    ("--neftune_noise_alpha=1e300",): "--neftune_noise_alpha expects",
+    ("--train_sampling_strategy=group_by_length", "--length_column_name=labels"): "does not hold whole numbers",
+    ("--train_sampling_strategy=group_by_length", "--length_column_name=input_ids"): "does not hold whole numbers",
+    ('--accelerator_config={"use_seedable_sampler": "no"}',): "expects true or false, got 'no'",
+    ("--optim=adagrad", "--method=seqft"): "--optim adagrad ends in DeepSpeed's partitioning",
     ("--optim=sgd",): "--optim sgd: a zero gradient may move a weight",
     ("--optim_args=beta=1",): "takes no options from there",
     ("--adam_beta1=1",): "--adam_beta1 expects a finite number of at least 0 and below 1, got 1.0",
@@ -180,7 +209,18 @@ def test_what_has_no_effect_is_said(folder: Path, caplog: pytest.LogCaptureFixtu
         preflight(load_settings([*sweep.base_flags(folder), *given]))
     (line,) = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
     assert all(f"--{name}" in line for name in ("do_train", "hub_always_push", "ddp_backend"))
-    assert "run_name" not in line
+    assert "run_name (needs report_to)" in line
+
+
+def test_every_need_is_one_of_a_field_that_works_and_is_said_if_it_is_unmet(folder: Path) -> None:
+    assert {FIELDS[name].kind for name in NEEDS} == {WORKS}
+    flags = ["--eval_steps=1", "--data_seed=1", "--train_sampling_strategy=sequential", "--metric_for_best_model=loss"]
+    flags += ["--lr_scheduler_type=constant", "--warmup_steps=1", "--gradient_checkpointing_kwargs={}"]
+    settings = load_settings([*sweep.base_flags(folder), *flags])
+    arguments = settings.training_arguments()
+    expected = {"eval_steps", "data_seed", "warmup_steps", "metric_for_best_model", "gradient_checkpointing_kwargs"}
+    assert set(unmet_needs(arguments, settings.given, keeps_best=False)) == expected
+    assert set(unmet_needs(arguments, settings.given, keeps_best=True)) == expected - {"metric_for_best_model"}
 
 
 def test_numbers_in_the_deepspeed_file_that_contradict_flags_are_refused_before_the_model(folder: Path) -> None:
@@ -194,6 +234,74 @@ def test_numbers_in_the_deepspeed_file_that_contradict_flags_are_refused_before_
         path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **content}))
         found, said = sweep.outcome([*sweep.base_flags(folder), "--deepspeed", str(path)], folder / "out", trains=False)
         assert (found, message in said) == ("refused", True), said
+
+
+# Content of a DeepSpeed file, besides batch and stage -> what the one line says.
+_STAGE = {"stage": 1}
+FILES: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu"),
+    ({"zero_optimization": {"stage": None}}, "stage: Input should be"),
+    ({"zero_optimization": {**_STAGE, "colour": 3}}, "colour: Extra inputs are not permitted"),
+    ({"zero_optimization": {**_STAGE, "reduce_bucket_size": "x"}}, "reduce_bucket_size: Input should be"),
+    ({"zero_optimization": {**_STAGE, "reduce_bucket_size": -1}}, "reduce_bucket_size: Input should be"),
+    ({"communication_data_type": "colour"}, "Invalid communication_data_type"),
+    ({"checkpoint": {"tag_validation": "colour"}}, "tag_validation"),
+    ({"seq_parallel_communication_data_type": 3}, "refuses the configuration"),
+    ({"optimizer": {"type": "Colour"}}, "optimizer Colour: a zero gradient may move a weight"),
+    ({"optimizer": {"type": "Lion"}}, "optimizer Lion: a zero gradient may move a weight"),
+    ({"optimizer": {"params": {}}}, "optimizer expects an object with a type"),
+    ({"optimizer": {"type": "AdamW", "params": {"colour": 1}}}, "optimizer AdamW with {'colour': 1} cannot be made"),
+    ({"scheduler": {"type": "Colour"}}, "scheduler Colour is unknown"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"colour": 1}}}, "scheduler WarmupLR with"),
+    ({"scheduler": "WarmupLR"}, "scheduler"),
+    ({"tensorboard": {"enabled": True}}, "use --report_to"),
+    ({"csv_monitor": {"enabled": True}}, "use --report_to"),
+)
+
+
+def test_what_deepspeed_would_refuse_of_its_file_is_refused_before_the_model(folder: Path) -> None:
+    for content, message in FILES:
+        whole = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": _STAGE, **content}
+        text = json.dumps({key: value for key, value in whole.items() if value is not None})
+        found, said = sweep.outcome([*sweep.base_flags(folder), "--deepspeed", text], folder / "out", trains=False)
+        assert (found, message in said) == ("refused", True), (content, found, said)
+    for optimizer, message in (("Lion", "use --optim instead"), ("sgd", "use --optim instead"), ("Adagrad", "AdamW")):
+        text = json.dumps({**whole, "csv_monitor": {}, "optimizer": {"type": optimizer}})
+        command = [*sweep.base_flags(folder), "--method", "seqft", "--deepspeed", text]
+        found, said = sweep.outcome(command, folder / "out", trains=False)
+        assert (found, message in said) == ("refused", True), (optimizer, found, said)
+
+
+def test_keys_that_deepspeed_does_not_know_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": _STAGE, "gradient_clippings": 1.0}
+    with caplog.at_level(logging.WARNING):
+        preflight(load_settings([*sweep.base_flags(folder), "--deepspeed", json.dumps(content)]))
+    assert "does not know 'gradient_clippings' and ignores it. Did you mean 'gradient_clipping'?" in caplog.text
+    for path in CONFIGS.glob("*.json"):
+        caplog.clear()
+        check_deepspeed_config({**json.loads(path.read_text()), **_NUMBERS}, masked=True)
+        assert not caplog.records, path
+
+
+# In place of "auto".
+_NUMBERS = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "train_batch_size": 1,
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": False},
+    "fp16": {"enabled": False},
+    "zero_optimization": {"stage": 1},
+}
+
+
+def test_importance_is_taken_without_the_noise_of_neftune(folder: Path) -> None:
+    masks = []
+    for alpha in ("0", "50"):
+        flags = ["--method=piece-s", f"--neftune_noise_alpha={alpha}", "--max_steps=1", "--save_model=never"]
+        _, run = train(load_settings([*sweep.base_flags(folder), *flags, "--output_dir", str(folder / alpha)]))
+        masks.append((run.root / "00-train" / "mask.safetensors").read_bytes())
+    assert masks[0] == masks[1]
 
 
 @pytest.mark.slow
