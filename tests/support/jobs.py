@@ -1,7 +1,7 @@
-"""Jobs of several ranks: one process group runs many cases, because importing deepspeed costs seconds per process."""
+"""Jobs of several ranks: one process group runs many cases, because starting one costs seconds."""
 
+import atexit
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from piece_ds.runtime.process import start_distributed
+from support.rank_server import RankServer
 
 TESTS = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 1800
@@ -22,30 +23,40 @@ Job = Callable[..., Results]
 
 
 def run_job(module: str, num_ranks: int, folder: Path, *arguments: str) -> Results:
-    """Start `python -m module folder arguments...` on num_ranks ranks and return what rank 0 saved.
+    """Run `python -m module folder arguments...` on num_ranks ranks and return what rank 0 saved.
 
     A job that fails or hangs fails every test that reads it, with the end of its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "DS_ACCELERATOR": "cpu"}
-    # The ninja that the launch scripts use: another one builds DeepSpeed's extension again.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate wants them set; nobody connects
-    processes = []
-    for rank in range(num_ranks):
-        ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", module, str(folder), *arguments]
-        with open(folder / f"rank{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, env=ranked, stdout=log, stderr=log, cwd=folder))
+    ranks = _servers(num_ranks)
+    for rank, server in enumerate(ranks):
+        # accelerate wants the address and port set; nobody connects.
+        own = {"WORLD_SIZE": str(num_ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        server.start(module, [str(folder), *arguments], own, folder, folder / f"rank{rank}.log")
     try:
-        codes = [process.wait(TIMEOUT_SECONDS) for process in processes]
+        codes = [server.wait(TIMEOUT_SECONDS) for server in ranks]
     finally:
-        for process in processes:
-            process.kill()
+        for server in ranks:
+            server.kill()
     logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(num_ranks))
     assert not any(codes), f"{module} exited with {codes}:\n{logs}"
     return torch.load(folder / "results.pt", weights_only=False)
+
+
+_SERVERS: list[RankServer] = []
+
+
+def _servers(num_ranks: int) -> list[RankServer]:
+    """Return a server for each rank; those that an earlier job has started serve again."""
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "DS_ACCELERATOR": "cpu"}
+    # The ninja that the launch scripts use: another one builds DeepSpeed's extension again.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    while len(_SERVERS) < num_ranks:
+        _SERVERS.append(RankServer(environment))
+        atexit.register(_SERVERS[-1].close)
+    return _SERVERS[:num_ranks]
 
 
 def start() -> Path:
