@@ -7,7 +7,7 @@ Ranges are checked in __post_init__, so a bad value is refused before a model or
 from dataclasses import dataclass, field
 from math import isfinite
 
-from piece_ds.config.ranges import require_choice, require_positive
+from piece_ds.config.ranges import require_choice, require_not_negative, require_positive
 from piece_ds.runtime.errors import UserError
 
 SCORINGS = ["clean", "authors"]
@@ -280,6 +280,7 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         require_choice("scoring", self.scoring, SCORINGS)
         require_positive("max_new_tokens_text", self.max_new_tokens_text)
+        require_not_negative("sample_seed", self.sample_seed)
         if self.kl_tokens < 0:
             raise UserError(f"--kl_tokens must be 0 or more, got {self.kl_tokens}")
         if self.lm_eval_limit is not None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from piece_ds.config.piece import FieldError, PieceConfig, split_patterns
-from piece_ds.config.ranges import require_positive
+from piece_ds.config.ranges import require_not_negative, require_positive
 from piece_ds.runtime.errors import UserError
 
 # The only place of defaults: flags, callback and library calls share them.
@@ -183,7 +183,6 @@ class BaselineArguments:
             if getattr(self, name) > 1:
                 raise UserError(f"--{name} must be in (0, 1], got {getattr(self, name)}")
         for name in ("ewc_lambda", "gem_margin", "lwf_weight", "o_lora_lambda"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
+            require_not_negative(name, getattr(self, name))
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 from typing import Any
 
 from piece_ds.runtime.errors import UserError, nearest
@@ -92,7 +93,7 @@ class PieceConfig:
             raise FieldError("damping_quantile", f"must be in [0, 1], got {self.damping_quantile}")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < inf:
                 raise FieldError(name, f"must be positive, got {value}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)

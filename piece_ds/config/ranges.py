@@ -1,5 +1,9 @@
 """Check single flags."""
 
+from dataclasses import fields
+from math import inf
+from typing import Any
+
 from piece_ds.runtime.errors import UserError, nearest
 
 
@@ -10,6 +14,20 @@ def require_choice(name: str, value: str, choices: list[str]) -> None:
 
 
 def require_positive(name: str, value: int | float) -> None:
-    """Raise UserError unless value > 0."""
-    if not value > 0:
+    """Raise UserError unless value > 0 and finite."""
+    if not (value > 0 and value != inf):
         raise UserError(f"--{name} must be positive, got {value}")
+
+
+def require_not_negative(name: str, value: int | float) -> None:
+    """Raise UserError unless value >= 0 and finite."""
+    if not 0 <= value < inf:
+        raise UserError(f"--{name} must not be negative, got {value}")
+
+
+def require_countable(settings: Any) -> None:
+    """Raise UserError if a whole number among the fields of a dataclass is past what 32 bits count; seeds have 63."""
+    for field in fields(settings):
+        value, most = getattr(settings, field.name), 2**63 if field.name.endswith("seed") else 2**31
+        if isinstance(value, int) and not isinstance(value, bool) and not -most <= value < most:
+            raise UserError(f"--{field.name} expects a whole number below {most}, got {str(value)[:40]}")

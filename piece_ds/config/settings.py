@@ -19,6 +19,7 @@ from piece_ds.config.defaults import machine_defaults
 from piece_ds.config.foreign_keys import unknown_keys
 from piece_ds.config.method_arguments import BaselineArguments, MethodArguments
 from piece_ds.config.parser import make_parser, training_arguments_of
+from piece_ds.config.ranges import require_countable
 from piece_ds.config.recommended import HELP
 from piece_ds.config.yaml_file import flags_of, read_yaml
 from piece_ds.runtime.errors import UserError, nearest
@@ -169,6 +170,8 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
     for item in rest:
         if item.startswith("--") and _flag_name(item) not in known:
             raise UserError(f"unknown flag {item.split('=')[0]}.{nearest(_flag_name(item), known)}")
+    for part in parsed[: len(OURS)]:
+        require_countable(part)
     model, data, method, output, evaluation, baseline = parsed[: len(OURS)]
     return Settings(
         model=model,

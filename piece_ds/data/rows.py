@@ -111,6 +111,12 @@ def checked_tokens(row: dict[str, Any], where: str) -> dict[str, list[int]]:
         raise UserError(f"{where}: input_ids holds {min(ids)}; token ids are 0 or more")
     if any(label < 0 and label != IGNORED_LABEL for label in labels):
         raise UserError(f"{where}: labels holds {min(labels)}; a label is a token id or {IGNORED_LABEL} (not counted)")
+    attended = row.get("attention_mask")
+    if attended is not None and (not isinstance(attended, list) or len(attended) != len(ids) or set(attended) - {1}):
+        raise UserError(
+            f"{where}: attention_mask must be 1 for each of the {len(ids)} input_ids: rows are taken whole, and "
+            "batches are padded here; remove padding, or the key"
+        )
     if not has_counted_label(labels):
         raise UserError(f"{where}: no label other than {IGNORED_LABEL} after the first position, so no loss")
     return columns

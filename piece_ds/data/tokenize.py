@@ -46,12 +46,21 @@ class Encoder:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the token ids before the answer, in training and generation alike; at least one."""
         if self.chat_template:
-            turn = [{"role": "user", "content": prompt}]
-            prompt = ChatTemplate(self.tokenizer).text(turn, f"prompt {prompt[:40]!r}", generation_prompt=True)
-            return self._ids(prompt)[-self.cutoff :]
+            return self._ids(self._in_template(prompt))[-self.cutoff :]
         # The end of a prompt matters most: it is what the answer follows.
         ids = self._ids(prompt)[-self.cutoff :]
         return [self._bos_id(), *ids] if len(ids) < self.cutoff else ids
+
+    def _in_template(self, prompt: str) -> str:
+        """Return a prompt as a user's turn. Raise UserError if the template leaves it out or draws what it writes."""
+        turn, where = [{"role": "user", "content": prompt}], f"prompt {prompt[:40]!r}"
+        template = ChatTemplate(self.tokenizer)
+        text = template.text(turn, where, generation_prompt=True)
+        if "".join(prompt.split()) not in "".join(text.split()):  # templates may trim, and fold blanks
+            raise UserError(f"{where}: the tokenizer's chat template does not write it; use --chat_template false")
+        if text != template.text(turn, where, generation_prompt=True):
+            raise UserError(f"{where}: the tokenizer's chat template writes something else each time; mend it")
+        return text
 
     def answer_ids(self, answer: str) -> list[int]:
         """Return the token ids of the answer, with EOS if there is room; none if the answer has no token of its own."""

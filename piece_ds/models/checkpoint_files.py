@@ -1,6 +1,7 @@
 """What the safetensors files of a model folder hold. Only headers are read; weights are read only to compare two."""
 
 import json
+import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +27,7 @@ _OTHER_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 _MOST_NAMED = 3  # tensors in a message
 # Rows compared at a time. Two embeddings of a large vocabulary need not fit into memory at once.
 _ROWS = 4096
@@ -65,7 +67,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Cost: reads headers only.
     """
     if (folder / WHOLE_NAME).is_file():  # wins over an index, as in transformers
-        return _headers(folder / WHOLE_NAME)
+        return _required(_headers(folder / WHOLE_NAME), folder / WHOLE_NAME)
     if not (folder / INDEX_NAME).is_file():
         return {}
     # The index and the shards may come from different downloads: each name is looked up.
@@ -82,6 +84,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{folder / where[absent[0]]} does not hold {absent[0]!r}, though {INDEX_NAME} says so "
             f"({len(absent)} such tensors): fetch the checkpoint again"
         )
+    return found
+
+
+def _required(found: dict[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+    if not found:
+        raise UserError(f"{path} holds no tensor: fetch the checkpoint again")
     return found
 
 
@@ -163,7 +171,7 @@ def refuse_incomplete(source: str, model: nn.Module, info: dict[str, Any]) -> No
 
     Args:
         source: what was loaded, for the message.
-        model: the loaded model.
+        model: the loaded model. Tensors of layers that it does not have are refused too.
         info: from from_pretrained(output_loading_info=True); names of buffers in it are ignored.
     """
     params = dict(model.named_parameters(remove_duplicate=False))
@@ -174,6 +182,18 @@ def refuse_incomplete(source: str, model: nn.Module, info: dict[str, Any]) -> No
         raise UserError(
             f"{source}: the files hold {_named(mismatched)} in another shape than config.json asks for: they belong "
             "to another model; fetch config.json and weights together"
+        )
+    # Layers that config.json leaves out. Names that the model's class knows to ignore are not in the report.
+    shapes_of_names = {_NUMBER.sub(".*", name) for name in params}
+    beyond = sorted(
+        name
+        for name in set(info.get("unexpected_keys") or ()) - params.keys()
+        if _NUMBER.sub(".*", name) in shapes_of_names
+    )
+    if beyond and not missing:
+        raise UserError(
+            f"{source}: the files hold {_named(beyond)}, which config.json leaves out: they belong to a larger model; "
+            "fetch config.json and weights together, or save the smaller model by itself"
         )
     if missing:
         raise UserError(

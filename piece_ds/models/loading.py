@@ -1,8 +1,6 @@
 """Load a causal or vision-language model with its tokenizer or processor, and settle dtype and eligibility before."""
 
-import json
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,20 +18,18 @@ from piece_ds.config.arguments import ModelArguments
 from piece_ds.config.piece import split_patterns
 from piece_ds.models.checkpoint_files import main_dtype, refuse_incomplete, require_weight_files, stored_tensors
 from piece_ds.models.eligible import (
-    eligible_rows,
-    embedding_names,
     exclude,
-    in_towers,
     ineligible,
     input_embedding,
-    is_tied,
     let_gradients_in,
     make_eligible,
     towers,
 )
+from piece_ds.models.eligible_report import folded, report_eligible
 from piece_ds.models.experts import gather_experts_whole, router_names
-from piece_ds.models.layout import full_shape, layout_of
+from piece_ds.models.layout import layout_of
 from piece_ds.models.model_settings import check_attention, make_saveable_
+from piece_ds.models.odd_configs import first_words, refuse_countless_parts
 from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, load_processor
 from piece_ds.models.token_ids import has_tokenizer_files
@@ -50,10 +46,13 @@ def load_config(arguments: ModelArguments) -> Any:
     """Return the model's configuration. Raise UserError if there is none."""
     source = model_source(str(arguments.model_name_or_path))
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {source}: no model can be loaded from there ({reason})") from error
+        config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+    except Exception as error:  # what a configuration's class raises for values of the wrong kind is its own matter
+        raise UserError(
+            f"--model_name_or_path {source}: no model can be loaded from there ({first_words(error)})"
+        ) from error
+    refuse_countless_parts(f"--model_name_or_path {source}", config)
+    return config
 
 
 def require_weights(arguments: ModelArguments) -> None:
@@ -80,10 +79,16 @@ def load_tokenizer(arguments: ModelArguments, config: Any = None) -> Processing:
     try:
         if reads_images(config):
             return load_processor(str(source), config, arguments.trust_remote_code)
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        what, reason = "processor" if reads_images(config) else "tokenizer", str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {source}: no {what} can be loaded from there ({reason})") from error
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+        tokenizer("Aa 1, \u00e9\u4e2d?")  # some cannot encode what they do not know, and say so only then
+        return tokenizer
+    except UserError:
+        raise
+    except Exception as error:  # its files may hold anything, and each tokenizer's class reads them in its own way
+        what = "processor" if reads_images(config) else "tokenizer"
+        raise UserError(
+            f"--model_name_or_path {source}: no {what} can be loaded from there ({first_words(error)})"
+        ) from error
 
 
 def files_folder(arguments: ModelArguments) -> Path | None:
@@ -106,7 +111,13 @@ def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
     # config.json may name another dtype than the files hold: the files win.
     in_files = None if folder is None else main_dtype(stored_tensors(folder))
     stated = in_files or getattr(config, "dtype", None) or torch.float32
-    return _DTYPES[stated] if isinstance(stated, str) else stated
+    dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
+    if dtype not in _DTYPES.values():
+        raise UserError(
+            f"--model_name_or_path {arguments.model_name_or_path} is {str(stated).removeprefix('torch.')}, in which "
+            f"DeepSpeed does not train: give --dtype, one of {', '.join(_DTYPES)}, or a converted copy"
+        )
+    return dtype
 
 
 def load_model(
@@ -137,18 +148,24 @@ def load_model(
     make_saveable_(getattr(model, "generation_config", None))
     marked = gather_experts_whole(model)
     if marked and hf_deepspeed.is_deepspeed_zero3_enabled() and is_main():
-        logger.warning(
-            "ZeRO-3 gathers the experts of %s together: ranks use different ones", ", ".join(_folded(marked))
-        )
+        logger.warning("ZeRO-3 gathers the experts of %s together: ranks use different ones", ", ".join(folded(marked)))
     return model
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """Return the model on the meta device, from its configuration only. No weight is read and no memory is taken."""
-    with without_zero3(), torch.device("meta"):
-        model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-        # An untied head would be counted twice.
-        model.tie_weights()
+    """Return the model on the meta device, from its configuration only. No weight is read and no memory is taken.
+
+    Raises:
+        UserError: the configuration describes no model.
+    """
+    try:
+        with without_zero3(), torch.device("meta"):
+            model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            # An untied head would be counted twice.
+            model.tie_weights()
+    except Exception as error:  # sizes that do not fit, unknown names: each class finds them in its own way
+        source = str(getattr(config, "_name_or_path", "") or "the model")
+        raise UserError(f"{source}: its config.json describes no model ({first_words(error)}): mend it") from error
     return model
 
 
@@ -192,62 +209,7 @@ def check_eligible(arguments: ModelArguments, config: Any) -> None:
     if all(name in ineligible(model) for name, _ in model.named_parameters()):
         raise UserError(f"--exclude {arguments.exclude} leaves no parameter to select: exclude fewer")
     if is_main():
-        _report_eligible(model, added, excluded)
-
-
-def _report_eligible(model: nn.Module, added: list[str], excluded: list[str]) -> None:
-    sizes = {name: torch.Size(full_shape(param)).numel() for name, param in model.named_parameters()}
-    rows = eligible_rows(model)
-    counts = {info.name: info.selectable.numel for info in layout_of(model).parameters}
-
-    # What the user's own patterns changed.
-    if added:
-        logger.warning(
-            "--eligible makes %d parameters in %d tensors eligible: %s",
-            sum(counts[name] for name in added),
-            len(added),
-            ", ".join(_folded([_with_rows(name, rows) for name in added])),
-        )
-    if is_tied(model) and embedding_names(model) & set(added):
-        logger.warning(
-            "--eligible: the input embeddings are the output head too: a weight that is selected there changes how its "
-            "token is read and how likely it is written"
-        )
-    if excluded:
-        logger.warning(
-            "--exclude leaves out %d parameters in %d tensors: %s",
-            sum(sizes[name] for name in excluded),
-            len(excluded),
-            ", ".join(_folded(excluded)),
-        )
-
-    # What may train in the end, and what keeps the rest from it.
-    left_out = ineligible(model)
-    frozen = in_towers(model) & left_out
-    embeddings = (embedding_names(model) & left_out) - frozen
-    routers = (router_names(model) & left_out) - frozen - embeddings
-    kinds = [(" and ".join(towers(model)), frozen)] if towers(model) else []
-    kinds += [("the input embeddings", embeddings), *([("routers", routers)] if router_names(model) else [])]
-    others = left_out - frozen - embeddings - routers
-    logger.warning(
-        "eligible: %d of %d parameters; not: %s, %d others",
-        sum(count for name, count in counts.items() if name not in left_out),
-        sum(sizes.values()),
-        ", ".join(f"{sum(sizes[name] for name in names)} of {kind}" for kind, names in kinds),
-        sum(sizes[name] for name in others),
-    )
-
-
-def _with_rows(name: str, rows: dict[str, tuple[int, int]]) -> str:
-    return f"{name}[{rows[name][0]}:{rows[name][1]}]" if name in rows else name
-
-
-def _folded(names: Iterable[str]) -> list[str]:
-    """Return names in their order; names that differ only in numbers become one: "blocks.*.norm1.weight (27)"."""
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
-    return [group[0] if len(group) == 1 else f"{one} ({len(group)})" for one, group in alike.items()]
+        report_eligible(model, added, excluded)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
     """Raise UserError if config.json describes a quantized model, an encoder-decoder, or no causal language model."""
     # Most quantized checkpoints say so here; _check_dtypes() finds the others.
     quantization = getattr(config, "quantization_config", None)
-    if quantization:
+    if quantization is not None:
         known = quantization if isinstance(quantization, dict) else vars(quantization)
         method = known.get("quant_method", "an unknown method")
         raise UserError(

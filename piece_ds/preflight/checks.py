@@ -20,6 +20,7 @@ from piece_ds.models.loading import empty_layout, empty_model, reads_images
 from piece_ds.preflight.general_flags import check_general_flags
 from piece_ds.runtime.distributed import is_main, world_size
 from piece_ds.runtime.errors import UserError, nearest
+from piece_ds.runtime.places import why_no_file, why_no_folder
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,19 @@ def check_overwrite(settings: Settings, root: Path) -> None:
     for name, path in (*read.items(), *files):
         if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(root.resolve()):
             raise UserError(f"--{name} {path} lies in --output_dir {root}, which --overwrite_output_dir would remove")
+
+
+def check_places(settings: Settings) -> None:
+    """Raise UserError if a file or folder beside --output_dir, which the job will write, cannot be written."""
+    method = settings.method
+    for name, path, why in (
+        ("output_file", settings.output.output_file, why_no_file),
+        ("statistics_file", method.statistics_file, why_no_folder),
+        ("general_statistics", method.general_statistics, why_no_folder),
+    ):
+        reason = None if path is None else why(Path(path))
+        if reason is not None:
+            raise UserError(f"--{name} {str(path)[:200]} {reason}")
 
 
 def check_kernels(method: str, arguments: TrainingArguments) -> None:

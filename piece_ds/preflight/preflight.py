@@ -22,6 +22,7 @@ from piece_ds.preflight.checks import (
     check_loss_chunks,
     check_offload,
     check_overwrite,
+    check_places,
     check_sources,
     check_training,
     resumes_from,
@@ -80,6 +81,8 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
     _check_flags(settings, job, method)
     check_loss_chunks(settings)
 
+    check_places(settings)
+
     # The files, cheapest first.
     inputs = load_inputs(settings)
     settings, arguments = inputs.settings, inputs.arguments
@@ -122,6 +125,8 @@ def _check_flags(settings: Settings, job: str, method: Method) -> None:
 
     # Each job needs its own files.
     if job == TRAIN:
+        if settings.flag("output_dir") == "":
+            raise UserError("--output_dir expects a folder, got nothing")
         if data.train_file is None and data.task_dir is None:
             raise UserError("no data: give --train_file F, or --task_dir D with --tasks A,B,C")
         return

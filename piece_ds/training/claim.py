@@ -6,7 +6,6 @@ may fail because a model cannot be read, an engine cannot be made, or a reporter
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,9 +15,11 @@ from typing import Any
 from piece_ds.runtime.distributed import barrier, broadcast_object, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
+from piece_ds.runtime.places import why_no_folder, why_unwritable
 from piece_ds.runtime.schema import read_json
 from piece_ds.runtime.signals import Preempted
 from piece_ds.runtime.versions import versions
+from piece_ds.training.output_place import why_blocked
 from piece_ds.training.run_folder import PARTIAL_NAME, RunFolder
 
 # Settings that may differ between the two halves of a resumed run.
@@ -40,18 +41,6 @@ _FREE = {
     "run_name",
     "nonfinite",
 }
-
-
-# What a run writes. run.json comes last, so that a removal that is killed still leaves a run's folder.
-_OF_A_RUN = (
-    "[0-9][0-9]-*",
-    "predictions",
-    "general_statistics",
-    "figures",
-    "results.json",
-    "report.html",
-    "run.json",
-)
 
 
 @dataclass
@@ -83,7 +72,7 @@ class Claim:
             UserError: the folder belongs to another run, or to a finished or interrupted one while neither resume nor
                 overwrite is asked; or nothing can be written there.
         """
-        problem = broadcast_object((self._problem() or self._unwritable()) if is_main() else None)
+        problem = broadcast_object((self._problem()) if is_main() else None)
         if problem:
             raise UserError(str(problem))
 
@@ -134,22 +123,12 @@ class Claim:
             if not was_there:
                 self.folder.root.rmdir()
 
-    def _unwritable(self) -> str | None:
-        """Return why nothing can be written in the folder, or above it if it does not exist yet; None if it can."""
-        # The folder itself need not exist yet: look at the nearest one that does.
-        place = next((path for path in (self.folder.root, *self.folder.root.absolute().parents) if path.is_dir()), None)
-        try:
-            with tempfile.TemporaryFile(dir=place) as probe:
-                probe.write(b"piece_ds")
-        except OSError as error:
-            return f"--output_dir {self.folder.root} cannot be written ({error.strerror}): use another folder"
-        return None
-
     def _problem(self) -> str | None:
         """Return why the folder is not this run's to take, or None."""
         root, run_file = self.folder.root, self.folder.run_file
-        if root.exists() and not root.is_dir():
-            return f"--output_dir {root} is a file, expected a folder"
+        reason = why_no_folder(root) or why_unwritable(root)
+        if reason is not None:
+            return f"--output_dir {str(root)[:200]} {reason}: use another folder"
 
         # No run's folder, but it may hold files that a run would overwrite.
         if not run_file.exists():
@@ -157,7 +136,8 @@ class Claim:
             foreign = next((path.name for path in tasks), None) if root.exists() else None
             if foreign or self.folder.results_file.exists():
                 return f"--output_dir {root} holds {foreign or 'results.json'} but no run.json: use another folder"
-            return None
+            blocked = why_blocked(root)
+            return f"--output_dir {root} {blocked}: use another folder" if blocked else None
         if self.overwrite:
             return None
 
@@ -176,7 +156,10 @@ class Claim:
 
 
 def remove_run(root: Path) -> None:
-    """Remove what a run writes in its folder, run.json last. Other files stay. Rank 0 calls it."""
+    """Remove what a run writes in its folder. Other files stay. Rank 0 calls it.
+
+    run.json comes last, so that a removal that is killed still leaves a run's folder.
+    """
     for name in (
         "[0-9][0-9]-*",
         "predictions",

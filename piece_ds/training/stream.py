@@ -55,6 +55,7 @@ from piece_ds.training.run import (
 )
 from piece_ds.training.run_folder import clear_half_written, forget_resumption, written_bytes
 from piece_ds.training.task import train_task
+from piece_ds.zero.finite_weights import refuse_nonfinite
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ def _load(stream: Stream, first: int) -> nn.Module:
     # ZeRO-3 partitions while loading only if TrainingArguments with its configuration exists.
     arguments = stream.settings.training_arguments(output_dir=stream.folder.root)
     model = load_model(stream.settings.model, stream.dtype, source)
+    refuse_nonfinite(f"the model in {source or stream.settings.model.model_name_or_path}", model)
 
     # Train only what may be selected, or what the baseline adds.
     settings = stream.settings

@@ -15,11 +15,6 @@ from support.oracle import Arrays, SelectedAdamW, gradient_sums, score
 RATIO = 0.02
 NUM_STEPS, ACCUMULATION, LEARNING_RATE, WEIGHT_DECAY, CLIP = 2, 2, 1e-2, 0.1, 0.5
 
-# ZeRO-3 releases a weight after every use, as it does in a large model, and gathers it again for the next one.
-_RELEASING = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
-GREEDY = Setup(3, zero=_RELEASING)
-NARROW = Setup(3, zero={**_RELEASING, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000})
-
 
 @dataclass(frozen=True)
 class Case:
@@ -38,8 +33,6 @@ class Case:
         bucket_elements: gradients exchanged at a time; 0 means the package's own.
         forced: all rows of a micro-batch go to one expert, another one on another rank.
         num_steps: of training.
-        accumulation: micro-batches of each rank a step.
-        together: they share one backward pass, of the mean of their losses.
     """
 
     family: str
@@ -54,8 +47,6 @@ class Case:
     bucket_elements: int = 0
     forced: bool = False
     num_steps: int = NUM_STEPS
-    accumulation: int = ACCUMULATION
-    together: bool = False
 
 
 CASES = {
@@ -72,14 +63,6 @@ CASES |= {
     f"{how}-checkpointing-{family}-stage3": Case(family, Setup(3), checkpointing=how, sampled=True)
     for how in ("reentrant", "non-reentrant")
     for family in ("qwen3-moe", "listed")
-}
-# With two forward passes before a backward, ZeRO-3 releases weights between a recomputation and its use.
-CASES |= {
-    f"{how or 'no'}-checkpointing-together-{family}-{experts}-stage3": Case(
-        family, GREEDY, checkpointing=how, sampled=True, experts=experts, together=True
-    )
-    for how in ("", "reentrant", "non-reentrant")
-    for family, experts in (("qwen3-moe", "grouped_mm"), ("gpt-oss", "eager"), ("mixtral", "batched_mm"))
 }
 CASES |= {
     "aux-loss-mixtral-stage3": Case("mixtral", Setup(3), aux_loss=True),
@@ -116,12 +99,11 @@ FAST = {
 }
 SLOW = {(name, ranks) for name, case in CASES.items() for ranks in case.num_ranks} - FAST
 
-# Only that they end, and that nothing else moves. DeepSpeed, too, reduces several buckets.
+# Only that they end, and that nothing else moves.
 LONG = {
-    f"long-{family}-{mode}": Case(
-        family, NARROW, mode, sampled=True, bucket_elements=300, forced=True, num_steps=200, accumulation=1
-    )
-    for family, mode in (("mixtral", "compact"), ("gpt-oss", "masked"), ("listed", "masked"))
+    f"long-{family}-{mode}": Case(family, Setup(3), mode, forced=True, bucket_elements=300, num_steps=200)
+    for family in ("mixtral", "gpt-oss", "listed")
+    for mode in ("compact", "masked")
 }
 
 
@@ -140,7 +122,7 @@ def all_batches(num: int) -> list[dict[str, Tensor]]:
 
 
 def batches_of_step(case: Case, step: int, rank: int, num_ranks: int) -> list[dict[str, Tensor]]:
-    num = case.accumulation * num_ranks
+    num = ACCUMULATION * num_ranks
     return all_batches(case.num_steps * num)[num * step + rank : num * (step + 1) : num_ranks]
 
 

@@ -7,7 +7,6 @@ import sys
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 
 from piece_ds import attach, collect_statistics, estimate_mask, prepare_compact
@@ -21,6 +20,7 @@ from support.engines import adamw, make_engine, whole_weights
 from support.jobs import Results, collect_case, finish, start
 from support.moe import force_routing, make_moe
 from support.moe_cases import (
+    ACCUMULATION,
     CASES,
     CLIP,
     FAST,
@@ -59,9 +59,7 @@ def run_case(case: Case) -> dict[str, Any]:
         prepare_compact(model, RATIO)
     else:
         gather_experts_whole(model)
-    engine = make_engine(
-        model, case.setup, adamw(model, LEARNING_RATE, WEIGHT_DECAY), 1 if case.together else case.accumulation, CLIP
-    )
+    engine = make_engine(model, case.setup, adamw(model, LEARNING_RATE, WEIGHT_DECAY), ACCUMULATION, CLIP)
     initial = whole_weights(engine)
 
     # Selection.
@@ -79,9 +77,8 @@ def run_case(case: Case) -> dict[str, Any]:
         update = attach(engine, masks["piece-s"], selected_gradient="auto" if case.sampled else "dense")
     collection = getattr(update, "_collection", None)
     for step in range(case.num_steps):
-        batches = batches_of_step(case, step, dist.get_rank(), dist.get_world_size())
-        for some in [batches] if case.together else [[batch] for batch in batches]:
-            engine.backward(torch.stack([engine(**batch).loss for batch in some]).mean())
+        for batch in batches_of_step(case, step, dist.get_rank(), dist.get_world_size()):
+            engine.backward(engine(**batch).loss)
             engine.step()
     result = {
         "masks": {method: mask.whole() for method, mask in masks.items()},

@@ -1,12 +1,13 @@
 """Flags, YAML and defaults: who wins, what is known, and what is refused by name."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from piece_ds.cli.train import main
 from piece_ds.config import settings as settings_module
-from piece_ds.config.settings import load_settings, parse
+from piece_ds.config.settings import OURS, load_settings, parse
 from piece_ds.methods.registry import METHODS
 from piece_ds.runtime.errors import UserError
 
@@ -81,6 +82,20 @@ def test_every_call_makes_fresh_training_arguments(tmp_path: Path) -> None:
 def test_bad_flags_are_refused_by_name(argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(argv)
+
+
+def test_numbers_that_no_run_can_use_are_refused_by_every_flag_of_ours() -> None:
+    checked = 0
+    for part in OURS:
+        for field in fields(part):
+            kinds = str(field.type)
+            values = ["nan", "inf", "-inf", "1e400"] if "float" in kinds else []
+            values += ["9" * 25, "-" + "9" * 25, "1.5"] if "int" in kinds else []
+            for value in values:
+                with pytest.raises(UserError, match=f"--{field.name}"):
+                    parse([f"--{field.name}={value}", "--train_file=a,b"])
+                checked += 1
+    assert checked > 100
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,20 @@ def test_templates_that_fail_are_one_line(tokenizer: PreTrainedTokenizerFast) ->
         assert "\n" not in str(refusal.value)
 
 
+def test_templates_that_do_not_write_the_prompt_are_one_line(tokenizer: PreTrainedTokenizerFast) -> None:
+    for template, reason in {
+        "hello": "does not write it",
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}": "does not write it",
+        "{% for m in messages %}{{ m.content[:3] }}{% endfor %}": "does not write it",
+        "{{ range(90000) | random }}{% for m in messages %}{{ m.content }}{% endfor %}": "something else each time",
+    }.items():
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=reason):
+            Encoder(tokenizer, 64, chat_template=True).prompt_ids("what is it?")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+    assert Encoder(tokenizer, 64, chat_template=True).prompt_ids(" what is\nit? ")
+
+
 def test_named_templates_without_a_default_are_one_line(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = {"rag": PLAIN, "tool_use": PLAIN}
     with pytest.raises(UserError, match=r"row 1: the tokenizer's chat template cannot render") as refusal:

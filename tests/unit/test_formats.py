@@ -173,6 +173,9 @@ REFUSED = {
     '{"text": ""}': "text is empty",
     '{"prompt": "a", "prompt": "b", "answer": "c"}': "the key 'prompt' stands twice in an object",
     '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}': "the key 'role' stands twice",
+    '{"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [0, 1]}': "attention_mask must be 1 for each of the 2",
+    '{"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1]}': "attention_mask must be 1 for each of the 2",
+    '{"input_ids": [1, 2], "labels": [1, 2], "attention_mask": "x"}': "attention_mask must be 1 for each of the 2",
     '{"input_ids": [1, 9223372036854775808], "labels": [1, 1]}': "past 2\\^31",
     '{"input_ids": [1, ' + "9" * 5000 + '], "labels": [1, 1]}': "too many digits",
 }

@@ -1,0 +1,47 @@
+"""Handle a config.json that no model was made with: what a library says of it, and sizes that would never end."""
+
+import re
+from typing import Any
+
+from piece_ds.runtime.errors import UserError
+
+# Parts that are made one by one, so that a huge number would build modules for hours. The deepest known model has a few
+# hundred layers, and the widest mixture a few hundred experts.
+_PARTS = re.compile(r"(^|_)(n_layers?|num_\w*layers|depth|n_\w*experts|num_\w*experts)$")
+_MOST_PARTS = 10_000
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def refuse_countless_parts(source: str, config: Any) -> None:
+    """Raise UserError if config asks for no layer, or for more layers or experts than any model has.
+
+    Args:
+        source: what the configuration is of, for the message.
+        config: of transformers.
+    """
+    try:
+        content = config.to_dict()
+    except Exception as error:  # a part of it is of the wrong kind
+        raise UserError(f"{source}: its config.json cannot be used ({first_words(error)}): mend it") from error
+    for name, value in _numbers(content):
+        if name in _DEPTHS and value < 1:
+            raise UserError(f"{source}: its config.json asks for {name} {value:.6g}: a model has at least one layer")
+        if _PARTS.search(name) and value > _MOST_PARTS:
+            raise UserError(f"{source}: its config.json asks for {name} {value:.6g}, which no model has: mend it")
+
+
+def _numbers(content: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return (name, number) of a configuration and of those inside it."""
+    found = []
+    for name, value in content.items():
+        if isinstance(value, dict):
+            found += _numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((str(name), float(value)))
+    return found
+
+
+def first_words(error: BaseException) -> str:
+    """Return what a library says of what it cannot use, in one short line with the kind of the error."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
