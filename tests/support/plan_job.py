@@ -74,11 +74,8 @@ SETTINGS |= {
 # What make test measures: every stage, mode, precision and way of offloading once, and one mixture of experts.
 FAST = {
     "zero0-fp32",
-    "zero1-bf16",
     "zero2-bf16-offload",
-    "zero3-bf16",
     "zero3-bf16-offload-all",
-    "compact0-fp32",
     "compact2-bf16",
     "compact3-bf16",
     "qwen3-moe-compact3-bf16",
