@@ -30,16 +30,20 @@ class Point:
 Curve = Sequence[Point]
 
 
+def useful_points(curve: Curve) -> list[Point]:
+    """Return the runs of a curve by rate, without those that diverged, up to the rate that learned the most."""
+    points = sorted((p for p in curve if isfinite(p.learned) and isfinite(p.lost)), key=lambda p: p.rate)
+    return points[: 1 + min(range(len(points)), key=lambda i: points[i].learned)] if points else []
+
+
 def lost_at(curve: Curve, level: float) -> float | None:
     """What a curve loses where it has learned exactly level; None where it does not pass through level.
 
-    Neighbouring rates are joined by a straight line in (learned, lost). Rates above the one that learned the most are
-    too large and left out; a curve that passes level more than once all the same is judged at its best passage.
-    Nothing is extrapolated: a curve that never learned that much, or whose smallest rate learned more already, has no
-    value. Runs that diverged (nan, inf) are left out.
+    Neighbouring rates are joined by a straight line in (learned, lost), of useful_points() only; a curve that passes
+    level more than once all the same is judged at its best passage. Nothing is extrapolated: a curve that never learned
+    that much, or whose smallest rate learned more already, has no value.
     """
-    points = sorted((p for p in curve if isfinite(p.learned) and isfinite(p.lost)), key=lambda p: p.rate)
-    points = points[: 1 + min(range(len(points)), key=lambda i: points[i].learned)] if points else []
+    points = useful_points(curve)
     found = [point.lost for point in points if point.learned == level]
     for first, second in pairwise(points):
         if min(first.learned, second.learned) < level < max(first.learned, second.learned):

@@ -6,6 +6,7 @@ import pytest
 
 from bench.continual.curves import methods_of, start_and_best
 from bench.continual.frontier import Point, levels, lost_at, matched, why_not
+from bench.continual.real import summary as real
 from bench.continual.tables import summary_page
 
 # Rates that learn more and more (the loss falls) and lose more and more, but for the last, which is too large.
@@ -105,3 +106,26 @@ def test_the_page_has_the_interpolated_values_and_says_what_was_not_reached() ->
     assert "| piece-s 1 % | 1 | 0.200 | 0.300 | 0.400 |" in page
     assert "| random 1 % | 1 | not reached | not reached | not reached |" in page
     assert "Not made: piece-f" in page
+
+
+def test_the_studys_page_holds_every_run_against_full_fine_tuning_and_lora_at_equal_learning() -> None:
+    def run(name: str, rate: float, learned: float, rise: float) -> dict[str, str]:
+        numbers = {"rate": rate, "learned_before": 7.0, "learned": learned, "rise": rise, "kl": rise}
+        values = {key: str(value) for key, value in numbers.items()}
+        return {"name": name, "task": "a", "seed": "1", "delta_bytes": "0", "seconds": "1", **values}
+
+    page = real.summary_page(
+        [
+            run("full", 1e-4, 1.0, 0.1),
+            run("full", 3e-4, 0.5, 0.6),
+            run("LoRA", 1e-3, 0.7, 0.9),
+            run("ratio 1 %, scaled steps", 1e-3, 0.8, 0.1),  # full has lost 0.3 there
+            run("ratio 1 %, scaled steps", 3e-3, 0.6, 0.2),
+            run("ratio 1 %, scaled steps", 1e-2, 0.7, 9.0),  # learns less than a smaller rate: left out
+        ]
+    )
+    rows = [line for line in page.splitlines() if line.startswith("| a | ratio 1 %, scaled steps |")]
+    assert rows == [
+        "| a | ratio 1 %, scaled steps | 0.001 | 0.800 | +0.100 | +0.300 (x 3.0) | passed | not run |",
+        "| a | ratio 1 %, scaled steps | 0.003 | 0.600 | +0.200 | +0.500 (x 2.5) | not reached | not run |",
+    ]

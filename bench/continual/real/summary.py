@@ -14,13 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from matplotlib.figure import Figure
 
-from bench.continual.frontier import Point, levels, matched, why_not
+from bench.continual.frontier import Point, levels, matched, useful_points, why_not
 from bench.continual.real.grid import SWEEPS, settings_in_order
 from bench.continual.real.run import RESULTS
 from bench.continual.real.runs import Record, read_runs
 from piece_ds.runtime.files import write_text, write_whole
 
 SHARES = (0.975, 0.985, 0.995)
+
+# What every run is held against, at what it has learned.
+REFERENCES = ("full", "LoRA", "full + KL")
 
 
 def main() -> None:
@@ -65,6 +68,12 @@ def summary_page(runs: list[Record]) -> str:
                 ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads), *_rows(of_task, wanted)]
             )
         )
+    text.append("## Each run beside others that have learned as much")
+    text.append(
+        "A row is one run, and the rise of full fine-tuning and of LoRA where they have learned as much. Rates above "
+        "that at which a method learns most are left out. 'x 3.0': so many times the run's own rise."
+    )
+    text.append(_beside_references(runs))
     text.append("## Every run")
     text.append(_every_run(runs))
     return "\n\n".join(text) + "\n"
@@ -107,6 +116,30 @@ def _cell(curves: list[list[Point]], level: float) -> str:
         return why_not(curves, level)
     spread = f" ± {found.half_width:.3f}" if len(curves) - missing > 1 else ""
     return f"{found.mean:+.3f}{spread}"
+
+
+def _beside_references(runs: list[Record]) -> str:
+    lines = ["| task | method | rate | learned | rise | " + " | ".join(REFERENCES) + " |", "|---|---|" + "---:|" * 6]
+    for task in tasks_of(runs):
+        of_task = [run for run in runs if run["task"] == task]
+        curves = {name: curves_of(of_task, name, "rise") for name in REFERENCES}
+        for sweep in SWEEPS:
+            for curve in curves_of(of_task, sweep.name, "rise"):
+                for point in useful_points(curve):
+                    cells = [_reference(curves[name], point) if name != sweep.name else "-" for name in REFERENCES]
+                    own = f"{task} | {sweep.name} | {point.rate:g} | {point.learned:.3f} | {point.lost:+.3f}"
+                    lines.append(f"| {own} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _reference(curves: list[list[Point]], point: Point) -> str:
+    if not curves:
+        return "not run"
+    found, _ = matched(curves, point.learned)
+    if found is None:
+        return why_not(curves, point.learned)
+    # A factor of two signs, or of nothing, says nothing.
+    return f"{found.mean:+.3f}" + (f" (x {found.mean / point.lost:.1f})" if point.lost > 0 and found.mean > 0 else "")
 
 
 def _every_run(runs: list[Record]) -> str:
