@@ -97,6 +97,13 @@ class DataArguments:
         default=False,
         metadata={"help": "rows of a micro-batch end to end, without padding; attention never crosses from row to row"},
     )
+    pack_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "with --packing, training rows are put together by best fit into packs of at most N tokens, and "
+            "--per_device_train_batch_size counts packs; the statistics pass keeps its rows"
+        },
+    )
     validation_share: float | None = field(
         default=None, metadata={"help": "share of the training rows, in (0, 1), that is held out and judged on instead"}
     )
@@ -132,10 +139,12 @@ class DataArguments:
         # Ranges.
         for name in ("max_prompt_len", "max_ans_len", "max_new_tokens"):
             require_positive(name, getattr(self, name))
-        for name in ("max_train_samples", "max_eval_samples"):
+        for name in ("max_train_samples", "max_eval_samples", "pack_tokens"):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
 
+        if self.pack_tokens is not None and not self.packing:
+            raise UserError("--pack_tokens belongs to --packing, which lays rows end to end")
         require_choice("stopping_strategy", self.stopping_strategy, STOPPING)
         if self.interleave_probs is not None and "," not in (self.train_file or ""):
             raise UserError("--interleave_probs belongs to several files of --train_file, separated by commas")

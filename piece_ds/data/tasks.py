@@ -188,13 +188,20 @@ def _task_names(tasks: str, task_dir: str) -> list[str]:
 
 
 def _files_in(folder: Path) -> dict[str, str]:
-    """Return split -> file of a task's folder: the first known suffix that exists, or train.json if none does."""
+    """Return split -> file of a task's folder, with any known suffix, or train.json if there is none.
+
+    Raises:
+        UserError: a split has two files.
+    """
     found = {}
     for split in ("train", "eval", "test"):
         paths = [folder / f"{split}{suffix}" for suffix in READERS]
-        path = next((path for path in paths if path.exists()), None)
-        if path or split == "train":
-            found[split] = str(path or paths[0])
+        there = [path for path in paths if path.exists()]
+        if len(there) > 1:
+            names = " and ".join(path.name for path in there)
+            raise UserError(f"{folder} has {names}: a split is one file; put them together, or remove one")
+        if there or split == "train":
+            found[split] = str((there or paths)[0])
     return found
 
 

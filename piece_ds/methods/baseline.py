@@ -41,6 +41,7 @@ class TaskContext:
         collate: rows -> batch.
         batch_size: rows of a micro-batch when gradients or outputs are taken besides training.
         seed: of what is drawn.
+        pack_tokens: most tokens of a pack of training rows; None if a batch is of rows.
     """
 
     index: int
@@ -52,6 +53,7 @@ class TaskContext:
     collate: Collate
     batch_size: int
     seed: int
+    pack_tokens: int | None = None
 
     @property
     def is_last(self) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from piece_ds.config.settings import Settings
+from piece_ds.data.packs import pack_rows, packs_per_step
 from piece_ds.methods.baseline import Baseline
 from piece_ds.methods.method import SELECTION, Method
 from piece_ds.methods.registry import find_method, names_of
@@ -98,11 +99,14 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
         inputs = replace(inputs, baseline=method.baseline(settings.baseline) if method.baseline is not None else None)
         masked = method.has_mask or settings.method.step_scale != "none"
         check_training(arguments, masked)
-        _check_accumulation(inputs)
+        num_rows = _num_rows(inputs)
+        allow_smaller = settings.output.incomplete_accumulation == "smaller_step"
+        for name, count in num_rows.items():
+            check_accumulation(name, count, arguments, allow_smaller)
         num_eval_rows = {task.name: len(task.eval) for task in inputs.tasks}
-        check_own_evaluation(arguments, _num_rows(inputs), num_eval_rows)
+        check_own_evaluation(arguments, num_rows, num_eval_rows)
         check_best_step(settings, arguments, inputs.tasks, inputs.scorers)
-        num_steps = [_num_steps(arguments, rows) for rows in _num_rows(inputs).values()]
+        num_steps = [_num_steps(arguments, count) for count in num_rows.values()]
         check_optimizer(arguments, inputs.config, num_steps, masked)
         check_offload(method.name, arguments)
     if job != EVALUATE:
@@ -156,15 +160,13 @@ def _check_model_options(inputs: Inputs) -> None:
     check_lengths(arguments, inputs.tasks, inputs.tokenizer)
 
 
-def _check_accumulation(inputs: Inputs) -> None:
-    allow_smaller = inputs.settings.output.incomplete_accumulation == "smaller_step"
-    for name, num_rows in _num_rows(inputs).items():
-        check_accumulation(name, num_rows, inputs.arguments, allow_smaller)
-
-
 def _num_rows(inputs: Inputs) -> dict[str, int]:
-    """Return the number of rows that each task trains on."""
+    """Return the number of rows that each task trains on, or of packs of rows."""
     tasks, baseline = inputs.tasks, inputs.baseline
+    num_tokens = inputs.settings.data.pack_tokens
+    if num_tokens is not None:
+        multiple = packs_per_step(inputs.arguments)
+        return {task.name: len(pack_rows(task.name, task.train, num_tokens, multiple)) for task in tasks}
     return {
         task.name: baseline.num_rows(task, tasks[:index]) if baseline else len(task.train)
         for index, task in enumerate(tasks)

@@ -40,6 +40,7 @@ _FREE = {
     "local_rank",
     "run_name",
     "nonfinite",
+    "tokenized_cache",
 }
 
 

@@ -151,6 +151,7 @@ def context_of(stream: Stream, index: int) -> TaskContext:
         collate=training_collator(stream.tokenizer, stream.settings.data.packing),
         batch_size=stream.settings.method.importance_batch_size,
         seed=stream.seed,
+        pack_tokens=stream.settings.data.pack_tokens,
     )
 
 

@@ -40,8 +40,9 @@ from piece_ds.training.task_begin import (
 )
 from piece_ds.training.task_mask import TaskMask
 from piece_ds.training.task_result import TaskCost, TaskResult
-from piece_ds.training.trainer import TaskTrainer, make_trainer
+from piece_ds.training.trainer import TaskTrainer
 from piece_ds.training.trainer_callbacks import BeforeFirstStep, EvaluateLastStep, OnEngine, StopAtStep
+from piece_ds.training.trainer_of_task import make_trainer
 from piece_ds.training.validation import BestStep, Validation
 from piece_ds.zero.whole_state import whole_state
 

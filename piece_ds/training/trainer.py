@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from piece_ds.checkpoint.manifest import write_manifest
 from piece_ds.checkpoint.selected_file import save_selected_state
 from piece_ds.config.deepspeed_configs import contradiction
+from piece_ds.data.packs import Packs
 from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.methods.baseline import Baseline, TaskContext
-from piece_ds.models.processor import Processing
 from piece_ds.runtime.distributed import barrier, is_main, rank, world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
@@ -61,6 +61,7 @@ class TaskTrainer(Trainer):
         seconds_before_first_step: of evaluation, statistics and selection between the engine and the first step.
         general: what rows of general text add to the loss of every micro-batch, or None.
         best: follows the evaluations of the task's held-out rows; None without such evaluations.
+        num_packed_rows: of a micro-batch whose rows lie end to end; of packs, their mean.
         losses: of the micro-batches since this was last cleared. On the device: the host has not waited for them.
     """
 
@@ -74,6 +75,8 @@ class TaskTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: list[Tensor] = []
+        batch_size, rows = self.args.per_device_train_batch_size, self.train_dataset
+        self.num_packed_rows = round(batch_size * rows.rows_per_pack) if isinstance(rows, Packs) else batch_size
         self._num_tokens = torch.zeros((), dtype=torch.int64)
         self._micro_batch = (-1, 0)  # (step, micro-batches of it so far)
 
@@ -103,8 +106,7 @@ class TaskTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss as transformers' Trainer does, with general text's added, and count tokens."""
-        # Packed rows are one row of tensors.
-        num_rows = self.args.per_device_train_batch_size if "position_ids" in inputs else len(inputs["input_ids"])
+        num_rows = self.num_packed_rows if "position_ids" in inputs else len(inputs["input_ids"])
         if model.training:
             self._num_tokens = _num_tokens(inputs) + self._num_tokens.to(inputs["input_ids"].device)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -256,36 +258,6 @@ class BaselineTrainer(TaskTrainer):
             return (labels[:, 1:] != IGNORED_LABEL).sum()
         shared = self.args.average_tokens_across_devices
         return num_items_in_batch / (self.accelerator.num_processes if shared else 1)
-
-
-def make_trainer(
-    model: nn.Module,
-    arguments: TrainingArguments,
-    tokenizer: Processing,
-    baseline: Baseline | None,
-    context: TaskContext,
-) -> TaskTrainer:
-    """Return the trainer of one task: plain if a mask is trained, else with the baseline's rows and loss.
-
-    Args:
-        model: before it has an engine.
-        arguments: of the task.
-        tokenizer: the model's, or its processor.
-        baseline: the method, or None if a mask is trained.
-        context: of the task.
-    """
-    task = context.task
-    options: dict[str, Any] = {
-        "args": arguments,
-        "eval_dataset": task.eval if arguments.eval_strategy != "no" else None,
-        "processing_class": tokenizer,
-    }
-    if baseline is None:
-        return TaskTrainer(model=model, train_dataset=task.train, data_collator=context.collate, **options)
-    arguments.remove_unused_columns = False  # a baseline's rows may carry more than the model knows
-    baseline.begin_task(model, context)
-    rows, collate = baseline.rows(context), baseline.collate(context)
-    return BaselineTrainer(baseline, context, model=model, train_dataset=rows, data_collator=collate, **options)
 
 
 def _num_tokens(inputs: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,13 +19,35 @@ pytestmark = [
 ]
 
 
-def run(kind: str, mode: str, folder: Path) -> dict[str, Any]:
+PAGE = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.partition("\n## TRL\n")[2].partition("\n## ")[0], re.DOTALL)
+# What the examples take from the reader's own code.
+BEFORE = """
+import datasets, torch
+from piece_ds import PieceCallback
+from support.trl_job import CHAT, COMMON, PREFERENCES, PROMPTS, length_reward as reward, make_model, make_chat_tokenizer
+
+tokenizer, model, classifier = make_chat_tokenizer(), make_model("sft"), make_model("reward")
+rows, preferences, prompts = (datasets.Dataset.from_list(part) for part in (CHAT, PREFERENCES, PROMPTS))
+options = COMMON
+"""
+AFTER = """
+assert trainer.state.global_step == 2
+"""
+
+
+def started(*command: str, cwd: Path | None = None) -> None:
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment = {**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "support.trl_job", kind, mode, str(folder)]
-    folder.mkdir(parents=True)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=cwd, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run(kind: str, mode: str, folder: Path) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    started("-m", "support.trl_job", kind, mode, str(folder))
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
 
@@ -63,3 +86,15 @@ def test_general_text_joins_every_trainer_whose_model_predicts_tokens(kind: str,
 
 def test_a_reward_model_has_no_loss_on_general_text(tmp_path: Path) -> None:
     assert "needs a model that predicts tokens" in run("reward", "general", tmp_path / "out")["refused"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: str(re.search(r"import (\w+)Config", text)[1]))
+def test_the_examples_of_the_page_run_as_they_stand(example: str, tmp_path: Path) -> None:
+    started("-c", BEFORE + example + AFTER, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "mask.safetensors").is_file()
+    assert (folder / "delta.safetensors").is_file()
+
+
+def test_every_trainer_has_an_example() -> None:
+    assert [re.search(r"(\w+)Trainer\(", text)[1] for text in EXAMPLES] == ["SFT", "DPO", "Reward", "GRPO"]

@@ -1,21 +1,13 @@
 """A run that is killed, twice, and goes on: the same bits as one that was not."""
 
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.jobs import Results, result_of
 from support.launches import (
-    ROOT,
-    TIMEOUT_SECONDS,
-    command_line,
-    environment,
+    kill_when,
     launch,
     mask_index,
     same_bits,
@@ -31,24 +23,6 @@ from piece_ds.deltas import ChainFollower
 pytestmark = pytest.mark.slow
 
 
-def kill_when(path: Path, flags: list[str]) -> None:
-    """Launch, wait until path exists, then kill the launcher and every rank at once."""
-    command = command_line("deepspeed", NUM_RANKS, "train.py", *flags)
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not path.exists():
-        assert process.poll() is None, f"ended with {process.returncode} before {path} was there"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        os.kill(member.pid, signal.SIGKILL)
-    psutil.wait_procs(family)
-    process.wait()
-
-
 @pytest.fixture(scope="session")
 def killed_twice(material: Material) -> tuple[Path, dict[str, int]]:
     """The folder of a run killed in the first task's statistics and in the second task's training, then finished.
@@ -57,10 +31,10 @@ def killed_twice(material: Material) -> tuple[Path, dict[str, int]]:
     """
     folder = material.out("killed")
     flags = long_flags(material, "killed", save_steps=2)
-    kill_when(folder / "results.json", flags)  # written when the pass over the data begins
+    kill_when(folder / "results.json", flags, NUM_RANKS)  # written when the pass over the data begins
     assert not (folder / "00-letter" / "mask.safetensors").exists()
     flags += ["--resume_from_checkpoint", "True"]
-    kill_when(folder / "01-text" / "checkpoint-4" / "trainer_state.json", flags)
+    kill_when(folder / "01-text" / "checkpoint-4" / "trainer_state.json", flags, NUM_RANKS)
     assert not (folder / "01-text" / "delta.safetensors").exists()
     first = {
         name: (folder / "00-letter" / name).stat().st_mtime_ns for name in ("mask.safetensors", "delta.safetensors")

@@ -3,12 +3,15 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -92,6 +95,24 @@ def command_line(launcher: str, num_ranks: int, script: str, *flags: object) -> 
         "python": [sys.executable],
     }
     return [str(item) for item in (*starters[launcher], ROOT / "launch" / script, *flags)]
+
+
+def kill_when(path: Path, flags: list[str], num_ranks: int) -> None:
+    """Launch, wait until path exists, then kill the launcher and every rank at once."""
+    command = command_line("deepspeed", num_ranks, "train.py", *flags)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not path.exists():
+        assert process.poll() is None, f"ended with {process.returncode} before {path} was there"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        os.kill(member.pid, signal.SIGKILL)
+    psutil.wait_procs(family)
+    process.wait()
 
 
 def environment() -> dict[str, str]:

@@ -46,6 +46,27 @@ SFT: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "dft": (CHAT, {"assistant_only_loss": True, "loss_type": "dft"}),
 }
 
+# Training arguments of all kinds.
+COMMON: dict[str, Any] = {
+    "deepspeed": {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    },
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "per_device_train_batch_size": 2,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+
 
 def main() -> None:
     kind, mode, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -74,34 +95,25 @@ def main() -> None:
     )
 
 
-def make_trainer(kind: str, folder: Path) -> Any:
-    """The trainer of a kind, with a tiny model."""
+def make_chat_tokenizer() -> Any:
+    """A tokenizer of bytes with a chat template that marks what the assistant says."""
     tokenizer = make_tokenizer(256)
     tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(kind: str) -> Any:
+    """A tiny Llama: a classifier for rewards, else a language model."""
     config = model_config()
     config.hidden_size, config.intermediate_size, config.head_dim, config.num_labels = 32, 48, 8, 1
     torch.manual_seed(0)
-    model = (LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM)(config)
-    common: dict[str, Any] = {
-        "output_dir": str(folder),
-        "deepspeed": {
-            "zero_optimization": {"stage": 2},
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_allow_untested_optimizer": True,
-        },
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
+    return (LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM)(config)
+
+
+def make_trainer(kind: str, folder: Path) -> Any:
+    """The trainer of a kind, with a tiny model."""
+    tokenizer, model = make_chat_tokenizer(), make_model(kind)
+    common: dict[str, Any] = {"output_dir": str(folder), **COMMON}
     of_list = datasets.Dataset.from_list
     if kind in SFT:
         rows, options = SFT[kind]

@@ -45,6 +45,14 @@ def test_training_rows_alone_judge_themselves_and_say_so(tmp_path: Path, tokeniz
     assert (len(task.train), len(task.test), task.answers[-1]) == (300, 5, "t!4")
 
 
+def test_two_files_for_one_split_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for name in ("train.json", "test.json"):
+        write_rows(tmp_path / "a" / name, 4, "x")
+    (tmp_path / "a" / "test.jsonl").write_text('{"prompt": "p", "answer": "a"}\n')
+    with pytest.raises(UserError, match=r"a has test\.json and test\.jsonl: a split is one file"):
+        load_task_stream(DataArguments(task_dir=str(tmp_path), tasks="a"), tokenizer)
+
+
 def test_stream_keeps_the_order_asked_for_and_fills_in_absent_files(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
