@@ -13,11 +13,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from piece_ds.config.arguments import DataArguments, EvaluationArguments, ModelArguments, OutputArguments
+from piece_ds.config.arguments import DataArguments, ModelArguments
 from piece_ds.config.deepspeed_configs import with_config_paths
 from piece_ds.config.defaults import machine_defaults
 from piece_ds.config.foreign_keys import unknown_keys
 from piece_ds.config.method_arguments import BaselineArguments, MethodArguments
+from piece_ds.config.output_arguments import EvaluationArguments, OutputArguments
 from piece_ds.config.parser import make_parser, training_arguments_of
 from piece_ds.config.ranges import require_countable
 from piece_ds.config.recommended import HELP

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from piece_ds.config.arguments import EvaluationArguments
+from piece_ds.config.output_arguments import EvaluationArguments
 from piece_ds.config.settings import Settings
 from piece_ds.data.tokenize import Encoder
 from piece_ds.evaluation import humaneval

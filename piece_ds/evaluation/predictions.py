@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from piece_ds.config.arguments import SCORINGS
+from piece_ds.config.output_arguments import SCORINGS
 from piece_ds.data.readers import read_rows
 from piece_ds.evaluation.scorers import Golds, choose_scorers, get_scorer, scorer_names
 from piece_ds.runtime.errors import UserError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import nan
 from typing import Any
 
-from piece_ds.config.arguments import SCORINGS
+from piece_ds.config.output_arguments import SCORINGS
 from piece_ds.evaluation import authors, captions, texts, vqa
 from piece_ds.evaluation.answers import LETTER, NUMBER, TEXT, WORD, after_thinking, answer_kind, is_right
 from piece_ds.evaluation.matrix import ACCURACY, LOSS
