@@ -16,7 +16,7 @@ from piece_ds.deltas.export import export_vllm, require_stored_names
 from piece_ds.deltas.export_peft import export_peft
 from piece_ds.deltas.folder import ModelFolder, open_folder
 from piece_ds.deltas.patch import patch_in_place, patch_to, require_free
-from piece_ds.deltas.value_changes import movements
+from piece_ds.deltas.value_changes import change_sizes
 from piece_ds.deltas.verify import Step
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import empty_model, load_config
@@ -175,8 +175,8 @@ def _summary(delta: Delta) -> dict[str, str]:
 
 def _movement_grid(delta: Delta) -> Grid:
     header = ("module", "values", "changed", "mean |change|", "max |change|", "mean |change| / mean |value|")
-    whole = movements(("all", delta.change(name)) for name in delta.shapes)
-    parts = movements((place_of(name).module, delta.change(name)) for name in delta.shapes)
+    whole = change_sizes(("all", delta.change(name)) for name in delta.shapes)
+    parts = change_sizes((place_of(name).module, delta.change(name)) for name in delta.shapes)
     rows = [
         (
             module,

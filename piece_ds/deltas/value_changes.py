@@ -7,7 +7,7 @@ from piece_ds.deltas.delta import Change
 
 
 @dataclass
-class Movement:
+class ChangeSize:
     """Sums over selected values, in fp64.
 
     Attributes:
@@ -44,13 +44,13 @@ class Movement:
         self.sum_previous += float(before.abs().sum())
 
 
-def movements(changes: Iterable[tuple[str, Change]]) -> dict[str, Movement]:
-    """Return label -> movement, with labels in the order of their first change.
+def change_sizes(changes: Iterable[tuple[str, Change]]) -> dict[str, ChangeSize]:
+    """Return label -> size of the changes, with labels in the order of their first change.
 
     Args:
         changes: (label, change of one parameter) pairs.
     """
-    found: dict[str, Movement] = {}
+    found: dict[str, ChangeSize] = {}
     for label, change in changes:
-        found.setdefault(label, Movement()).add(change)
+        found.setdefault(label, ChangeSize()).add(change)
     return found

@@ -67,9 +67,9 @@ def is_right(output: str, gold: str, kind: str) -> bool:
     Raises:
         ValueError: kind is TEXT or unknown.
     """
-    if kind not in _JUDGES:
-        raise ValueError(f"answers of kind {kind!r} are not right or wrong; kinds that are: {', '.join(_JUDGES)}")
-    return _JUDGES[kind](output, gold)
+    if kind not in _IS_RIGHT:
+        raise ValueError(f"answers of kind {kind!r} are not right or wrong; kinds that are: {', '.join(_IS_RIGHT)}")
+    return _IS_RIGHT[kind](output, gold)
 
 
 def after_thinking(text: str) -> str:
@@ -125,7 +125,7 @@ def _word_is_right(output: str, gold: str) -> bool:
     return gold.strip() in (first_line, first_line.removesuffix("."))
 
 
-_JUDGES = {LETTER: _letter_is_right, NUMBER: _number_is_right, WORD: _word_is_right}
+_IS_RIGHT = {LETTER: _letter_is_right, NUMBER: _number_is_right, WORD: _word_is_right}
 
 
 def _is_word(text: str) -> bool:

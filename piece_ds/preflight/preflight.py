@@ -190,20 +190,24 @@ def _claim_of(inputs: Inputs) -> Claim:
     decisive["gradient_accumulation_steps * ranks"] = arguments.gradient_accumulation_steps * world_size()
 
     # A run without a mask resumes only with the sharding it began with.
-    cut = _cut_of(arguments)
+    sharding = _sharding_of(arguments)
     configuration = {**settings.resolved(), "TrainingArguments": decisive}
     if isinstance(inputs.baseline, Baseline):  # only DeepSpeed's own checkpoint holds all masters and moments
-        configuration |= cut
+        configuration |= sharding
     return Claim(
         RunFolder(Path(arguments.output_dir)),
         configuration,
         resume=resumes_from(arguments),
         overwrite=settings.output.overwrite_output_dir,
-        also={"all_training_arguments": arguments.to_dict(), "deepspeed": arguments.hf_deepspeed_config.config, **cut},
+        also={
+            "all_training_arguments": arguments.to_dict(),
+            "deepspeed": arguments.hf_deepspeed_config.config,
+            **sharding,
+        },
     )
 
 
-def _cut_of(arguments: TrainingArguments) -> dict[str, Any]:
+def _sharding_of(arguments: TrainingArguments) -> dict[str, Any]:
     stage = arguments.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
     return {"world_size": world_size(), "zero_stage": stage}
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from piece_ds.report.legend import legend_below, legend_height
-from piece_ds.report.style import LineStyle, figure_style, log_if_wide, looks, new_axes, not_less_than_noise, png
+from piece_ds.report.style import LineStyle, figure_style, line_styles, log_if_wide, new_axes, not_less_than_noise, png
 
 MAX_LABELS = 24  # more labels than this cover the points
 # Points right, points up, alignment. Labels of neighbouring lines stand on different sides of their points.
@@ -62,7 +62,7 @@ def frontier_figure(
         figure, all_axes = new_axes(4.8 * len(y_labels), 4.2 + legend_height(methods), len(y_labels))
         for panel, axes in enumerate(all_axes):
             is_loss = panel < len(y_are_losses) and y_are_losses[panel]
-            for index, (method, look) in enumerate(zip(methods, looks(methods), strict=True)):
+            for index, (method, look) in enumerate(zip(methods, line_styles(methods), strict=True)):
                 of_method = [point for point in points if point.method == method]
                 _draw(axes, of_method, panel, look)
                 if len(points) <= MAX_LABELS:

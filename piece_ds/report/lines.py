@@ -18,8 +18,8 @@ from piece_ds.report.style import (
     LineStyle,
     figure_style,
     label_ticks,
+    line_styles,
     log_if_wide,
-    looks,
     new_axes,
     not_less_than_noise,
     png,
@@ -60,7 +60,7 @@ def stream_figure(
             # One line per run, from the first moment with a value.
             curves = [_mean_and_band([list(enumerate(values)) for values in several]) for several in runs.values()]
             first = min((points[0][0] for points, _ in curves if points), default=0)
-            for run, (points, band), look in zip(runs, curves, looks(families or names), strict=True):
+            for run, (points, band), look in zip(runs, curves, line_styles(families or names), strict=True):
                 axes.plot(*_columns(points), label=run, marker=look.marker, **look.line)
                 _fill(axes, band, look)
 
@@ -106,7 +106,7 @@ def training_figure(
     names = list(losses)
     with figure_style():
         figure, (axes,) = new_axes(max(7.5, 1.1 * len(tasks) + 2), 3.3 + legend_height(names))
-        for (run, several), look in zip(losses.items(), looks(families or names), strict=True):
+        for (run, several), look in zip(losses.items(), line_styles(families or names), strict=True):
             for start, task in zip(starts, tasks, strict=False):
                 shifted = [[(start + step, loss) for step, loss in log.get(task, ())] for log in several]
                 _curve(axes, shifted, look, label=run if task == tasks[0] else None)

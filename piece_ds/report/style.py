@@ -75,7 +75,7 @@ class LineStyle:
         return {"color": self.color, "linestyle": self.style}
 
 
-def looks(families: Sequence[str]) -> list[LineStyle]:
+def line_styles(families: Sequence[str]) -> list[LineStyle]:
     """Return a line style for each run: one colour per family, another style and marker for each of its members.
 
     If every run is its own family, or all are of one, style and marker change with the colour.

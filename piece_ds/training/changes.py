@@ -15,7 +15,7 @@ from torch import Tensor
 
 from piece_ds.checkpoint.mask_statistics import place_of
 from piece_ds.deltas.delta import Delta, open_delta
-from piece_ds.deltas.value_changes import movements
+from piece_ds.deltas.value_changes import change_sizes
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.distributed import is_main
 
@@ -43,7 +43,7 @@ def with_changes(results: RunResults, task: str, delta_file: Path) -> RunResults
         return results
 
     # Counted as the report counts them, by kind of module.
-    moved = movements((place_of(name).module, delta.change(name)) for name in delta.shapes)
+    moved = change_sizes((place_of(name).module, delta.change(name)) for name in delta.shapes)
     counts = {kind: {"values": of.num_values, "changed": of.num_changed} for kind, of in moved.items()}
     rate = results.settings.get("learning_rate")
     logger.warning("%s", changes_line(task, counts, _proposed_rate(delta, counts, rate)))

@@ -113,5 +113,5 @@ def writing(folder: Path) -> Iterator[None]:
         raise not_written(folder, error) from error
 
 
-def _shown(cut: dict[str, Any]) -> str:
-    return f"{cut.get('world_size')} ranks and {json.dumps(cut.get('zero'))}"
+def _shown(sharding: dict[str, Any]) -> str:
+    return f"{sharding.get('world_size')} ranks and {json.dumps(sharding.get('zero'))}"

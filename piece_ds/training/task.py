@@ -94,7 +94,7 @@ def train_task(
     arguments = arguments_of(settings, folder, masked=baseline is None)
     checkpoint = last_checkpoint(folder) if resume else None
     trainer = make_trainer(model, arguments, tokenizer, baseline, context)
-    trainer.portable = checkpoint is not None and needs_resharding(checkpoint, arguments, masked=baseline is None)
+    trainer.is_resharded = checkpoint is not None and needs_resharding(checkpoint, arguments, masked=baseline is None)
     trainer.general, trainer.best = general_loss, None if validation is None else BestStep(validation)
     change = None if budget is None or baseline is None else DenseChange(model, baseline.scaled_names(model))  # before
     metrics = MetricsLog(folder / METRICS_NAME, trainer)

@@ -42,7 +42,7 @@ def arguments_of(settings: Settings, folder: Path, masked: bool) -> TrainingArgu
 def attach_mask(trainer: TaskTrainer, mask: TaskMask, checkpoint: Path | None) -> None:
     """Put the mask in force, and restore what a checkpoint holds beside DeepSpeed's part. A collective."""
     trainer.update = mask.attach()
-    if checkpoint is not None and trainer.portable:
+    if checkpoint is not None and trainer.is_resharded:
         restore_resharded(trainer.update, checkpoint)
     if trainer.best is not None:
         trainer.best.mask = mask.mask

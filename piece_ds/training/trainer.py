@@ -57,7 +57,7 @@ class TaskTrainer(Trainer):
 
     Attributes:
         update: the mask in force, once training has begun. Checkpoints then also hold its resharded form.
-        portable: training resumes from a checkpoint with another sharding, so DeepSpeed's part of it is not read.
+        is_resharded: training resumes from a checkpoint with another sharding, so DeepSpeed's part of it is not read.
         seconds_before_first_step: of evaluation, statistics and selection between the engine and the first step.
         general: what rows of general text add to the loss of every micro-batch, or None.
         best: follows the evaluations of the task's held-out rows; None without such evaluations.
@@ -66,7 +66,7 @@ class TaskTrainer(Trainer):
     """
 
     update: Update | None = None
-    portable = False
+    is_resharded = False
     seconds_before_first_step = 0.0
     general: GeneralLoss | None = None
     best: BestStep | None = None
@@ -140,14 +140,14 @@ class TaskTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # With another sharding, DeepSpeed must not read its part of the checkpoint.
-        deepspeed_part = None if self.portable else resume_from_checkpoint
+        deepspeed_part = None if self.is_resharded else resume_from_checkpoint
         try:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, deepspeed_part)
         except ValueError as error:
             if "DeepSpeed config values" not in str(error):
                 raise
             raise UserError(contradiction(error)) from error
-        if self.portable:  # the schedule is the trainer's own
+        if self.is_resharded:  # the schedule is the trainer's own
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             groups = self.model_wrapped.basic_optimizer.param_groups  # a loaded schedule sets rates at its next step
             for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):

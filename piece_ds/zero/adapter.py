@@ -43,7 +43,7 @@ def positions_in(pieces: Iterable[Piece], index: dict[str, Tensor]) -> Tensor:
     return torch.cat(found)
 
 
-def cut(pieces: Iterable[Piece], begin: int, end: int) -> list[Piece]:
+def pieces_between(pieces: Iterable[Piece], begin: int, end: int) -> list[Piece]:
     """Return the parts of pieces inside [begin, end) of the flat buffer, with offsets counted from begin."""
     result = []
     for piece in pieces:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piece_ds.zero.adapter import Adapter, BoundGradients, Piece, cut
+from piece_ds.zero.adapter import Adapter, BoundGradients, Piece, pieces_between
 
 
 class Stage12(Adapter):
@@ -39,7 +39,7 @@ class Stage12(Adapter):
         pieces = [Piece(self.name_of[id(p)], 0, p.numel(), o) for p, o in zip(params, offsets, strict=True)]
         size = int(self.optimizer.partition_size[group])
         begin = dist.get_rank(group=self.optimizer.real_dp_process_group[group]) * size
-        return cut(pieces, begin, begin + size)
+        return pieces_between(pieces, begin, begin + size)
 
     def masters(self) -> list[tuple[Tensor, list[Piece]]]:
         """Return each group's partition of the fp32 masters."""
@@ -63,7 +63,7 @@ class Stage12(Adapter):
         for group in range(len(self.optimizer.round_robin_bit16_groups)):
             partition, offset = self._partition(group), 0
             for grad in self.optimizer.averaged_gradients[group]:
-                result.append((grad.view(-1), cut(partition, offset, offset + grad.numel())))
+                result.append((grad.view(-1), pieces_between(partition, offset, offset + grad.numel())))
                 offset += grad.numel()
         return result
 

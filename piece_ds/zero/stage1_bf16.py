@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piece_ds.zero.adapter import Adapter, BoundGradients, Piece, cut
+from piece_ds.zero.adapter import Adapter, BoundGradients, Piece, pieces_between
 
 
 class Stage1BF16(Adapter):
@@ -39,7 +39,7 @@ class Stage1BF16(Adapter):
         result = []
         for group, master in enumerate(self.optimizer.fp32_groups_flat_partition):
             begin = dist.get_rank(group=self.optimizer.real_dp_process_group[group]) * master.numel()
-            result.append((master, cut(self._pieces(group), begin, begin + master.numel())))
+            result.append((master, pieces_between(self._pieces(group), begin, begin + master.numel())))
         return result
 
     def bind(self, index: dict[str, Tensor]) -> None:

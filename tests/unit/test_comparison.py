@@ -15,7 +15,7 @@ from piece_ds.report.comparison_page import write_comparison
 from piece_ds.report.comparison_table import comparison_grids
 from piece_ds.report.groups import group_runs
 from piece_ds.report.results import RunResults
-from piece_ds.report.style import looks
+from piece_ds.report.style import line_styles
 from piece_ds.runtime.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -134,11 +134,11 @@ def test_runs_of_losses_alone_are_compared_by_loss() -> None:
 
 
 def test_members_of_a_family_share_a_colour_and_no_two_runs_look_alike() -> None:
-    found = looks(["a", "a", "b"])
+    found = line_styles(["a", "a", "b"])
     assert found[0].color == found[1].color != found[2].color
     assert len(set(found)) == 3
-    assert len({look.color for look in looks(["a", "a", "a"])}) == 3
-    assert len(set(looks([str(index) for index in range(28)]))) == 28
+    assert len({look.color for look in line_styles(["a", "a", "a"])}) == 3
+    assert len(set(line_styles([str(index) for index in range(28)]))) == 28
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from piece_ds.deltas.compose import compose
 from piece_ds.deltas.delta import open_delta
 from piece_ds.deltas.folder import open_folder
 from piece_ds.deltas.record import Entry, Record, Unfinished, read_record, write_record
-from piece_ds.deltas.value_changes import movements
+from piece_ds.deltas.value_changes import change_sizes
 from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.models.layout import layout_of
 from piece_ds.models.stored_names import stored_names
@@ -106,7 +106,7 @@ def read_all_results(folder: Path) -> None:
 
 def read_delta(folder: Path) -> None:
     delta = open_delta(folder / "d")
-    movements((name, delta.change(name)) for name in delta.shapes if delta.reversible)
+    change_sizes((name, delta.change(name)) for name in delta.shapes if delta.reversible)
 
 
 def make_smallest_delta(folder: Path) -> None:

@@ -8,7 +8,7 @@ from piece_ds.models.layout import layout_of
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import partition_of
 from piece_ds.state.statistics import empty_stats
-from piece_ds.zero.adapter import Piece, cut, positions_in
+from piece_ds.zero.adapter import Piece, pieces_between, positions_in
 from piece_ds.zero.exchange import plan_buckets, slice_range
 
 
@@ -70,7 +70,7 @@ def test_cut_keeps_the_elements_inside(begin: int, length: int) -> None:
         return {p.offset + i: (p.name, p.start + i) for p in pieces for i in range(p.numel)}
 
     want = {o - begin: e for o, e in elements(PIECES).items() if begin <= o < begin + length}
-    assert elements(cut(PIECES, begin, begin + length)) == want
+    assert elements(pieces_between(PIECES, begin, begin + length)) == want
 
 
 def test_whole_mask_of_one_process_is_its_index() -> None:
