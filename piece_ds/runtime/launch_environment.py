@@ -11,10 +11,35 @@ from piece_ds.runtime.errors import UserError
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # Other starters' rank on this machine, in the order in which they are asked.
-_LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PMI_LOCAL_RANK")
+_LOCAL_RANKS = (
+    "SLURM_LOCALID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "PMI_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "JSM_NAMESPACE_LOCAL_RANK",
+    "FLUX_TASK_LOCAL_ID",
+    "PALS_LOCAL_RANKID",
+)
 
 # Starters that start several processes but do not set RANK: (their name, their number of processes).
-_OTHER_STARTERS = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE"))
+_OTHER_STARTERS = (
+    ("srun", "SLURM_STEP_NUM_TASKS"),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE"),
+    ("mpirun", "PMI_SIZE"),
+    ("mpirun", "MV2_COMM_WORLD_SIZE"),
+    ("jsrun", "JSM_NAMESPACE_SIZE"),
+    ("flux run", "FLUX_JOB_SIZE"),
+)
+
+# What `accelerate launch` sets if it is to do what DeepSpeed does here, or what is refused as a flag too.
+_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": "--use_fsdp",
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
+    "ACCELERATE_USE_CP": "--use_cp",
+}
+_COMPILERS = ("", "no", "eager")
+_PRECISIONS = ("", "no", "bf16", "fp16")
 
 # What accelerate divides: copies of the model, its states, matrices, and rows in two ways.
 _PARALLELISM = ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
@@ -29,6 +54,7 @@ def complete_launch_environment() -> None:
         UserError: some of them are missing or contradict each other, or accelerate was told to divide the model.
     """
     _refuse_parallelism()
+    _refuse_other_frameworks()
 
     # An empty variable is one that a job's template did not fill in.
     for name in RANK_VARIABLES:
@@ -61,6 +87,28 @@ def _refuse_parallelism() -> None:
             )
 
 
+def _refuse_other_frameworks() -> None:
+    """Raise UserError if `accelerate launch` was told to compile the model, or to train it by other means."""
+    start = "leave it out of accelerate's flags and configuration (accelerate config)"
+    for name, flag in _ACCELERATE.items():
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"{name} is set (accelerate launch {flag}): DeepSpeed trains here; {start}"
+            )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() not in _COMPILERS:
+        raise UserError(
+            f"ACCELERATE_DYNAMO_BACKEND is {compiler[:80]!r} (accelerate launch --dynamo_backend): a compiled backward "
+            f"pass is not proven with sampled gradients; {start}"
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision.lower() not in _PRECISIONS:
+        raise UserError(
+            f"ACCELERATE_MIXED_PRECISION is {precision[:80]!r} (accelerate launch --mixed_precision), expected no, "
+            "bf16 or fp16; the model's files, or --bf16 and --fp16, say what is trained in"
+        )
+
+
 def _complete_master(size: int) -> None:
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -70,6 +118,10 @@ def _complete_master(size: int) -> None:
     port = _number("MASTER_PORT", least=1)
     if port > 65535:
         raise UserError(f"MASTER_PORT is {port}, expected a port of at most 65535")
+    # Among several machines a name may become known later, and the processes wait for it.
+    address = os.environ["MASTER_ADDR"]
+    if size == 1 and not _is_known(address):
+        raise UserError(f"MASTER_ADDR is {address[:80]!r}, which this machine does not know: unset it for one process")
 
 
 def _complete_local_rank(rank: int, size: int) -> None:
@@ -82,6 +134,12 @@ def _complete_local_rank(rank: int, size: int) -> None:
         on_this_machine = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
         os.environ["LOCAL_RANK"] = next(others, str(rank % int(on_this_machine)) if on_this_machine else "0")
     local = _number("LOCAL_RANK")
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        here = _number(name, least=1) if name in os.environ else size
+        if here > size:
+            raise UserError(f"{name} is {here}, but WORLD_SIZE {size}: a machine has no more ranks than all of them")
+        if here <= local < size:
+            raise UserError(f"LOCAL_RANK is {local}, but {name} {here}: ranks on a machine are 0 to {here - 1}")
     if local >= size:
         raise UserError(f"LOCAL_RANK is {local}, but WORLD_SIZE {size}: a machine has no more ranks than all of them")
 
@@ -95,6 +153,14 @@ def _refuse_several_without_rank() -> None:
                 f"{starter} has started {os.environ[name]} processes ({name}), but RANK is not set, so that each would "
                 f"be a run of its own: {_START}, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
             )
+
+
+def _is_known(address: str) -> bool:
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 def _number(name: str, least: int = 0) -> int:

@@ -119,9 +119,11 @@ def start_distributed(seconds: float | None = None) -> None:
     Args:
         seconds: how long a collective waits for other ranks, in this group and in all later ones. DeepSpeed makes some
             of those, and passes no timeout on. None means torch's defaults for them.
+    Raises:
+        UserError: the port that the ranks shall meet at is in use.
     """
     import deepspeed
-    from torch.distributed import distributed_c10d
+    from torch.distributed import DistNetworkError, distributed_c10d
 
     timeout = timedelta(seconds=seconds or DEFAULT_TIMEOUT_SECONDS)
     if seconds is not None:
@@ -129,7 +131,15 @@ def start_distributed(seconds: float | None = None) -> None:
     # On a CPU DeepSpeed compiles an extension here, for all-reduce in inference, which training never calls. It takes
     # half a minute on a new machine, under a lock file. A killed process leaves the file behind, and later ones wait.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timeout)
+    try:
+        deepspeed.init_distributed(timeout=timeout)
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use on this machine, by another job or one that "
+            "has not ended yet: choose another (deepspeed --master_port, torchrun --master_port)"
+        ) from error
 
 
 def one_process_environment() -> None:

@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 
+import deepspeed
 import pytest
 from support.launches import ROOT, environment
+from torch.distributed import DistNetworkError
 
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.launch_environment import RANK_VARIABLES, complete_launch_environment
+from piece_ds.runtime.process import start_distributed
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 DIVIDED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
@@ -31,6 +34,17 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({**TWO, "LOCAL_RANK": "gpu0"}, "LOCAL_RANK is 'gpu0'"),
     ({**TWO, "LOCAL_RANK": "7"}, "LOCAL_RANK is 7, but WORLD_SIZE 2"),
     ({**TWO, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
+    ({**TWO, "LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE is 4, but WORLD_SIZE 2"),
+    ({**TWO, "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "3"}, "LOCAL_RANK is 3, but LOCAL_WORLD_SIZE 2"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no such host", "MASTER_PORT": "1"}, "does not know"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x" * 300, "MASTER_PORT": "1"}, "does not know"),
+    ({"MV2_COMM_WORLD_SIZE": "4"}, "mpirun has started 4 processes"),
+    ({"JSM_NAMESPACE_SIZE": "6"}, "jsrun has started 6 processes"),
+    ({"FLUX_JOB_SIZE": "3"}, "flux run has started 3 processes"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "accelerate launch --use_fsdp): DeepSpeed trains here"),
+    ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm"),
+    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "a compiled backward pass is not proven"),
+    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION is 'fp8'"),
     ({"SLURM_STEP_NUM_TASKS": "8"}, "srun has started 8 processes"),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 processes"),
     ({**TWO, **DIVIDED, "PARALLELISM_CONFIG_SP_SIZE": "2"}, "--parallelism_config_sp_size): DeepSpeed divides"),
@@ -52,14 +66,19 @@ COMPLETED: list[tuple[dict[str, str], str]] = [
     ({**TWO, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "1"),
     ({**TWO, "SLURM_LOCALID": "1"}, "1"),
     ({**TWO, "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "1"),
+    ({**TWO, "FLUX_TASK_LOCAL_ID": "1"}, "1"),
+    ({"ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}, "0"),
 ]
+
+
+_OF_STARTERS = ("SLURM_", "OMPI_", "PMI_", "MPI_", "MV2_", "JSM_", "FLUX_", "PALS_", "ACCELERATE_")
 
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No variable of a launcher; what the test sets is gone afterwards."""
     for name in list(os.environ):
-        if name in RANK_VARIABLES or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_")):
+        if name in RANK_VARIABLES or name.startswith(_OF_STARTERS):
             monkeypatch.delenv(name)
     for name in (*RANK_VARIABLES, *DIVIDED, "PARALLELISM_CONFIG_SP_SIZE", "PARALLELISM_CONFIG_TP_SIZE"):
         monkeypatch.setenv(name, "x")
@@ -86,6 +105,18 @@ def test_what_can_be_told_is_completed(bare: pytest.MonkeyPatch, variables: dict
     assert 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"])
     assert os.environ["MASTER_ADDR"]
     assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, kind in (("code: -98, name: EADDRINUSE", UserError), ("connection reset", DistNetworkError)):
+
+        def fail(*, text: str = text, **options: object) -> None:
+            raise DistNetworkError(text)
+
+        monkeypatch.setattr(deepspeed, "init_distributed", fail)
+        monkeypatch.setenv("MASTER_PORT", "29512")
+        with pytest.raises(kind, match="MASTER_PORT 29512 is in use" if kind is UserError else text):
+            start_distributed()
 
 
 def test_a_command_says_it_in_one_line_and_ends_with_2() -> None:
