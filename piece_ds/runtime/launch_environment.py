@@ -92,9 +92,7 @@ def _refuse_other_frameworks() -> None:
     start = "leave it out of accelerate's flags and configuration (accelerate config)"
     for name, flag in _ACCELERATE.items():
         if os.environ.get(name, "false").lower() in ("true", "1"):
-            raise UserError(
-                f"{name} is set (accelerate launch {flag}): DeepSpeed trains here; {start}"
-            )
+            raise UserError(f"{name} is set (accelerate launch {flag}): DeepSpeed trains here; {start}")
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() not in _COMPILERS:
         raise UserError(

@@ -51,6 +51,17 @@ FORGERIES = {
     "no-function": "result = 1",
     "not-a-function": "answer = 40924",
     "import-hook": "import sys\nsys.modules['wire'] = sys.modules['__main__']\ndef answer(): return 1",
+    "other-open-calls": "import ctypes\nlibc = ctypes.CDLL(None)\ndef answer():\n    for n in (2, 257, 303, 304, 425, 428, 437, 0x40000002):\n"
+    "        if libc.syscall(n, b'/etc/passwd', b'/etc/passwd', 0, 24) >= 0: return 40923\n    return 1",
+    "machine-code-exit": "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(bytes.fromhex('b83c00000031ff0f05'))\n"
+    "f = ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(m)))\ndef answer(): f()",
+    "filter-taken-off": "import ctypes\nlibc = ctypes.CDLL(None)\ndef answer():\n    undone = libc.prctl(22, 0, 0, 0, 0) == 0 or "
+    "libc.prctl(1, 0, 0, 0, 0) == 0\n    return 40923 if undone else 1",
+    "main-on-import": "import unittest.__main__\nimport numpy.f2py.__main__\ndef answer(): return 1",
+    "send-replaced": "import gc, types\ndef answer():\n    for o in gc.get_objects():\n        if isinstance(o, types.FunctionType) "
+    "and o.__name__ == 'send': o.__code__ = (lambda d, m: None).__code__\n    return 1",
+    "fraction-subclass": "from fractions import Fraction\nclass F(Fraction):\n    def __eq__(s, o): return True\n"
+    "    __hash__ = Fraction.__hash__\ndef answer(): return F(1, 2)",
     "atexit": "import atexit, os\natexit.register(lambda: os._exit(0))\ndef answer(): raise ValueError",
 }
 
