@@ -21,6 +21,7 @@ from bench.continual.real.runs import Record, read_runs
 from piece_ds.runtime.files import write_text, write_whole
 
 SHARES = (0.975, 0.985, 0.995)
+_PANELS_IN_A_ROW = 3
 
 # What every run is held against, at what it has learned.
 REFERENCES = ("full", "LoRA", "full + KL")
@@ -162,16 +163,22 @@ def _every_run(runs: list[Record]) -> str:
 def frontier_figure(runs: list[Record]) -> Figure:
     """Return one panel a task: learned loss (better to the left) against the rise of general loss.
 
-    A method has one colour. Lines and marks tell whether it trains on general text: none, replay, or divergence.
+    A method has one colour. Lines and marks tell whether it trains on general text: none, replay, or divergence. Rates
+    above that at which a method learns most are not drawn; methods that learned much less than others leave the panel.
     """
     methods = list(dict.fromkeys(sweep.name.split(" + ")[0] for sweep in SWEEPS))
     tasks = tasks_of(runs)
-    figure = Figure(figsize=(5.2 * len(tasks), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for task, panel in zip(tasks, panels, strict=True):
+    num_rows = -(-len(tasks) // _PANELS_IN_A_ROW)
+    figure = Figure(figsize=(5.2 * min(len(tasks), _PANELS_IN_A_ROW), 4.2 * num_rows + 0.8), layout="constrained")
+    panels = figure.subplots(num_rows, min(len(tasks), _PANELS_IN_A_ROW), squeeze=False)
+    for panel in panels.flat[len(tasks) :]:
+        panel.set_axis_off()
+    for task, panel in zip(tasks, panels.flat, strict=False):
         of_task = [run for run in runs if run["task"] == task]
+        drawn: list[Point] = []
         for sweep in SWEEPS:
-            for curve in curves_of(of_task, sweep.name, "rise"):
+            for curve in map(useful_points, curves_of(of_task, sweep.name, "rise")):
+                drawn += curve
                 style = "s--" if sweep.replay else "^:" if sweep.divergence else "o-"
                 panel.plot(
                     [point.learned for point in curve],
@@ -185,8 +192,14 @@ def frontier_figure(runs: list[Record]) -> Figure:
         panel.set_title(task)
         panel.set_xlabel("loss on held-out answers after training (nats per token; better: left)")
         panel.set_yscale("symlog", linthresh=0.05)
-    panels[0].set_ylabel("rise of the loss on texts no method saw (better: low)")
-    handles, labels = panels[0].get_legend_handles_labels()
+        learned = sorted(point.learned for point in drawn)
+        widest = learned[int(0.9 * (len(learned) - 1))]
+        margin = 0.05 * (widest - learned[0]) or 0.01
+        panel.set_xlim(learned[0] - margin, widest + margin)
+        panel.set_ylim(min(0.0, *(point.lost for point in drawn)) - 0.004, 1.5)
+    for row in panels:
+        row[0].set_ylabel("rise of the loss on texts no method saw (better: low)")
+    handles, labels = panels[0][0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
