@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from piece_ds.models.eligible_report import folded, report_eligible
 from piece_ds.models.experts import gather_experts_whole, router_names
 from piece_ds.models.layout import layout_of
 from piece_ds.models.model_settings import check_attention, make_saveable_
-from piece_ds.models.odd_configs import first_words, refuse_countless_parts
+from piece_ds.models.odd_configs import first_words, refuse_odd_config
 from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, load_processor
 from piece_ds.models.token_ids import has_tokenizer_files
@@ -51,13 +52,18 @@ def load_config(arguments: ModelArguments) -> Any:
         raise UserError(
             f"--model_name_or_path {source}: no model can be loaded from there ({first_words(error)})"
         ) from error
-    refuse_countless_parts(f"--model_name_or_path {source}", config)
+    refuse_odd_config(f"--model_name_or_path {source}", config)
     return config
 
 
 def require_weights(arguments: ModelArguments) -> None:
     """Raise UserError if model_name_or_path is a folder without weights. Nothing has been written by then."""
     source = Path(model_source(str(arguments.model_name_or_path)))
+    if (source / "adapter_config.json").exists():  # transformers would load its base model, wherever that is
+        raise UserError(
+            f"--model_name_or_path {source} holds a PEFT adapter (adapter_config.json): give its base model, or merge "
+            "the adapter into it first (PEFT's merge_and_unload) and save that by itself"
+        )
     if source.is_dir():
         require_weight_files(f"--model_name_or_path {source}", source)
 
@@ -141,8 +147,13 @@ def load_model(
         config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
         with without_zero3() if whole else nullcontext():
             model, info = _auto_class(config).from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, SafetensorError, UnpicklingError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"the model in {source} cannot be read: {reason[0][:300]}") from error
+    except RuntimeError as error:  # torch.load's own of a damaged archive; others are the machine's
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise UserError(f"the model in {source} cannot be read: {str(error).splitlines()[0][:300]}") from error
     # transformers only warns of parameters that it made up.
     refuse_incomplete(f"the model in {source}", model, info)
     make_saveable_(getattr(model, "generation_config", None))

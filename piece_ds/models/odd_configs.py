@@ -12,8 +12,10 @@ _MOST_PARTS = 10_000
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-def refuse_countless_parts(source: str, config: Any) -> None:
-    """Raise UserError if config asks for no layer, or for more layers or experts than any model has.
+def refuse_odd_config(source: str, config: Any) -> None:
+    """Raise UserError if config asks for what no model that trains has.
+
+    No layer or far too many of them, a dropout rate that is no probability, and outputs without a loss.
 
     Args:
         source: what the configuration is of, for the message.
@@ -23,7 +25,12 @@ def refuse_countless_parts(source: str, config: Any) -> None:
         content = config.to_dict()
     except Exception as error:  # a part of it is of the wrong kind
         raise UserError(f"{source}: its config.json cannot be used ({first_words(error)}): mend it") from error
+    if content.get("return_dict") is False or content.get("output_attentions") is True:
+        name = "return_dict false" if content.get("return_dict") is False else "output_attentions true"
+        raise UserError(f"{source}: its config.json says {name}, with which it gives no loss to train on: remove it")
     for name, value in _numbers(content):
+        if ("dropout" in name or name.endswith(("drop", "dropout_prob"))) and not 0 <= value <= 1:
+            raise UserError(f"{source}: its config.json says {name} {value:.6g}, expected a probability: mend it")
         if name in _DEPTHS and value < 1:
             raise UserError(f"{source}: its config.json asks for {name} {value:.6g}: a model has at least one layer")
         if _PARTS.search(name) and value > _MOST_PARTS:

@@ -13,7 +13,7 @@ from support.launches import make_model_folder
 from torch import Tensor
 
 from piece_ds.config.arguments import ModelArguments
-from piece_ds.models.loading import dtype_of, load_config, load_model, load_tokenizer
+from piece_ds.models.loading import dtype_of, load_config, load_model, load_tokenizer, require_weights
 from piece_ds.models.suitable import check_checkpoint
 from piece_ds.runtime.errors import UserError
 from piece_ds.zero.finite_weights import refuse_nonfinite
@@ -45,6 +45,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "asks for num_hidden_layers 0: a model has at least one layer": {"num_hidden_layers": 0},
     "which config.json leaves out: they belong to a larger model": {"num_hidden_layers": 1},
     "the files lack 'model.layers.2": {"num_hidden_layers": 3},
+    "says return_dict false": {"return_dict": False},
+    "says output_attentions true": {"output_attentions": True},
+    "says attention_dropout 2, expected a probability": {"attention_dropout": 2.0},
 }
 # tokenizer_config.json likewise.
 TOKENIZERS: dict[str, dict[str, Any] | list[Any]] = {
@@ -93,6 +96,40 @@ def test_impossible_settings_are_refused_in_one_line(good: Path, tmp_path: Path)
             assert said in message, (change, message)
             assert "\n" not in message, change
             assert len(message) < 1000, change
+
+
+class Code:
+    """What a pickle may run when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("was-run"),)
+
+
+def test_pickled_weights_that_are_damaged_or_hold_code_are_refused(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("code", "garbage", "empty", "cut"):
+        shutil.copytree(good, tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+        torch.save({"x": Code()} if name == "code" else {"x": torch.zeros(99)}, tmp_path / name / "pytorch_model.bin")
+    (tmp_path / "garbage" / "pytorch_model.bin").write_bytes(b"garbage")
+    (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"")
+    whole = (tmp_path / "cut" / "pytorch_model.bin").read_bytes()
+    (tmp_path / "cut" / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    for name in ("code", "garbage", "empty", "cut"):
+        with pytest.raises(UserError, match="cannot be read") as error:
+            load_model(ModelArguments(model_name_or_path=str(tmp_path / name)), torch.float32)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_folder_with_an_adapter_is_refused(good: Path, tmp_path: Path) -> None:
+    for number, content in enumerate(("{", '{"peft_type": "LORA", "base_model_name_or_path": "x"}')):
+        shutil.copytree(good, tmp_path / str(number))
+        (tmp_path / str(number) / "adapter_config.json").write_text(content)
+        with pytest.raises(UserError, match="holds a PEFT adapter"):
+            require_weights(ModelArguments(model_name_or_path=str(tmp_path / str(number))))
 
 
 def with_weights(good: Path, folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
