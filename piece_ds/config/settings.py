@@ -164,6 +164,7 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
     filled = {**source.defaults, **source.config}
     flags = [item for name, value in filled.items() for item in flags_of(name, value)] + list(source.command)
     flags = with_config_paths(flags)
+    _refuse_no_text(flags)
 
     # Ours first. What is left must be transformers' own.
     ours = make_parser(*OURS)
@@ -237,6 +238,18 @@ def _refuse_lists(config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if isinstance(value, list) and name in one_value and len(flags_of(name, value)) != 2:
             raise UserError(f"key {name!r} in the YAML file takes one value, got a list of {len(value)}")
+
+
+def _refuse_no_text(flags: list[str]) -> None:
+    """Raise UserError for a value that no file can hold: a file's name in another encoding, or half a character."""
+    name = "a value"
+    for item in flags:
+        name = item.split("=")[0] if item.startswith("--") else name
+        try:
+            item.encode()
+        except UnicodeEncodeError:
+            shown = ascii(item)[:80]
+            raise UserError(f"{ascii(name)[1:-1][:80]}: {shown} is no UTF-8 text, as run.json is: rename it") from None
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:

@@ -84,6 +84,20 @@ def test_bad_flags_are_refused_by_name(argv: list[str], message: str) -> None:
         parse(argv)
 
 
+def test_values_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text('run_name: "\\ud800"')
+    for argv, name in (
+        (["--config", str(tmp_path / "run.yaml")], "--run_name"),
+        (["--run_name", "a\udcff"], "--run_name"),
+        (["--train_file=\udcff.json"], "--train_file"),
+        (["--task_dir", "x", "--tasks", "a,\ud83d"], "--tasks"),
+        (["--seed", "1", "\udcff"], "--seed"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: .* is no UTF-8 text") as error:
+            parse(argv)
+        str(error.value).encode()
+
+
 def test_numbers_that_no_run_can_use_are_refused_by_every_flag_of_ours() -> None:
     checked = 0
     for part in OURS:

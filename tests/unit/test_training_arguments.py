@@ -3,11 +3,13 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -18,7 +20,9 @@ from transformers import TrainingArguments
 from piece_ds.cli.run import train
 from piece_ds.config.parser import training_arguments_of
 from piece_ds.config.settings import load_settings
+from piece_ds.data.tasks import Task
 from piece_ds.preflight.idle_fields import NEEDS, unmet_needs
+from piece_ds.preflight.loss_and_order import check_label_smoothing, check_lengths
 from piece_ds.preflight.preflight import preflight
 from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED, WORKS
 from piece_ds.runtime.errors import UserError
@@ -293,6 +297,23 @@ _NUMBERS = {
     "fp16": {"enabled": False},
     "zero_optimization": {"stage": 1},
 }
+
+
+def test_smoothing_and_order_by_length_are_refused_where_transformers_would_do_something_else() -> None:
+    settings, rows = load_settings(["--train_file", "x"]), datasets.Dataset.from_dict({"input_ids": [[1]], "n": [1]})
+    smoothed, task = SimpleNamespace(label_smoothing_factor=0.1), Task("a", rows, rows, rows, [], [])
+    with pytest.raises(UserError, match="does not list Linear as a causal model"):
+        check_label_smoothing(settings, smoothed, lambda: torch.nn.Linear(1, 1))
+    check_label_smoothing(settings, smoothed, lambda: type("LlamaForCausalLM", (torch.nn.Module,), {})())
+    for names, column, refused in (
+        (["pixel_values", "input_ids"], "length", True),
+        (["pixel_values"], "n", False),
+        (["input_ids"], "length", False),
+        (["input_ids"], "input_ids", True),
+    ):
+        arguments = SimpleNamespace(train_sampling_strategy="group_by_length", length_column_name=column)
+        with pytest.raises(UserError, match="leave it out") if refused else nullcontext():
+            check_lengths(arguments, [task], SimpleNamespace(model_input_names=names))
 
 
 def test_importance_is_taken_without_the_noise_of_neftune(folder: Path) -> None:
