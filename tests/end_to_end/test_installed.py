@@ -90,10 +90,11 @@ def without_extras(installed: dict[str, str], tmp_path: Path) -> dict[str, str]:
     return {**installed, "PYTHONPATH": f"{hidden}{os.pathsep}{installed['PYTHONPATH']}"}
 
 
-def test_the_default_run_needs_no_extra(without_extras: dict[str, str], tmp_path: Path) -> None:
-    """The main job to its report; a method that needs an extra ends in one line that names it."""
-    train = [sys.executable, "-m", "piece_ds", "train", "--max_steps", "1", "--max_train_samples", "64"]
-    train += ["--max_eval_samples", "8", "--output_dir"]
+def test_training_to_the_report_needs_no_extra(without_extras: dict[str, str], tmp_path: Path) -> None:
+    """A task of free text, scored; a method that needs an extra ends in one line that names it."""
+    write_rows(tmp_path / "my.json", make_rows(1, 32, ("one two three four", "five six seven eight")))
+    train = [sys.executable, "-m", "piece_ds", "train", "--model_name_or_path", make_model_folder(tmp_path / "model")]
+    train += ["--train_file", "my.json", *FLAGS, "--deepspeed", "zero2", "--output_dir"]
 
     def run(*command: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(list(map(str, command)), cwd=tmp_path, env=without_extras, capture_output=True, text=True)
