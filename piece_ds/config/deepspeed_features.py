@@ -62,6 +62,7 @@ REFUSED = (
         for monitor in ("tensorboard", "wandb", "comet", "csv_monitor")
     ),
     # How gradients are formed and averaged.
+    Feature("managed_gradient_accumulation", (True,), "the Trainer says when a step is due", "remove it", True),
     Feature("compile.deepcompile", (False,), "it compiles a reduction of its own", _OFF),
     Feature("torch_autocast.enabled", (False,), "the gradient's dtype differs from module to module", "use --bf16"),
     Feature("gradient_allreduce_op", ("mean",), "steps are defined by the mean over ranks", "remove it"),

@@ -55,6 +55,8 @@ _SECTIONS = frozenset(
     }
 )
 
+_GRADIENT_DTYPES = ("fp32", "bf16", "fp16")
+
 # Options of Adam that DeepSpeed takes for itself, or for its own kernels.
 _OF_DEEPSPEED_ADAM = ("torch_adam", "adam_w_mode", "bias_correction", "set_grad_none", "fp32_optimizer_states")
 
@@ -76,6 +78,11 @@ def check_deepspeed_config(content: Mapping[str, Any], masked: bool) -> None:
         if "train_micro_batch_size_per_gpu" not in content and "train_batch_size" not in content:
             hint = '; add "train_micro_batch_size_per_gpu": "auto"'
         raise UserError(f"--deepspeed: DeepSpeed refuses the configuration ({_reason(error)}){hint}") from error
+    dtype = (content.get("data_types") or {}).get("grad_accum_dtype")
+    if dtype not in (None, *_GRADIENT_DTYPES):
+        raise UserError(
+            f"--deepspeed: data_types.grad_accum_dtype {dtype!r:.80} is none of {', '.join(_GRADIENT_DTYPES)}"
+        )
     optimizer = _check_optimizer(content, masked)
     _check_schedule(content, optimizer)
 
@@ -105,6 +112,12 @@ def _check_optimizer(content: Mapping[str, Any], masked: bool) -> torch.optim.Op
         raise UserError(f"--deepspeed: optimizer {name}: a zero gradient may move a weight; use AdamW, or leave it out")
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise UserError(f"--deepspeed: optimizer {name} is neither AdamW nor one of torch.optim's: use --optim instead")
+    stage = (content.get("zero_optimization") or {}).get("stage", 0)
+    if not is_adam and stage and not content.get("zero_allow_untested_optimizer"):
+        raise UserError(
+            f"--deepspeed: optimizer {name} is untested with ZeRO, DeepSpeed says: add "
+            '"zero_allow_untested_optimizer": true, or use AdamW'
+        )
     if name.lower() == "adagrad":
         raise UserError(ADAGRAD.format(flag="--deepspeed: optimizer Adagrad"))
     try:

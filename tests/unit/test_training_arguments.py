@@ -260,6 +260,8 @@ FILES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"scheduler": "WarmupLR"}, "scheduler"),
     ({"tensorboard": {"enabled": True}}, "use --report_to"),
     ({"csv_monitor": {"enabled": True}}, "use --report_to"),
+    ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation false; remove it"),
+    ({"data_types": {"grad_accum_dtype": "fp8"}}, "grad_accum_dtype 'fp8' is none of fp32, bf16, fp16"),
 )
 
 
@@ -269,8 +271,15 @@ def test_what_deepspeed_would_refuse_of_its_file_is_refused_before_the_model(fol
         text = json.dumps({key: value for key, value in whole.items() if value is not None})
         found, said = sweep.outcome([*sweep.base_flags(folder), "--deepspeed", text], folder / "out", trains=False)
         assert (found, message in said) == ("refused", True), (content, found, said)
-    for optimizer, message in (("Lion", "use --optim instead"), ("sgd", "use --optim instead"), ("Adagrad", "AdamW")):
-        text = json.dumps({**whole, "csv_monitor": {}, "optimizer": {"type": optimizer}})
+    whole = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": _STAGE}
+    for optimizer, message in (
+        ("SGD", "zero_allow_untested_optimizer"),
+        ("Lion", "use --optim instead"),
+        ("sgd", "use --optim instead"),
+        ("Adagrad", "AdamW"),
+    ):
+        allowed = {"zero_allow_untested_optimizer": True} if optimizer == "Adagrad" else {}
+        text = json.dumps({**whole, **allowed, "optimizer": {"type": optimizer}})
         command = [*sweep.base_flags(folder), "--method", "seqft", "--deepspeed", text]
         found, said = sweep.outcome(command, folder / "out", trains=False)
         assert (found, message in said) == ("refused", True), (optimizer, found, said)
