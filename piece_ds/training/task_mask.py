@@ -176,8 +176,10 @@ class TaskMask:
 
     def _estimate(self, engine: Any, layout: Layout) -> Mask:
         begin = time.perf_counter()
-        source, trainer = self._source, self._trainer
-        batches = source.batches(trainer.train_dataset, trainer.data_collator)
+        source, context = self._source, self._context
+
+        # Rows, also if the trainer takes packs of them.
+        batches = source.batches(context.task.train, context.collate)
 
         # An interrupted pass resumes only on the same rows and batches.
         kept = PartialStatistics(

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def test_packs_train_the_same_on_any_ranks_and_when_resumed(material: Material) -> None:
     def flags(name: str, num_ranks: int, **changes: object) -> list[str]:
-        packs = {"packing": True, "pack_tokens": 24, "per_device_train_batch_size": 1}
+        packs = {"packing": True, "pack_tokens": 24, "per_device_train_batch_size": 1, "importance_batch_size": 1}
         epochs = {"max_steps": None, "num_train_epochs": 2, "train_sampling_strategy": None}
         return material.short_flags(
             name, gradient_accumulation_steps=4 // num_ranks, save_steps=2, **packs, **epochs, **changes
@@ -37,7 +37,9 @@ def test_packs_train_the_same_on_any_ranks_and_when_resumed(material: Material) 
     assert _num_steps(folder) == _num_steps(material.out("packs")) == 2 * num_packs // 4
 
     # Importance is taken over rows, so that packs change nothing of it.
-    succeeded(launch("deepspeed", NUM_RANKS, "train.py", *material.short_flags("rows", packing=True)))
+    succeeded(
+        launch("deepspeed", NUM_RANKS, "train.py", *material.short_flags("rows", packing=True, importance_batch_size=1))
+    )
     start = weights(material.base)
     for other in ("packs-resumed", "rows"):
         assert same_mask(material.out("packs") / "00-train", material.out(other) / "00-train")
