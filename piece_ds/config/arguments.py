@@ -33,6 +33,10 @@ class ModelArguments:
             "micro-batch are never held whole; 0: off"
         },
     )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={"help": "N ranks share each row of training (Ulysses): a rank holds the activations of 1 / N of it"},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "run modelling code that comes with the model"})
     eligible: str | None = field(
         default=None,
@@ -47,6 +51,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
+        require_positive("sequence_parallel_size", self.sequence_parallel_size)
         if self.loss_chunk_tokens < 0:
             raise UserError(f"--loss_chunk_tokens must be 0 or more, got {self.loss_chunk_tokens}")
 

@@ -53,8 +53,8 @@ REFUSED = (
     Feature(
         "sequence_parallel_size",
         (1,),
-        "the commands give each rank whole rows",
-        "remove it; a loop of your own may have it (piece_ds.sequence_loss)",
+        "the commands have a flag for it",
+        "use --sequence_parallel_size; a loop of your own may have it (piece_ds.sequence_loss)",
         in_commands=True,
     ),
     *(

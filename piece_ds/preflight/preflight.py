@@ -31,6 +31,7 @@ from piece_ds.preflight.checks import (
 from piece_ds.preflight.inputs import Inputs, load_inputs
 from piece_ds.preflight.loss_and_order import check_label_smoothing, check_lengths
 from piece_ds.preflight.rank_consistency import require_rank_consistency
+from piece_ds.preflight.sequences import check_sequences
 from piece_ds.preflight.trainer_arguments import check_optimizer, check_own_evaluation, check_trainer_arguments
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
@@ -99,6 +100,7 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
         inputs = replace(inputs, baseline=method.baseline(settings.baseline) if method.baseline is not None else None)
         masked = method.has_mask or settings.method.step_scale != "none"
         check_training(arguments, masked)
+        check_sequences(settings, arguments, inputs.config, inputs.tasks, method)
         num_rows = _num_rows(inputs)
         allow_smaller = settings.output.incomplete_accumulation == "smaller_step"
         for name, count in num_rows.items():
@@ -126,6 +128,9 @@ def _check_flags(settings: Settings, job: str, method: Method) -> None:
     data, output_file = settings.data, settings.output.output_file
     if data.packing and method.baseline is not None and not method.packs:
         raise UserError(f"--packing is not proven with --method {method.name}, whose batches are its own")
+
+    if job != TRAIN and settings.model.sequence_parallel_size > 1:
+        raise UserError("--sequence_parallel_size belongs to train; the other jobs give each rank whole rows")
 
     # Each job needs its own files.
     if job == TRAIN:

@@ -190,7 +190,9 @@ FIELDS: dict[str, Treatment] = {
     "train_sampling_strategy": _works(),
     "length_column_name": _works("with train_sampling_strategy group_by_length; rows without it are measured"),
     # Other ways to spread a model.
-    "parallelism_config": _refused("DeepSpeed's engine partitions the model: leave it out"),
+    "parallelism_config": _refused(
+        "DeepSpeed's engine partitions the model: leave it out; --sequence_parallel_size shares rows"
+    ),
     "ddp_find_unused_parameters": _no_effect(_NOT_DDP),
     "ddp_bucket_cap_mb": _no_effect(_NOT_DDP),
     "ddp_broadcast_buffers": _no_effect(_NOT_DDP),

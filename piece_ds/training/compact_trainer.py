@@ -30,7 +30,8 @@ def engine_of(trainer: Trainer) -> Any:
             "with TrainingArguments(deepspeed=...)"
         )
     require_trainable(engine)
-    if sequence_size(engine) > 1 and engine.zero_optimization_stage() != 3:
+    is_own = getattr(trainer, "sequences", None) is not None  # its loss is right at every stage
+    if sequence_size(engine) > 1 and not is_own and engine.zero_optimization_stage() != 3:
         raise UserError(
             "sequence parallelism (parallelism_config) below ZeRO-3: the trainer's loss gives gradients as many times "
             "too large as ranks share a row; use ZeRO-3, or a loop of your own with piece_ds.sequence_loss()"

@@ -30,6 +30,7 @@ from piece_ds.training.mask_source import MaskSource
 from piece_ds.training.metrics import METRICS_NAME, MetricsLog, finite
 from piece_ds.training.nonfinite import NONFINITE, OVERFLOW, NonfiniteCallback
 from piece_ds.training.saving import save_baseline, save_model
+from piece_ds.training.sequences import sequence_training
 from piece_ds.training.task_begin import (
     arguments_of,
     attach_mask,
@@ -96,6 +97,7 @@ def train_task(
     trainer = make_trainer(model, arguments, tokenizer, baseline, context)
     trainer.is_resharded = checkpoint is not None and needs_resharding(checkpoint, arguments, masked=baseline is None)
     trainer.general, trainer.best = general_loss, None if validation is None else BestStep(validation)
+    trainer.sequences = sequence_training(settings.model.sequence_parallel_size, arguments.per_device_train_batch_size)
     change = None if budget is None or baseline is None else DenseChange(model, baseline.scaled_names(model))  # before
     metrics = MetricsLog(folder / METRICS_NAME, trainer)
     guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)

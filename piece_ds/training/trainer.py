@@ -1,12 +1,11 @@
 """Adapt transformers' Trainer to a task of the stream: its checkpoints are complete, and it can end at any step."""
 
-from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -29,24 +28,11 @@ from piece_ds.training.checkpoints import (
     without_rotation,
     writing,
 )
+from piece_ds.training.epoch_order import EpochOrder
 from piece_ds.training.general_loss import GeneralLoss
 from piece_ds.training.optimizer_defaults import show_defaults
+from piece_ds.training.sequences import SequenceTraining
 from piece_ds.training.validation import BestStep
-
-
-class _EpochOrder(Sampler[int]):
-    """A new order for every pass, the same on every rank."""
-
-    def __init__(self, draw: Callable[[torch.Generator], list[int]], length: int, seed: int) -> None:
-        self._draw, self._length, self._seed, self._num_passes = draw, length, seed, 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._num_passes)
-        self._num_passes += 1
-        return iter(self._draw(generator))
 
 
 class TaskTrainer(Trainer):
@@ -60,6 +46,7 @@ class TaskTrainer(Trainer):
         is_resharded: training resumes from a checkpoint with another sharding, so DeepSpeed's part of it is not read.
         seconds_before_first_step: of evaluation, statistics and selection between the engine and the first step.
         general: what rows of general text add to the loss of every micro-batch, or None.
+        sequences: how ranks share rows, or None if each trains on its own.
         best: follows the evaluations of the task's held-out rows; None without such evaluations.
         num_packed_rows: of a micro-batch whose rows lie end to end; of packs, their mean.
         losses: of the micro-batches since this was last cleared. On the device: the host has not waited for them.
@@ -69,6 +56,7 @@ class TaskTrainer(Trainer):
     is_resharded = False
     seconds_before_first_step = 0.0
     general: GeneralLoss | None = None
+    sequences: SequenceTraining | None = None
     best: BestStep | None = None
     control: TrainerControl
 
@@ -97,6 +85,22 @@ class TaskTrainer(Trainer):
         if "loss" in logs and self.general is not None:
             logs |= self.general.take_row()
         super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers' Trainer does, with attention over all ranks that share rows."""
+        with nullcontext() if self.sequences is None else self.sequences.attention(self.model):
+            return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run forward and backward as transformers' Trainer does, or with the ranks that share rows."""
+        if self.sequences is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        self._num_tokens = _num_tokens(inputs) + self._num_tokens.to(inputs["input_ids"].device)
+        self.losses.append(self.sequences.step(self, model, inputs, num_items_in_batch))
+        # The Trainer averages means, and adds up what was divided by the tokens of a step.
+        is_mean = num_items_in_batch is None
+        return self.losses[-1] / self.current_gradient_accumulation_steps if is_mean else self.losses[-1]
 
     def compute_loss(
         self,
@@ -141,8 +145,10 @@ class TaskTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # With another sharding, DeepSpeed must not read its part of the checkpoint.
         deepspeed_part = None if self.is_resharded else resume_from_checkpoint
+        engine = nullcontext() if self.sequences is None else self.sequences.engine()
         try:
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, deepspeed_part)
+            with engine:
+                prepared = super()._prepare_for_training(max_steps, train_dataloader, deepspeed_part)
         except ValueError as error:
             if "DeepSpeed config values" not in str(error):
                 raise
@@ -231,7 +237,7 @@ class BaselineTrainer(TaskTrainer):
         if self._epoch is None:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _EpochOrder(self._epoch, len(train_dataset or self.train_dataset), seed)
+        return EpochOrder(self._epoch, len(train_dataset or self.train_dataset), seed)
 
     def for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return inputs without what only the baseline knows."""
