@@ -17,7 +17,8 @@ from transformers import Trainer
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.zero.sequence_attention import exchanging_attention, sharing_engines
-from piece_ds.zero.sequence_parallel import SequenceShards, gradient_divisor
+from piece_ds.zero.sequence_parallel import SequenceShards, gradient_divisor, proof_rows, prove_parts
+from piece_ds.zero.undisturbed import undisturbed
 
 
 class SequenceTraining:
@@ -35,6 +36,7 @@ class SequenceTraining:
             num_rows: the most rows of a micro-batch, in training and in statistics.
         """
         self.size, self._num_rows = size, num_rows
+        self._is_proven = False
 
     @contextmanager
     def attention(self, model: nn.Module) -> Iterator[None]:
@@ -54,6 +56,8 @@ class SequenceTraining:
             engine: its DeepSpeed engine.
             inputs: this rank's micro-batch, whole rows, padded on the right.
             num_items: by what the trainer divides sums of losses, or None for the mean of each micro-batch.
+        Raises:
+            UserError: the model's layers do not take part in the exchange, or its rows cannot be cut.
         Cost: the tokens of S micro-batches cross through the host; S forward and backward passes of a range each.
         """
         if not trainer.model_accepts_loss_kwargs:
@@ -66,6 +70,12 @@ class SequenceTraining:
         every: list[Any] = [None] * where.size
         host = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         dist.all_gather_object(every, (host, num_items), group=where.group)
+
+        # Once: ranges of a row say what the row says. With a given mask no statistics pass has shown it.
+        if not self._is_proven:
+            with undisturbed(engine):
+                prove_parts(engine, proof_rows(every[0][0]), shards)
+            self._is_proven = True
 
         # Micro-batch after micro-batch, each on all ranks of the group. DeepSpeed averages in the end.
         scale = gradient_divisor(engine) / world_size()
