@@ -48,6 +48,10 @@ class SequenceTraining:
         """Inside, DeepSpeed makes engines whose ranks share rows."""
         return sharing_engines(self.size)
 
+    def part(self, engine: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return this rank's range of a micro-batch of whole rows, which is the same on the ranks that share it."""
+        return SequenceShards([], engine).part(inputs)
+
     def step(self, trainer: Trainer, engine: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """Run forward and backward of this round's micro-batches; return this rank's own loss, detached. A collective.
 

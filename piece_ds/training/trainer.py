@@ -69,16 +69,13 @@ class TaskTrainer(Trainer):
         self._micro_batch = (-1, 0)  # (step, micro-batches of it so far)
 
     def take_num_tokens(self) -> Tensor:
-        """Return the tokens that this rank has trained on since the last call (int64, on the device).
-
-        Padding does not count.
-        """
+        """Return how many tokens but padding this rank has trained on since the last call (int64, on the device)."""
         taken, self._num_tokens = self._num_tokens, torch.zeros_like(self._num_tokens)
         return taken
 
     def for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return the part of a batch that the model takes."""
-        return inputs
+        """Return the part of a batch that the model takes: some columns, or this rank's range of rows."""
+        return inputs if self.sequences is None else self.sequences.part(self.model_wrapped, inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers' Trainer does, with what general text was since the last row of training."""
