@@ -25,7 +25,7 @@ RUNS = {
 
 
 def flags(material: Material, name: str, **changes: object) -> list[str]:
-    return material.stream_flags(name, importance_batch_size=2, **{**changes, "report_to": "none"})
+    return material.stream_flags(name, **{"importance_batch_size": 2, **changes, "report_to": "none"})
 
 
 def run(folder: Path, num_ranks: int, jobs: dict[str, list[str]]) -> Results:
@@ -38,11 +38,14 @@ def run(folder: Path, num_ranks: int, jobs: dict[str, list[str]]) -> Results:
 def runs(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Each run with shared rows on two ranks, and the same steps on two ranks and on one without."""
     root = tmp_path_factory.mktemp("sequences")
-    two = {f"shared-{name}": flags(material, f"shared-{name}", **changes, **SHARED) for name, changes in RUNS.items()}
-    two |= {f"apart-{name}": flags(material, f"apart-{name}", **changes) for name, changes in RUNS.items()}
+    shared = {
+        f"shared-{name}": flags(material, f"shared-{name}", **changes, **SHARED) for name, changes in RUNS.items()
+    }
+    apart = {f"apart-{name}": flags(material, f"apart-{name}", **changes) for name, changes in RUNS.items()}
     alone = {"gradient_accumulation_steps": 2 * ACCUMULATION, **RUNS["zero3-compact"]}
     one = {"alone-zero3-compact": flags(material, "alone-zero3-compact", **alone)}
-    return run(root / "two", 2, two) | run(root / "one", 1, one)
+    # A process whose ranks have shared rows keeps DeepSpeed's groups, so the others are processes of their own.
+    return run(root / "shared", 2, shared) | run(root / "apart", 2, apart) | run(root / "one", 1, one)
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
