@@ -2,7 +2,7 @@
 
 RECOMMENDED = (
     "--method piece-ratio --mask_ratio 0.01 --general_text self --step_scale general --general_kl 4 "
-    "--learning_rate 1e-3 to 3e-3"
+    "--learning_rate 1e-3"
 )
 
 HELP = (
