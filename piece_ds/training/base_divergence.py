@@ -20,7 +20,8 @@ from piece_ds.evaluation.kept_logits import KeptLogits, divergence, forward_answ
 from piece_ds.report.results import GENERAL_TEXT
 from piece_ds.runtime.distributed import all_reduce_sum_, broadcast_object, collective_device, rank, world_size
 from piece_ds.runtime.errors import UserError
-from piece_ds.training.base_logits import LOGITS_FOLDER, BaseLogits
+from piece_ds.training.base_logits import BaseLogits
+from piece_ds.training.run_folder import LOGITS_FOLDER
 
 logger = logging.getLogger(__name__)
 

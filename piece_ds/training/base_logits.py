@@ -17,7 +17,7 @@ from piece_ds.runtime.files import write_json
 from piece_ds.runtime.schema import Count, read_json
 from piece_ds.training.general_statistics import digest_of
 
-LOGITS_FOLDER, FILE, INDEX = "general_logits", "base.bin", "base.json"
+FILE, INDEX = "base.bin", "base.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

@@ -20,7 +20,7 @@ from piece_ds.runtime.schema import read_json
 from piece_ds.runtime.signals import Preempted
 from piece_ds.runtime.versions import versions
 from piece_ds.training.output_place import why_blocked
-from piece_ds.training.run_folder import PARTIAL_NAME, RunFolder
+from piece_ds.training.run_folder import LOGITS_FOLDER, PARTIAL_NAME, RunFolder
 
 # Settings that may differ between the two halves of a resumed run.
 _FREE = {
@@ -165,6 +165,7 @@ def remove_run(root: Path) -> None:
         "[0-9][0-9]-*",
         "predictions",
         "general_statistics",
+        LOGITS_FOLDER,
         "figures",
         "results.json",
         "report.html",

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from piece_ds.config.method_arguments import MethodArguments
 from piece_ds.evaluation.kept_logits import KeptLogits, answer_logits, divergence
 from piece_ds.runtime.distributed import all_reduce_sum_, collective_device
-from piece_ds.training.base_logits import LOGITS_FOLDER, BaseLogits
+from piece_ds.training.base_logits import BaseLogits
 from piece_ds.training.general_replay import KL_SHARE, GeneralRows
+from piece_ds.training.run_folder import LOGITS_FOLDER
 
 
 class GeneralLoss:

@@ -17,10 +17,11 @@ from piece_ds.models.processor import tokenizer_of
 from piece_ds.runtime.distributed import rank, world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import Layout
-from piece_ds.training.base_logits import LOGITS_FOLDER, BaseLogits
+from piece_ds.training.base_logits import BaseLogits
 from piece_ds.training.general_loss import GeneralLoss
 from piece_ds.training.general_replay import KL_SHARE, GeneralRows
 from piece_ds.training.general_statistics import GeneralStatistics
+from piece_ds.training.run_folder import LOGITS_FOLDER
 from piece_ds.update.step_scale import StepScale, general_step_scale
 from piece_ds.zero.sequence_parallel import refuse_sequences
 

@@ -12,6 +12,8 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import remove_temporaries
 
 PREVIOUS_NAME = "previous.safetensors"
+# The base model's logits, for --general_kl and --kl_tokens, until the stream ends.
+LOGITS_FOLDER = "general_logits"
 PARTIAL_NAME = "statistics.partial"
 
 

@@ -26,7 +26,6 @@ from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.rank_status import report_status
 from piece_ds.runtime.signals import signal_handling
-from piece_ds.training.base_logits import LOGITS_FOLDER
 from piece_ds.training.changes import with_changes
 from piece_ds.training.progress import duration, scores_line, time_left
 from piece_ds.training.results import (
@@ -53,7 +52,7 @@ from piece_ds.training.run import (
     mask_source_of,
     validation_of,
 )
-from piece_ds.training.run_folder import clear_half_written, forget_resumption, written_bytes
+from piece_ds.training.run_folder import LOGITS_FOLDER, clear_half_written, forget_resumption, written_bytes
 from piece_ds.training.task import train_task
 from piece_ds.zero.finite_weights import refuse_nonfinite
 

@@ -29,7 +29,7 @@ def on_ranks(num_ranks: int, work: Callable[[], Any]) -> list[Any]:
     """
     # A group of one that an earlier test has left; a fork would inherit it without its threads.
     if dist.is_initialized():
-        dist.destroy_process_group()
+        _leave_group()
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork(rank, num_ranks, work, Path(folder)) for rank in range(num_ranks)]
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -44,6 +44,16 @@ def on_ranks(num_ranks: int, work: Callable[[], Any]) -> list[Any]:
     failed = [text for text, _ in results if text]
     assert not failed, failed[0]
     return [value for _, value in results]
+
+
+def _leave_group() -> None:
+    """Leave the default group. DeepSpeed's own way drops the groups that it keeps, which a later engine would use."""
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def _fork(rank: int, num_ranks: int, work: Callable[[], Any], folder: Path) -> int:

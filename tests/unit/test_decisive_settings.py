@@ -13,7 +13,14 @@ from piece_ds.training.claim import Claim
 from piece_ds.training.run_folder import RunFolder
 
 # Written down a second time: what a person may change between the halves of a run.
-MAY_CHANGE = {"output_dir", "overwrite_output_dir", "statistics_save_steps", "save_full", "nonfinite", "delta_every"}
+MAY_CHANGE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "statistics_save_steps",
+    "save_full",
+    "nonfinite",
+    "delta_every",
+} | {"tokenized_cache"}
 # Fields of TrainingArguments without which a resumed run could end with other weights.
 OF_TRAINING = {
     "learning_rate",
