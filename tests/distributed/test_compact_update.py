@@ -18,6 +18,7 @@ from support.compact_cases import (
 )
 from support.jobs import result_of
 from support.update_cases import BF16_EXACT, CASES, NUM_SELECTED, NUM_STEPS, OVERFLOW, selection
+from support.update_tiers import update_results
 from torch import Tensor
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -40,7 +41,7 @@ def result(job: Any, name: str, ranks: int = 2) -> dict[str, Any]:
 
 
 def masked(job: Any, name: str) -> dict[str, Any]:
-    return result_of(job("update_job", 2), name)
+    return result_of(update_results(job, name), name)
 
 
 def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -62,7 +62,8 @@ def test_four_ranks_that_share_rows_by_twos_do_what_one_does(tmp_path: Path) -> 
     check(run_job("support.sequence_job", 4, tmp_path, "2"))
 
 
-@pytest.mark.parametrize("mode", ["compact", pytest.param("masked", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["compact", "masked"])
 def test_a_trainer_whose_ranks_share_rows_does_what_one_rank_does_at_zero_3(tmp_path: Path, mode: str) -> None:
     case = result_of(run_job("support.sequence_trainer_job", 2, tmp_path, mode), mode)
     assert case["other"] <= 0.01 * case["selected"]

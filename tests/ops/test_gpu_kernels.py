@@ -18,13 +18,16 @@ from piece_ds.ops.schema import SCHEMAS
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
-@pytest.fixture(scope="module", params=["triton_job", "emulation_job"])
+@pytest.fixture(
+    scope="module", params=["triton_job few", pytest.param("triton_job", marks=pytest.mark.slow), "emulation_job"]
+)
 def outcome(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What the job prints: op -> [number of cases, failures]."""
-    if request.param == "triton_job":
+    name, *arguments = request.param.split()
+    if name == "triton_job":
         pytest.importorskip("triton", reason="Triton is not installed")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(SUPPORT.parents[1]), str(SUPPORT)))}
-    job = [sys.executable, str(SUPPORT / f"{request.param}.py")]
+    job = [sys.executable, str(SUPPORT / f"{name}.py"), *arguments]
     done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -33,5 +36,5 @@ def outcome(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.mark.parametrize("op", list(SCHEMAS))
 def test_every_case_equals_the_reference(op: str, outcome: dict[str, Any]) -> None:
     number, failures = outcome[op]
-    assert number >= 15
+    assert number >= 5
     assert not failures, f"{len(failures)} of {number}:\n" + "\n".join(failures[:5])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.gpu_cases import SIZES, cases, run_cases
+from support.gpu_cases import FEW_SIZES, SIZES, cases, run_cases
 from torch import Tensor
 
 from piece_ds import ops
@@ -15,12 +15,13 @@ pytestmark = pytest.mark.usefixtures("cpu_provider")
 LISTS = ("apply_mask_list_", "scatter_list_", "sparse_adamw_list_")
 
 
-def test_every_case_equals_the_reference() -> None:
+@pytest.mark.parametrize("sizes", [FEW_SIZES, pytest.param(SIZES, marks=pytest.mark.slow)], ids=["few", "every"])
+def test_every_case_equals_the_reference(sizes: list[int]) -> None:
     """Side by side in memory or apart, empty ones among them; the reference works tensor by tensor."""
     functions: dict[str, Callable[..., Any]] = {op: getattr(torch.ops.piece_ds, op).default for op in LISTS}
-    chosen = [case for case in cases(SIZES) if case.op in LISTS]
+    chosen = [case for case in cases(sizes) if case.op in LISTS]
     for op, (number, failures) in run_cases(functions.__getitem__, chosen, "cpu").items():
-        assert number > 100
+        assert number > 10 * len(sizes)
         assert not failures, f"{op}: {failures[:5]}"
 
 

@@ -1,6 +1,10 @@
-"""A job: masked training, refusals, and training after a statistics pass; results for test_masked_update.py."""
+"""A job: masked training, refusals, and training after a statistics pass; results for test_masked_update.py.
+
+Arguments: folder, and slow for the engines that only make test-all runs.
+"""
 
 import random
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -37,20 +41,25 @@ from support.update_cases import (
     general_squares,
     selection,
 )
+from support.update_tiers import SLOW
 
 
 def main() -> None:
     start()
     results: Results = {}
+    is_slow = "slow" in sys.argv
     for name, case in CASES.items():
-        collect_case(results, name, lambda case=case: train(case))  # type: ignore[misc]
+        if (name in SLOW) == is_slow:
+            collect_case(results, name, lambda case=case: train(case))  # type: ignore[misc]
     for name, setup in UNDISTURBED.items():
-        collect_case(results, f"undisturbed-{name}", lambda setup=setup: train_with_and_without_pass(setup))  # type: ignore[misc]
-    for name, case in DENSE.items():
-        collect_case(results, f"dense-{name}", lambda case=case: train_dense(case))  # type: ignore[misc]
-    collect_case(results, "detach", train_after_detach)
-    for name, refusal in REFUSALS.items():
-        collect_case(results, f"refusal-{name}", lambda refusal=refusal: refuse(*refusal))  # type: ignore[misc]
+        if (f"undisturbed-{name}" in SLOW) == is_slow:
+            collect_case(results, f"undisturbed-{name}", lambda setup=setup: train_with_and_without_pass(setup))  # type: ignore[misc]
+    if not is_slow:
+        for name, case in DENSE.items():
+            collect_case(results, f"dense-{name}", lambda case=case: train_dense(case))  # type: ignore[misc]
+        collect_case(results, "detach", train_after_detach)
+        for name, refusal in REFUSALS.items():
+            collect_case(results, f"refusal-{name}", lambda refusal=refusal: refuse(*refusal))  # type: ignore[misc]
     finish(results)
 
 
