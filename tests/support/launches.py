@@ -8,22 +8,27 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from piece_ds.demo.model import VOCAB_SIZE, make_tokenizer
+from piece_ds.runtime.process import one_process_environment
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
 PROGRAMS = Path(sys.executable).parent
 SHARED = Path(os.environ.get("PIECE_DS_SHARED", ROOT.parent / "shared"))
 TIMEOUT_SECONDS = 900
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def make_model_folder(
@@ -120,6 +125,16 @@ def environment() -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     path = f"{PROGRAMS}{os.pathsep}{inherited.get('PATH', '')}"
     return {**inherited, "PATH": path, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Inside, commands may run in the test's own process, as rank 0 of 1; the environment is restored."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LAUNCH_VARIABLES:
+            patch.delenv(name, raising=False)
+        one_process_environment()
+        yield
 
 
 def free_port() -> int:

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from support import argument_sweep as sweep
-from support.launches import make_rows, write_rows
+from support.launches import make_rows, one_process, write_rows
 from support.second_uses import language_model
 
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.methods.lwf import LwF, _NumberedCollator
-from piece_ds.runtime.process import one_process_environment
 from piece_ds.zero.undisturbed import undisturbed
 
 REENTRANT = ("--gradient_checkpointing=true", '--gradient_checkpointing_kwargs={"use_reentrant": true}')
@@ -26,10 +25,7 @@ MORE_REFUSED = (("magnitude", "zero3"), ("ewc", "zero3"), ("lwf", "zero2"), ("re
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Rows, and a model with a block that is used twice."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
-        one_process_environment()
+    with one_process():
         made = tmp_path_factory.mktemp("parts")
         language_model("zamba2", "", vocab_size=len(make_tokenizer(256))).save_pretrained(made / "model")
         make_tokenizer(256).save_pretrained(made / "model")

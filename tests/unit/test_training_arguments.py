@@ -14,7 +14,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from support import argument_sweep as sweep
-from support.launches import CONFIGS, ROOT, tree
+from support.launches import CONFIGS, ROOT, one_process, tree
 from transformers import TrainingArguments
 
 from piece_ds.cli.run import train
@@ -26,7 +26,6 @@ from piece_ds.preflight.loss_and_order import check_label_smoothing, check_lengt
 from piece_ds.preflight.preflight import preflight
 from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED, WORKS
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.process import one_process_environment
 from piece_ds.training.optimizer_defaults import show_defaults
 from piece_ds.zero.config_file import check_deepspeed_config
 
@@ -166,10 +165,7 @@ TOGETHER = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
-        one_process_environment()
+    with one_process():
         made = tmp_path_factory.mktemp("arguments")
         sweep.make_inputs(made)
         yield made

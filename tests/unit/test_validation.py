@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.deltas import sha256_of
 from support.engines import whole_weights
-from support.launches import make_model_folder, make_rows, same_bits, weights, write_rows
+from support.launches import make_model_folder, make_rows, one_process, same_bits, weights, write_rows
 from support.models import make_model
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -21,7 +21,6 @@ from piece_ds import PieceCallback
 from piece_ds.__main__ import main
 from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings
-from piece_ds.runtime.process import one_process_environment
 from piece_ds.runtime.signals import Preempted
 from piece_ds.training.trainer_callbacks import StopAtStep
 
@@ -32,10 +31,7 @@ BEST = ("--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """All training answers are A, one held-out answer in two is B: the held-out loss falls, then rises."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
-        one_process_environment()
+    with one_process():
         made = tmp_path_factory.mktemp("validation")
         make_model_folder(made / "model")
         write_rows(made / "train.jsonl", make_rows(0, 32, ("A",)))
