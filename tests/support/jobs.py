@@ -29,12 +29,12 @@ def run_job(module: str, num_ranks: int, folder: Path, *arguments: str) -> Resul
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = _servers(num_ranks)
-    for rank, server in enumerate(ranks):
-        # accelerate wants the address and port set; nobody connects.
-        own = {"WORLD_SIZE": str(num_ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        server.start(module, [str(folder), *arguments], own, folder, folder / f"rank{rank}.log")
     try:
+        for rank, server in enumerate(ranks):
+            # accelerate wants the address and port set; nobody connects.
+            own = {"WORLD_SIZE": str(num_ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+            server.start(module, [str(folder), *arguments], own, folder, folder / f"rank{rank}.log")
         codes = [server.wait(TIMEOUT_SECONDS) for server in ranks]
     finally:
         for server in ranks:

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Not Python's own streams: a job writes there.
-_READS, _WRITES = 0, 3
+# A server answers for the first time when it has imported; a busy machine takes long over that.
+_IMPORT_SECONDS = 600
 
 
 class RankServer:
@@ -45,7 +45,7 @@ class RankServer:
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(task).encode() + b"\n")
         self._server.stdin.flush()
-        self._rank = int(self._line(60))
+        self._rank = int(self._line(_IMPORT_SECONDS))
 
     def wait(self, seconds: float) -> int:
         """Return the exit code of the rank, as subprocess has it. Raise TimeoutError after some seconds."""
