@@ -7,9 +7,9 @@ RECOMMENDED = (
 
 HELP = (
     f"On a pretrained model, begin with {RECOMMENDED}. Raise --mask_ratio to 0.1 if much is to be learned. Without a "
-    "mask, --method seqft with the same text, scale and --general_kl at 1e-4 keeps about as much and learns more, but "
-    "leaves no delta of megabytes that goes on and off. Leave --general_kl out if a step may cost nothing more. The "
-    "default is the paper's own setting (PIECE-S, 0.1 %), which forgets more at equal learning. Measurements: "
+    "mask, --method seqft with the same text, scale and --general_kl at 1e-4 learns more and forgets a little more, "
+    "and leaves no delta of megabytes that goes on and off. Leave --general_kl out if a step may cost nothing more. "
+    "The default is the paper's own setting (PIECE-S, 0.1 %), which forgets more at equal learning. Measurements: "
     "docs/forgetting.md."
 )
 

@@ -169,8 +169,9 @@ def frontier_figure(runs: list[Record]) -> Figure:
     methods = list(dict.fromkeys(sweep.name.split(" + ")[0] for sweep in SWEEPS))
     tasks = tasks_of(runs)
     num_rows = -(-len(tasks) // _PANELS_IN_A_ROW)
-    figure = Figure(figsize=(5.2 * min(len(tasks), _PANELS_IN_A_ROW), 4.2 * num_rows + 0.8), layout="constrained")
-    panels = figure.subplots(num_rows, min(len(tasks), _PANELS_IN_A_ROW), squeeze=False)
+    num_columns = -(-len(tasks) // num_rows)
+    figure = Figure(figsize=(5.2 * num_columns, 4.2 * num_rows + 0.8), layout="constrained")
+    panels = figure.subplots(num_rows, num_columns, squeeze=False)
     for panel in panels.flat[len(tasks) :]:
         panel.set_axis_off()
     for task, panel in zip(tasks, panels.flat, strict=False):
