@@ -48,7 +48,7 @@ class Kind:
 
 
 MASK = Kind("piece-mask", ("1", "2"), "mask", "write it again with piece_ds select")
-DELTA = Kind("piece-delta", ("1", "2"), "delta", "copy it again, or give a task's delta.safetensors")
+DELTA = Kind("piece-delta", ("1", "2", "3"), "delta", "copy it again, or give a task's delta.safetensors")
 STATISTICS = Kind("piece-statistics", ("1",), "statistics", "take the statistics again", needs_checksum=True)
 BEST = Kind("piece-best", ("1",), "checkpoint", "resume from an earlier checkpoint", needs_checksum=True)
 SELECTED = Kind("piece-selected", ("1",), "checkpoint", "resume from an earlier checkpoint", needs_checksum=True)

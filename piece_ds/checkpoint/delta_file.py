@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from piece_ds.checkpoint.artifact import DELTA, Artifact, open_artifact
-from piece_ds.checkpoint.delta_parts import read_index, write_parts
+from piece_ds.checkpoint.delta_parts import CODINGS, INDICES, read_change, write_parts
 from piece_ds.checkpoint.metadata import describe
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
@@ -32,6 +32,7 @@ def save_delta(
     unscaled: dict[str, Tensor] | None = None,
     scale: float = 1.0,
     chain: Mapping[str, str] | None = None,
+    coding: str = CODINGS[0],
 ) -> None:
     """Write a task's delta from all ranks' parts. A collective; rank 0 writes, and all return when the file is there.
 
@@ -44,6 +45,7 @@ def save_delta(
         unscaled: read_selected(model, mask) before the task's changes were multiplied by scale; None at scale 1.
         scale: factor of the task's changes.
         chain: metadata that say what the file follows on; see chain_metadata().
+        coding: see write_parts().
     Cost: reads this rank's part of the weights once, for the fingerprints.
     """
 
@@ -68,7 +70,7 @@ def save_delta(
         for key, values in (("base_fingerprint", all_previous), ("result_fingerprint", all_values)):
             selected = sum(hash_elements(name, index, bits_of(values[name])) for name, index in whole.items())
             metadata[key] = hexadecimal(surroundings + selected)
-        write_parts(path, parts, {info.name: info.numel for info in mask.layout.parameters}, metadata)
+        write_parts(path, parts, {info.name: info.numel for info in mask.layout.parameters}, metadata, coding)
     barrier()
 
 
@@ -113,7 +115,8 @@ def own_part(file: Artifact, part: str, mask: Mask) -> dict[str, Tensor]:
     """
     values = {}
     for name, index in mask.index.items():
-        whole, found = read_index(file, name, file.metadata.numel(name)), file.tensor(f"{name}.{part}")
+        own = read_change(file, name, file.metadata.numel(name), (part,))
+        whole, found = own[INDICES], own[part]
         # A rank's part of a parameter's positions is one run of them.
         begin = int(torch.searchsorted(whole, index[0]))
         if found.shape != whole.shape or not torch.equal(whole[begin : begin + index.numel()], index):

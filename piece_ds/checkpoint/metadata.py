@@ -24,6 +24,7 @@ class Metadata(BaseModel):
         base_fingerprint, result_fingerprint: of all weights before and after a delta.
         scale: factor of a delta's changes.
         zeros: parameter name -> dtype of the values that a delta leaves out because all are zero.
+        packed: parts of a delta that stand in one packed tensor a parameter.
         parent, link: of a delta, see chain_metadata().
         step: of the optimizer. In a delta, how many steps the task had taken; in a best step's file, its own.
         counters: of the engine, in selected-state files.
@@ -44,6 +45,7 @@ class Metadata(BaseModel):
     result_fingerprint: str | None = None
     scale: FiniteFloat = 1.0
     zeros: Json[dict[str, str]] | None = None
+    packed: Json[list[str]] | None = None
     parent: str | None = None
     link: Count | None = None
     step: Count | None = None

@@ -174,9 +174,10 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
 def _add_coding(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--coding",
-        choices=["indices", "smallest"],
+        choices=["indices", "gaps", "smallest"],
         default="indices",
-        help="of positions: indices, which every program of the format reads, or smallest: gaps; default: %(default)s",
+        help="indices, which every program of the format reads; gaps: positions in 1 to 2 bytes; smallest: values "
+        "packed too, half the file; default: %(default)s",
     )
 
 

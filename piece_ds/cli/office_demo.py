@@ -7,6 +7,8 @@ seen.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
@@ -15,6 +17,7 @@ from transformers import AutoTokenizer
 from piece_ds.cli.run import train
 from piece_ds.config.settings import Settings
 from piece_ds.data.general_text import SELF
+from piece_ds.deltas import compose, open_delta
 from piece_ds.demo.office.recipe import CPU_RECIPE, OfficeRecipe
 from piece_ds.demo.office.write import OfficePaths, write_office
 from piece_ds.evaluation.predictions import read_predictions
@@ -181,7 +184,8 @@ def frontier_grid(comparison: Comparison) -> Grid:
     for run, folder in zip(comparison.runs, comparison.folders, strict=True):
         summary = run.matrix.summary()
         # One delta per task, so the mean is the price of keeping one task.
-        deltas = [path.stat().st_size for path in folder.glob("[0-9][0-9]-*/delta.safetensors")]
+        deltas = sorted(folder.glob("[0-9][0-9]-*/delta.safetensors"))
+        sizes, packed = [path.stat().st_size for path in deltas], [_packed_bytes(path) for path in deltas]
         rows.append(
             (
                 run.name,
@@ -189,11 +193,20 @@ def frontier_grid(comparison: Comparison) -> Grid:
                 percent(summary["score_overall"]),
                 signed_nats(summary["general_loss_change"]),
                 nats(run.general_divergence),
-                f"{sum(deltas) / len(deltas) / 1e6:.1f} MB" if deltas else "-",
+                f"{mean(sizes) / 1e6:.1f} MB" if deltas else "-",
+                f"{mean(packed) / 1e6:.1f} MB" if deltas else "-",
             )
         )
-    header = ("run", "learned", "kept to the end", "general loss", "general KL", "delta of a task")
+    header = ("run", "learned", "kept to the end", "general loss", "general KL", "delta of a task", "packed")
     return Grid("Learned against forgotten", header, tuple(rows))
+
+
+def _packed_bytes(delta_file: Path) -> int:
+    """Return the bytes of a delta in its smallest coding, as `piece_ds delta compose --coding smallest` writes it."""
+    with TemporaryDirectory() as scratch:
+        packed = Path(scratch) / "delta.safetensors"
+        compose([open_delta(delta_file)], packed, coding="smallest")
+        return packed.stat().st_size
 
 
 def _frontier_picture(comparison: Comparison) -> bytes:

@@ -12,6 +12,7 @@ from piece_ds.runtime.errors import UserError
 SCORINGS = ["clean", "authors"]
 SAVE_MODEL = ["last", "each", "never"]
 NONFINITE = ["stop", "skip"]
+DELTA_CODINGS = ["indices", "gaps", "smallest"]
 
 
 @dataclass
@@ -42,6 +43,14 @@ class OutputArguments:
         },
     )
 
+    delta_coding: str = field(
+        default="indices",
+        metadata={
+            "help": "of delta.safetensors: indices, which every program of the format reads, gaps, or smallest, less "
+            "than half the bytes; piece_ds reads all, and `piece_ds delta compose --coding` turns one into another"
+        },
+    )
+
     save_full: bool = field(
         default=False,
         metadata={"help": "compact mode: --save_steps writes the whole model, not only what the task changes"},
@@ -62,6 +71,7 @@ class OutputArguments:
         require_choice("save_model", self.save_model, SAVE_MODEL)
         if self.delta_every is not None:
             require_positive("delta_every", self.delta_every)
+        require_choice("delta_coding", self.delta_coding, DELTA_CODINGS)
         require_choice("nonfinite", self.nonfinite, NONFINITE)
         require_choice("incomplete_accumulation", self.incomplete_accumulation, ["refuse", "smaller_step"])
 

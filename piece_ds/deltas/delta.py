@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from piece_ds.checkpoint.artifact import DELTA, Artifact, open_artifact
-from piece_ds.checkpoint.delta_parts import FLOATS, PREVIOUS, UNSCALED, parts_of, read_index, read_values
+from piece_ds.checkpoint.delta_parts import FLOATS, INDICES, PREVIOUS, UNSCALED, VALUES, parts_of, read_change
 from piece_ds.deltas.chain_files import link_files
 from piece_ds.runtime.errors import UserError
 
@@ -87,10 +87,8 @@ class Delta:
                 yield name, self._read(file, name)
 
     def _read(self, file: Artifact, name: str) -> Change:
-        index = read_index(file, name, prod(self.shapes[name]))
-        previous = file.tensor(f"{name}.{PREVIOUS}") if self.reversible else None
-        unscaled = file.tensor(f"{name}.{UNSCALED}") if self.scale != 1.0 else None
-        return Change(index, read_values(file, name, index.numel()), previous, unscaled)
+        parts = [VALUES, *([PREVIOUS] if self.reversible else []), *([UNSCALED] if self.scale != 1.0 else [])]
+        return _change(read_change(file, name, prod(self.shapes[name]), parts))
 
 
 def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
@@ -149,32 +147,27 @@ def open_delta(path: Path | str, *, hold: bool = False) -> Delta:
         dtypes, count = {}, 0
         held: dict[str, Change] = {}
         for name, shape in shapes.items():
-            others = [file.tensor(f"{name}.{part}") for part in parts[1:]]
-            index, values = _positions_and_values(file, name, prod(shape))
-            _check_change(file, name, index, values, *others)
-            dtypes[name], count = values.dtype, count + index.numel()
+            found = read_change(file, name, prod(shape), parts)
+            _check_change(file, name, found)
+            dtypes[name], count = found[VALUES].dtype, count + found[INDICES].numel()
             if hold:
-                kept = dict(zip(parts[1:], others, strict=True))
-                held[name] = Change(index, values, kept.get(PREVIOUS), kept.get(UNSCALED))
+                held[name] = _change(found)
         if count != file.metadata.selected or count == 0:
             raise file.refuse(f"it changes {count} elements, its metadata says {file.metadata.selected}")
         return Delta(path, dict(file.strings), shapes, dtypes, PREVIOUS in parts, scale, held if hold else None)
 
 
-def _positions_and_values(file: Artifact, name: str, numel: int) -> tuple[Tensor, Tensor]:
-    """Return one parameter's positions and values; values that are stored say how many positions there must be."""
-    if name in (file.metadata.zeros or {}):
-        index = read_index(file, name, numel)
-        return index, read_values(file, name, index.numel())
-    values = read_values(file, name)
-    return read_index(file, name, numel, values.numel()), values
+def _change(found: Mapping[str, Tensor]) -> Change:
+    return Change(found[INDICES], found[VALUES], found.get(PREVIOUS), found.get(UNSCALED))
 
 
-def _check_change(file: Artifact, name: str, index: Tensor, values: Tensor, *others: Tensor) -> None:
+def _check_change(file: Artifact, name: str, found: Mapping[str, Tensor]) -> None:
     """Raise UserError unless the parts of a parameter have one length, and all but the positions one dtype."""
-    if any(part.shape != index.shape for part in (values, *others)):
+    if any(part.shape != found[INDICES].shape for part in found.values()):
         raise file.refuse(f"parts of {name!r} differ in length")
-    if values.dtype not in FLOATS.values():
-        raise file.refuse(f"values of {name!r} are {values.dtype}, expected a dtype that models are trained in")
-    if any(part.dtype != values.dtype for part in others):
-        raise file.refuse(f"values of {name!r} are {values.dtype}, previous {others[0].dtype}")
+    dtype = found[VALUES].dtype
+    if dtype not in FLOATS.values():
+        raise file.refuse(f"values of {name!r} are {dtype}, expected a dtype that models are trained in")
+    for part in (PREVIOUS, UNSCALED):
+        if part in found and found[part].dtype != dtype:
+            raise file.refuse(f"values of {name!r} are {dtype}, {part} {found[part].dtype}")

@@ -228,6 +228,8 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
         )
 
     # What a chain of deltas needs.
+    if "delta_coding" in settings.given and not method.has_mask:
+        raise UserError(f"--delta_coding has no meaning with --method {method.name}, which has no mask and no deltas")
     if settings.output.delta_every is not None and not method.has_mask:
         raise UserError(f"--delta_every has no meaning with --method {method.name}, which has no mask and no deltas")
 

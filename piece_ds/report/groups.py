@@ -20,6 +20,7 @@ FREE = {
     "save_model",
     "save_full",
     "delta_every",
+    "delta_coding",
     "save_steps",
     "save_strategy",
     "save_total_limit",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from piece_ds.checkpoint.delta_file import chain_metadata, load_previous, save_delta
+from piece_ds.checkpoint.delta_parts import CODINGS
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.config.piece import PieceConfig, config_of
 from piece_ds.deltas.chain_files import CHAIN_NAME
@@ -73,6 +74,7 @@ class PieceCallback(TrainerCallback):
         *,
         mask_file: str | Path | None = None,
         delta_every: int | None = None,
+        delta_coding: str = "indices",
         general_text: Sequence[Any] | None = None,
         general_replay: float = 0.0,
         general_kl: float = 0.0,
@@ -88,6 +90,7 @@ class PieceCallback(TrainerCallback):
             mask_file: use this mask instead of estimating one.
             delta_every: every so many optimizer steps, write what has changed since the last time into
                 OUTPUT_DIR/chain, for copies of the model that follow the training; see deltas.follow.
+            delta_coding: of the delta: "indices", which every program of the format reads, "gaps" or "smallest".
             general_text: rows with input_ids and labels that stand for general ability, for method="piece-ratio",
                 step_scale="general", general_replay and general_kl. Their loss is the model's own, of the next token,
                 whatever the trainer's is.
@@ -106,7 +109,9 @@ class PieceCallback(TrainerCallback):
         self.general = GeneralText(trainer, self.config, general_text, general_replay, general_kl)
         if delta_every is not None and delta_every < 1:
             raise UserError(f"delta_every must be a positive number of steps, got {delta_every}")
-        self.mask_file = mask_file
+        if delta_coding not in CODINGS:
+            raise UserError(f"delta_coding must be one of {', '.join(CODINGS)}, got {delta_coding!r}")
+        self.mask_file, self._coding = mask_file, delta_coding
         self._chain = ChainCallback(delta_every) if delta_every is not None else None
         self.mask: Mask | None = None
         self.update: MaskedUpdate | CompactUpdate | None = None
@@ -181,7 +186,8 @@ class PieceCallback(TrainerCallback):
         if self.update is not None and self.mask is not None:
             module = self.trainer.model_wrapped.module
             chain = chain_metadata(None, state.global_step, 0)
-            save_delta(Path(args.output_dir) / DELTA_NAME, module, self.mask, self._previous, chain=chain)
+            path = Path(args.output_dir) / DELTA_NAME
+            save_delta(path, module, self.mask, self._previous, chain=chain, coding=self._coding)
             if self._chain is not None and self._chain.writer is not None:
                 self._chain.writer.write(state.global_step, is_last=True)
             self.update.detach()

@@ -104,7 +104,7 @@ class ChainWriter:
         }
         path = link_file(self.folder, self._number)
         numel = {info.name: info.numel for info in self._mask.layout.parameters}
-        self._parent = write_parts(path, parts, numel, metadata, "smallest")
+        self._parent = write_parts(path, parts, numel, metadata, "gaps")
         self._fingerprint += moved
         self._number += 1
 

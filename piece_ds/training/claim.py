@@ -35,6 +35,7 @@ _FREE = {
     "save_strategy",
     "save_full",
     "delta_every",
+    "delta_coding",
     "statistics_save_steps",
     "deepspeed",
     "local_rank",

@@ -102,8 +102,7 @@ def train_task(
     metrics = MetricsLog(folder / METRICS_NAME, trainer)
     guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)
     acts = baseline.engine_callback(context) if baseline is not None else None
-    every = settings.output.delta_every
-    mask = TaskMask(trainer, method, context, resume, every) if isinstance(method, MaskSource) else None
+    mask = TaskMask(trainer, method, context, resume, settings.output) if isinstance(method, MaskSource) else None
 
     def before_first_step(engine: Any) -> None:
         """Prepare the first step. The Trainer has made the engine, and no weight has moved."""

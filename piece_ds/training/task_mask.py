@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from piece_ds.checkpoint.delta_file import chain_metadata, checksum_of, load_previous, save_delta
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.checkpoint.statistics_file import PartialStatistics
+from piece_ds.config.output_arguments import OutputArguments
 from piece_ds.deltas.chain_files import CHAIN_NAME
 from piece_ds.deltas.delta import DELTA_NAME
 from piece_ds.methods.baseline import TaskContext
@@ -54,7 +55,7 @@ class TaskMask:
         source: MaskSource,
         context: TaskContext,
         resume: bool,
-        delta_every: int | None = None,
+        output: OutputArguments,
     ) -> None:
         """Prepare the trainer's model in compact mode.
 
@@ -63,11 +64,11 @@ class TaskMask:
             source: where the mask comes from.
             context: the task in its stream, and its folder.
             resume: whether the folder may hold the mask of an interrupted run.
-            delta_every: optimizer steps from link to link of a chain of deltas; None without one.
+            output: how the delta is coded, and whether a chain of deltas is written.
         """
         self._trainer, self._source, self._folder, self._resume = trainer, source, context.folder, resume
-        self._context = context
-        self._chain = ChainCallback(delta_every) if delta_every is not None else None
+        self._context, self._coding = context, output.delta_coding
+        self._chain = ChainCallback(output.delta_every) if output.delta_every is not None else None
         if self._chain is not None:
             trainer.add_callback(self._chain)
         config = source.config
@@ -143,6 +144,7 @@ class TaskMask:
             unscaled=self.unscaled,
             scale=self.scale,
             chain=chain_metadata(parent, step, self._context.index),
+            coding=self._coding,
         )
         if self._chain is not None and self._chain.writer is not None:
             self._chain.writer.write(step, is_last=True)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from piece_ds.checkpoint.delta_file import load_previous, save_delta
+from piece_ds.checkpoint.delta_parts import write_parts
 from piece_ds.checkpoint.manifest import verify_manifest, write_manifest
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.checkpoint.selected_file import load_selected_state, save_selected_state
@@ -64,14 +65,27 @@ def _delta(folder: Path) -> None:
     save_delta(folder / "delta.safetensors", MODEL, MASK, read_selected(MODEL, MASK))
 
 
-def _smallest_delta(folder: Path) -> None:
+def _delta_of_gaps(folder: Path) -> None:
     """A delta of version 2: gaps, and a parameter whose values are left out."""
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     previous = read_selected(model, MASK)
     with torch.no_grad():
         model[1].bias[2] = 0
     save_delta(folder / "plain", model, MASK, previous)
-    compose([open_delta(folder / "plain")], folder / "delta.safetensors", coding="smallest")
+    compose([open_delta(folder / "plain")], folder / "delta.safetensors", coding="gaps")
+
+
+def packed_delta(path: Path) -> None:
+    """A delta of version 3: gaps, and packed values; of one parameter the new ones are left out."""
+    index, previous = torch.arange(0, 800, 2), torch.linspace(0.01, 0.02, 400)
+    parts = {
+        "0.weight": {"indices": index, "values": previous * 1.001, "previous": previous},
+        "1.weight": {"indices": index, "values": torch.zeros(400), "previous": previous},
+    }
+    shapes = {name: [40, 40] for name in parts}
+    metadata = {"selected": "800", "total": "3200", "shapes": json.dumps(shapes)}
+    write_parts(path, parts, dict.fromkeys(parts, 1600), metadata, "smallest")
+    assert open_delta(path).metadata["version"] == "3"
 
 
 def _statistics(folder: Path) -> None:
@@ -125,7 +139,12 @@ READERS: dict[str, Reader] = {
         lambda f: load_mask(f / "mask.safetensors", LAYOUT),
     ),
     "delta": Reader("delta.safetensors", _delta, lambda f: open_delta(f / "delta.safetensors")),
-    "delta-2": Reader("delta.safetensors", _smallest_delta, lambda f: open_delta(f / "delta.safetensors")),
+    "delta-2": Reader("delta.safetensors", _delta_of_gaps, lambda f: open_delta(f / "delta.safetensors")),
+    "delta-3": Reader(
+        "delta.safetensors",
+        lambda f: packed_delta(f / "delta.safetensors"),
+        lambda f: open_delta(f / "delta.safetensors"),
+    ),
     "previous": Reader("delta.safetensors", _delta, lambda f: load_previous(f / "delta.safetensors", MASK)),
     "statistics": Reader(
         "statistics-00000-of-00001.safetensors", _statistics, lambda f: load_statistics(f, LAYOUT, needs_sum=True)

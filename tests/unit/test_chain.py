@@ -356,6 +356,8 @@ def test_the_flag_is_refused_where_it_would_be_ignored() -> None:
     for method in [name for name, method in METHODS.items() if not method.has_mask]:
         with pytest.raises(UserError, match=f"--delta_every has no meaning with --method {method}"):
             check_sources(parse(["--method", method, "--delta_every", "2"]), 1)
+        with pytest.raises(UserError, match=f"--delta_coding has no meaning with --method {method}"):
+            check_sources(parse(["--method", method, "--delta_coding", "smallest"]), 1)
     for value in ("0", "-1"):
         with pytest.raises(UserError, match="--delta_every must be positive"):
             parse(["--delta_every", value])

@@ -20,6 +20,7 @@ MAY_CHANGE = {
     "save_full",
     "nonfinite",
     "delta_every",
+    "delta_coding",
 } | {"tokenized_cache"}
 # Fields of TrainingArguments without which a resumed run could end with other weights.
 OF_TRAINING = {

@@ -1,7 +1,8 @@
-"""Deltas of gaps: every door takes them as it takes indices, they are as small as promised, and damage is refused."""
+"""Deltas of gaps and packed values: every door takes them, they are as small as promised, and damage is refused."""
 
 import json
 import struct
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from piece_ds.checkpoint import delta_parts
 from piece_ds.checkpoint.artifact import DELTA, write_artifact
 from piece_ds.checkpoint.delta_file import load_previous, save_delta
 from piece_ds.checkpoint.gaps import decode_gaps, encode_gaps
+from piece_ds.checkpoint.packed_values import DTYPES, PACKED_ORDER, pack_values, unpack_values
 from piece_ds.cli.main import _parser
 from piece_ds.deltas import apply_delta_, compose, open_delta
 from piece_ds.models.layout import layout_of
@@ -92,9 +94,83 @@ def test_counts_that_no_file_can_hold_cost_no_memory() -> None:
             decode_gaps(head, None, 2**62)
 
 
+def some_bits(dtype: torch.dtype, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Every kind of number: any bits, then both zeros, infinities, NaN and their neighbours."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    limits = torch.iinfo(integer)
+    edges = torch.tensor([0, 1, -1, limits.min, limits.max, limits.min + 1, limits.max - 1], dtype=integer)
+    bits = torch.randint(limits.min, limits.max, (count,), dtype=integer, generator=generator)
+    return torch.cat([bits, edges]).view(dtype)
+
+
+def unpacked_by_hand(stream: bytes, count: int) -> list[list[float]]:
+    """The bf16 parts of a stream as numbers, from the description of the format."""
+    assert stream[0] == 3
+    rest, planes = stream[1:], []
+    while rest:
+        unpacker = zlib.decompressobj(-15)
+        planes.append(unpacker.decompress(rest))
+        rest = unpacker.unused_data
+    parts, before = [], [0] * count
+    for high, low in zip(planes[::2], planes[1::2], strict=True):
+        numbers = [256 * h + w for h, w in zip(high, low, strict=True)]
+        if parts:
+            moves = [-(n + 1) // 2 if n % 2 else n // 2 for n in numbers]
+            before = [(b + m) % 65536 for b, m in zip(before, moves, strict=True)]
+        else:
+            before = [65535 - n if n >= 32768 else n + 32768 for n in numbers]
+        bits = [b - 32768 if b >= 32768 else 65535 - b for b in before]
+        parts.append([struct.unpack("<f", struct.pack("<I", b << 16))[0] for b in bits])
+    return parts
+
+
+def test_values_come_back_to_the_bit_and_the_format_is_as_described() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in DTYPES:
+        for count in (0, 1, 500):
+            whole = {name: some_bits(dtype, count, generator) for name in PACKED_ORDER}
+            for names in (("values",), ("previous",), ("previous", "values"), PACKED_ORDER):
+                stream = pack_values({name: whole[name] for name in names})
+                found = unpack_values(stream, names, count + 7)
+                assert found.keys() == set(names)
+                for name in names:
+                    assert torch.equal(found[name].view(torch.uint8), whole[name].view(torch.uint8)), (dtype, name)
+                for wrong in (count + 6, count + 8):
+                    with pytest.raises(ValueError, match=r"hold|unpacked"):
+                        unpack_values(stream, names, wrong)
+    previous = torch.randn(50, generator=generator).bfloat16()
+    values = (previous.float() * 1.02 - 0.01).bfloat16()
+    stream = pack_values({"previous": previous, "values": values})
+    assert unpacked_by_hand(bytes(stream.tolist()), 50) == [previous.tolist(), values.tolist()]
+
+
+def test_trained_values_take_less_than_three_bytes_of_four() -> None:
+    generator = torch.Generator().manual_seed(0)
+    previous = 0.05 * torch.randn(20_000, generator=generator)
+    values = (previous + 1e-3 * torch.randn(20_000, generator=generator)).bfloat16()
+    assert pack_values({"previous": previous.bfloat16(), "values": values}).numel() < 3 * 20_000
+
+
+def test_damaged_packed_values_are_refused_or_sound() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = {"previous": some_bits(torch.bfloat16, 40, generator), "values": some_bits(torch.bfloat16, 40, generator)}
+    good = pack_values(parts)
+    # A stream that promises a gigabyte costs no more than its own count.
+    bomb = torch.frombuffer(bytearray(b"\3" + zlib.compress(bytes(1 << 20), wbits=-15)), dtype=torch.uint8)
+    wrong = [good[:0], good[:1], good[:-1], good[1:], torch.cat([good, good[:1]]), good.int(), good.view(1, -1), bomb]
+    for stream in wrong:
+        with pytest.raises(ValueError, match=r"^[^\n]+$"):
+            unpack_values(stream, tuple(parts), 47)
+    for bit in range(0, 8 * good.numel(), 5):
+        stream = good.clone()
+        stream[bit // 8] ^= 1 << (bit % 8)
+        with suppress(ValueError):
+            assert all(values.numel() == 47 for values in unpack_values(stream, tuple(parts), 47).values())
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return make_run(tmp_path_factory.mktemp("run"), density=0.01)
+    return make_run(tmp_path_factory.mktemp("run"), density=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +188,7 @@ def test_the_file_is_smaller_and_holds_the_same(run: Run, small: Path, tmp_path:
     for plain in run.deltas:
         coded = small / plain.parent.name / plain.name
         first, second = open_delta(plain), open_delta(coded)
-        assert (first.metadata["version"], second.metadata["version"]) == ("1", "2")
+        assert (first.metadata["version"], second.metadata["version"]) == ("1", "3")
         assert coded.stat().st_size < plain.stat().st_size
         changes = dict(second.changes())
         for name, change in first.changes():
@@ -162,7 +238,7 @@ def test_a_scaled_delta_of_gaps_comes_back_to_the_bit(run: Run, tmp_path: Path) 
     half, whole = tmp_path / "half.safetensors", tmp_path / "whole.safetensors"
     main(["delta", "scale", str(run.deltas[0]), "--alpha", "0.5", "--coding", "smallest", "--output", str(half)])
     main(["delta", "scale", str(half), "--alpha", "1", "--output", str(whole)])
-    assert open_delta(half).metadata["version"] == "2"
+    assert open_delta(half).metadata["version"] == "3"
     first, second = load_file(run.deltas[0]), load_file(whole)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -180,7 +256,7 @@ class _Pruned(nn.Module):
 
 def test_zeros_are_left_out_and_minus_zero_is_not(tmp_path: Path) -> None:
     model = _Pruned()
-    index = torch.arange(3, 1600, 97)
+    index = torch.arange(3, 1600, 7)
     mask = Mask(layout_of(model), {"one.weight": index, "two.weight": index}, 2 * index.numel(), "pruned", 0.01)
     base = {name: param.detach().clone() for name, param in model.named_parameters()}
     previous = read_selected(model, mask)
@@ -193,7 +269,7 @@ def test_zeros_are_left_out_and_minus_zero_is_not(tmp_path: Path) -> None:
         compose([open_delta(tmp_path / "plain")], path, with_previous=with_previous, coding="smallest")
         delta, tensors = open_delta(path), load_file(path)
         assert json.loads(delta.metadata["zeros"]) == {"one.weight": "bfloat16"}
-        assert ("one.weight.values" in tensors, "two.weight.values" in tensors) == (False, True)
+        assert ("one.weight.packed" in tensors, "two.weight.packed" in tensors) == (with_previous, True)
         fresh = _Pruned()
         live = apply_delta_(fresh, path)
         for name, param in model.named_parameters():
@@ -207,6 +283,7 @@ def test_zeros_are_left_out_and_minus_zero_is_not(tmp_path: Path) -> None:
 def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     index = torch.arange(0, 1600, 100)
     gaps, values = encode_gaps(index), torch.ones(16, dtype=torch.bfloat16)
+    packed = pack_values({"values": values})
     metadata = {"shapes": json.dumps({"w": [40, 40]}), "selected": "16", "total": "1600"}
     plain = {"w.indices": index.int(), "w.values": values}
     coded = {"w.gaps": gaps, "w.values": values}
@@ -222,10 +299,32 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         "past the end": ({"w.gaps": encode_gaps(index + 101), "w.values": values}, {}, "2"),
         "not bytes": ({"w.gaps": gaps.int(), "w.values": values}, {}, "2"),
         "cut": ({"w.gaps": gaps[:-1].clone(), "w.values": values}, {}, "2"),
-        "unknown version": (coded, {}, "3"),
+        "unknown version": (coded, {}, "4"),
+        "packed, and nothing says so": ({"w.gaps": gaps, "w.packed": packed}, {}, "3"),
+        "packed in version 2": ({"w.gaps": gaps, "w.packed": packed}, {"packed": '["values"]'}, "2"),
+        "packed and plain": (coded | {"w.packed": packed}, {"packed": '["values"]'}, "3"),
+        "packed, of other parts": ({"w.gaps": gaps, "w.packed": packed}, {"packed": '["values", "previous"]'}, "3"),
+        "packed, of unknown parts": ({"w.gaps": gaps, "w.packed": packed}, {"packed": '["values", "later"]'}, "3"),
+        "packed, no list": ({"w.gaps": gaps, "w.packed": packed}, {"packed": '"values"'}, "3"),
+        "packed, cut": ({"w.gaps": gaps, "w.packed": packed[:-1].clone()}, {"packed": '["values"]'}, "3"),
+        "packed, too few": (
+            {"w.gaps": gaps, "w.packed": pack_values({"values": values[1:]})},
+            {"packed": '["values"]'},
+            "3",
+        ),
+        "packed, not bytes": ({"w.gaps": gaps, "w.packed": packed.int()}, {"packed": '["values"]'}, "3"),
+        "packed and zeros": (
+            {"w.gaps": gaps, "w.packed": packed},
+            {"packed": '["values"]', "zeros": '{"w": "bfloat16"}'},
+            "3",
+        ),
     }
     write_artifact(tmp_path / "good", DELTA, coded, metadata, "2")
     assert open_delta(tmp_path / "good").change("w").index.tolist() == index.tolist()
+    write_artifact(
+        tmp_path / "good", DELTA, {"w.gaps": gaps, "w.packed": packed}, metadata | {"packed": '["values"]'}, "3"
+    )
+    assert torch.equal(open_delta(tmp_path / "good").change("w").values, values)
     for what, (tensors, more, version) in cases.items():
         write_artifact(tmp_path / "bad", DELTA, tensors, metadata | more, version)
         with pytest.raises(UserError) as error:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.hostile import mutated_tensors, mutated_tree, text_of
+from support.readers import packed_delta
 from torch import nn
 
 from piece_ds.checkpoint.delta_file import load_previous, save_delta
@@ -109,7 +110,7 @@ def read_delta(folder: Path) -> None:
     change_sizes((name, delta.change(name)) for name in delta.shapes if delta.reversible)
 
 
-def make_smallest_delta(folder: Path) -> None:
+def make_delta_of_gaps(folder: Path) -> None:
     """A delta of version 2: gaps, and a parameter whose values are left out."""
     index = {"0.weight": torch.arange(0, 35, 2), "1.bias": torch.tensor([2])}
     model, mask = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), Mask(LAYOUT, index, 19, "piece-s", 0.1)
@@ -117,7 +118,7 @@ def make_smallest_delta(folder: Path) -> None:
     with torch.no_grad():
         model[1].bias[2] = 0
     save_delta(folder / "plain", model, mask, previous)
-    compose([open_delta(folder / "plain")], folder / "d", coding="smallest")
+    compose([open_delta(folder / "plain")], folder / "d", coding="gaps")
 
 
 def make_run(folder: Path) -> None:
@@ -136,7 +137,8 @@ KINDS = {
         "m", lambda f: save_mask(f / "m", MASK, "2"), lambda f: (read_index(f / "m"), load_mask(f / "m", LAYOUT))
     ),
     "delta": Kind("d", lambda f: save_delta(f / "d", MODEL, MASK, read_selected(MODEL, MASK)), read_delta),
-    "delta-2": Kind("d", make_smallest_delta, read_delta),
+    "delta-2": Kind("d", make_delta_of_gaps, read_delta),
+    "delta-3": Kind("d", lambda f: packed_delta(f / "d"), read_delta),
     "previous": Kind(
         "d",
         lambda f: save_delta(f / "d", MODEL, MASK, read_selected(MODEL, MASK)),
