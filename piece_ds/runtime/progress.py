@@ -38,5 +38,10 @@ def _with_lines(items: Iterable, description: str, unit: str, total: int | None)
             of, left = "", ""
             if total:
                 of, left = f" of {total}", f", about {(now - begin) / count * (total - count) / 60:.1f} min left"
-            logger.warning("%s: %d%s %ss%s", description, count, of, unit, left)
+            logger.warning("%s: %d%s %s%s", description, count, of, _several(unit), left)
         yield item
+
+
+def _several(unit: str) -> str:
+    """Return the plural of a unit."""
+    return unit + ("es" if unit.endswith(("ch", "s", "sh", "x")) else "s")

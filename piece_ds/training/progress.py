@@ -48,7 +48,7 @@ def counts_by_module(mask: Mask) -> dict[str, int]:
 def _shown(counts: Mapping[str, int], total: int) -> str:
     parts = [f"{kind} {100 * count / max(1, total):.0f} %" for kind, count in list(counts.items())[:_NUM_SHOWN]]
     rest = len(counts) - _NUM_SHOWN
-    return ", ".join(parts) + (f" and {rest} others" if rest > 0 else "")
+    return ", ".join(parts) + (f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else "")
 
 
 def scores_line(score: Mapping[str, float | None], loss: Mapping[str, float | None], general_loss: float | None) -> str:

@@ -6,6 +6,7 @@ from support.models import make_model
 
 from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
+from piece_ds.runtime import progress
 from piece_ds.state.mask import Mask
 from piece_ds.training.progress import counts_by_module, duration, scores_line, selection_line, time_left
 
@@ -26,6 +27,14 @@ def test_only_the_first_kinds_are_named() -> None:
     line = selection_line(select(layout_of(make_model("llama")), "random", 0.5), 1.0)
     assert " others" in line
     assert line.count(" %,") <= 5
+
+
+def test_lines_of_a_log_count_in_the_plural(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    for unit, several in {"batch": "batches", "round": "rounds", "program": "programs", "task": "tasks"}.items():
+        caplog.clear()
+        assert list(progress.progress_bar(range(3), "law", unit=unit)) == [0, 1, 2]
+        assert caplog.messages[0].startswith(f"law: 1 of 3 {several}, about ")
 
 
 def test_scores_stand_for_losses_and_general_text_comes_last() -> None:
