@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from piece_ds.config.settings import parse
+from piece_ds.preflight.best_step import DECISIVE as OF_BEST_STEP
 from piece_ds.preflight.preflight import DECISIVE
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.claim import Claim
@@ -71,6 +72,21 @@ def test_every_setting_but_those_that_decide_nothing_must_stay(tmp_path: Path) -
                 claim.check()
     assert num_tried > 80
 
+    # A folder of an older version may not know a setting: then it had what the setting's absence means.
+    (name, *_) = (name for name, value in groups["MethodArguments"].items() if value not in (None, False, ""))
+    older = {**groups, "MethodArguments": {key: v for key, v in groups["MethodArguments"].items() if key != name}}
+    Claim(RunFolder(tmp_path / "older"), older).make()
+    with pytest.raises(UserError, match=rf"belongs to another run \(MethodArguments\.{name} was None"):
+        Claim(RunFolder(tmp_path / "older"), groups, resume=True).check()
+
 
 def test_what_decides_the_weights_is_among_them() -> None:
     assert set(DECISIVE) >= OF_TRAINING
+    # When evaluations decide with which weights a task ends: which steps are evaluated, and by what.
+    assert set(OF_BEST_STEP) >= {
+        "eval_strategy",
+        "eval_steps",
+        "eval_delay",
+        "metric_for_best_model",
+        "greater_is_better",
+    }

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from piece_ds.__main__ import main
 from piece_ds.deltas import patch
-from piece_ds.deltas.delta import open_delta
+from piece_ds.deltas.chain_files import chain_folders
+from piece_ds.deltas.delta import find_deltas, open_delta
 from piece_ds.models.layout import layout_of
 from piece_ds.state.mask import Mask
 from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range
@@ -179,3 +180,13 @@ def test_fingerprint_of_unselected_weights_does_not_see_the_selected_ones() -> N
     assert weights_fingerprint(model, mask) == before
     model.lm_head.weight.data.view(-1)[6] += 1
     assert weights_fingerprint(model, mask) != before
+
+
+def test_the_tasks_of_a_run_are_found_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Also past a hundred tasks, where text puts 100 before 99."""
+    for name in ("99-b", "100-a", "07-c", "notes"):
+        (tmp_path / name / "chain").mkdir(parents=True)
+        (tmp_path / name / "delta.safetensors").touch()
+    names = ["07-c", "99-b", "100-a"]
+    assert [path.parent.name for path in find_deltas([tmp_path])] == names
+    assert [path.parent.name for path in chain_folders(tmp_path)] == names

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from piece_ds.config.arguments import DataArguments
 from piece_ds.data.files import load_rows, read_data_file
 from piece_ds.data.formats import parse_columns
+from piece_ds.data.held_out import hold_out
 from piece_ds.data.tasks import Task, load_task_stream
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.runtime.errors import UserError
@@ -285,6 +286,10 @@ def test_held_out_rows_are_drawn_by_the_seed_alone(tmp_path: Path, tokenizer: Pr
     assert train == sorted(train, key=int)
     assert split(1) == (train, test)
     assert split(2) != (train, test)
+    for num_rows, share, held_out in ((20, 0.25, 5), (10, 0.16, 2), (10, 0.14, 1), (10, 0.01, 1), (3, 0.99, 2)):
+        kept, held = hold_out(num_rows, share, 1, path)
+        assert (len(kept), len(held)) == (num_rows - held_out, held_out), (num_rows, share)
+        assert sorted([*kept, *held]) == list(range(num_rows))
     with pytest.raises(UserError, match="needs at least 2"):
         load(write(tmp_path, {"prompt": "p", "answer": "a"}), tokenizer, validation_share=0.5)
     for share in (0.0, 1.0, -1.0, float("nan")):

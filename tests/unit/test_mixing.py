@@ -25,8 +25,8 @@ def files(tmp_path: Path) -> str:
     return f"{first}, {second}"
 
 
-def task_of(files: str, **settings: Any) -> Task:
-    (task,) = load_task_stream(DataArguments(train_file=files, **settings), make_tokenizer(256))
+def task_of(files: str, seed: int = 42, **settings: Any) -> Task:
+    (task,) = load_task_stream(DataArguments(train_file=files, **settings), make_tokenizer(256), seed=seed)
     return task
 
 
@@ -47,6 +47,7 @@ def test_files_follow_one_another_whatever_their_formats(files: str) -> None:
 def test_weights_draw_the_same_rows_at_every_call(files: str) -> None:
     drawn = [task_of(files, interleave_probs="1,3") for _ in range(2)]
     assert sources(drawn[0]) == sources(drawn[1])
+    assert sources(drawn[0]) != sources(task_of(files, seed=43, interleave_probs="1,3"))
     counts = Counter(sources(drawn[0]))
     assert counts["b"] == 6  # the first file with no row left ends it
     assert counts["a"] < 6

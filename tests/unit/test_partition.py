@@ -1,5 +1,8 @@
 """Every element of a parameter has exactly one owner, and the order of ranks is the order of positions."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -47,6 +50,18 @@ def test_buckets_hold_every_element_once_and_stay_small(bucket_elements: int) ->
     buckets = plan_buckets(layout, bucket_elements)
     seen = [(part.info.name, i) for bucket in buckets for part in bucket for i in range(*slice_range(part, 0, 1))]
     assert len(seen) == len(set(seen)) == layout.num_eligible
+
+    # Also where the last ranks own fewer elements or none, and where only some rows are eligible.
+    first, *others = layout.parameters
+    rows = replace(layout, parameters=(replace(first, rows=(2, 5)), *others))
+    for cut, num_ranks in product((layout, rows), (2, 3, 5)):
+        seen = []
+        for bucket in plan_buckets(replace(cut, num_ranks=num_ranks), bucket_elements):
+            ranges = [(part, *slice_range(part, owner, num_ranks)) for part in bucket for owner in range(num_ranks)]
+            assert all(start <= stop for _, start, stop in ranges)
+            assert sum(stop - start for _, start, stop in ranges) <= max(bucket_elements, num_ranks)
+            seen += [(part.info.name, i) for part, start, stop in ranges for i in range(start, stop)]
+        assert len(seen) == len(set(seen)) == cut.num_eligible
     assert all(sum(part.numel for part in bucket) <= bucket_elements for bucket in buckets)
     order = [part.info.name for bucket in buckets for part in bucket]
     assert order[0] == "2.bias"  # backward finishes the last parameter first

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.oracle import score
 from support.ranks import on_ranks
-from support.selection_cases import BUDGETS, KINDS, METHODS, as_set, blocks_layout, expected, make_stats
+from support.selection_cases import BUDGETS, KINDS, METHODS, as_set, blocks_layout, expected, make_stats, whole_sums
 
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
 from piece_ds.methods.estimate import select
@@ -22,7 +23,9 @@ def test_selection_over_ranks_equals_a_stable_sort(num_ranks: int) -> None:
 
     def work() -> list[set[tuple[str, int]]]:
         masks = [select(blocks_layout(), m, ratio, make_stats(kind), budget=budget) for kind, m, budget, ratio in asked]
-        return [as_set(mask.whole()) for mask in masks]
+        wholes = [mask.whole() for mask in masks]
+        assert all(bool((index.diff() > 0).all()) for whole in wholes for index in whole.values())  # rank after rank
+        return [as_set(whole) for whole in wholes]
 
     for found in on_ranks(num_ranks, work):
         for case, mask in zip(asked, found, strict=True):
@@ -31,15 +34,29 @@ def test_selection_over_ranks_equals_a_stable_sort(num_ranks: int) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_candidates_of_a_last_pass_are_taken_only_if_they_are_proven(num_ranks: int) -> None:
-    """A bound that the last gradients made too high finds too few: the selection must not be made of them."""
+    """A bound that the last gradients made too high finds too few, or one rank has no room for what it found.
+
+    The selection must not be made of them. k counts the whole model, also where fewer elements are eligible.
+    """
+    k = max(1, int(0.3 * blocks_layout().total))
+    scores = np.sort(np.concatenate([*score("piece-s", *whole_sums("random")).values()]))[::-1]
+    # (bound, room on the first rank; None: enough, are they proven)
+    cases = [
+        (1e-6, None, True),
+        (float(scores[k - 1]), None, True),
+        (float(scores[k - 2]), None, False),
+        (1e30, None, False),
+        (1e-6, 5, False),
+    ]
 
     def work() -> list[tuple[bool, set[tuple[str, int]]]]:
         found = []
-        for bound in (1e-6, 0.2, 2.0, 1e30):
+        for bound, room, _ in cases:
             stats = make_stats("random")
             last = LastPassFilter(stats.layout, PIECE_S, 0.3, lam=1.0)
             last.bound = bound
-            last.candidates = candidates.ops.empty_candidates(stats.layout.num_owned, "cpu")
+            room = room if room is not None and stats.layout.rank == 0 else stats.layout.num_owned
+            last.candidates = candidates.ops.empty_candidates(room, "cpu")
             nothing, bad = torch.zeros(1), torch.zeros((), dtype=torch.int64)
             for place in range(stats.layout.num_owned):  # the last gradient is zero: the sums stay as they are
                 sums = stats.fragment(place, 1)
@@ -50,7 +67,7 @@ def test_candidates_of_a_last_pass_are_taken_only_if_they_are_proven(num_ranks: 
         return found
 
     for found in on_ranks(num_ranks, work):
-        assert [proven for proven, _ in found] == [True, True, False, False]
+        assert [proven for proven, _ in found] == [is_proven for _, _, is_proven in cases]
         for _, mask in found:
             assert mask == expected("random", "piece-s", "model", 0.3)
 

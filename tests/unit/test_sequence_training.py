@@ -57,6 +57,7 @@ def test_what_ranks_cannot_share_is_refused_by_name() -> None:
         ({"method": "piece-ratio"}, ""),
         ({"world": 3}, "does not divide the 3 ranks"),
         ({"kv_heads": 1}, "num_key_value_heads 1"),
+        ({"kv_heads": 3}, "num_key_value_heads 3"),
         ({"window": 16}, "longest row has 17 tokens"),
         ({"attn_implementation": "eager"}, "got eager"),
         ({"method": "migu"}, "--method migu"),

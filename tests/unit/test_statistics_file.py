@@ -1,16 +1,17 @@
 """Saved statistics come back bit for bit, and are refused where they are of something else."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
+from piece_ds.checkpoint.statistics_file import PartialStatistics, load_statistics, save_statistics
 from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
-from piece_ds.state.statistics import GradientStats
+from piece_ds.state.statistics import GradientStats, empty_stats
 
 LAYOUT = layout_of(nn.Sequential(nn.Linear(7, 3), nn.Linear(3, 1)))
 SOURCE = {"file": "rows.json", "batch": 4}
@@ -40,6 +41,22 @@ def test_another_ratio_or_method_needs_no_second_pass(tmp_path: Path, method: st
     first, second = select(LAYOUT, method, ratio, stats), select(LAYOUT, method, ratio, again)
     assert first.index.keys() == second.index.keys()
     assert all(torch.equal(index, second.index[name]) for name, index in first.index.items())
+
+
+def test_the_newest_sums_are_those_of_most_micro_batches(tmp_path: Path) -> None:
+    """A kill between writing new sums and removing older ones leaves both."""
+    folder, older = tmp_path / "partial", tmp_path / "older"
+    for num_done in (9, 10):
+        stats = make_stats()
+        stats.num_micro_batches = num_done
+        PartialStatistics(folder, 1, SOURCE).keep(stats)
+        if num_done == 9:
+            shutil.copytree(folder, older)
+    assert len(list(folder.iterdir())) == 1  # the older ones are gone
+    shutil.copytree(older, folder, dirs_exist_ok=True)
+    found = empty_stats(LAYOUT, True, "cpu")
+    PartialStatistics(folder, 1, SOURCE).begin(found)
+    assert found.num_micro_batches == 10
 
 
 def test_no_temporary_file_is_left(tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def test_prompt_of_an_encoded_row_is_the_prompt_to_generate_from(tokenizer: PreT
 
 def test_row_with_labels_from_its_first_position_keeps_one_token_to_continue() -> None:
     assert split_prompt([5, 6, 7], [5, 6, 7]) == ([5], [6, 7])
+    # A template may write more after the last turn, which has no loss: it belongs to neither part.
+    assert split_prompt([5, 6, 7, 8], [-100, 6, 7, -100]) == ([5], [6, 7])
 
 
 @pytest.mark.parametrize(("longest", "padded"), [(1, 8), (7, 8), (8, 8), (9, 16)])

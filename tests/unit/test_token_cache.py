@@ -43,8 +43,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def tokenizer_with(template: str | None = TEMPLATE, word: str | None = None) -> PreTrainedTokenizerBase:
+def tokenizer_with(
+    template: str | None = TEMPLATE, word: str | None = None, eos: str | None = None
+) -> PreTrainedTokenizerBase:
     tokenizer = make_tokenizer(256)
+    if eos is not None:
+        tokenizer.eos_token = eos
     if word is not None:
         tokenizer.add_tokens([word])
     tokenizer.chat_template = template
@@ -105,6 +109,7 @@ def test_whatever_changes_ids_or_rows_has_an_entry_of_its_own(tmp_path: Path, ca
         lambda: load(path, tokenizer_with(TEMPLATE.replace("<", "["))),
         lambda: load(path, tokenizer_with(TEMPLATE + "{# {{ strftime_now('%d') }} #}")),
         lambda: load(path, tokenizer_with(word="u1")),
+        lambda: load(path, tokenizer_with(eos="<s>")),
         lambda: load(write(tmp_path / "a.jsonl", FORMATS["messages"][:-1])),
     ]
     for change in changes:
