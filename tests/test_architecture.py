@@ -2,10 +2,11 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import pytest
 from support import prose
+from support.tables import each
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "piece_ds"
@@ -39,9 +40,14 @@ def level_of(unit: str) -> int:
     return next((level for level, units in enumerate(LEVELS) if unit in units), len(LEVELS))
 
 
-def imports_of(path: Path) -> Iterator[tuple[str, int]]:
-    """(module, line) of every import of piece_ds, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+@cache
+def imports_of(path: Path) -> list[tuple[str, int]]:
+    """Return (module, line) of every import of piece_ds, inside functions too."""
+    return list(_imports_of(path))
+
+
+def _imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    for node in prose.nodes_of(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         if isinstance(node, ast.ImportFrom):
@@ -50,24 +56,22 @@ def imports_of(path: Path) -> Iterator[tuple[str, int]]:
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
+UNITS = {unit_of(module) for module in MODULES}
+
+
 def units_imported(path: Path) -> set[tuple[str, int]]:
-    units = {unit_of(module) for module in MODULES}
     found = set()
     for module, line in imports_of(path):
         parts = module.split(".")
-        if parts[0] == "piece_ds" and len(parts) > 1 and parts[1] in units:
+        if parts[0] == "piece_ds" and len(parts) > 1 and parts[1] in UNITS:
             found.add((parts[1], line))
     return found
-
-
-def named(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 INSIDE = [path for path in MODULES if unit_of(path) != "__init__"]
 
 
-@pytest.mark.parametrize("path", INSIDE, ids=named)
+@each(path=INSIDE)
 def test_imports_go_down(path: Path) -> None:
     own = level_of(unit_of(path))
     upward = [(unit, line) for unit, line in units_imported(path) if level_of(unit) > own]
@@ -97,21 +101,20 @@ def test_nothing_imports_launch_or_tests() -> None:
         assert not [module for module, _ in imports_of(path) if module.split(".")[0] in ("launch", "tests", "support")]
 
 
-@pytest.mark.parametrize("path", [*MODULES, *LAUNCH], ids=named)
+@each(path=[*MODULES, *LAUNCH])
 def test_every_module_says_why_it_exists(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert ast.get_docstring(prose.tree_of(path))
 
 
-@pytest.mark.parametrize("path", [*MODULES, *LAUNCH], ids=named)
+@each(path=[*MODULES, *LAUNCH])
 def test_files_and_functions_are_short(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    for node in ast.walk(ast.parse(text)):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+    for node in prose.nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
 
 
-@pytest.mark.parametrize("path", LAUNCH, ids=named)
+@each(path=LAUNCH)
 def test_launch_scripts_are_short_and_hold_no_tensors(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LAUNCH_LINES
     assert not [module for module, _ in imports_of(path) if module.split(".")[0] in ("torch", "deepspeed", "numpy")]
@@ -129,9 +132,9 @@ def test_launch_scripts_hide_no_module_of_others() -> None:
 DEEPSPEED_NAMES = {"engine", "optimizer", "model_wrapped", "basic_optimizer"}
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if unit_of(p) != "zero"], ids=named)
+@each(path=[p for p in MODULES if unit_of(p) != "zero"])
 def test_only_the_door_reads_private_names_of_deepspeed(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in prose.nodes_of(path):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
             assert owner not in DEEPSPEED_NAMES, f"line {node.lineno}: {owner}.{node.attr}"
@@ -139,10 +142,10 @@ def test_only_the_door_reads_private_names_of_deepspeed(path: Path) -> None:
     assert not [module for module, _ in imports_of(path) if module.startswith("deepspeed.runtime")]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=named)
+@each(path=MODULES)
 def test_importing_starts_nothing(path: Path) -> None:
     """No call of logging.basicConfig, no device query and no process group at the top level of a module."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in prose.tree_of(path).body:
         for call in ast.walk(node) if isinstance(node, ast.Expr | ast.Assign) else ():
             if isinstance(call, ast.Call):
                 text = ast.unparse(call.func)

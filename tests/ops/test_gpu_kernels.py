@@ -19,7 +19,13 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(
-    scope="module", params=["triton_job few", pytest.param("triton_job", marks=pytest.mark.slow), "emulation_job"]
+    scope="module",
+    params=[
+        "triton_job few",
+        pytest.param("triton_job", marks=pytest.mark.slow),
+        "emulation_job few",
+        pytest.param("emulation_job", marks=pytest.mark.slow),
+    ],
 )
 def outcome(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What the job prints: op -> [number of cases, failures]."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.op_cases import BLOCK, DTYPES, F32, accumulated, assert_same_bits, scores, sums, values
+from support.tables import each
 from torch import Tensor
 
 from piece_ds import ops
@@ -23,8 +24,7 @@ def check_candidates(found: ops.Candidates, want: np.ndarray, bound: float) -> N
     assert_same_bits(found.score[order], want[above])
 
 
-@pytest.mark.parametrize("with_sum", [True, False])
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES, with_sum=[True, False])
 def test_filter_finds_exactly_what_reaches_the_bound(n: int, with_sum: bool) -> None:
     grad_sum, square_sum = sums(n, seed=10)
     optional = grad_sum if with_sum else None
@@ -34,7 +34,7 @@ def test_filter_finds_exactly_what_reaches_the_bound(n: int, with_sum: bool) -> 
         check_candidates(found, scores(optional, square_sum), bound)
 
 
-@pytest.mark.parametrize("lam", [1e-45, 1e-30, 1.0, 1e20])
+@each(lam=[1e-45, 1e-30, 1.0, 1e20])
 def test_no_score_at_the_bound_is_lost_and_none_below_it_is_found(lam: float) -> None:
     """The bound is one of the scores, or the next number above or below: a test without division must not round it."""
     rng = np.random.default_rng(1)
@@ -48,7 +48,7 @@ def test_no_score_at_the_bound_is_lost_and_none_below_it_is_found(lam: float) ->
             check_candidates(found, want, near)
 
 
-@pytest.mark.parametrize("capacity", [0, 1, 500, BLOCK + 1])
+@each(capacity=[0, 1, 500, BLOCK + 1])
 def test_filter_counts_what_has_no_room_and_writes_nothing_past_it(capacity: int) -> None:
     n = 2 * BLOCK + 5
     room = ops.empty_candidates(capacity + 8, "cpu")
@@ -73,9 +73,7 @@ def test_filter_appends_after_what_is_there() -> None:
     assert found.score[:3].tolist() == [5.0, 3.0, 4.0]
 
 
-@pytest.mark.parametrize("with_sum", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES, dtype=DTYPES, with_sum=[True, False])
 def test_accumulate_filter_filters_the_new_sums(n: int, dtype: torch.dtype, with_sum: bool) -> None:
     start_sum, start_square = (values(n, seed=seed).nan_to_num(1.0, 1.0, 1.0).abs() for seed in (1, 2))
     grad = values(n + 1, dtype)[1:]
@@ -107,10 +105,7 @@ def tied(n: int) -> tuple[Tensor, Tensor]:
 CASES = {"spread": lambda n: sums(n, seed=13), "tied": tied, "zero": lambda n: (torch.zeros(n), torch.ones(n))}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 1.0])
-@pytest.mark.parametrize("with_sum", [True, False])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("n", [n for n in SIZES if n])
+@each(n=[n for n in SIZES if n], case=CASES, with_sum=[True, False], share=[0.0, 0.001, 0.5, 1.0])
 def test_select_above_takes_the_k_highest(n: int, case: str, with_sum: bool, share: float) -> None:
     grad_sum, square_sum = CASES[case](n)
     optional = grad_sum if with_sum else None
@@ -137,10 +132,13 @@ def test_select_above_at_the_ends_of_the_keys(key: int, num_ties: int, want: lis
 SAMPLES = [(1, 1), (9, 4), (1, 3), (7, 7), (5, 64), (1000, 4096), (40_000, 100_000)]  # (run, stride)
 
 
-@pytest.mark.parametrize(("shift", "bits"), [(20, 11), (15, 16), (8, 16), (31, 0), (23, 0)])
-@pytest.mark.parametrize("with_sum", [True, False])
-@pytest.mark.parametrize("n", [0, 1, 33, 1009, 4 * BLOCK + 5])
-def test_sampled_histogram_equals_numpy(n: int, with_sum: bool, shift: int, bits: int) -> None:
+@each(
+    n=[0, 1, 33, 1009, 4 * BLOCK + 5],
+    with_sum=[True, False],
+    digit=[(20, 11), (15, 16), (8, 16), (31, 0), (23, 0)],
+)
+def test_sampled_histogram_equals_numpy(n: int, with_sum: bool, digit: tuple[int, int]) -> None:
+    shift, bits = digit
     grad_sum, square_sum = sums(n, seed=15)
     optional = grad_sum if with_sum else None
     key = scores(optional, square_sum).view(np.int32).astype(np.int64)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.op_cases import DTYPES, accumulated, assert_same_bits, positions, scores, values
+from support.tables import each
 
 from piece_ds import ops
 from piece_ds.ops.reference import CHUNK
@@ -13,10 +14,7 @@ pytestmark = pytest.mark.usefixtures("cpu_provider")
 SIZES = [0, 1, 7, 8, 9, 31, 32, 33, 1023, 10_007, CHUNK + 5]
 
 
-@pytest.mark.parametrize("finite", [True, False])
-@pytest.mark.parametrize("with_sum", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES, dtype=DTYPES, with_sum=[True, False], finite=[True, False])
 def test_accumulate_equals_numpy(n: int, dtype: torch.dtype, with_sum: bool, finite: bool) -> None:
     start_sum, start_square = values(n, seed=1).nan_to_num(1.0, 1.0, 1.0), values(n, seed=2).nan_to_num(1.0, 1.0, 1.0)
     grad = values(n, dtype)
@@ -35,8 +33,7 @@ def test_accumulate_equals_numpy(n: int, dtype: torch.dtype, with_sum: bool, fin
         assert torch.equal(grad.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", [0, 500, CHUNK - 1, CHUNK, CHUNK + 4])
+@each(place=[0, 500, CHUNK - 1, CHUNK, CHUNK + 4], bad=[float("nan"), float("inf"), -float("inf")])
 def test_accumulate_finds_a_single_nonfinite_entry_anywhere(place: int, bad: float) -> None:
     grad = torch.ones(CHUNK + 5)
     grad[place] = bad
@@ -53,14 +50,13 @@ def test_accumulate_squares_in_fp32_what_underflows_in_fp16() -> None:
     assert square_sum.item() == pytest.approx(1e-8, rel=1e-3)
 
 
-@pytest.mark.parametrize("lam", [1.0, 1e-8, 1e6])
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES, lam=[1.0, 1e-8, 1e6])
 def test_second_order_score_equals_numpy(n: int, lam: float) -> None:
     grad_sum, square_sum = values(n, seed=3), values(n, seed=4).abs().nan_to_num(float("inf"))
     assert_same_bits(ops.score(grad_sum, square_sum, lam), scores(grad_sum, square_sum, lam))
 
 
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES)
 def test_fisher_score_is_a_copy_of_the_square_sum(n: int) -> None:
     square_sum = values(n, seed=4).abs()
     got = ops.score(None, square_sum)
@@ -82,15 +78,15 @@ def test_score_of_infinite_over_infinite_is_zero() -> None:
     assert ops.score(torch.ones(1), infinite).item() == 0.0
 
 
-@pytest.mark.parametrize("lam", [0.0, -1.0, float("nan")])
+@each(lam=[0.0, -1.0, float("nan")])
 def test_score_refuses_a_lambda_that_is_not_positive(lam: float) -> None:
     with pytest.raises(ValueError, match="lam must be positive"):
         ops.score(torch.ones(1), torch.ones(1), lam)
 
 
-@pytest.mark.parametrize(("shift", "bits"), [(20, 11), (10, 10), (0, 10), (30, 1), (0, 31 - 20)])
-@pytest.mark.parametrize("n", SIZES)
-def test_score_histogram_equals_numpy(n: int, shift: int, bits: int) -> None:
+@each(n=SIZES, digit=[(20, 11), (10, 10), (0, 10), (30, 1), (0, 31 - 20)])
+def test_score_histogram_equals_numpy(n: int, digit: tuple[int, int]) -> None:
+    shift, bits = digit
     score = values(n, seed=5).abs().nan_to_num(nan=0.0, posinf=float("inf"))
     key = score.numpy().view(np.uint32).astype(np.int64)
     leading = shift + bits == 31
@@ -108,8 +104,7 @@ def test_order_of_keys_is_order_of_scores() -> None:
     np.testing.assert_array_equal(by_key, np.argsort(score, kind="stable"))
 
 
-@pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 1.0])
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES, density=[0.0, 0.001, 0.3, 1.0])
 def test_index_to_mask_equals_packbits(n: int, density: float) -> None:
     index = positions(n, density)
     flags = np.zeros(n, dtype=bool)
@@ -117,8 +112,7 @@ def test_index_to_mask_equals_packbits(n: int, density: float) -> None:
     assert_same_bits(ops.index_to_mask(torch.from_numpy(index), n), np.packbits(flags, bitorder="little"))
 
 
-@pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 1.0])
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES, density=[0.0, 0.001, 0.3, 1.0])
 def test_mask_to_index_equals_unpackbits(n: int, density: float) -> None:
     flags = np.zeros(n, dtype=bool)
     flags[positions(n, density)] = True
@@ -126,15 +120,13 @@ def test_mask_to_index_equals_unpackbits(n: int, density: float) -> None:
     assert_same_bits(got, np.flatnonzero(flags).astype(np.int64))
 
 
-@pytest.mark.parametrize("order", ["ascending", "descending"])
+@each(order=["ascending", "descending"])
 def test_index_to_mask_does_not_need_sorted_positions(order: str) -> None:
     index = torch.tensor([0, 1, 9, 15, 31]).sort(descending=order == "descending").values
     assert ops.index_to_mask(index, 33).tolist() == [3, 130, 0, 128, 0]
 
 
-@pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 1.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES, dtype=DTYPES, density=[0.0, 0.001, 0.3, 1.0])
 def test_apply_mask_keeps_bits_inside_and_zeroes_outside(n: int, dtype: torch.dtype, density: float) -> None:
     grad = values(n, dtype)
     index = positions(n, density)
@@ -152,7 +144,7 @@ def test_apply_mask_writes_through_a_view_and_nothing_beside_it() -> None:
     assert buffer.tolist() == [1, 1, 1, 1, 0, 0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("which", ["grad_sum", "square_sum"])
+@each(which=["grad_sum", "square_sum"])
 def test_accumulate_refuses_unequal_shapes(which: str) -> None:
     sums = {"grad_sum": torch.zeros(4), "square_sum": torch.zeros(4)} | {which: torch.zeros(5)}
     with pytest.raises(ValueError, match="expected equal 1-D shapes"):
@@ -185,6 +177,6 @@ def test_accumulate_of_a_strided_gradient_is_right() -> None:
     assert square_sum.tolist() == [0.0, 4.0, 16.0, 36.0]
 
 
-@pytest.mark.parametrize("op", list(ops.schema.SCHEMAS))
+@each(op=list(ops.schema.SCHEMAS))
 def test_every_op_names_its_provider(op: str) -> None:
     assert ops.provider(op, "cpu") == "cpp"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.op_cases import BLOCK, DTYPES, F32, assert_same_bits, positions, values
+from support.tables import each
 from torch import Tensor
 
 from piece_ds import ops
@@ -26,9 +27,7 @@ def finite(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return values(n, torch.float32, seed).nan_to_num(0.5, 0.5, 0.5).clamp(-100, 100).to(dtype)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1 / 1024, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES, dtype=DTYPES, scale=[1.0, 1 / 1024, 0.3])
 def test_apply_mask_scales_and_gives_the_norm(n: int, dtype: torch.dtype, scale: float) -> None:
     for density in [0.0, 0.001, 0.3, 1.0]:
         buffer = torch.ones(n + 9, dtype=dtype)
@@ -60,7 +59,7 @@ def test_apply_mask_beyond_the_cache_writes_every_element() -> None:
     assert grad[index].eq(1.0).all()
 
 
-@pytest.mark.parametrize("order", ["descending", "shuffled"])
+@each(order=["descending", "shuffled"])
 def test_apply_mask_does_not_need_sorted_positions(order: str) -> None:
     index = torch.arange(0, 1009, 3)
     index = index.flip(0) if order == "descending" else index[torch.randperm(index.numel())]
@@ -70,9 +69,7 @@ def test_apply_mask_does_not_need_sorted_positions(order: str) -> None:
     assert torch.equal(index, before)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", SIZES)
+@each(n=SIZES, dtype=DTYPES, scale=[1.0, 0.3])
 def test_gather_add_equals_numpy(n: int, dtype: torch.dtype, scale: float) -> None:
     grad = values(n + 1, dtype, seed=21)[1:]
     index = np.random.default_rng(n).permutation(positions(n, 0.3))
@@ -83,10 +80,13 @@ def test_gather_add_equals_numpy(n: int, dtype: torch.dtype, scale: float) -> No
     np.testing.assert_array_equal(total.numpy(), want)
 
 
-@pytest.mark.parametrize("density", [0.001, 0.01, 0.1, 1.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("out", "width"), [(1, 1), (16, 16), (17, 31), (97, 130), (33, 1009)])
-def test_sampled_gradient_equals_the_dense_product(out: int, width: int, dtype: torch.dtype, density: float) -> None:
+@each(
+    shape=[(1, 1), (16, 16), (17, 31), (97, 130), (33, 1009)],
+    dtype=DTYPES,
+    density=[0.001, 0.01, 0.1, 1.0],
+)
+def test_sampled_gradient_equals_the_dense_product(shape: tuple[int, int], dtype: torch.dtype, density: float) -> None:
+    out, width = shape
     index = positions(out * width, density)
     for tokens in TOKENS:
         generator = torch.Generator().manual_seed(tokens)
@@ -127,8 +127,7 @@ def adamw_oracle(state: list[np.ndarray], grad: np.ndarray, h: dict[str, float])
     value -= (first / denominator) * F32(h["lr"] / (1 - h["beta1"] ** h["step"]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [0, 1, 15, 16, 17, 255, 257, 4097, 9001])
+@each(k=[0, 1, 15, 16, 17, 255, 257, 4097, 9001], dtype=DTYPES)
 def test_sparse_adamw_equals_numpy(k: int, dtype: torch.dtype) -> None:
     h = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.3, "step": 0}
     index = torch.from_numpy(np.random.default_rng(k).permutation(3 * k + 1)[:k].copy())
@@ -147,8 +146,7 @@ def test_sparse_adamw_equals_numpy(k: int, dtype: torch.dtype) -> None:
     assert torch.equal(weight, untouched)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [0, 1, 15, 17, 255, 256, 257, 4097, 9001])
+@each(k=[0, 1, 15, 17, 255, 256, 257, 4097, 9001], dtype=DTYPES)
 def test_sparse_adamw_writes_only_what_rounds_differently(k: int, dtype: torch.dtype) -> None:
     """All of the weight is 7 here: what is still 7 has not been written."""
     index = torch.from_numpy(np.random.default_rng(k).permutation(3 * k + 1)[:k].copy())
@@ -169,7 +167,7 @@ def test_sparse_adamw_writes_only_what_rounds_differently(k: int, dtype: torch.d
         assert not changed.all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each(dtype=DTYPES)
 def test_sparse_adamw_of_a_weight_that_holds_its_values_gives_the_same(dtype: torch.dtype) -> None:
     k = 5000
     index = torch.from_numpy(np.random.default_rng(k).permutation(2 * k)[:k].copy())

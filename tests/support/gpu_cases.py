@@ -16,6 +16,7 @@ from piece_ds.ops import reference
 
 SIZES = [0, 1, 31, 32, 33, 1021, 1024, 1025, 5003]
 FEW_SIZES = [0, 33, 1025]
+EDGES = [0, 32, 33, 1024, 1025]
 LARGE = [8192 * 9 + 1, (1 << 18) + 3]  # past one block of every kernel
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-45, -1e-40, 1e-39, 3.4e38, 6e4, 1.0, -1.0]

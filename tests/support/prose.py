@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,18 @@ def modules() -> list[Path]:
     )
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """Return what a source says, parsed once for all rules."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Return every node of a source."""
+    return tuple(ast.walk(tree_of(path)))
+
+
 @dataclass(frozen=True)
 class Call:
     """A call of a function of ours with many positional arguments."""
@@ -57,7 +70,7 @@ class Call:
 def functions() -> Iterator[tuple[Path, ast.FunctionDef | ast.ClassDef]]:
     """Yield every function and class of the package."""
     for path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 yield path, node
 
@@ -91,7 +104,7 @@ def long_calls() -> list[Call]:
     """Return calls of our own functions with more than MAX_POSITIONAL positional arguments."""
     known, found = own_names(), []
     for path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.Call) and len(node.args) > MAX_POSITIONAL:
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
                 if name in known:
@@ -106,8 +119,8 @@ def private_names() -> dict[str, set[str]]:
     """
     found: dict[str, set[str]] = {}
     for path in modules():
-        tree, bound = ast.parse(path.read_text(encoding="utf-8")), {}
-        for node in ast.walk(tree):
+        bound: dict[str, str] = {}
+        for node in nodes_of(path):
             if isinstance(node, ast.Import):
                 bound |= {
                     alias.asname or alias.name.split(".")[0]: alias.name
@@ -117,7 +130,7 @@ def private_names() -> dict[str, set[str]]:
             if isinstance(node, ast.ImportFrom) and node.module and _is_foreign(node.module):
                 bound |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
         used = set(bound.values())
-        used |= {_dotted(node, bound) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {_dotted(node, bound) for node in nodes_of(path) if isinstance(node, ast.Attribute)}
         private = {
             name for name in used if any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
         }
@@ -146,7 +159,7 @@ def arrows() -> set[tuple[str, str]]:
     found = set()
     for path in modules():
         own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             parts = [name.split(".") for name in names]

@@ -1,5 +1,6 @@
 """Statistics that make selection hard, and what must be selected, by a stable sort in numpy."""
 
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -36,6 +37,7 @@ class Blocks(nn.Module):
 NOT_ELIGIBLE = ("embed.weight", "frozen")
 
 
+@cache
 def whole_sums(kind: str) -> tuple[Arrays, Arrays]:
     """(G, F) in fp32 of every eligible parameter, the same everywhere."""
     rng = np.random.default_rng(3)
@@ -59,7 +61,8 @@ def whole_sums(kind: str) -> tuple[Arrays, Arrays]:
     return sums, squares
 
 
-def expected(kind: str, method: str, budget: str, ratio: float) -> set[tuple[str, int]]:
+@cache
+def expected(kind: str, method: str, budget: str, ratio: float) -> frozenset[tuple[str, int]]:
     """The selection, by definition. A score that is inf / inf counts as 0."""
     with np.errstate(invalid="ignore", over="ignore"):
         scores = {
@@ -68,7 +71,7 @@ def expected(kind: str, method: str, budget: str, ratio: float) -> set[tuple[str
     total = sum(p.numel() for p in Blocks().parameters())
     k = min(max(1, int(ratio * total)), sum(values.size for values in scores.values()))
     if budget == "model":
-        return top_k(scores, k)
+        return frozenset(top_k(scores, k))
     groups: dict[str, Arrays] = {}
     for name, values in scores.items():
         key = name if budget == "tensor" else name[:8] if name.startswith("layers.") else "other"
@@ -77,7 +80,7 @@ def expected(kind: str, method: str, budget: str, ratio: float) -> set[tuple[str
     shares = k * sizes / sizes.sum()  # largest remainder; the first of equal ones
     counts = np.floor(shares + 1e-9).astype(int)
     counts[np.argsort(-np.round(shares - counts, 9), kind="stable")[: k - counts.sum()]] += 1
-    return set().union(*(top_k(group, n) for group, n in zip(groups.values(), counts, strict=True) if n))
+    return frozenset().union(*(top_k(group, n) for group, n in zip(groups.values(), counts, strict=True) if n))
 
 
 def make_stats(kind: str) -> GradientStats:

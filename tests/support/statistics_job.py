@@ -29,7 +29,7 @@ from support.engines import adamw, make_engine
 from support.jobs import Results, collect_case, finish, start
 from support.models import Body, make_model
 from support.nondeterministic import install
-from support.selection_cases import CASES, blocks_layout, make_stats
+from support.selection_cases import blocks_layout, make_stats
 from support.statistics_cases import EVERY, METHODS, PLAIN, RATIOS, SPECIAL, THREE_RANKS, VISION, Case
 
 
@@ -119,15 +119,13 @@ def whole(stats: GradientStats, which: str) -> dict[str, np.ndarray]:
 
 
 def run_selection() -> dict[str, Any]:
-    """The selections of unit/test_selection.py again, on this number of ranks, and the data-free methods."""
-    result: dict[Any, Any] = {
-        case: select(blocks_layout(), case[1], case[3], make_stats(case[0]), budget=case[2]).whole() for case in CASES
+    """The data-free methods on this number of ranks; by statistics, unit/test_ranks.py selects."""
+    return {
+        "random": select(blocks_layout(), "random", 0.3, seed=5).whole(),
+        "magnitude": select(
+            blocks_layout(), "magnitude", 0.3, weight_of=lambda name, start, numel: magnitudes(start, numel)
+        ).whole(),
     }
-    result["random"] = select(blocks_layout(), "random", 0.3, seed=5).whole()
-    result["magnitude"] = select(
-        blocks_layout(), "magnitude", 0.3, weight_of=lambda name, start, numel: magnitudes(start, numel)
-    ).whole()
-    return result
 
 
 def magnitudes(start: int, numel: int) -> torch.Tensor:

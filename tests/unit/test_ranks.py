@@ -1,6 +1,5 @@
 """Selection, statistics files and their resharding over two and three owners, as forks of this process."""
 
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 from support.oracle import score
 from support.ranks import on_ranks
-from support.selection_cases import BUDGETS, KINDS, METHODS, as_set, blocks_layout, expected, make_stats, whole_sums
+from support.selection_cases import CASES, as_set, blocks_layout, expected, make_stats, whole_sums
 
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
 from piece_ds.methods.estimate import select
@@ -19,16 +18,14 @@ from piece_ds.selection.estimators import PIECE_S
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_selection_over_ranks_equals_a_stable_sort(num_ranks: int) -> None:
-    asked = list(product(KINDS, METHODS, BUDGETS, (1e-9, 0.01, 0.3)))
-
     def work() -> list[set[tuple[str, int]]]:
-        masks = [select(blocks_layout(), m, ratio, make_stats(kind), budget=budget) for kind, m, budget, ratio in asked]
+        masks = [select(blocks_layout(), m, ratio, make_stats(kind), budget=budget) for kind, m, budget, ratio in CASES]
         wholes = [mask.whole() for mask in masks]
         assert all(bool((index.diff() > 0).all()) for whole in wholes for index in whole.values())  # rank after rank
         return [as_set(whole) for whole in wholes]
 
     for found in on_ranks(num_ranks, work):
-        for case, mask in zip(asked, found, strict=True):
+        for case, mask in zip(CASES, found, strict=True):
             assert mask == expected(*case), case
 
 

@@ -3,14 +3,13 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support.forgeries import FORGERIES, READINGS, SECRET
+from support.forks import fork
 
 from piece_ds.evaluation import humaneval
 from piece_ds.evaluation.humaneval import Problem, cut_as_authors, cut_at_next_definition, passed
@@ -141,30 +140,30 @@ def wait_for(condition: object, seconds: float = 30.0) -> bool:
     return False
 
 
-def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
-    code = (
-        "from piece_ds.evaluation.sandbox import *\n"
-        "passes(Submission('x = bytearray(1 << 26)\\nwhile True: pass', 'f', ''), timeout_seconds=100.0)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
-    assert wait_for(lambda: len(descendants(parent.pid)) == 2)
-    family = descendants(parent.pid)
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
+def judging(program: str, output: Path) -> tuple[int, set[int]]:
+    """A process that waits for an endless program, which says in output what came of it; and the two below it."""
+    parent = fork(lambda: print(passes(Submission(program, "f", ""), timeout_seconds=100.0)), output)
+    assert wait_for(lambda: len(descendants(parent)) == 2), output.read_text()
+    return parent, descendants(parent)
+
+
+def test_nothing_outlives_a_killed_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    parent, family = judging("x = bytearray(1 << 26)\nwhile True: pass", tmp_path / "output")
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
     assert wait_for(lambda: not any(map(is_alive, family)))
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(folder) == []
 
 
-def test_nothing_outlives_a_killed_judge() -> None:
-    code = (
-        "from piece_ds.evaluation.sandbox import *\n"
-        "print(passes(Submission('while True: pass', 'f', ''), timeout_seconds=100.0))"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert wait_for(lambda: len(descendants(parent.pid)) == 2)
-    family = descendants(parent.pid)
+def test_nothing_outlives_a_killed_judge(tmp_path: Path) -> None:
+    parent, family = judging("while True: pass", tmp_path / "output")
     os.kill(next(iter(process for process in family if descendants(process))), signal.SIGKILL)
-    assert parent.communicate(timeout=30)[0] == b"False\n"
+    assert os.waitpid(parent, 0)[1] == 0
+    assert (tmp_path / "output").read_text() == "False\n"
     assert wait_for(lambda: not any(map(is_alive, family)))
 
 

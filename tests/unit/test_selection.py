@@ -8,13 +8,16 @@ from support.selection_cases import (
     BUDGETS,
     CASES,
     KINDS,
+    METHODS,
     NOT_ELIGIBLE,
+    RATIOS,
     Blocks,
     as_set,
     blocks_layout,
     expected,
     make_stats,
 )
+from support.tables import each
 from torch import nn
 
 from piece_ds import ops
@@ -32,7 +35,7 @@ NUM_ELEMENTS = sum(p.numel() for p in Blocks().parameters())
 NUM_ELIGIBLE = sum(p.numel() for n, p in Blocks().named_parameters() if n not in NOT_ELIGIBLE)
 
 
-@pytest.mark.parametrize(("kind", "method", "budget", "ratio"), CASES)
+@each(kind=KINDS, method=METHODS, budget=BUDGETS, ratio=RATIOS)
 def test_selection_equals_a_stable_sort(kind: str, method: str, budget: str, ratio: float) -> None:
     mask = select(blocks_layout(), method, ratio, make_stats(kind), budget=budget)
     want = expected(kind, method, budget, ratio)
@@ -109,13 +112,11 @@ def test_chunk_borders_change_nothing(monkeypatch: pytest.MonkeyPatch, method: s
 
 
 @pytest.mark.parametrize("room", [0, 1, 5])
-@pytest.mark.parametrize(("kind", "method", "budget", "ratio"), CASES)
-def test_too_little_room_for_candidates_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, kind: str, method: str, budget: str, ratio: float, room: int
-) -> None:
+def test_too_little_room_for_candidates_changes_nothing(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     monkeypatch.setattr(candidates, "room_for", lambda k, num_owned: room)
-    mask = select(blocks_layout(), method, ratio, make_stats(kind), budget=budget)
-    assert as_set(mask.whole()) == expected(kind, method, budget, ratio)
+    for kind, method, budget, ratio in CASES:
+        mask = select(blocks_layout(), method, ratio, make_stats(kind), budget=budget)
+        assert as_set(mask.whole()) == expected(kind, method, budget, ratio), (kind, method, budget, ratio)
 
 
 @pytest.mark.parametrize("bound", [0.0, 1e30, float("inf")])
