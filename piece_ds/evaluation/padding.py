@@ -52,17 +52,28 @@ def check_rows(model: Any, token_ids: Sequence[int], pad_id: int, one_row_at_a_t
         changed = _logits(model, [[*row[:-1], abs(other)]], pad_id)[0]
         padded, whole = _logits(model, [row, row + row[:5]], pad_id)[:, :_ROW_TOKENS]
 
-    # A causal model cannot tell from its earlier logits that the last token changed.
+    # A causal model cannot tell from its earlier logits that the last token changed. The longer row begins with the
+    # same tokens, and has tokens of its own where the shorter one has padding.
     name = type(module).__name__
-    if _differ(module, alone[:-1], changed[:-1], _SAME_SHAPE):
+    sees_later = _differ(module, alone[:-1], changed[:-1], _SAME_SHAPE)
+    sees_padding = not one_row_at_a_time and (
+        _differ(module, whole, padded, _SAME_SHAPE) or _differ(module, alone, padded, _OTHER_LENGTH)
+    )
+    if sees_later or sees_padding:
+        with evaluating(model):
+            again = _logits(model, [row], pad_id)[0]
+        if _differ(module, alone, again, _SAME_SHAPE):
+            raise UserError(
+                f"{name} says other things of the same row each time: it draws random numbers in evaluation too, so "
+                "that neither its losses nor a mask would repeat; make it deterministic in config.json (Reformer: "
+                "hash_seed)"
+            )
+    if sees_later:
         raise UserError(
             f"{name} sees the answers that it shall learn: a change of a row's last token changes what it says of the "
             "tokens before. It is an encoder, or its config.json makes it one (is_decoder false, causal false)"
         )
-    # The longer row begins with the same tokens, and has tokens of its own where the shorter one has padding.
-    if not one_row_at_a_time and (
-        _differ(module, whole, padded, _SAME_SHAPE) or _differ(module, alone, padded, _OTHER_LENGTH)
-    ):
+    if sees_padding:
         raise UserError(
             f"{name} says other things of a padded row than of the row alone: train one row at a time "
             "(--per_device_train_batch_size 1 --per_device_eval_batch_size 1 --importance_batch_size 1, with "

@@ -70,6 +70,12 @@ def check_best_step(
     schedule = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type))
     if rule.metric == LOSS_WITHIN_BUDGET and schedule in _READ_METRIC:
         raise UserError(f"--lr_scheduler_type {schedule} reads one number: use --metric_for_best_model loss or score")
+    direction = "max" if rule.greater_is_better else "min"
+    if schedule in _READ_METRIC and (arguments.lr_scheduler_kwargs or {}).get("mode", "min") != direction:
+        raise UserError(
+            f"--lr_scheduler_type {schedule} would take a better {rule.metric} for a worse one: add "
+            f'--lr_scheduler_kwargs \'{{"mode": "{direction}"}}\''
+        )
     silent = next((task for task in tasks if not get_scorer(scorers[task.name]).generates), None)
     if rule.metric == SCORE and silent is not None:
         raise UserError(

@@ -33,7 +33,7 @@ def _is_not(name: str, *values: str) -> Callable[[TrainingArguments], bool]:
 
 def _chooses_a_best(arguments: TrainingArguments) -> bool:
     # The product's own --load_best_model_at_end and --early_stopping_patience are asked for elsewhere.
-    by_metric = _plain(arguments.lr_scheduler_type) == "reduce_lr_on_plateau"
+    by_metric = _plain(arguments.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy")
     return by_metric or _plain(arguments.save_strategy) == "best"
 
 
@@ -53,9 +53,47 @@ def _no_schedule_in_file(arguments: TrainingArguments) -> bool:
     return not arguments.hf_deepspeed_config.config.get("scheduler")
 
 
+def _in_file(option: str) -> Need:
+    """Return the need of a flag that a DeepSpeed file's optimizer takes only if its params name the option."""
+
+    def is_met(arguments: TrainingArguments) -> bool:
+        section = arguments.hf_deepspeed_config.config.get("optimizer")
+        return not isinstance(section, dict) or option in (section.get("params") or {})
+
+    return Need(f'"{option}": "auto" in the params of the DeepSpeed file\'s optimizer', is_met)
+
+
+def _is_fixed_by_schedule(arguments: TrainingArguments, option: str) -> bool:
+    """Return whether a schedule of the DeepSpeed file has its own value of what a flag would give it by "auto"."""
+    section = arguments.hf_deepspeed_config.config.get("scheduler")
+    return isinstance(section, dict) and option not in (section.get("params") or {})
+
+
+def _in_schedule(option: str) -> Need:
+    return Need(
+        f'"{option}": "auto" in the params of the DeepSpeed file\'s scheduler',
+        lambda arguments: not _is_fixed_by_schedule(arguments, option),
+    )
+
+
+# Optimizers that take neither betas nor epsilon of the flags.
+_NOT_ADAM = (
+    *("sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "adafactor"),
+    *("galore_adafactor", "galore_adafactor_layerwise", "lomo", "adalomo", "schedule_free_sgd"),
+)
+
+
+def _takes_betas(arguments: TrainingArguments) -> bool:
+    in_file = arguments.hf_deepspeed_config.config.get("optimizer")
+    name = in_file.get("type") if isinstance(in_file, dict) else _plain(arguments.optim)
+    return str(name).lower() not in _NOT_ADAM
+
+
+_ADAM = Need("an optimizer of Adam's kind", _takes_betas)
 _CHECKPOINTING = Need("gradient_checkpointing", lambda arguments: bool(arguments.gradient_checkpointing))
 _BEST = Need(
-    "load_best_model_at_end, early_stopping_patience, save_strategy best or lr_scheduler_type reduce_lr_on_plateau",
+    "load_best_model_at_end, early_stopping_patience, save_strategy best or lr_scheduler_type reduce_lr_on_plateau or "
+    "greedy",
     _chooses_a_best,
 )
 _CHECKPOINTS = Need("save_strategy or save_steps", _is_not("save_strategy", "no"))
@@ -66,13 +104,21 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "num_train_epochs": (Need("max_steps -1", lambda arguments: arguments.max_steps < 0),),
     "warmup_steps": (
         Need(
-            "a schedule that warms up, which constant and reduce_lr_on_plateau do not",
-            _is_not("lr_scheduler_type", "constant", "reduce_lr_on_plateau", "greedy"),
+            "a schedule that warms up, which constant, reduce_lr_on_plateau and greedy do not",
+            lambda arguments: bool(
+                arguments.hf_deepspeed_config.config.get("scheduler")
+                or _plain(arguments.lr_scheduler_type) not in ("constant", "reduce_lr_on_plateau", "greedy")
+            ),
         ),
-        Need("a DeepSpeed file without a scheduler", _no_schedule_in_file),
+        _in_schedule("warmup_num_steps"),
     ),
     "lr_scheduler_type": (Need("a DeepSpeed file without a scheduler", _no_schedule_in_file),),
     "lr_scheduler_kwargs": (Need("a DeepSpeed file without a scheduler", _no_schedule_in_file),),
+    "learning_rate": (_in_file("lr"), _in_schedule("warmup_max_lr")),
+    "weight_decay": (_in_file("weight_decay"),),
+    "adam_beta1": (_ADAM, _in_file("betas")),
+    "adam_beta2": (_ADAM, _in_file("betas")),
+    "adam_epsilon": (_ADAM, _in_file("eps")),
     "optim": (Need("a DeepSpeed file without an optimizer", _no_optimizer_in_file),),
     "optim_args": (Need("a DeepSpeed file without an optimizer", _no_optimizer_in_file),),
     "gradient_checkpointing_kwargs": (_CHECKPOINTING,),
@@ -89,6 +135,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         Need("train_sampling_strategy group_by_length", _is("train_sampling_strategy", "group_by_length")),
     ),
     "data_seed": (Need("a train_sampling_strategy that draws", _is_not("train_sampling_strategy", "sequential")),),
+    "dataloader_in_order": (Need("dataloader_num_workers", lambda arguments: arguments.dataloader_num_workers > 0),),
     "run_name": (Need("report_to", _reports()),),
     "project": (_TRACKIO,),
     "trackio_space_id": (_TRACKIO,),

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 
@@ -22,9 +21,10 @@ from piece_ds.config.deepspeed_configs import contradiction
 from piece_ds.preflight.checks import PROVEN_OPTIM
 from piece_ds.preflight.idle_fields import unmet_needs
 from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED
-from piece_ds.runtime.distributed import world_size
+from piece_ds.runtime.distributed import is_main, world_size
 from piece_ds.runtime.errors import UserError
-from piece_ds.zero.config_file import ADAGRAD, check_deepspeed_config
+from piece_ds.zero.config_file import check_deepspeed_config
+from piece_ds.zero.file_optimizer import ADAGRAD, compile_optimizer, settle_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -154,13 +154,17 @@ def check_optimizer(arguments: TrainingArguments, config: Any, num_steps: Collec
         masked: whether steps act on single weights.
     """
     _check_precision(arguments)
-    holder = arguments.hf_deepspeed_config
-    check_deepspeed_config(_file_with_numbers(arguments, config, max(num_steps)), masked)
+    holder, content = arguments.hf_deepspeed_config, _file_with_numbers(arguments, config, max(num_steps))
+    notes = settle_optimizer(content)
+    check_deepspeed_config(content, masked)
     if _plain(arguments.optim) == "adagrad":
         raise UserError(ADAGRAD.format(flag="--optim adagrad"))
+    for note in notes if is_main() else ():
+        logger.warning("--deepspeed: %s", note)
 
     # DeepSpeed makes what its file describes.
     if holder.config.get("optimizer"):
+        compile_optimizer(content)
         return
     optimizer = _optimizer(arguments)
     if not holder.config.get("scheduler"):
@@ -169,8 +173,15 @@ def check_optimizer(arguments: TrainingArguments, config: Any, num_steps: Collec
 
 
 def _check_precision(arguments: TrainingArguments) -> None:
-    """Raise UserError if DeepSpeed would refuse the precision on this device, after the model is loaded."""
+    """Raise UserError if a precision would also be another one's, or DeepSpeed would refuse it on this device."""
     from deepspeed.accelerator import get_accelerator
+
+    for name in ("bf16", "fp16"):
+        if getattr(arguments, f"{name}_full_eval") and not getattr(arguments, name):
+            raise UserError(
+                f"--{name}_full_eval: DeepSpeed has one precision for training and evaluation, so that it would train "
+                f"in {name} too: give --{name}, or leave it out"
+            )
 
     device = get_accelerator()
     if arguments.fp16 and not device.is_fp16_supported():
@@ -189,10 +200,24 @@ def _optimizer(arguments: TrainingArguments) -> torch.optim.Optimizer:
     try:
         made, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         known: torch.optim.Optimizer = made(model.parameters(), **options)
+        _check_optimizer_options(arguments, model, options)
     except _REFUSALS as error:
         given = f" with --optim_args {arguments.optim_args}" if arguments.optim_args else ""
         raise UserError(f"--optim {_plain(arguments.optim)}{given} cannot be made: {_first_line(error)}") from error
     return known
+
+
+def _check_optimizer_options(arguments: TrainingArguments, model: nn.Module, options: dict[str, Any]) -> None:
+    """Raise UserError if an option of --optim_args changes nothing: transformers takes those it knows, silently."""
+    given = [item for item in (arguments.optim_args or "").replace(" ", "").split(",") if item]
+    for item in given:
+        others = copy.copy(arguments)
+        others.optim_args = ",".join(other for other in given if other != item) or None
+        if item.startswith("weight_decay=") or Trainer.get_optimizer_cls_and_kwargs(others, model)[1] == options:
+            raise UserError(
+                f"--optim_args {_shown(item)} changes nothing of --optim {_plain(arguments.optim)}: leave it out "
+                "(--learning_rate, --weight_decay, --adam_beta1 ... are flags)"
+            )
 
 
 def _check_schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -212,8 +237,8 @@ def _check_schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimiz
         )
         at = sorted({0, 1, warmup - 1, warmup, warmup + 1, steps // 2, steps - 1, steps} & set(range(steps + 1)))
         factors = [function(step) for function in getattr(schedule, "lr_lambdas", ()) for step in at]
-        if isinstance(schedule, ReduceLROnPlateau):
-            _try_plateau(schedule)
+        if hasattr(schedule, "num_bad_epochs"):
+            _try_metric(schedule)
     except _REFUSALS as error:
         given = f" with --lr_scheduler_kwargs {options}" if options else " without --lr_scheduler_kwargs"
         reason = _first_line(error).replace("`", "")
@@ -228,12 +253,12 @@ def _check_schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimiz
         )
 
 
-def _try_plateau(schedule: ReduceLROnPlateau) -> None:
-    """Let the metric worsen until the rate falls, and once more: each option is read on the way."""
-    schedule.step(1.0)
-    schedule.step(2.0)
+def _try_metric(schedule: Any) -> None:
+    """Let the metric of reduce_lr_on_plateau or greedy improve and worsen: each option is read on the way."""
+    for metric in (2.0, 1.0):
+        schedule.step(metric)
     schedule.patience = 0
-    for metric in (3.0, 4.0, 5.0):
+    for metric in (0.5, 0.4, 0.3, 0.2, 2.0, 3.0, 4.0, 5.0):
         schedule.step(metric)
 
 

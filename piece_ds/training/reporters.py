@@ -8,7 +8,8 @@ the stream, and a task's steps count on from those of the earlier tasks.
 import copy
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,26 @@ def open_reporters(report_to: Sequence[str], root: Path) -> StreamReporters:
         UserError: transformers knows no such reporter, or its package is not installed.
     """
     names = [name.strip() for text in report_to for name in text.split(",") if name.strip()]
-    # transformers' own refusal of a missing mlflow is followed by a traceback, from the __del__ of what it half made
-    if "mlflow" in names and not integration_utils.is_mlflow_available():
-        raise UserError(f"--report_to {','.join(names)}: mlflow is not installed: pip install mlflow")
+    made, reason = [], None
+    with _without_words_of_deletion():
+        try:
+            made = [make() for make in integration_utils.get_reporting_integration_callbacks(names)]
+        except (ValueError, RuntimeError, ImportError) as error:
+            reason = str(error)
+    if reason is not None:
+        raise UserError(f"--report_to {','.join(names)}: {reason}")
+    return StreamReporters(made, root)
+
+
+@contextmanager
+def _without_words_of_deletion() -> Iterator[None]:
+    """Print nothing of a failing __del__: some reporters fail there if their package is missing (MLflow, Neptune)."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
     try:
-        return StreamReporters([make() for make in integration_utils.get_reporting_integration_callbacks(names)], root)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"--report_to {','.join(names)}: {error}") from None
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def newest_values(results: RunResults) -> dict[str, float]:

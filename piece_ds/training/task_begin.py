@@ -24,6 +24,7 @@ from piece_ds.training.trainer import TaskTrainer
 from piece_ds.update.step_scale import general_step_scale, scale_steps
 from piece_ds.zero.batch_feed import all_to_device
 from piece_ds.zero.even_gradients import even_out_gradients
+from piece_ds.zero.file_optimizer import settle_optimizer
 from piece_ds.zero.partial_gradients import refuse_foreseen_parts
 
 
@@ -36,7 +37,9 @@ def arguments_of(settings: Settings, folder: Path, masked: bool) -> TrainingArgu
     # Without a mask the best step is in a checkpoint, which transformers loads. With one see BestStep.
     if settings.evaluation.load_best_model_at_end and not masked:
         options["load_best_model_at_end"] = True
-    return settings.training_arguments(**options)
+    arguments = settings.training_arguments(**options)
+    settle_optimizer(arguments.hf_deepspeed_config.config)  # said before the run began
+    return arguments
 
 
 def attach_mask(trainer: TaskTrainer, mask: TaskMask, checkpoint: Path | None) -> None:

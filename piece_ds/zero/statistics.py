@@ -27,6 +27,7 @@ from piece_ds.zero.adapter import Adapter
 from piece_ds.zero.batch_feed import BatchFeed, MicroBatchSource, loss_of
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
 from piece_ds.zero.partial_gradients import may_come_in_parts
+from piece_ds.zero.random_draws import DrawWatch, any_rank, refuse_random_loss
 from piece_ds.zero.receiver import GradientReceiver, LastPass
 from piece_ds.zero.sequence_parallel import SequenceGroup, SequenceShards, proof_rows, prove_parts, sequence_group
 from piece_ds.zero.supported import adapter_for
@@ -187,14 +188,19 @@ def _pass(
                 last_pass.begin(stats)
                 receiver.last_pass = last_pass
             receiver.begin_round(num_valid=min(where.num_shards, len(micro_batches) - first))
+            watch = DrawWatch(engine.device) if first == rounds[0] else None
             loss = loss_of(micro_batches, engine, batch)
+            drew = watch is not None and any_rank(watch.drew())
             feed.read_ahead()
 
-            # Only the first backward can tell. It is repeated, since it was not added.
-            if first == rounds[0] and may_come_in_parts(loss):
+            # Only the first forward and backward can tell. They are repeated, since that backward was not added.
+            if watch is not None and (may_come_in_parts(loss) or drew):
                 with receiver.finding_parts():
                     backward(loss)
-                loss = loss_of(micro_batches, engine, batch)
+                again = loss_of(micro_batches, engine, batch)
+                if drew:
+                    refuse_random_loss(engine, loss, again, partial(loss_of, micro_batches, engine, batch))
+                loss = again
             backward(loss)
             receiver.end_round()
             nonfinite.end_round(first)

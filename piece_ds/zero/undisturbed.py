@@ -12,13 +12,18 @@ from torch import nn
 # Attributes from which NEFTune, and the routers of Mixtral and PhiMoE, read how much noise they add in training.
 _NOISE = ("neftune_noise_alpha", "jitter_noise", "input_jitter_noise")
 
+# Modules with one of these route tokens to experts. PhiMoE's draw an expert in training mode, and take the best one
+# else. Their own mode is that of evaluation then, not that of the modules inside them.
+_OF_ROUTERS = ("jitter_noise", "input_jitter_noise", "router_jitter_noise")
+
 
 @contextmanager
 def undisturbed(engine: Any) -> Iterator[None]:
     """Enter training mode without dropout and noise, and restore everything on exit.
 
     Training mode keeps gradient checkpointing working. Without dropout, and without the noise that NEFTune adds to
-    embeddings and some routers to their input, nothing is random.
+    embeddings and some routers to their input or their choice, nothing is random. random_draws.py looks whether a model
+    draws numbers elsewhere.
 
     Restored: every module's mode, dropout rates and noise, and the states of Python's, NumPy's and torch's generators.
     """
@@ -42,6 +47,9 @@ def undisturbed(engine: Any) -> Iterator[None]:
             engine.train()
             for m, name in rates:
                 setattr(m, name, 0.0)
+            for m in module.modules():
+                if any(name in vars(m) for name in _OF_ROUTERS):
+                    m.training = False
             yield
         finally:
             for (m, name), value in rates.items():
@@ -50,7 +58,3 @@ def undisturbed(engine: Any) -> Iterator[None]:
                 m.training = mode
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-def _is_random(name: str) -> bool:
-    return "drop" in name or name in _NOISE

@@ -27,9 +27,12 @@ from piece_ds.preflight.preflight import preflight
 from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED, WORKS
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.optimizer_defaults import show_defaults
+from piece_ds.training.task_begin import arguments_of
 from piece_ds.zero.config_file import check_deepspeed_config
+from piece_ds.zero.file_optimizer import compile_optimizer, file_optimizer, settle_optimizer
 
 _PLATEAU = ("--lr_scheduler_type=reduce_lr_on_plateau", "--eval_strategy=epoch", "--lr_scheduler_kwargs")
+_GREEDY = ("--lr_scheduler_type=greedy", "--eval_strategy=epoch", "--lr_scheduler_kwargs")
 _CHECKPOINTED = ("--gradient_checkpointing=true", "--gradient_checkpointing_kwargs")
 _BEST = ("--load_best_model_at_end=true", "--eval_strategy=steps")
 # Flags -> what the one line says. Kinds: schedules, optimizers, numbers out of range, what masks are not proven with.
@@ -54,6 +57,13 @@ REFUSALS: dict[tuple[str, ...], str] = {
     (*_PLATEAU, '{"min_lr": "x"}'): "cannot be made",
     (*_PLATEAU, '{"cooldown": "x"}'): "cannot be made",
     (*_PLATEAU, '{"threshold": null}'): "cannot be made",
+    (*_PLATEAU, '{"mode": "max"}'): "would take a better loss for a worse one",
+    (*_PLATEAU, "{}", "--metric_for_best_model=score"): "would take a better score for a worse one",
+    (*_GREEDY, '{"patience": "x"}'): "cannot be made",
+    (*_GREEDY, '{"min_lr": "x"}'): "cannot be made",
+    (*_GREEDY, '{"max_lr": "x"}'): "cannot be made",
+    (*_GREEDY, '{"warmup": "x"}'): "cannot be made",
+    (*_GREEDY, '{"mode": "max"}'): "would take a better loss for a worse one",
     (*_CHECKPOINTED, '{"colour": 1}'): "'colour' is unknown; known: use_reentrant",
     (*_CHECKPOINTED, '{"use_reentrant": "no"}'): "use_reentrant expects true or false, got 'no'",
     (*_CHECKPOINTED, '{"determinism_check": "x"}'): "determinism_check should be one of",
@@ -70,6 +80,11 @@ REFUSALS: dict[tuple[str, ...], str] = {
     ("--optim=adagrad", "--method=seqft"): "--optim adagrad ends in DeepSpeed's partitioning",
     ("--optim=sgd",): "--optim sgd: a zero gradient may move a weight",
     ("--optim_args=beta=1",): "takes no options from there",
+    ("--optim=sgd", "--method=seqft", "--optim_args=colour=1"): "colour=1 changes nothing of --optim sgd",
+    ("--optim=adafactor", "--method=seqft", "--optim_args=beta1=0.5"): "changes nothing of --optim adafactor",
+    ("--optim=rmsprop", "--method=seqft", "--optim_args=alpha=0.5,weight_decay=1"): "weight_decay=1 changes nothing",
+    ("--bf16_full_eval=true",): "it would train in bf16 too: give --bf16",
+    ("--fp16_full_eval=true",): "it would train in fp16 too: give --fp16",
     ("--adam_beta1=1",): "--adam_beta1 expects a finite number of at least 0 and below 1, got 1.0",
     ("--adam_beta2=1",): "--adam_beta2 expects",
     ("--adam_epsilon=0",): "--adam_epsilon expects a finite number above 0",
@@ -238,6 +253,7 @@ def test_numbers_in_the_deepspeed_file_that_contradict_flags_are_refused_before_
 
 # Content of a DeepSpeed file, besides batch and stage -> what the one line says.
 _STAGE = {"stage": 1}
+_OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 FILES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu"),
     ({"zero_optimization": {"stage": None}}, "stage: Input should be"),
@@ -251,6 +267,9 @@ FILES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"optimizer": {"type": "Lion"}}, "optimizer Lion: a zero gradient may move a weight"),
     ({"optimizer": {"params": {}}}, "optimizer expects an object with a type"),
     ({"optimizer": {"type": "AdamW", "params": {"colour": 1}}}, "optimizer AdamW with {'colour': 1} cannot be made"),
+    ({"optimizer": {"type": "AdamW", "params": {"bias_correction": False}}}, "has no bias_correction: remove it"),
+    ({"scheduler": {"type": "WarmupLR"}}, 'add "params": {}'),
+    ({**_OFFLOAD, "zero_force_ds_cpu_optimizer": True}, "replaced by DeepSpeedCPUAdam"),
     ({"scheduler": {"type": "Colour"}}, "scheduler Colour is unknown"),
     ({"scheduler": {"type": "WarmupLR", "params": {"colour": 1}}}, "scheduler WarmupLR with"),
     ({"scheduler": "WarmupLR"}, "scheduler"),
@@ -268,6 +287,10 @@ def test_what_deepspeed_would_refuse_of_its_file_is_refused_before_the_model(fol
         found, said = sweep.outcome([*sweep.base_flags(folder), "--deepspeed", text], folder / "out", trains=False)
         assert (found, message in said) == ("refused", True), (content, found, said)
     whole = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": _STAGE}
+    for key in ("gradient_clipping", "wall_clock_breakdown", "dump_state"):
+        command = [*sweep.base_flags(folder), "--deepspeed", json.dumps({**whole, key: None})]
+        found, said = sweep.outcome(command, folder / "out", trains=False)
+        assert (found, f"{key} is null" in said) == ("refused", True), (key, found, said)
     for optimizer, message in (
         ("SGD", "zero_allow_untested_optimizer"),
         ("Lion", "use --optim instead"),
@@ -279,6 +302,80 @@ def test_what_deepspeed_would_refuse_of_its_file_is_refused_before_the_model(fol
         command = [*sweep.base_flags(folder), "--method", "seqft", "--deepspeed", text]
         found, said = sweep.outcome(command, folder / "out", trains=False)
         assert (found, message in said) == ("refused", True), (optimizer, found, said)
+
+
+def test_options_that_the_optimizer_of_an_accelerator_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("piece_ds.zero.file_optimizer._has_accelerator", lambda: True)
+    for more, options, said in (
+        ({}, {"amsgrad": True}, "DeepSpeed's FusedAdam here, which does not know 'amsgrad'"),
+        ({}, {"fused": True}, "does not know 'fused'"),
+        (_OFFLOAD, {"amsgrad": True}, "DeepSpeed's DeepSpeedCPUAdam here, which does not know 'amsgrad'"),
+        (_OFFLOAD, {"foreach": True}, "does not know 'foreach'"),
+        (_OFFLOAD, {"torch_adam": True, "bias_correction": False}, "has no bias_correction"),
+    ):
+        content = {**more, "optimizer": {"type": "AdamW", "params": options}}
+        assert settle_optimizer(content) == []
+        with pytest.raises(UserError, match=said):
+            file_optimizer(content, masked=True)
+
+    # Its own kernels, which cannot be compiled here.
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("deepspeed.ops.op_builder.builder.OpBuilder.load", fail)
+    for more, name in (({}, "fused_adam"), (_OFFLOAD, "cpu_adam")):
+        with pytest.raises(UserError, match=f"needs DeepSpeed's {name}, which cannot be compiled here"):
+            compile_optimizer({**more, "optimizer": {"type": "AdamW"}})
+
+
+def test_decay_that_reaches_other_weights_is_refused_of_a_mask() -> None:
+    section = {"type": "Adam", "params": {"adam_w_mode": False, "weight_decay": 0.5}}
+    with pytest.raises(UserError, match=r"adds weight decay 0\.5 to the gradient"):
+        file_optimizer({"optimizer": section}, masked=True)
+    file_optimizer({"optimizer": section}, masked=False)
+    file_optimizer({"optimizer": {"type": "Adam", "params": {"weight_decay": 0.5}}}, masked=True)
+
+
+def test_the_optimizer_is_the_one_that_flags_and_file_ask_for(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Accelerate would replace it by one with other betas, and DeepSpeed would compile its own for minutes."""
+    auto = {"train_micro_batch_size_per_gpu": "auto"}
+    adam = {"type": "AdamW", "params": {"lr": "auto", "set_grad_none": True}}
+    for content, key, expected, said in (
+        ({**auto, **_OFFLOAD}, "zero_force_ds_cpu_optimizer", False, "is that of --optim"),
+        (
+            {**auto, "zero_optimization": _STAGE, "optimizer": adam},
+            "optimizer",
+            {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            "optimizer AdamW is torch's here",
+        ),
+    ):
+        flags = [*sweep.base_flags(folder), "--learning_rate", "1e-3", "--deepspeed", json.dumps(content)]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            preflight(load_settings(flags))
+        assert said in caplog.text
+        arguments = arguments_of(load_settings(flags), folder / "out", masked=True)
+        assert arguments.deepspeed_plugin.deepspeed_config is arguments.hf_deepspeed_config.config
+        assert arguments.hf_deepspeed_config.config[key] == expected
+        assert settle_optimizer(arguments.hf_deepspeed_config.config) == []
+
+
+def test_flags_that_the_optimizer_does_not_take_are_said(folder: Path) -> None:
+    def file(**content: Any) -> list[str]:
+        return ["--deepspeed", json.dumps({"zero_optimization": _STAGE, **content})]
+
+    names = ["learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
+    for flags, expected in (
+        (["--optim=sgd", "--method=seqft"], names[2:]),
+        (["--optim=adafactor", "--method=seqft"], names[2:]),
+        (["--optim=adamw_torch"], []),
+        (file(optimizer={"type": "AdamW"}), names),
+        (file(optimizer={"type": "AdamW", "params": {"lr": "auto"}}), names[1:]),
+        (file(scheduler={"type": "OneCycle", "params": {}}), names[:1]),
+        (file(scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}), []),
+    ):
+        arguments = load_settings([*sweep.base_flags(folder), *flags]).training_arguments()
+        assert set(unmet_needs(arguments, names, keeps_best=False)) == set(expected), flags
 
 
 def test_keys_that_deepspeed_does_not_know_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
