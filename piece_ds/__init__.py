@@ -33,6 +33,7 @@ _HOME = {
     "PieceConfig": "piece_ds.config.piece",
     "prepare_compact": "piece_ds.update",
     "register_estimator": "piece_ds.methods.registry",
+    "register_peft_tuner": "piece_ds.deltas.export_adapter",
     "save_mask": "piece_ds.checkpoint",
     "save_statistics": "piece_ds.checkpoint",
     "scale_delta": "piece_ds.deltas",
@@ -65,6 +66,7 @@ __all__ = [
     "load_statistics",
     "prepare_compact",
     "register_estimator",
+    "register_peft_tuner",
     "save_mask",
     "save_statistics",
     "scale_delta",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from piece_ds.config.piece import PieceConfig
     from piece_ds.data.collate import MicroBatches
     from piece_ds.deltas import ChainFollower, apply_delta_, scale_delta
+    from piece_ds.deltas.export_adapter import register_peft_tuner
     from piece_ds.methods.estimate import estimate_mask, select
     from piece_ds.methods.registry import register_estimator
     from piece_ds.models.layout import layout_of

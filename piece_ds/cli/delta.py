@@ -13,6 +13,7 @@ from piece_ds.config.arguments import ModelArguments
 from piece_ds.deltas import compose, verify
 from piece_ds.deltas.delta import Delta, find_deltas, open_delta
 from piece_ds.deltas.export import export_vllm, require_stored_names
+from piece_ds.deltas.export_adapter import export_adapter
 from piece_ds.deltas.export_peft import export_peft
 from piece_ds.deltas.folder import ModelFolder, open_folder
 from piece_ds.deltas.patch import patch_in_place, patch_to, require_free
@@ -95,13 +96,18 @@ def export_deltas(arguments: argparse.Namespace) -> None:
     folder = open_model(arguments) if arguments.model else None
     if folder is not None:
         verify(folder, [Step(deltas[0])])
-    else:
+    elif arguments.format == "vllm":
         require_stored_names(deltas[0])
 
     # Write the format that was asked for.
     if arguments.format == "vllm":
         export_vllm(deltas[0], output, folder)
         print(printable(f"wrote {output}: {output.stat().st_size} bytes"))
+        return
+    if arguments.format == "piece-peft":
+        base = str(folder.root.absolute()) if folder else ""
+        export_adapter(deltas[0], output, base)
+        print(printable(f"wrote {output}: {sum(file.stat().st_size for file in output.iterdir())} bytes"))
         return
     if folder is None:
         raise UserError("--format peft needs --model: only the model says which weights are those of Linear modules")

@@ -66,7 +66,7 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
     compose.add_argument("--without_previous", action="store_true", help="6 bytes a value in 16 bits; no revert")
     _add_coding(compose)
     export = add("export", "A delta in another tool's layout", model=False)
-    export.add_argument("--format", choices=["vllm", "peft"], required=True)
+    export.add_argument("--format", choices=["vllm", "peft", "piece-peft"], required=True)
     export.add_argument("--model", metavar="MODEL_FOLDER", help="the base; needed for peft")
     export.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
     export.add_argument("--output", metavar="PATH", required=True)
