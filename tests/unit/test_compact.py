@@ -1,6 +1,7 @@
 """What compact mode adds to a model is invisible to its user, and a checkpoint knows which weights it belongs to."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from piece_ds.state.mask import Mask
 from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 from piece_ds.update.attach import prepare_compact
 from piece_ds.zero.weights import SelectedWeights, weights_fingerprint
+from piece_ds.zero.whole_state import whole_state
 
 RATIO = 0.05
 
@@ -132,3 +134,11 @@ def test_selected_weights_are_read_and_written_in_order() -> None:
     assert selected.read(param.detach() * 2).tolist() == [2.0, 12.0, 22.0]
     selected.write_(torch.tensor([-1.0, -2.0, -3.0]))
     assert param.flatten().tolist() == [0.0, -1.0, 2.0, 3.0, 4.0, 5.0, -2.0, 7.0, 8.0, 9.0, 10.0, -3.0]
+
+
+def test_the_whole_state_has_each_weight_once_under_its_own_name(model: nn.Module) -> None:
+    """A tied head is stored as the embedding, as transformers' own files do."""
+    state = whole_state(SimpleNamespace(module=model, device=torch.device("cpu")))
+    assert list(state) == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(state[name], param) for name, param in model.named_parameters())
+    assert ("lm_head.weight" in state) == (not model.config.tie_word_embeddings)

@@ -17,7 +17,8 @@ from support.hub_server import READER, WRITER, Hub, serve
 from piece_ds.__main__ import main
 from piece_ds.checkpoint.mask_file import save_mask
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
-from piece_ds.deltas.card import escaped
+from piece_ds.deltas.card import escaped, forgetting_grids
+from piece_ds.deltas.published import Manifest, read_manifest
 from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.models.layout import layout_of
 from piece_ds.report.results import RunResults
@@ -176,6 +177,16 @@ def test_a_delta_without_previous_values_is_not_said_to_come_off(run: Run, hub: 
     card = hub.repositories["user/deltas"].files["README.md"]
     assert b"off again" not in card
     assert b"| no |" in card
+
+    # One of several is enough to say so.
+    mixed = tmp_path / "mixed"
+    for number, source in enumerate((small, run.deltas[1], run.deltas[2])):
+        (mixed / f"{number:02d}-task").mkdir(parents=True)
+        shutil.copy(source, mixed / f"{number:02d}-task" / "delta.safetensors")
+    delta("push", mixed, REPOSITORY)
+    card = hub.repositories["user/deltas"].files["README.md"]
+    assert b"off again" not in card
+    assert b"| yes |" in card
 
 
 def test_a_base_is_named_only_if_the_hub_has_it_and_no_path_is_told(run: Run, hub: Hub, capsys: Capture) -> None:
@@ -397,3 +408,31 @@ def test_what_cannot_be_pulled_is_one_line_and_writes_nothing(
     hub.repositories["user/deltas"].private = False
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     delta(*pull)  # public: no token is needed
+
+
+def test_the_forgetting_of_each_task_counts_from_its_own_stage() -> None:
+    matrix = ResultMatrix(("a", "b", "c"), ("accuracy",) * 3)
+    for scores in ((0.9, 0.2, 0.1), (0.8, 0.7, 0.3), (0.5, 0.75, 0.6)):
+        matrix = matrix.with_row(dict(zip("abc", scores, strict=True)), dict.fromkeys("abc", 1.0))
+    rows = forgetting_grids(RunResults("x", "piece-s", 0.001, matrix))[0].rows
+    assert rows == (
+        ("a", "90.0 %", "50.0 %", "-40.0"),
+        ("b", "70.0 %", "75.0 %", "+5.0"),
+        ("c", "60.0 %", "60.0 %", "+0.0"),
+    )
+
+
+def test_what_is_pulled_is_one_commit_whatever_is_pushed_meanwhile(
+    run: Run, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta("push", run.folder, REPOSITORY)
+    name = "00-task/delta.safetensors"
+
+    def and_another_push(path: Path, origin: str) -> Manifest:
+        repository = hub.repositories["user/deltas"]
+        repository.commit("main", {**repository.files, name: b"of another run"})
+        return read_manifest(path, origin)
+
+    monkeypatch.setattr("piece_ds.deltas.hub.read_manifest", and_another_push)
+    delta("pull", REPOSITORY, "--output", tmp_path / "pulled")
+    assert sha256_of(tmp_path / "pulled")[name] == sha256_of(run.folder)[name]

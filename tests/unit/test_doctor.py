@@ -107,3 +107,12 @@ def test_the_library_of_the_package_is_found_by_its_sources(monkeypatch: pytest.
     library = tmp_path / f"{BUILD_SPECS['cpu'].library_name()}.abi3.so"
     library.touch()
     assert extension.prebuilt("cpu") == library
+
+
+def test_one_process_that_fails_is_enough_whatever_was_found_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_start", lambda *_: None)
+    for codes, status in (([0, 0], GOOD), ([0, 1], BAD), ([-9, 0], BAD)):
+        monkeypatch.setattr(processes, "_wait", lambda *_, codes=codes: codes)
+        monkeypatch.setattr(processes, "_last_words", lambda *_: "")
+        *_, last = processes.run_self_test(2)
+        assert (last.what, last.status) == ("self-test", status), codes

@@ -18,6 +18,7 @@ from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import check_eligible
 from piece_ds.preflight.checks import check_sources
 from piece_ds.runtime.errors import UserError
+from piece_ds.selection.budget import budget_groups
 from piece_ds.state.partition import Layout, ParameterInfo, owned_range
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.update.attach import prepare_compact
@@ -157,3 +158,10 @@ def test_methods_without_a_mask_refuse_rows() -> None:
         with pytest.raises(UserError, match="--eligible with rows needs a method with a mask"):
             check_sources(parse(["--method", method, "--eligible", "*embed*[90:]"]), 2)
     check_sources(parse(["--method", "piece-s", "--eligible", "*embed*[90:]"]), 2)
+
+
+def test_a_tensor_is_given_its_share_by_the_rows_that_may_be_selected() -> None:
+    """Of two tensors as large, the one of which a tenth is eligible gets a tenth of the other's share."""
+    infos = (ParameterInfo("a", (100, 10), 1000, True, rows=(90, 100)), ParameterInfo("b", (100, 10), 1000, True))
+    groups = budget_groups(Layout(infos, 0, 1), 0.11, "tensor")
+    assert groups == [(["a"], 20), (["b"], 200)]

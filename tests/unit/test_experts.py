@@ -17,6 +17,7 @@ from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import check_eligible, freeze_ineligible
 from piece_ds.preflight.checks import warn_of_stacked_experts
 from piece_ds.runtime.errors import UserError
+from piece_ds.selection.budget import layer_of
 from piece_ds.update.attach import prepare_compact
 
 # Model type -> the end of the names of its routers' parameters, read off transformers' sources.
@@ -137,3 +138,13 @@ def test_methods_of_linear_layers_say_what_they_leave_out(caplog: pytest.LogCapt
     assert "--unit column is of matrices: the stacked experts, 61.1 % of the model's weights, compete by element" in (
         caplog.text
     )
+
+
+def test_experts_share_the_budget_of_their_block() -> None:
+    for name, layer in (
+        ("model.layers.3.mlp.experts.0.down_proj.weight", "model.layers.3"),
+        ("model.layers.12.mlp.experts.down_proj", "model.layers.12"),
+        ("transformer.h.0.attn.c_attn.weight", "transformer.h.0"),
+        ("lm_head.weight", "other"),
+    ):
+        assert layer_of(name) == layer

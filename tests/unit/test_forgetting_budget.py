@@ -37,6 +37,10 @@ def test_a_task_that_fits_is_kept_whole_after_one_trial() -> None:
     found = search_scale(curve(lambda alpha: 3 + 0.01 * alpha), before=3.0, budget=0.02)
     assert (found.alpha, len(found.trials)) == (1.0, 1)
     assert found.rise == pytest.approx(0.01)
+    # A rise of exactly the budget keeps it: also no rise at all, where none is allowed.
+    for rise in (0.0, 0.25):
+        found = search_scale(curve(lambda alpha, rise=rise: 3 + rise * alpha), before=3.0, budget=rise)
+        assert (found.alpha, len(found.trials)) == (1.0, 1)
 
 
 @pytest.mark.parametrize("limit", [0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.6, 0.74, 0.8, 0.9, 0.99])
@@ -109,7 +113,8 @@ def test_a_live_model_is_scaled_and_the_whole_task_kept_beside_it(budget: float,
 
     def loss(text: datasets.Dataset) -> float:
         seen.append(tuple(text["row"]))
-        return float(model.weight.data.view(-1)[5])  # 1 + 2 alpha
+        apart = 10 if 1 in text["row"] else 0  # what is only reported must not be searched on
+        return apart + float(model.weight.data.view(-1)[5])  # 1 + 2 alpha
 
     live = masked_change(SimpleNamespace(module=model), task.mask, task.previous, read_selected(model, task.mask))
     found = limit_forgetting(live, rows=rows, loss=loss, budget=budget)
@@ -117,8 +122,9 @@ def test_a_live_model_is_scaled_and_the_whole_task_kept_beside_it(budget: float,
     assert found["delta_scale"] == alpha
     expected = [1 + 2 * alpha if i in (0, 5, 11) else 1.0 for i in range(12)]
     assert model.weight.data.view(-1).tolist() == expected
-    for half in ("search", "report"):
-        assert found[half] == {"before": 1.0, "after": pytest.approx(1 + 2 * alpha), "unscaled": 3.0}
+    for half, apart in (("search", 0), ("report", 10)):
+        after = pytest.approx(apart + 1 + 2 * alpha)
+        assert found[half] == {"before": apart + 1.0, "after": after, "unscaled": apart + 3.0}
 
 
 def test_text_without_a_finite_loss_is_refused() -> None:

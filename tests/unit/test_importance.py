@@ -82,6 +82,9 @@ def test_gradient_scores_equal_numpy() -> None:
     np.testing.assert_array_equal(find_estimator("piece-f").score(one).numpy(), squares)
     want = np.abs(sums) / np.sqrt(squares + np.float32(0.5))
     np.testing.assert_array_equal(find_estimator("piece-s").score(one).numpy(), want)
+    weights = one.weight().numpy()
+    assert (weights < 0).any()
+    np.testing.assert_array_equal(find_estimator("magnitude").score(one).numpy(), np.abs(weights))
 
 
 def test_random_scores_equal_splitmix64_in_whole_numbers() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from piece_ds.models.layout import layout_of
 from piece_ds.state.mask import Mask
-from piece_ds.state.partition import partition_of
+from piece_ds.state.partition import index_dtype, partition_of
 from piece_ds.state.statistics import empty_stats
 from piece_ds.zero.adapter import Piece, pieces_between, positions_in
 from piece_ds.zero.exchange import plan_buckets, slice_range
@@ -91,3 +91,7 @@ def test_cut_keeps_the_elements_inside(begin: int, length: int) -> None:
 def test_whole_mask_of_one_process_is_its_index() -> None:
     mask = Mask(layout_of(nn.Linear(3, 2)), {"bias": torch.tensor([1]), "weight": torch.zeros(0).long()}, 1)
     assert {name: index.tolist() for name, index in mask.whole().items()} == {"bias": [1]}
+
+
+def test_positions_take_eight_bytes_from_where_four_cannot_count_them() -> None:
+    assert [index_dtype(numel) for numel in (0, 2**31 - 1, 2**31, 2**33)] == [torch.int32] * 2 + [torch.int64] * 2

@@ -79,6 +79,17 @@ def test_offload_moves_masters_and_moments_to_the_cpu() -> None:
     assert sizes(there, "backward", on_host=True) == 20 * 225_000 + sizes(here, "backward", on_host=True)
     both = Setting(world=4, update_mode="masked", offload_optimizer=True, offload_param=True)
     assert sizes(there, "backward") - sizes(both, "backward") == 500_000
+    # Earlier micro-batches wait on the CPU: in fp32 at stage 2, in the model's dtype at stage 1, if there are any.
+    for stage, itemsize in ((1, 2), (2, 4)):
+        one, several = (
+            sizes(
+                Setting(world=4, zero=stage, update_mode="masked", offload_optimizer=True, accumulation=count),
+                "backward",
+                on_host=True,
+            )
+            for count in (1, 2)
+        )
+        assert several - one == itemsize * 225_000
 
 
 def test_peak_is_the_largest_moment() -> None:
@@ -92,6 +103,9 @@ def test_traffic_by_hand() -> None:
     received = {t.name: t.received for t in transfers(ROUND, masked)}
     assert received["gradients"] == 3 * 2 * 0.75 * 4 * 900_000
     assert received["updated parameters"] == 0.75 * 2 * 900_000
+    for stage in (0, 1):  # they reduce once a step
+        once = transfers(ROUND, Setting(world=4, zero=stage, update_mode="masked", accumulation=3))
+        assert {t.name: t.received for t in once}["gradients"] == 2 * 0.75 * 4 * 900_000
     compact = {t.name: t.received for t in transfers(ROUND, Setting(world=4, update_mode="compact", accumulation=3))}
     assert compact["gradient of the selected"] == 2 * 0.75 * 4 * 1_000
     assert compact["parameters, forward"] == 3 * 0.75 * 2 * 1_000_000

@@ -2,16 +2,19 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.deltas import random_mask
 from support.launches import make_model_folder, make_rows, write_rows
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from piece_ds.__main__ import main
 from piece_ds.checkpoint.delta_file import save_delta
 from piece_ds.deltas import apply_delta_, open_delta
+from piece_ds.deltas.delta import Change
 from piece_ds.deltas.loss_effect import loss_effects
 from piece_ds.zero.weights import read_selected
 
@@ -68,6 +71,26 @@ def test_the_effects_of_all_changes_add_up_to_the_move_of_the_loss(made: Made) -
     name, change, held = live.held[3]
     held.write_((change.values + change.previous) / 2 + (change.values - change.previous) / 2)
     assert float(effects[name].sum()) == pytest.approx(at_base - made.loss(model), rel=0.3, abs=2e-4)
+
+
+class Quadratic(nn.Module):
+    """A model whose loss is the squared distance of its weights from a target: exact at the middle of a change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+    def forward(self, labels: torch.Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(loss=(self.weight - torch.tensor([1.0, 1.0, 1.0, 2.0])).square().sum())
+
+
+def test_an_effect_is_what_the_change_alone_does_to_a_quadratic_loss() -> None:
+    """The gradient in the middle of the change says it exactly, and too far a change raises the loss."""
+    change = Change(torch.tensor([0, 1, 3]), torch.tensor([1.0, 3.0, 1.0]), torch.zeros(3))
+    delta = SimpleNamespace(shapes={"weight": (4,)}, changes=lambda: [("weight", change)])
+    labels = torch.tensor([[-100, 5, 6]])
+    effects = loss_effects(Quadratic(), delta, [{"labels": labels}] * 2)  # type: ignore[arg-type]
+    assert effects["weight"].tolist() == [1.0, -3.0, 3.0]
 
 
 def test_what_is_kept_lowers_the_loss_more_than_the_largest_changes_do(

@@ -88,6 +88,9 @@ def test_derived_values_of_masks_and_logs() -> None:
     run = make_run()
     assert run.selected_counts == {"qa|b": (4, 160), "摘要": (4, 160)}
     assert run.training_losses == {"qa|b": [(1, 2.0), (2, 1.0)], "摘要": []}
+    assert run.general_divergence is None
+    moved = {f"after {task}": {"general text": nats} for task, nats in (("qa|b", 0.25), ("摘要", 0.5))}
+    assert replace(run, divergence=moved).general_divergence == 0.5  # after the last task
 
 
 def test_result_tables_hold_every_number() -> None:

@@ -1,5 +1,7 @@
 """Selection in one process equals a stable sort, whatever the scores; the data-free methods do what they say."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ from piece_ds.ops.scores import Candidates, score
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection import candidates, top_k
 from piece_ds.selection import scores as runs
+from piece_ds.selection.alone import first_in_order
 from piece_ds.selection.budget import num_to_select
 from piece_ds.state.statistics import GradientStats
 
@@ -268,3 +271,14 @@ def few_values(name: str, start: int, numel: int) -> torch.Tensor:
 
 def zeros(name: str, start: int, numel: int) -> torch.Tensor:
     return torch.zeros(numel)
+
+
+def test_candidates_in_any_order_are_taken_as_in_order() -> None:
+    """A GPU appends them as its threads come: ties still go to the smaller position."""
+    layout = blocks_layout()
+    score = torch.tensor([2.0, 1.0, 1.0, 3.0, 1.0, 2.0])
+    index = torch.tensor([40, 3, 17, 9, 90, 4])
+    for order in itertools.permutations(range(6)):
+        shuffled = Candidates(score[list(order)], index[list(order)], torch.tensor([6]))
+        found = first_in_order(shuffled, layout, {info.name: 0 for info in layout.eligible()}, [4])
+        assert found.tolist() == [3, 4, 9, 40]

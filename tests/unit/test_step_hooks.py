@@ -3,7 +3,12 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from piece_ds.zero.adapter import Adapter
+import pytest
+import torch
+from torch import nn
+
+from piece_ds.update.decay import SelectedDecay
+from piece_ds.zero.adapter import Adapter, Piece
 
 
 class Engine:
@@ -53,3 +58,27 @@ def test_a_hook_may_remove_itself_while_the_step_runs() -> None:
     install(engine, "b")
     assert engine.step() == ["before b", "step", "after b"]
     assert engine.step() == ["before b", "step", "after b"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_decay_is_that_of_adamw_on_what_decays_and_the_rate_stays_the_groups(whole: bool) -> None:
+    """Master b lies past a padding of two elements; only a's element 1 and b's element 3 decay, or everything."""
+    start = torch.arange(1.0, 11.0)
+    master = nn.Parameter(start.clone())
+    pieces = [Piece("a", 0, 4, 0), Piece("b", 2, 4, 6)]
+    adapter = SimpleNamespace(masters=lambda: [(master, pieces)])
+    optimizer = torch.optim.AdamW([master], lr=0.5, weight_decay=0.1)
+    index = None if whole else {"a": torch.tensor([1]), "b": torch.tensor([0, 3])}
+    decay = SelectedDecay(adapter, index)  # type: ignore[arg-type]
+    remove = decay.install(optimizer)
+    for step in range(1, 3):
+        master.grad = torch.zeros_like(master)
+        optimizer.step()
+        expected = start.clone()
+        expected[slice(None) if whole else [1, 7]] *= (1 - 0.5 * 0.1) ** step
+        assert torch.allclose(master.data, expected, rtol=1e-6)
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    for undo in remove:
+        undo()
+    optimizer.step()
+    assert torch.allclose(master.data, expected * 0.95, rtol=1e-6)  # all of it, by the optimizer itself

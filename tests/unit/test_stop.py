@@ -76,3 +76,14 @@ def test_handlers_are_put_back() -> None:
     with stop.signal_handling():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in stop.SIGNALS] == before
+
+
+def test_an_evaluation_inside_another_does_not_end_the_outer_ones_deferral() -> None:
+    with stop.signal_handling():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with stop.exits_deferred():
+            with stop.exits_deferred():
+                stop.exit_if_signalled("in the inner one")
+            stop.exit_if_signalled("in the outer one")
+        with pytest.raises(stop.Preempted, match="SIGUSR1 after both"):
+            stop.exit_if_signalled("after both")
