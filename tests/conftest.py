@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.garbage import freeze_imports
 
 # The environment's own ninja, also where it is not activated: versions of ninja undo each other's builds.
 os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -18,6 +19,11 @@ _TOGETHER = {
     "statistics": ("test_ranks.py", "test_statistics.py"),
     "streams": ("test_launchers.py", "test_resume.py", "test_stream.py", "test_variants.py"),
 }
+
+
+def pytest_collection_finish() -> None:
+    """Leave what imports and collection made out of all further collections of garbage: engines ask for many."""
+    freeze_imports()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -133,7 +133,7 @@ def _watch(children: list[int], begin: float, folder: Path, kill: Kill | None, s
             for child in children:
                 if child not in codes:
                     os.kill(child, signal.SIGKILL)
-        time.sleep(0.002)
+        time.sleep(0.002 if kill and kill.when is None else 0.01)
     return [codes[child] for child in children]
 
 
@@ -176,6 +176,7 @@ def _be_rank(
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(num_ranks),
+            "LOCAL_SIZE": str(num_ranks),
             "MASTER_ADDR": first,
             "MASTER_PORT": str(port or 29999),
         }

@@ -34,6 +34,7 @@ def run_job(module: str, num_ranks: int, folder: Path, *arguments: str) -> Resul
             # accelerate wants the address and port set; nobody connects.
             own = {"WORLD_SIZE": str(num_ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+            own["LOCAL_SIZE"] = str(num_ranks)  # as the launcher does; else DeepSpeed asks numactl at every step
             server.start(module, [str(folder), *arguments], own, folder, folder / f"rank{rank}.log")
         codes = [server.wait(TIMEOUT_SECONDS) for server in ranks]
     finally:
@@ -42,6 +43,20 @@ def run_job(module: str, num_ranks: int, folder: Path, *arguments: str) -> Resul
     logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(num_ranks))
     assert not any(codes), f"{module} exited with {codes}:\n{logs}"
     return torch.load(folder / "results.pt", weights_only=False)
+
+
+def run_alone(module: str, folder: Path, *arguments: str, seconds: float = TIMEOUT_SECONDS) -> None:
+    """Run `python -m module folder arguments...` in folder, without a group; it may fork ranks of its own.
+
+    Raise AssertionError, with the end of its output, unless it succeeds within some seconds.
+    """
+    (server,) = _servers(1)
+    try:
+        server.start(module, [str(folder), *arguments], {}, folder, folder / "job.log")
+        code = server.wait(seconds)
+    finally:
+        server.kill()
+    assert code == 0, (folder / "job.log").read_text(errors="replace")[-5000:]
 
 
 _SERVERS: list[RankServer] = []

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from piece_ds.checkpoint.manifest import SUMS_NAME, read_sums
 from piece_ds.runtime.errors import UserError
 from support.forked_runs import NUM_RANKS, live, random_kill
+from support.garbage import freeze_imports
 from support.launches import make_model_folder, make_tasks, same_bits, tree
 from support.stream_runs import Material
 
@@ -119,6 +120,7 @@ def prepare(folder: Path) -> Material:
     import piece_ds.cli.train  # noqa: F401
 
     torch.set_num_threads(1)
+    freeze_imports()
     make_model_folder(folder / "base")
     make_tasks(folder / "tasks")
     return Material(folder)

@@ -4,14 +4,21 @@ Imports take a job's rank six seconds, most of what many jobs take at all. Every
 that the ranks of a job differ as those of a launcher do: in what Python hashes text to, for one.
 """
 
+import importlib
 import json
 import os
 import runpy
 import select
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from support.garbage import freeze_imports
+
+# What ZeRO-3 and the scores of a run import when they are first used: two seconds a rank.
+_LATE = ("deepspeed.runtime.zero.muon.muon_optimizer", "rouge_score.rouge_scorer")
 
 # A server answers for the first time when it has imported; a busy machine takes long over that.
 _IMPORT_SECONDS = 600
@@ -84,9 +91,13 @@ def serve(writes: int) -> None:
     import peft
     import transformers
 
-    import piece_ds.training.stream
+    import piece_ds.cli.train
 
+    for name in _LATE:
+        with suppress(ImportError):
+            importlib.import_module(name)
     del accelerate, datasets, deepspeed, peft, transformers, piece_ds
+    freeze_imports()
     for line in sys.stdin.buffer:
         child = os.fork()
         if child == 0:
