@@ -2,6 +2,8 @@
 
 Nothing is written before. So a start that fails leaves the folder as it was, and the corrected command runs in it. It
 may fail because a model cannot be read, an engine cannot be made, or a reporter cannot be reached.
+
+A run holds the lock of its folder. A second one, which would resume or overwrite it meanwhile, is refused.
 """
 
 import json
@@ -15,6 +17,7 @@ from typing import Any
 from piece_ds.runtime.distributed import barrier, broadcast_object, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
+from piece_ds.runtime.folder_lock import FolderLock, is_free
 from piece_ds.runtime.places import why_no_folder, why_unwritable
 from piece_ds.runtime.schema import read_json
 from piece_ds.runtime.signals import Preempted
@@ -44,6 +47,8 @@ _FREE = {
     "tokenized_cache",
 }
 
+_TAKEN = "another run is at work in --output_dir {root}: wait until it has ended, end it, or use another folder"
+
 
 @dataclass
 class Claim:
@@ -66,6 +71,10 @@ class Claim:
     is_begun: bool = False
     _is_made: bool = False
     _is_new: bool = False
+    _lock: FolderLock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._lock = FolderLock(self.folder.root)
 
     def check(self) -> None:
         """Raise UserError, on all ranks, if the folder cannot be claimed. Writes nothing. A collective.
@@ -87,7 +96,8 @@ class Claim:
         if self._is_made:
             return
 
-        # Checked again: time has passed since preflight.
+        # Checked again, alone in the folder: time has passed since preflight.
+        self._be_alone(make_folder=True)
         self.check()
         self._is_new = bool(broadcast_object(self.overwrite or not self.folder.run_file.exists()))
         if is_main() and self._is_new:
@@ -106,6 +116,7 @@ class Claim:
         """
         was_there = self.folder.root.exists()
         try:
+            self._be_alone(make_folder=False)
             yield
         except Preempted:
             raise
@@ -114,8 +125,25 @@ class Claim:
             if is_main() and not self.is_begun and not is_resumable:
                 self._give_back(was_there)
             raise
+        finally:
+            self._lock.release()
+
+    def _be_alone(self, make_folder: bool) -> None:
+        """Take the lock of the folder on rank 0, or raise UserError on all ranks. A collective."""
+        problem = None
+        if is_main():
+            if make_folder:
+                with suppress(OSError):  # check() says why
+                    self.folder.root.mkdir(parents=True, exist_ok=True)
+            if not self._lock.take():
+                problem = _TAKEN.format(root=self.folder.root)
+        problem = broadcast_object(problem)
+        if problem:
+            raise UserError(str(problem))
 
     def _give_back(self, was_there: bool) -> None:
+        if not self._lock.take(wait_seconds=0):
+            return  # what is there is another run's
         with suppress(OSError):
             if self._is_new:
                 remove_run(self.folder.root)
@@ -131,6 +159,10 @@ class Claim:
         reason = why_no_folder(root) or why_unwritable(root)
         if reason is not None:
             return f"--output_dir {str(root)[:200]} {reason}: use another folder"
+
+        # Another run may be at work there.
+        if not self._lock.is_held and not is_free(root):
+            return _TAKEN.format(root=root)
 
         # No run's folder, but it may hold files that a run would overwrite.
         if not run_file.exists():

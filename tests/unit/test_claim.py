@@ -15,6 +15,11 @@ from piece_ds.training.run_folder import RunFolder
 CONFIGURATION: dict[str, Any] = {"seed": 42}
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("piece_ds.runtime.folder_lock.WAIT_SECONDS", 0.0)
+
+
 def claim_of(root: Path, **options: Any) -> Claim:
     return Claim(RunFolder(root), CONFIGURATION, **options)
 
@@ -110,9 +115,32 @@ def test_of_two_starts_the_second_to_have_an_engine_is_refused(tmp_path: Path) -
     second.check()
     first.make()
     first.make()
+    with pytest.raises(UserError, match="is at work"), second.given_back_unless_begun():
+        second.make()
+    del first  # it has ended
     with pytest.raises(UserError, match="holds a run already"), second.given_back_unless_begun():
         second.make()
     assert (tmp_path / "run.json").is_file()
+
+
+def test_a_run_at_work_is_neither_resumed_nor_overwritten_nor_tidied(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    with claim_of(root).given_back_unless_begun():
+        pass
+    first = claim_of(root)
+    with first.given_back_unless_begun():
+        first.make()
+        (root / "00-a").mkdir()  # empty, as a trainer's folder is at first
+        before = tree(tmp_path)
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(UserError, match=f"another run is at work in --output_dir {root}: wait"):
+                claim_of(root, **options).check()
+            second = claim_of(root, **options)
+            with pytest.raises(UserError, match="is at work"), second.given_back_unless_begun():
+                second.make()
+            assert tree(tmp_path) == before
+    claim_of(root, resume=True).check()
+    claim_of(root, overwrite=True).check()
 
 
 def test_overwriting_removes_the_run_when_the_first_step_can_be_taken_and_nothing_else(tmp_path: Path) -> None:
@@ -128,6 +156,7 @@ def test_overwriting_removes_the_run_when_the_first_step_can_be_taken_and_nothin
     assert tree(tmp_path) == before
     claim.make()
     assert tree(tmp_path) == {"run.json", "notes.txt"}
+    del claim
     claim_of(tmp_path, resume=True).check()
 
 
