@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from piece_ds.config.piece import FieldError, PieceConfig, split_patterns
-from piece_ds.config.ranges import require_not_negative, require_positive
+from piece_ds.config.ranges import MAX_SHARE, has_good_share, require_not_negative, require_positive
 from piece_ds.runtime.errors import UserError
 
 # The only place of defaults: flags, callback and library calls share them.
@@ -87,8 +87,15 @@ class MethodArguments:
         default=0.0,
         metadata={
             "help": "BETA: the loss gains BETA times the mean KL(base model || model) over the tokens of general text "
-            "beside each micro-batch: the rows of --general_replay, or without it a quarter of the micro-batch's; 0: "
-            "none"
+            "beside each micro-batch: the rows of --general_replay, or without it a quarter of the micro-batch's; "
+            "--general_share takes more; 0: none"
+        },
+    )
+    general_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "round(this * rows) rows of general text, at least one, join each micro-batch for --general_replay "
+            "and --general_kl; more rows keep more and cost as much time; without it S, or 0.25 without replay"
         },
     )
     lift_rank: int | None = field(
@@ -124,6 +131,8 @@ class MethodArguments:
             raise UserError(f"--general_replay must be in [0, 1], got {self.general_replay}")
         if not (isfinite(self.general_kl) and self.general_kl >= 0):
             raise UserError(f"--general_kl must be 0 or more, got {self.general_kl}")
+        if not has_good_share(self.general_share):
+            raise UserError(f"--general_share must be above 0 and at most {MAX_SHARE:g}, got {self.general_share}")
         if self.statistics_save_steps < 0:
             raise UserError(f"--statistics_save_steps must be 0 or more, got {self.statistics_save_steps}")
 

@@ -6,6 +6,14 @@ from typing import Any
 
 from piece_ds.runtime.errors import UserError, nearest
 
+# Rows of general text per row of the task: beyond it, the task is the smaller part.
+MAX_SHARE = 4.0
+
+
+def has_good_share(share: float | None) -> bool:
+    """Return whether --general_share is in its range, or left out."""
+    return share is None or 0 < share <= MAX_SHARE
+
 
 def require_choice(name: str, value: str, choices: list[str]) -> None:
     """Raise UserError, with the nearest choice, if value is not one of choices."""

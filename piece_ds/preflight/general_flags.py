@@ -46,6 +46,10 @@ def check_general_flags(settings: Settings, num_tasks: int) -> None:
             "--general_text and --general_statistics belong to --method piece-ratio, --step_scale general, "
             "--general_replay and --general_kl; --general_text also to --forgetting_budget without --general_file"
         )
+    if flags.general_share is not None and not (flags.general_replay or flags.general_kl):
+        raise UserError(
+            "--general_share belongs to --general_replay and --general_kl: give one of them, or leave it out"
+        )
     divides = method.name in ("piece-ratio", "piece-gain", "piece-ratio-activation") or flags.step_scale != "none"
     if flags.damping_quantile != PieceConfig.damping_quantile and not divides:
         raise UserError(

@@ -78,6 +78,7 @@ class PieceCallback(TrainerCallback):
         general_text: Sequence[Any] | None = None,
         general_replay: float = 0.0,
         general_kl: float = 0.0,
+        general_share: float | None = None,
         **settings: Any,
     ) -> None:
         """Check the settings and, in compact mode, prepare the trainer's model.
@@ -98,6 +99,7 @@ class PieceCallback(TrainerCallback):
                 micro-batch, and S times their mean loss is added to the trainer's.
             general_kl: BETA: BETA times the mean KL(model before training || model) over the tokens of these rows, or
                 without general_replay of a quarter as many as the micro-batch has, is added.
+            general_share: rows of it per row of a micro-batch, in (0, 4], instead of S or a quarter.
             settings: fields of PieceConfig by name, in place of config's: method="piece-s", ratio=0.001,
                 update_mode="masked", exclude="*norm*", importance_rows=1000 ...
         Raises:
@@ -106,7 +108,7 @@ class PieceCallback(TrainerCallback):
         """
         self.trainer = trainer
         self.config = config_of(config, settings)
-        self.general = GeneralText(trainer, self.config, general_text, general_replay, general_kl)
+        self.general = GeneralText(trainer, self.config, general_text, general_replay, general_kl, share=general_share)
         if delta_every is not None and delta_every < 1:
             raise UserError(f"delta_every must be a positive number of steps, got {delta_every}")
         if delta_coding not in CODINGS:

@@ -17,7 +17,7 @@ from piece_ds.config.method_arguments import MethodArguments
 from piece_ds.evaluation.kept_logits import KeptLogits, answer_logits, divergence
 from piece_ds.runtime.distributed import all_reduce_sum_, collective_device
 from piece_ds.training.base_logits import BaseLogits
-from piece_ds.training.general_replay import KL_SHARE, GeneralRows
+from piece_ds.training.general_replay import GeneralRows, rows_per_row
 from piece_ds.training.run_folder import LOGITS_FOLDER
 
 
@@ -131,7 +131,7 @@ def general_loss_of(
         is_base=is_base,
     )
     return GeneralLoss(
-        GeneralRows(rows, collate, flags.general_replay or KL_SHARE, seed),
+        GeneralRows(rows, collate, rows_per_row(flags.general_share, flags.general_replay), seed),
         replay_weight=flags.general_replay,
         kl_weight=flags.general_kl,
         base=base,

@@ -7,8 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-# Rows of general text per row of the task, if --general_kl is given without --general_replay.
+# Rows of general text per row of the task, if --general_kl is given without --general_replay or --general_share.
 KL_SHARE = 0.25
+
+
+def rows_per_row(share: float | None, replay: float) -> float:
+    """Return how many rows of general text join a row of the task: what was asked for, or the default."""
+    return share if share is not None else replay or KL_SHARE
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class GeneralRows:
     Attributes:
         rows: text that stands for general ability.
         collate: rows -> model inputs with labels.
-        share: in (0, 1]: of a micro-batch's rows.
+        share: rows of it per row of a micro-batch.
         seed: of the draw.
     """
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from piece_ds.config.piece import PieceConfig
+from piece_ds.config.ranges import MAX_SHARE, has_good_share
 from piece_ds.data.collate import Collator, pad_id
 from piece_ds.methods.registry import find_method
 from piece_ds.methods.request import SelectionOptions
@@ -19,7 +20,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import Layout
 from piece_ds.training.base_logits import BaseLogits
 from piece_ds.training.general_loss import GeneralLoss
-from piece_ds.training.general_replay import KL_SHARE, GeneralRows
+from piece_ds.training.general_replay import GeneralRows, rows_per_row
 from piece_ds.training.general_statistics import GeneralStatistics
 from piece_ds.training.run_folder import LOGITS_FOLDER
 from piece_ds.update.step_scale import StepScale, general_step_scale
@@ -41,6 +42,8 @@ class GeneralText:
         rows: Sequence[Any] | None,
         replay: float,
         divergence: float,
+        *,
+        share: float | None = None,
     ) -> None:
         """Check what is asked; nothing is computed yet.
 
@@ -49,11 +52,12 @@ class GeneralText:
             config: settings of the method.
             rows: with input_ids and labels, or None.
             replay, divergence: S and BETA, as in GeneralLoss; 0 for none.
+            share: rows per row of a micro-batch; None for S, or a quarter.
         Raises:
             UserError: rows are missing, or given to nothing; or the trainer's model predicts no tokens.
         """
         self._trainer, self._config, self._rows = trainer, config, rows
-        self._replay, self._divergence = replay, divergence
+        self._replay, self._divergence, self._share = replay, divergence, share
         self.loss: GeneralLoss | None = None
         self._own_loss: Any = None
         self._micro_batch = (-1, 0)  # (step, micro-batches of it so far)
@@ -74,6 +78,11 @@ class GeneralText:
             )
         if not (0 <= replay <= 1 and 0 <= divergence < float("inf")):
             raise UserError(f"general_replay must be in [0, 1] and general_kl 0 or more, got {replay} and {divergence}")
+        if not has_good_share(share) or (share is not None and not (replay or divergence)):
+            raise UserError(
+                f"general_share must be above 0 and at most {MAX_SHARE:g}, and goes with general_replay or general_kl, "
+                f"got {share}"
+            )
 
         # The loss on general text is that of the next token.
         if used and trainer.model.get_output_embeddings() is None:
@@ -125,7 +134,7 @@ class GeneralText:
             folder=Path(trainer.args.output_dir or ".") / LOGITS_FOLDER,
             is_base=not has_moved,
         )
-        share = self._replay or KL_SHARE
+        share = rows_per_row(self._share, self._replay)
         self.loss = GeneralLoss(
             GeneralRows(rows, collate, share, trainer.args.seed),
             replay_weight=self._replay,

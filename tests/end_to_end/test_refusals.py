@@ -68,6 +68,7 @@ CASES = {
     "mask-with-seqft": Case("--mask_file {base}/mask.safetensors --method seqft", r"no meaning with --method seqft"),
     "mask-with-lora": Case("--mask_file {base}/mask.safetensors --method lora", r"no meaning with --method lora"),
     "ratio-without-text": Case("--method piece-ratio", r"needs text .*--general_text self"),
+    "share-of-nothing": Case("--general_share 0.5", r"belongs to --general_replay and --general_kl"),
     "text-without-ratio": Case("--general_importance_file {base}/tasks/letter/train.json", r"belong to --method"),
     "disjoint-without-stream": Case("--method piece-s-disjoint", r"needs a stream"),
     "statistics-of-lift": Case("--method lift --statistics_file {base}/s", r"no meaning with --method lift"),

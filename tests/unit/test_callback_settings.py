@@ -29,6 +29,9 @@ def test_general_text_and_what_uses_it_need_each_other() -> None:
         ({"general_text": ROWS}, causal, "but no method, step_scale"),
         ({"general_text": ROWS, "general_replay": 1.5}, causal, r"must be in \[0, 1\]"),
         ({"general_text": ROWS, "general_kl": -1.0, "general_replay": 1.0}, causal, "0 or more"),
+        ({"general_text": ROWS, "general_kl": 1.0, "general_share": 4.5}, causal, "at most 4"),
+        ({"general_text": ROWS, "general_kl": 1.0, "general_share": float("nan")}, causal, "at most 4"),
+        ({"general_text": ROWS, "method": "piece-ratio", "general_share": 1.0}, causal, "goes with general_replay"),
         ({"general_text": ROWS, "general_kl": 1.0}, scoring, "needs a model that predicts tokens, got Linear"),
     ):
         with pytest.raises(UserError, match=message):

@@ -11,14 +11,15 @@ from support.models import PlainEngine, make_micro_batches, make_model, moved
 from support.ranks import on_ranks
 from torch import Tensor
 
+from piece_ds.config.method_arguments import MethodArguments
 from piece_ds.data.collate import Collator, MicroBatches
 from piece_ds.evaluation.kept_logits import KeptLogits, answer_logits, divergence, keep_logits
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.training import trainer as trainer_module
 from piece_ds.training.base_logits import BaseLogits
-from piece_ds.training.general_loss import GeneralLoss
-from piece_ds.training.general_replay import GeneralRows
+from piece_ds.training.general_loss import GeneralLoss, general_loss_of
+from piece_ds.training.general_replay import GeneralRows, rows_per_row
 from piece_ds.training.trainer import TaskTrainer
 
 NUMBERED = [{"row": number} for number in range(50)]
@@ -57,6 +58,19 @@ TEXT = [
 ]
 TEXT[3]["labels"][1:4] = [-100] * 3
 NUM_ANSWER_TOKENS = [3, 9, 1, 3, 4]
+
+
+def test_rows_beside_a_row_are_those_asked_for_else_the_replays_else_a_quarter(tmp_path: Path) -> None:
+    cases = ((None, 0.0, 0.25), (None, 0.5, 0.5), (1.0, 0.0, 1.0), (2.0, 0.5, 2.0), (0.125, 1.0, 0.125))
+    for share, replay, expected in cases:
+        assert rows_per_row(share, replay) == expected
+        flags = MethodArguments(general_share=share, general_replay=replay, general_kl=4.0)
+        made = general_loss_of(flags, NUMBERED, Collator(0), seed=1, folder=tmp_path, is_base=True)
+        assert made is not None
+        assert len(made._rows.drawn(0, 8)) == round(8 * expected)
+    for share in (0.0, -1.0, 4.5, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--general_share must be above 0 and at most 4"):
+            MethodArguments(general_share=share, general_kl=4.0)
 
 
 def text_rows(share: float) -> GeneralRows:
