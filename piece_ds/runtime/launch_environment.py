@@ -38,6 +38,19 @@ _ACCELERATE = {
     "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
     "ACCELERATE_USE_CP": "--use_cp",
 }
+# What accelerate reads as yes and as no; it ends in a traceback at anything else.
+_YES, _NO = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0", "")
+_SWITCHES = (*_ACCELERATE, "ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")
+
+# Whole numbers that libraries read -> the least that they take.
+_NUMBERS = {
+    "OMP_NUM_THREADS": 1,
+    "DEEPSPEED_TIMEOUT": 1,
+    "TORCH_DIST_INIT_BARRIER": 0,
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": 0,
+    "HF_HUB_ETAG_TIMEOUT": 0,
+    "HF_HUB_DOWNLOAD_TIMEOUT": 0,
+}
 _COMPILERS = ("", "no", "eager")
 _PRECISIONS = ("", "no", "bf16", "fp16")
 
@@ -53,6 +66,7 @@ def complete_launch_environment() -> None:
     Raises:
         UserError: some of them are missing or contradict each other, or accelerate was told to divide the model.
     """
+    _refuse_unreadable()
     _refuse_parallelism()
     _refuse_other_frameworks()
 
@@ -74,9 +88,47 @@ def complete_launch_environment() -> None:
     _complete_local_rank(rank, size)
 
 
+def require_accelerator() -> None:
+    """Raise UserError if DS_ACCELERATOR names a device that DeepSpeed does not know, or that this machine lacks.
+
+    Cost: nothing without the variable or with cpu; else the import of DeepSpeed.
+    """
+    asked = os.environ.get("DS_ACCELERATOR", "")
+    if asked in ("", "cpu"):
+        return
+    try:
+        from deepspeed.accelerator import get_accelerator
+
+        is_there = get_accelerator().is_available()
+    except (ValueError, ImportError, AssertionError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"DS_ACCELERATOR is {asked[:80]!r} ({reason}): unset it, or set it to cpu") from error
+    if not is_there:
+        raise UserError(
+            f"DS_ACCELERATOR is {asked[:80]!r}, which this machine does not have: unset it, or set it to cpu"
+        )
+
+
+def _refuse_unreadable() -> None:
+    """Raise UserError for what libraries cannot read: they end in a traceback, or do not say which variable it is."""
+    for name, least in _NUMBERS.items():
+        text = os.environ.get(name, "").strip()
+        if not text:
+            os.environ.pop(name, None)  # set to nothing: a job's template did not fill it in
+        elif not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+            raise UserError(f"{name} is {text[:80]!r}, expected a whole number of at least {least}")
+    for name in _SWITCHES:
+        text = os.environ.get(name, "").strip()
+        if text.lower() not in (*_YES, *_NO):
+            raise UserError(f"{name} is {text[:80]!r}, expected true or false")
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE", "")
+    if device:
+        raise UserError(f"ACCELERATE_TORCH_DEVICE is {device[:80]!r}: DeepSpeed chooses the device here; unset it")
+
+
 def _refuse_parallelism() -> None:
     """Raise UserError if `accelerate launch` was told to divide the model or its rows: here ranks divide the batch."""
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").strip().lower() not in _YES:
         return
     for kind in _PARALLELISM:
         name = f"PARALLELISM_CONFIG_{kind}_SIZE"
@@ -91,7 +143,7 @@ def _refuse_other_frameworks() -> None:
     """Raise UserError if `accelerate launch` was told to compile the model, or to train it by other means."""
     start = "leave it out of accelerate's flags and configuration (accelerate config)"
     for name, flag in _ACCELERATE.items():
-        if os.environ.get(name, "false").lower() in ("true", "1"):
+        if os.environ.get(name, "").strip().lower() in _YES:
             raise UserError(f"{name} is set (accelerate launch {flag}): DeepSpeed trains here; {start}")
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() not in _COMPILERS:

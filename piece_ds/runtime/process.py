@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from piece_ds.runtime.deterministic import set_cublas_workspace
 from piece_ds.runtime.errors import MachineError, UserError
-from piece_ds.runtime.launch_environment import complete_launch_environment
+from piece_ds.runtime.launch_environment import complete_launch_environment, require_accelerator
 from piece_ds.runtime.rank_status import claim, is_gone, is_late, missing_ranks
 from piece_ds.runtime.signals import STOP_CODE, Preempted
 from piece_ds.runtime.text import PrintableFormatter, printable
@@ -39,6 +39,7 @@ def run_command(main: Callable[[list[str]], None], words: list[str] | None = Non
     argv = [a for a in given if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
     try:
         one_process_environment()
+        require_accelerator()
     except UserError as error:
         _say(f"error: {error}")
         _leave(2)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -10,7 +11,7 @@ from support.launches import ROOT, environment
 from torch.distributed import DistNetworkError
 
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.launch_environment import RANK_VARIABLES, complete_launch_environment
+from piece_ds.runtime.launch_environment import RANK_VARIABLES, complete_launch_environment, require_accelerator
 from piece_ds.runtime.process import start_distributed
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -42,6 +43,17 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({"JSM_NAMESPACE_SIZE": "6"}, "jsrun has started 6 processes"),
     ({"FLUX_JOB_SIZE": "3"}, "flux run has started 3 processes"),
     ({"ACCELERATE_USE_FSDP": "true"}, "accelerate launch --use_fsdp): DeepSpeed trains here"),
+    ({"ACCELERATE_USE_FSDP": "yes"}, "accelerate launch --use_fsdp): DeepSpeed trains here"),
+    ({"ACCELERATE_USE_FSDP": "maybe"}, "ACCELERATE_USE_FSDP is 'maybe', expected true or false"),
+    ({"ACCELERATE_USE_CPU": "banana"}, "ACCELERATE_USE_CPU is 'banana', expected true or false"),
+    ({"ACCELERATE_DEBUG_MODE": "2"}, "ACCELERATE_DEBUG_MODE is '2'"),
+    ({"ACCELERATE_TORCH_DEVICE": "cuda:9"}, "DeepSpeed chooses the device here"),
+    ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "three"}, "ACCELERATE_DEEPSPEED_ZERO_STAGE is 'three'"),
+    ({"OMP_NUM_THREADS": "x"}, "OMP_NUM_THREADS is 'x', expected a whole number of at least 1"),
+    ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS is '0'"),
+    ({"OMP_NUM_THREADS": "4,2"}, "OMP_NUM_THREADS is '4,2'"),
+    ({"DEEPSPEED_TIMEOUT": "1.5"}, "DEEPSPEED_TIMEOUT is '1.5'"),
+    ({**TWO, "HF_HUB_DOWNLOAD_TIMEOUT": "soon"}, "HF_HUB_DOWNLOAD_TIMEOUT is 'soon'"),
     ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm"),
     ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "a compiled backward pass is not proven"),
     ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION is 'fp8'"),
@@ -54,6 +66,7 @@ REFUSED: list[tuple[dict[str, str], str]] = [
 # Environment -> LOCAL_RANK that it is completed with.
 COMPLETED: list[tuple[dict[str, str], str]] = [
     ({}, "0"),
+    ({"OMP_NUM_THREADS": "", "ACCELERATE_USE_CPU": "", "ACCELERATE_USE_FSDP": "off"}, "0"),
     ({**DIVIDED, "PARALLELISM_CONFIG_SP_SIZE": "1"}, "0"),
     ({"PARALLELISM_CONFIG_SP_SIZE": "2"}, "0"),  # accelerate reads it only if it is told to
     ({"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": ""}, "0"),
@@ -105,6 +118,22 @@ def test_what_can_be_told_is_completed(bare: pytest.MonkeyPatch, variables: dict
     assert 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"])
     assert os.environ["MASTER_ADDR"]
     assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_an_accelerator_that_is_unknown_or_not_there_is_refused(bare: pytest.MonkeyPatch) -> None:
+    def choose() -> SimpleNamespace:
+        if os.environ["DS_ACCELERATOR"] == "banana":
+            raise ValueError("DS_ACCELERATOR must be one of cpu, cuda")
+        return SimpleNamespace(is_available=lambda: False)
+
+    bare.setattr("deepspeed.accelerator.get_accelerator", choose)
+    for name, message in (("banana", r"'banana' \(DS_ACCELERATOR must be one"), ("cuda", "'cuda', which this machine")):
+        bare.setenv("DS_ACCELERATOR", name)
+        with pytest.raises(UserError, match=f"DS_ACCELERATOR is {message}.*: unset it, or set it to cpu"):
+            require_accelerator()
+    for name in ("", "cpu"):
+        bare.setenv("DS_ACCELERATOR", name)
+        require_accelerator()
 
 
 def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
