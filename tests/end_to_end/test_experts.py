@@ -1,15 +1,14 @@
 """A mixture of experts from its published files through a run to a delta, and back to the published bytes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.deltas import sha256_of
-from support.launches import CONFIGS, ROOT, environment, launch, make_rows, same_bits, succeeded, weights, write_rows
+from support.launches import CONFIGS, launch, make_rows, same_bits, succeeded, weights, write_rows
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from piece_ds.__main__ import main
 from piece_ds.demo.model import VOCAB_SIZE, make_tokenizer
 
 SHAPE = {
@@ -82,5 +81,4 @@ def test_the_delta_of_a_run_goes_on_the_published_files(tmp_path: Path, family: 
 
 
 def delta(*words: object) -> None:
-    command = [sys.executable, "-m", "piece_ds", "delta", *map(str, words)]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True)
+    main(["delta", *map(str, words)])

@@ -1,15 +1,18 @@
 """model/ of a tied model holds every tensor once and equals the base with the delta applied, at every ZeRO stage."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from support.launches import CONFIGS, ROOT, environment, launch, make_rows, same_bits, succeeded, weights, write_rows
+from support.jobs import Results, result_of, run_job
+from support.launches import CONFIGS, make_rows, same_bits, weights, write_rows
+from support.stream_runs import as_flags
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from piece_ds.__main__ import main
 from piece_ds.demo.model import VOCAB_SIZE, make_tokenizer
 
 
@@ -37,22 +40,37 @@ FAST = [("zero2", "compact"), ("plain", "masked")]
 SLOW = [(f"zero{stage}", "masked") for stage in range(3)] + [("plain", "compact"), ("zero3_offload_all", "compact")]
 
 
+@pytest.fixture(scope="module")
+def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[Path, Results]]:
+    """Runs of the fast settings, or of the others, one after another: where they are, and how they ended."""
+    return cache(lambda fast: run(base, tmp_path_factory.mktemp("saved"), FAST if fast else SLOW))
+
+
+def run(base: Path, job: Path, settings: list[tuple[str, str]]) -> tuple[Path, Results]:
+    jobs = {}
+    for setting, mode in settings:
+        deepspeed = zero3_without_gathering(job) if setting == "plain" else CONFIGS / f"{setting}.json"
+        out = job / f"{setting}-{mode}"
+        flags = {"deepspeed": deepspeed, "model_name_or_path": base, "train_file": base / "train.json"}
+        flags |= {"update_mode": mode, "mask_ratio": 0.05, "max_steps": 1, "per_device_train_batch_size": 2}
+        jobs[out.name] = as_flags({**flags, "learning_rate": 1e-2, "max_eval_samples": 2, "output_dir": out})
+    (job / "runs.json").write_text(json.dumps(jobs))
+    return job, run_job("support.train_job", 1, job)
+
+
 @pytest.mark.parametrize(("setting", "mode"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
-def test_the_model_is_the_base_with_the_delta(base: Path, tmp_path: Path, setting: str, mode: str) -> None:
-    deepspeed = zero3_without_gathering(tmp_path) if setting == "plain" else CONFIGS / f"{setting}.json"
-    out = tmp_path / "out"
-    flags = {"deepspeed": deepspeed, "model_name_or_path": base, "train_file": base / "train.json", "output_dir": out}
-    flags |= {"update_mode": mode, "mask_ratio": 0.05, "max_steps": 1, "per_device_train_batch_size": 2}
-    flags |= {"learning_rate": 1e-2, "max_eval_samples": 2}
-    arguments = [text for name, value in flags.items() for text in (f"--{name}", value)]
-    succeeded(launch("python", 1, "train.py", *arguments))
+def test_the_model_is_the_base_with_the_delta(
+    base: Path, runs: Callable[[bool], tuple[Path, Results]], tmp_path: Path, setting: str, mode: str
+) -> None:
+    job, results = runs((setting, mode) in FAST)
+    result_of(results, f"{setting}-{mode}")
+    out = job / f"{setting}-{mode}"
     saved = weights(out / "00-train" / "model")
     assert "lm_head.weight" not in saved
     assert saved.keys() == weights(base).keys()
     assert not same_bits(saved, weights(base))
     applied = tmp_path / "applied"
-    command = [sys.executable, "-m", "piece_ds", "delta", "apply", base, out, "--output", applied]
-    subprocess.run([str(word) for word in command], cwd=ROOT, env=environment(), check=True)
+    main(["delta", "apply", str(base), str(out), "--output", str(applied)])
     assert same_bits(saved, weights(applied))
     model = AutoModelForCausalLM.from_pretrained(out / "00-train" / "model")
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,8 +1,6 @@
 """Vision-language models through launch/train.py: what moves, what is written, and what bad images do."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +8,8 @@ import torch
 from support.jobs import Results, result_of, run_job
 from support.launches import (
     CONFIGS,
-    ROOT,
     SHARED,
     changed,
-    environment,
     launch,
     mask_index,
     same_bits,
@@ -24,6 +20,7 @@ from support.stream_runs import as_flags
 from support.vision import TOWERS
 from transformers import AutoModelForImageTextToText
 
+from piece_ds.__main__ import main
 from piece_ds.data.images import read_image
 from piece_ds.demo.vision.models import make_processor, write_model
 from piece_ds.demo.vision.tasks import BASE, TASKS, write_task
@@ -174,9 +171,7 @@ def test_deltas_take_the_base_to_the_final_model(root: Path, run: tuple[str, Pat
     """LLaVA's files have older names than its parameters."""
     name, out = run
     new = root / "applied" / name
-    command = [sys.executable, "-m", "piece_ds", "delta", "apply", root / RUNS[name][0], out, "--output", new]
-    applied = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert applied.returncode == 0, applied.stderr
+    main(["delta", "apply", str(root / RUNS[name][0]), str(out), "--output", str(new)])
     assert same_bits(parameters(new), parameters(out / "01-number" / "model"))
 
 
