@@ -61,9 +61,6 @@ def check_sequences(
         "--loss_chunk_tokens": settings.model.loss_chunk_tokens > 0,
         "--label_smoothing_factor": arguments.label_smoothing_factor > 0,
         "--neftune_noise_alpha": bool(arguments.neftune_noise_alpha),
-        "--general_replay": bool(flags.general_replay),
-        "--general_kl": bool(flags.general_kl),
-        "--step_scale": flags.step_scale != "none",
     }
     found = next((what for what, is_asked in not_proven.items() if is_asked), None)
     if found is not None:

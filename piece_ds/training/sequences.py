@@ -5,7 +5,7 @@ micro-batch of the first of them, each a range of the tokens, then that of the s
 schedules and checkpoints are those of ranks that share nothing, and a rank holds activations of 1 / S of a micro-batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
-from piece_ds.zero.sequence_attention import exchanging_attention, sharing_engines
+from piece_ds.zero.sequence_attention import exchanging_attention, sharing_engines, whole_rows
 from piece_ds.zero.sequence_parallel import SequenceShards, gradient_divisor, proof_rows, prove_parts
 from piece_ds.zero.undisturbed import undisturbed
 
@@ -52,7 +52,14 @@ class SequenceTraining:
         """Return this rank's range of a micro-batch of whole rows, which is the same on the ranks that share it."""
         return SequenceShards([], engine).part(inputs)
 
-    def step(self, trainer: Trainer, engine: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
+    def step(
+        self,
+        trainer: Trainer,
+        engine: Any,
+        inputs: dict[str, Any],
+        num_items: Any,
+        general: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """Run forward and backward of this round's micro-batches; return this rank's own loss, detached. A collective.
 
         Args:
@@ -60,6 +67,7 @@ class SequenceTraining:
             engine: its DeepSpeed engine.
             inputs: this rank's micro-batch, whole rows, padded on the right.
             num_items: by what the trainer divides sums of losses, or None for the mean of each micro-batch.
+            general: what general text adds to this rank's own micro-batch; its rows stay whole, since they are short.
         Raises:
             UserError: the model's layers do not take part in the exchange, or its rows cannot be cut.
         Cost: the tokens of S micro-batches cross through the host; S forward and backward passes of a range each.
@@ -81,8 +89,17 @@ class SequenceTraining:
                 prove_parts(engine, proof_rows(every[0][0]), shards)
             self._is_proven = True
 
-        # Micro-batch after micro-batch, each on all ranks of the group. DeepSpeed averages in the end.
+        # General text first: the backward pass that ends a step has to be the last.
         scale = gradient_divisor(engine) / world_size()
+        added = torch.zeros(())
+        if general is not None:
+            with whole_rows(), trainer.compute_loss_context_manager():
+                extra = general()
+            added = extra.detach().clone()
+            engine.set_gradient_accumulation_boundary(False)
+            engine.backward(_summed(extra, added, scale, trainer, num_items), scale_wrt_gas=False)
+
+        # Micro-batch after micro-batch, each on all ranks of the group. DeepSpeed averages in the end.
         own = torch.zeros(())
         for place, (batch, count) in enumerate(every):
             part = {name: value.to(engine.device) for name, value in shards.part(batch).items()}
@@ -94,15 +111,22 @@ class SequenceTraining:
             if place == where.place:
                 own = whole
 
-            # An infinite loss becomes NaN, which every rank sees in the norm of the reduced gradient.
-            share = scale / trainer.current_gradient_accumulation_steps if count is None else scale
-            loss = loss * share * torch.where(whole.isfinite(), 1.0, torch.nan).to(loss.dtype)
+            loss = _summed(loss, whole, scale, trainer, count)
             if place + 1 < where.size:
                 engine.set_gradient_accumulation_boundary(False)
                 engine.backward(loss, scale_wrt_gas=False)
             else:
                 trainer.accelerator.backward(loss, scale_wrt_gas=False)
-        return own
+        return own + added.to(own.device)
+
+
+def _summed(loss: Tensor, whole: Tensor, scale: float, trainer: Trainer, num_items: Any) -> Tensor:
+    """Return a part of a micro-batch's loss as backward takes it.
+
+    An infinite loss becomes NaN, which every rank sees in the norm of the reduced gradient.
+    """
+    share = scale / trainer.current_gradient_accumulation_steps if num_items is None else scale
+    return loss * share * torch.where(whole.isfinite(), 1.0, torch.nan).to(loss.dtype)
 
 
 def sequence_training(size: int, num_rows: int) -> SequenceTraining | None:

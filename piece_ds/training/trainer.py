@@ -1,6 +1,7 @@
 """Adapt transformers' Trainer to a task of the stream: its checkpoints are complete, and it can end at any step."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ class TaskTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         self._num_tokens = _num_tokens(inputs) + self._num_tokens.to(inputs["input_ids"].device)
-        self.losses.append(self.sequences.step(self, model, inputs, num_items_in_batch))
+        general = None if self.general is None else partial(self._general_part, model, inputs, num_items_in_batch)
+        self.losses.append(self.sequences.step(self, model, inputs, num_items_in_batch, general))
         # The Trainer averages means, and adds up what was divided by the tokens of a step.
         is_mean = num_items_in_batch is None
         return self.losses[-1] / self.current_gradient_accumulation_steps if is_mean else self.losses[-1]
@@ -107,15 +109,20 @@ class TaskTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss as transformers' Trainer does, with general text's added, and count tokens."""
-        num_rows = self.num_packed_rows if "position_ids" in inputs else len(inputs["input_ids"])
         if model.training:
             self._num_tokens = _num_tokens(inputs) + self._num_tokens.to(inputs["input_ids"].device)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.general is not None:
-            extra = self.general.loss(model, self._next_micro_batch(), num_rows, inputs["input_ids"].device)
-            loss = loss + self._as_expected(extra, num_items_in_batch)
+            loss = loss + self._general_part(model, inputs, num_items_in_batch)
         loss = self._noted(loss, model.training)
         return (loss, outputs) if return_outputs else loss
+
+    def _general_part(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Return what general text adds to the loss of a micro-batch."""
+        assert self.general is not None
+        num_rows = self.num_packed_rows if "position_ids" in inputs else len(inputs["input_ids"])
+        extra = self.general.loss(model, self._next_micro_batch(), num_rows, inputs["input_ids"].device)
+        return self._as_expected(extra, num_items_in_batch)
 
     def _as_expected(self, mean: Tensor, num_items_in_batch: Any) -> Tensor:
         """Return a micro-batch's mean as the Trainer adds it up to the mean of a step's micro-batches."""

@@ -8,6 +8,7 @@ plain attention answers in evaluation mode.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,19 @@ from piece_ds.runtime.errors import UserError
 
 # Names of transformers' attention functions that need no mask of four dimensions, which an exchange cannot cut.
 WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3")
+
+# Whether every rank's rows are whole and its own, although their model is in training mode.
+_HAS_WHOLE_ROWS: ContextVar[bool] = ContextVar("has_whole_rows", default=False)
+
+
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Inside exchanging_attention(), let the model take whole rows of this rank's own."""
+    before = _HAS_WHOLE_ROWS.set(True)
+    try:
+        yield
+    finally:
+        _HAS_WHOLE_ROWS.reset(before)
 
 
 def sequence_groups(size: int) -> Any:
@@ -82,7 +96,7 @@ def exchanging_attention(model: nn.Module, size: int, num_rows: int) -> Iterator
     exchange.core_attn_implementation = name
 
     def attention(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        if not module.training:
+        if not module.training or _HAS_WHOLE_ROWS.get():
             return plain(module, query, key, value, mask, *args, **kwargs)
         if kwargs.get("position_ids") is None:
             raise UserError(

@@ -22,6 +22,14 @@ RUNS = {
     "zero2-masked": {"deepspeed": CONFIGS / "zero2.json", "update_mode": "masked", "tasks": "text"},
     "zero0-mean": {"deepspeed": CONFIGS / "zero0.json", "average_tokens_across_devices": False, "tasks": "letter"},
 }
+# All that general text serves: importance of a method and of scaled steps, replay and divergence.
+GENERAL = {
+    "method": "piece-ratio",
+    "step_scale": "general",
+    "general_replay": 0.5,
+    "general_kl": 2.0,
+    "tasks": "letter",
+}
 
 
 def flags(material: Material, name: str, **changes: object) -> list[str]:
@@ -38,10 +46,12 @@ def run(folder: Path, num_ranks: int, jobs: dict[str, list[str]]) -> Results:
 def runs(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Each run with shared rows on two ranks, and the same steps on two ranks and on one without."""
     root = tmp_path_factory.mktemp("sequences")
+    general = {**GENERAL, "general_text": material.root / "general.jsonl"}
+    every = RUNS | {"zero3-general": general, "zero2-general": {**RUNS["zero2-masked"], **general}}
     shared = {
-        f"shared-{name}": flags(material, f"shared-{name}", **changes, **SHARED) for name, changes in RUNS.items()
+        f"shared-{name}": flags(material, f"shared-{name}", **changes, **SHARED) for name, changes in every.items()
     }
-    apart = {f"apart-{name}": flags(material, f"apart-{name}", **changes) for name, changes in RUNS.items()}
+    apart = {f"apart-{name}": flags(material, f"apart-{name}", **changes) for name, changes in every.items()}
     alone = {"gradient_accumulation_steps": 2 * ACCUMULATION, **RUNS["zero3-compact"]}
     one = {"alone-zero3-compact": flags(material, "alone-zero3-compact", **alone)}
     # A process whose ranks have shared rows keeps DeepSpeed's groups, so the others are processes of their own.
@@ -82,7 +92,7 @@ def assert_same(material: Material, runs: Results, first: str, second: str) -> N
     assert [path.read_bytes() for path in before[0]] == [path.read_bytes() for path in before[1]]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, "zero3-general", "zero2-general"])
 def test_ranks_that_share_rows_train_as_those_that_do_not(material: Material, runs: Results, name: str) -> None:
     assert_same(material, runs, f"shared-{name}", f"apart-{name}")
 

@@ -68,9 +68,8 @@ def test_what_ranks_cannot_share_is_refused_by_name() -> None:
         ({"loss_chunk_tokens": 8}, "--loss_chunk_tokens"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
         ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"),
-        ({"general_replay": 0.5}, "--general_replay"),
-        ({"general_kl": 2.0}, "--general_kl"),
-        ({"step_scale": "general"}, "--step_scale"),
+        ({"general_replay": 0.5, "general_kl": 2.0}, ""),
+        ({"step_scale": "general"}, ""),
         ({"importance_batch_size": 3}, "--importance_batch_size 3"),
     ):
         found = refusal(**changes)
