@@ -83,7 +83,7 @@ def contenders(recipe: OfficeRecipe, material: Path) -> list[Contender]:
     }
     seqft = {"method": "seqft", "learning_rate": recipe.full_learning_rate}
     lora = {"method": "lora", "learning_rate": recipe.lora_learning_rate}
-    divergence = {"general_text": SELF, "general_kl": recipe.general_kl}
+    divergence = {"general_text": SELF, "general_kl": recipe.general_kl, "general_share": recipe.general_share}
     every = [
         Contender("recommended", "", {**mask, **divergence}),
         Contender("recommended without KL", "without-kl", mask),
