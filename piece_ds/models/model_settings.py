@@ -67,7 +67,7 @@ def check_generation_settings(arguments: ModelArguments) -> None:
 
 
 def check_attention(arguments: ModelArguments, config: Any, auto_class: Any) -> None:
-    """Raise UserError if --attn_implementation is misspelt, not installed, or unknown to the model.
+    """Raise UserError if --attn_implementation is misspelt, not installed, unknown to the model, or not for training.
 
     Args:
         config: the model's. Not modified.
@@ -76,6 +76,13 @@ def check_attention(arguments: ModelArguments, config: Any, auto_class: Any) -> 
     asked = arguments.attn_implementation
     if not asked:
         return
+    if "paged" in asked:
+        raise UserError(
+            f"--attn_implementation {asked} is for a server's paged cache, without which it attends to later tokens or "
+            f"fails: use {asked.replace('paged|', '').replace('_paged', '')}"
+        )
+    if asked == "flex_attention" and not torch.cuda.is_available():
+        raise UserError("--attn_implementation flex_attention has no backward pass on a CPU: use sdpa or eager")
     try:
         with torch.device("meta"):
             auto_class.from_config(

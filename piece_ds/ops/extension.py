@@ -28,6 +28,7 @@ from piece_ds.ops.build_specs import (
     compiler_version,
     require_compiler,
 )
+from piece_ds.runtime.cache import user_cache
 from piece_ds.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _cache_folder() -> Path:
     # The same rule as torch's own, so that one variable moves both.
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not root:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions")
+        root = str(user_cache() / "torch_extensions")
     folder = Path(root) / "piece_ds"
     try:
         folder.mkdir(parents=True, exist_ok=True)

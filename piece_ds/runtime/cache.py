@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from piece_ds.runtime.errors import MachineError
+from piece_ds.runtime.errors import MachineError, UserError
 
 
 def cache_folder() -> Path:
@@ -15,9 +15,21 @@ def cache_folder() -> Path:
     It is PIECE_DS_CACHE if that is set, else piece_ds in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
     """
     own = os.environ.get("PIECE_DS_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "piece_ds"
+    return _with_home(own) if own else user_cache() / "piece_ds"
+
+
+def user_cache() -> Path:
+    """Return the user's cache folder: XDG_CACHE_HOME, else ~/.cache. Raise UserError if this user has no home."""
+    return _with_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
+def _with_home(folder: str) -> Path:
+    found = os.path.expanduser(folder)
+    if found.startswith("~"):  # a container's user without a name, or an unknown one
+        raise UserError(
+            f"{folder} cannot be found, since that user has no home: set HOME, or PIECE_DS_CACHE to a folder"
+        )
+    return Path(found)
 
 
 @contextmanager
@@ -28,7 +40,7 @@ def locked(path: Path) -> Iterator[None]:
     ranks that have not met yet. The lock is a file beside path, which stays.
 
     Raises:
-        MachineError: the folder cannot be written.
+        MachineError: the folder cannot be written, or its file system has no locks.
     """
     lock = path.with_name(f"{path.name}.lock")
     try:
@@ -40,5 +52,10 @@ def locked(path: Path) -> Iterator[None]:
         ) from error
     # Closing the file frees the lock.
     with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise MachineError(
+                f"the cache folder {lock.parent} cannot be locked ({error}): name another one with PIECE_DS_CACHE"
+            ) from error
         yield

@@ -3,6 +3,8 @@
 A wrong rank makes all processes wait for one that never comes, so it is found before any of them connects.
 """
 
+import codecs
+import locale
 import os
 import socket
 
@@ -86,6 +88,16 @@ def complete_launch_environment() -> None:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE {size}: ranks are 0 to {size - 1}")
     _complete_master(size)
     _complete_local_rank(rank, size)
+
+
+def require_readable_files() -> None:
+    """Raise UserError if Python reads text as ASCII: PyTorch cannot read files of its own then."""
+    encoding = locale.getpreferredencoding(False)
+    if codecs.lookup(encoding).name == "ascii":
+        raise UserError(
+            f"this locale's encoding is {encoding}, in which PyTorch cannot read its own files: set PYTHONUTF8=1, or "
+            "unset PYTHONUTF8 and set LC_ALL=C.UTF-8"
+        )
 
 
 def require_accelerator() -> None:

@@ -15,7 +15,11 @@ from typing import Any, NoReturn
 
 from piece_ds.runtime.deterministic import set_cublas_workspace
 from piece_ds.runtime.errors import MachineError, UserError
-from piece_ds.runtime.launch_environment import complete_launch_environment, require_accelerator
+from piece_ds.runtime.launch_environment import (
+    complete_launch_environment,
+    require_accelerator,
+    require_readable_files,
+)
 from piece_ds.runtime.rank_status import claim, is_gone, is_late, missing_ranks
 from piece_ds.runtime.signals import STOP_CODE, Preempted
 from piece_ds.runtime.text import PrintableFormatter, printable
@@ -38,6 +42,7 @@ def run_command(main: Callable[[list[str]], None], words: list[str] | None = Non
     given = sys.argv[1:] if words is None else words
     argv = [a for a in given if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
     try:
+        require_readable_files()
         one_process_environment()
         require_accelerator()
     except UserError as error:

@@ -183,7 +183,7 @@ def _check_adam(content: Mapping[str, Any], name: str, options: Mapping[str, Any
 
 def _tell_of_compilation(name: str) -> None:
     """Log that something will be compiled; name the lock of another process, which may have ended without it."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
     if any(root.glob(f"**/{name}.so")):
         return
     logger.warning("DeepSpeed's %s is compiled, which takes some minutes once on a machine", name)

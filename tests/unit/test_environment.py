@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
@@ -10,8 +12,15 @@ import pytest
 from support.launches import ROOT, environment
 from torch.distributed import DistNetworkError
 
-from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.launch_environment import RANK_VARIABLES, complete_launch_environment, require_accelerator
+from piece_ds.runtime.cache import cache_folder, locked, user_cache
+from piece_ds.runtime.errors import MachineError, UserError
+from piece_ds.runtime.folder_lock import FolderLock
+from piece_ds.runtime.launch_environment import (
+    RANK_VARIABLES,
+    complete_launch_environment,
+    require_accelerator,
+    require_readable_files,
+)
 from piece_ds.runtime.process import start_distributed
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -118,6 +127,42 @@ def test_what_can_be_told_is_completed(bare: pytest.MonkeyPatch, variables: dict
     assert 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"])
     assert os.environ["MASTER_ADDR"]
     assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_a_locale_in_which_no_file_can_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, refused in (("ANSI_X3.4-1968", True), ("US-ASCII", True), ("UTF-8", False), ("ISO-8859-1", False)):
+        monkeypatch.setattr("locale.getpreferredencoding", lambda do_setlocale, encoding=encoding: encoding)
+        with (
+            pytest.raises(UserError, match=f"{encoding}, in which PyTorch.*PYTHONUTF8=1") if refused else nullcontext()
+        ):
+            require_readable_files()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PIECE_DS_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as of a container's user without a name
+    for folder in (cache_folder, user_cache):
+        with pytest.raises(UserError, match=r"~/\.cache cannot be found.*set HOME, or PIECE_DS_CACHE"):
+            folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "piece_ds"
+    monkeypatch.setenv("PIECE_DS_CACHE", "~nobody-at-all/x")
+    with pytest.raises(UserError, match="~nobody-at-all/x cannot be found"):
+        cache_folder()
+
+
+def test_a_cache_that_cannot_be_locked_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(MachineError, match=r"cannot be locked .*No locks available"), locked(tmp_path / "x"):
+        pass
+    # A run's folder is then taken without a lock.
+    lock = FolderLock(tmp_path)
+    assert lock.take()
+    assert not lock.is_held
 
 
 def test_an_accelerator_that_is_unknown_or_not_there_is_refused(bare: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Settings beside the weights: what would end a run after a whole task is settled or refused before it."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +63,20 @@ def test_attention_that_is_not_there_is_refused_by_its_flag(model: Path, name: s
         return
     with pytest.raises(UserError, match=f"--attn_implementation {name}: .*sdpa and eager"):
         check_attention_of(arguments, config)
+
+
+def test_attention_that_is_not_for_training_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name, way_out in (
+        ("paged|eager", "use eager"),
+        ("paged|sdpa", "use sdpa"),
+        ("sdpa_paged", "use sdpa"),
+        ("paged|flash_attention_2", "use flash_attention_2"),
+        ("flex_attention", "no backward pass on a CPU: use sdpa"),
+    ):
+        arguments = ModelArguments(model_name_or_path=str(model), attn_implementation=name)
+        with pytest.raises(UserError, match=f"--attn_implementation {re.escape(name)} .*{way_out}"):
+            check_attention_of(arguments, load_config(arguments))
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
