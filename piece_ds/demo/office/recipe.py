@@ -31,7 +31,7 @@ loses to full fine-tuning on orders: the recipe rests on the scaling.
 Replay of self-written text at this weight halves the rise of full fine-tuning and takes a fifth off that of the mask.
 It does not bring it to zero; divergence from the base model leaves less (docs/forgetting.md), so the runs have that
 instead. On the stream of dates and orders, through the commands (1 rank, in the first row 2; one seed; answers right
-after their task and at the end of 32 rows, rise of general loss, KL from the base model; 3e-3 but for the last row):
+after their task and at the end of 32 rows, rise of general loss, KL from the base model; 3e-3 if no rate is named):
 
     --general_kl, rows beside each row         right         rise     KL
     4, a quarter                               - 72 %        +0.017   0.015
@@ -40,13 +40,14 @@ after their task and at the end of 32 rows, rise of general loss, KL from the ba
     16, a quarter, damped by the 10 % quantile 66 % 63 %     +0.010   0.007
     16, half                                   72 % 69 %     +0.010   0.025
     8, as many                                 75 % 72 %     +0.011   0.009
+    8, as many, 2e-3                           72 % 72 %     +0.005   0.008
     32, as many                                59 % 56 %     +0.009   0.008
     16, as many, 10 % quantile                 66 % 66 %     +0.008   0.005
     16, a quarter, --forgetting_budget 0.0025  34 % 34 %     +0.005   0.004
     4, a quarter, 1e-3                         - 53 %        +0.014   -
 
-More rows keep more than more weight does, and a rise of 0.005 is reached only by going most of the way back. The rates
-below are those at which the three methods learn about as much, interpolated linearly between these.
+More rows keep more than more weight does. The rates of the other methods are those at which they learn about as much,
+interpolated linearly between those of the first table.
 """
 
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class OfficeRecipe:
     task_steps: int = 24
     task_batch_size: int = 8
     mask_ratio: float = 0.01
-    mask_learning_rate: float = 3e-3
+    mask_learning_rate: float = 2e-3
     general_kl: float = 8.0
     general_share: float = 1.0
     full_learning_rate: float = 6e-5
