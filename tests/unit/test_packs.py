@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from support.models import make_model
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
@@ -20,6 +20,7 @@ from piece_ds.config.arguments import DataArguments
 from piece_ds.data.collate import Collator
 from piece_ds.data.packs import PackCollator, Packs, best_fit, divided, pack_rows
 from piece_ds.runtime.errors import UserError
+from piece_ds.training.trainer import TaskTrainer
 
 
 def rows_of(lengths: list[int], seed: int = 0) -> datasets.Dataset:
@@ -132,7 +133,7 @@ def test_a_micro_batch_of_packs_has_the_loss_and_gradients_of_the_padded_rows() 
         assert float((found[0][1] - found[1][1]).abs().max()) < 5e-6 * float(found[1][1].abs().max())
 
 
-def trainer_of(folder: Path, packs: Packs, model: nn.Module, **settings: Any) -> Trainer:
+def trainer_of(folder: Path, packs: Packs, model: nn.Module, kind: type[Trainer] = Trainer, **settings: Any) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -147,7 +148,7 @@ def trainer_of(folder: Path, packs: Packs, model: nn.Module, **settings: Any) ->
         use_cpu=True,
         **settings,
     )
-    return Trainer(model=model, args=arguments, train_dataset=packs, data_collator=PackCollator())
+    return kind(model=model, args=arguments, train_dataset=packs, data_collator=PackCollator())
 
 
 class StopAt(TrainerCallback):
@@ -198,3 +199,32 @@ def test_a_step_divides_by_all_answer_tokens_of_its_packs(tmp_path: Path) -> Non
     with torch.no_grad():
         for param, moved in zip(by_hand.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(moved, param - 0.1 * param.grad, rtol=0, atol=2e-6)
+
+
+def test_general_text_joins_a_pack_by_the_rows_in_it_and_adds_its_share(tmp_path: Path) -> None:
+    """A pack is one row of a batch and holds many of the file: S of those are joined, and the pack's mean stays."""
+    rows = rows_of([24, 3, 5, 20, 4, 9, 7, 6, 5, 5, 4, 4])
+    packs = pack_rows("a", rows, 28, 2)
+    model = make_model("llama").train()
+    trainer = trainer_of(tmp_path, packs, model, TaskTrainer)
+    asked: list[int] = []
+
+    class Text:
+        def loss(self, model: nn.Module, number: int, num_rows: int, device: torch.device) -> Tensor:
+            asked.append(num_rows)
+            return torch.tensor(0.5)
+
+    assert isinstance(trainer, TaskTrainer)
+    trainer.general = Text()  # type: ignore[assignment]
+    for place, pack in enumerate(packs.packs):
+        batch = PackCollator()([packs[place]])
+        apart = sum(model(**Collator(pad_id=0)([rows[n]])).loss.item() * len(counted(rows[n])) for n in pack)
+        want = apart / sum(len(counted(rows[number])) for number in pack) + 0.5
+        assert trainer.compute_loss(model, batch).item() == pytest.approx(want, abs=2e-6)
+    assert asked == [round(len(rows) / len(packs))] * len(packs)
+    assert asked[0] > 1
+
+
+def counted(row: Any) -> list[int]:
+    """Labels of a row that give a loss: no token predicts the first."""
+    return [label for label in row["labels"][1:] if label != -100]
