@@ -161,7 +161,7 @@ def _answers(
         batch_size,
         device,
         Decoding(sample=asked.sample, seed=asked.sample_seed),
-        description=task.name,
+        description=f"answers to {task.name}",
         batch_of=(lambda indices: collate.prompts([task.test[index] for index in indices]))
         if isinstance(collate, ImageCollator)
         else None,
