@@ -13,6 +13,9 @@ Questions, each answered by the table at matched learning (results/summary.md), 
    less of the rise? These sweeps were added after 24 runs had shown that replay at 0.25 leaves most of it; the two of
    them that combine it with scaled steps of all weights and of 10 % after 6 more.
 
+7. Twice the weight of divergence, on as many rows as the task has (--general_share 1): does it leave less still? These
+   two sweeps were added after 115 runs, when the office stream of `make train` had gained by it.
+
 Rates span, for each method, from little learning to the point where it stops learning more. A run that is not made
 for want of time is missing in results/runs.csv, and summary.py counts it.
 """
@@ -35,6 +38,7 @@ class Sweep:
         scaled: --step_scale general.
         replay: of --general_replay.
         divergence: of --general_kl.
+        share: of --general_share; 0 leaves it out.
         general_text: 'self', 'real' (instructions that are not judged on), or '' if no general text is used.
     """
 
@@ -46,6 +50,7 @@ class Sweep:
     replay: float = 0.0
     general_text: str = ""
     divergence: float = 0.0
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Setting:
 FULL = (3e-5, 1e-4, 3e-4)
 SCALED_FULL = (1e-4, 3e-4, 1e-3)
 ADAPTER = (3e-4, 1e-3, 3e-3)
+MORE_ROWS = (1e-3, 2e-3, 3e-3)
 
 # In the order in which they are made for a task: what decides first.
 SWEEPS = (
@@ -83,6 +89,8 @@ SWEEPS = (
     Sweep("full, scaled steps + KL", "seqft", SCALED_FULL, scaled=True, general_text="self", divergence=4.0),
     Sweep("ratio 10 %, scaled steps + KL", "piece-ratio", (3e-4, 1e-3, 3e-3), 0.1, True, 0.0, "self", 4.0),
     Sweep("ratio 10 %, scaled steps", "piece-ratio", (3e-4, 1e-3, 3e-3), 0.1, scaled=True, general_text="self"),
+    Sweep("ratio 1 %, scaled steps + KL, as many rows", "piece-ratio", MORE_ROWS, 0.01, True, 0.0, "self", 8.0, 1.0),
+    Sweep("full, scaled steps + KL, as many rows", "seqft", (1e-4, 3e-4), None, True, 0.0, "self", 8.0, 1.0),
     Sweep("ratio 1 %", "piece-ratio", (3e-4, 1e-3, 3e-3), 0.01, general_text="self"),
     Sweep("random 1 %", "random", (1e-3, 3e-3, 1e-2), 0.01),
     Sweep("ratio 1 %, scaled steps, real text", "piece-ratio", (1e-3, 3e-3, 1e-2), 0.01, True, 0.0, "real"),

@@ -149,6 +149,8 @@ def flags_of(
         flags["general_replay"] = sweep.replay
     if sweep.divergence:
         flags["general_kl"] = sweep.divergence
+    if sweep.share:
+        flags["general_share"] = sweep.share
     return [item for name, value in flags.items() for item in (f"--{name}", str(value))]
 
 
