@@ -4,8 +4,11 @@ import copy
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from piece_ds.__main__ import main
 from piece_ds.config.settings import parse
 from piece_ds.deltas import ChainFollower, apply_delta_, open_delta
-from piece_ds.deltas.chain import open_chain
+from piece_ds.deltas.chain import open_chain, require_follows
 from piece_ds.deltas.chain_files import chain_folders, link_file, link_files
 from piece_ds.deltas.live_fingerprint import live_fingerprint
 from piece_ds.methods.registry import METHODS
@@ -361,3 +364,17 @@ def test_the_flag_is_refused_where_it_would_be_ignored() -> None:
     for value in ("0", "-1"):
         with pytest.raises(UserError, match="--delta_every must be positive"):
             parse(["--delta_every", value])
+
+
+def test_a_link_follows_only_if_both_its_parent_and_its_base_are_what_came_before(tmp_path: Path) -> None:
+    """Weights may be the same by chance, as after a step that was taken back; a parent's name alone proves nothing."""
+    before: Any = SimpleNamespace(path=tmp_path / "a", number=0, checksum="c0", result="w0")
+    for parent, base, number, said in (
+        ("c0", "w0", 1, None),
+        ("c9", "w0", 1, "does not follow"),
+        ("c0", "w9", 1, "does not follow"),
+        ("c0", "w0", 2, "is missing"),
+    ):
+        link: Any = SimpleNamespace(path=tmp_path / "b", number=number, parent=parent, base=base)
+        with nullcontext() if said is None else pytest.raises(UserError, match=said):
+            require_follows(link, before)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.ranks import on_ranks
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,3 +101,10 @@ def test_loss_of_a_real_model_is_that_of_each_row_alone(llama: LlamaForCausalLM)
     result = evaluate_loss(llama, rows, Collator(pad_id=0), 2, "cpu")
     assert result.num_tokens == 11
     assert result.sum_loss == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_three_batches_on_two_ranks_count_once_each() -> None:
+    """The rank without a batch runs one again, to stay in step, and does not count it."""
+    rows = [row(-100, 4), row(-100, 1, 2, 3), row(-100, -100, 10)]
+    found = on_ranks(2, lambda: evaluate_loss(LabelMean(), rows, Collator(pad_id=0), 1, "cpu"))
+    assert [(one.sum_loss, one.num_tokens) for one in found] == [(pytest.approx(20.0), 5)] * 2

@@ -16,10 +16,12 @@ from piece_ds.data.collate import Collator, MicroBatches
 from piece_ds.evaluation.kept_logits import KeptLogits, answer_logits, divergence, keep_logits
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
+from piece_ds.training import general_text as general_text_module
 from piece_ds.training import trainer as trainer_module
 from piece_ds.training.base_logits import BaseLogits
 from piece_ds.training.general_loss import GeneralLoss, general_loss_of
 from piece_ds.training.general_replay import GeneralRows, rows_per_row
+from piece_ds.training.general_text import GeneralText
 from piece_ds.training.trainer import TaskTrainer
 
 NUMBERED = [{"row": number} for number in range(50)]
@@ -226,6 +228,10 @@ def test_the_loss_is_the_tasks_plus_the_share_times_the_means_and_tokens_are_cou
     def num_tokens(batch: dict[str, Tensor]) -> int:
         return int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel())
 
+    # The last step of an epoch may have fewer micro-batches.
+    trainer.current_gradient_accumulation_steps = 3
+    assert float(trainer._as_expected(torch.tensor(6.0), torch.tensor(9))) == (2.0 if is_summed else 6.0)
+
     assert int(trainer.take_num_tokens()) == num_tokens(task)
     assert trainer.general.take_row()["general_tokens"] == num_tokens(general)
 
@@ -245,12 +251,18 @@ def test_micro_batches_are_numbered_over_steps_and_ranks_as_rows_are_dealt(monke
     def numbers(num_ranks: int, accumulation: int, first_step: int = 0) -> set[tuple[int, int]]:
         found = set()
         for own in range(num_ranks):
-            monkeypatch.setattr(trainer_module, "world_size", lambda: num_ranks)
-            monkeypatch.setattr(trainer_module, "rank", lambda own=own: own)
+            for module in (trainer_module, general_text_module):
+                monkeypatch.setattr(module, "world_size", lambda: num_ranks)
+                monkeypatch.setattr(module, "rank", lambda own=own: own)
             trainer = Trainer(False, accumulation)
+            of_callback = object.__new__(GeneralText)  # that of any other trainer counts alike
+            of_callback._trainer, of_callback._micro_batch = trainer, (-1, 0)
             for step in range(first_step, 3):
                 trainer.state.global_step = step
-                found |= {(step, trainer._next_micro_batch()) for _ in range(accumulation)}
+                for _ in range(accumulation):
+                    number = trainer._next_micro_batch()
+                    assert of_callback._next_micro_batch() == number
+                    found.add((step, number))
         return found
 
     assert numbers(1, 4) == numbers(2, 2) == numbers(4, 1)

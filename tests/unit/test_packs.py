@@ -74,6 +74,17 @@ def test_few_rows_are_packed_as_well_as_any_assignment_does() -> None:
         lengths = [rng.randint(2, 10) for _ in range(5)]
         assert len(best_fit(lengths, 12)) == fewest_packs(lengths, 12)
     assert best_fit([3, 9, 4, 6, 2], 10) == [[1], [3, 2], [0, 4]]
+    assert len(best_fit([7, 6, 3, 2, 2], 10)) == 2  # into the fullest pack: into the emptiest it would be three
+
+
+def test_a_row_whose_every_token_counts_does_not_count_its_first_in_a_pack() -> None:
+    """As in text that is learned whole: the token before it is another row's."""
+    rows = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 2)
+    assert Packs(rows, [[0, 1]])[0] == {
+        "input_ids": [5, 6, 7, 5, 6, 7],
+        "labels": [-100, 6, 7, -100, 6, 7],
+        "position_ids": [0, 1, 2, 0, 1, 2],
+    }
 
 
 def test_packs_are_divided_into_whole_steps() -> None:

@@ -7,13 +7,16 @@ import pytest
 import torch
 from support.oracle import score
 from support.ranks import on_ranks
-from support.selection_cases import CASES, as_set, blocks_layout, expected, make_stats, whole_sums
+from support.selection_cases import CASES, Blocks, as_set, blocks_layout, expected, make_stats, whole_sums
 
+from piece_ds.checkpoint.delta_file import load_previous, save_delta
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
 from piece_ds.methods.estimate import select
+from piece_ds.models.layout import layout_of
 from piece_ds.selection import candidates
 from piece_ds.selection.candidates import LastPassFilter
 from piece_ds.selection.estimators import PIECE_S
+from piece_ds.zero.weights import read_selected
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -82,3 +85,21 @@ def test_statistics_of_other_ranks_come_back_bit_for_bit(tmp_path: Path, before:
         return all(np.array_equal(a.numpy().view(np.int32), b.numpy().view(np.int32)) for a, b in same)
 
     assert all(on_ranks(after, work))
+
+
+def test_each_rank_reads_its_own_part_of_what_a_task_began_with(tmp_path: Path) -> None:
+    """A resumed run takes the previous values from the file, on any number of ranks."""
+
+    def work() -> list[bool]:
+        model = Blocks()
+        with torch.no_grad():
+            for number, param in enumerate(model.parameters()):
+                param.copy_(torch.arange(param.numel()).view_as(param) + 1000.0 * number)
+        mask = select(layout_of(model), "random", 0.3)
+        previous = read_selected(model, mask)
+        save_delta(tmp_path / "previous.safetensors", model, mask, previous)
+        found = load_previous(tmp_path / "previous.safetensors", mask)
+        return [found.keys() == previous.keys(), *(torch.equal(found[name], previous[name]) for name in previous)]
+
+    for num_ranks in (2, 3):
+        assert all(all(same) for same in on_ranks(num_ranks, work))

@@ -1,0 +1,91 @@
+"""Values, moments and counters of the selected weights go from one sharding to another; the next step is the same."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from support.ranks import on_ranks
+from torch import Tensor, nn
+
+from piece_ds.zero.adapter import Piece
+from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
+
+INDEX = {"a": torch.tensor([1, 4]), "b": torch.tensor([0, 3])}
+COUNTERS = {"global_steps": 3, "global_samples": 24, "micro_steps": 6, "skipped_steps": 1}
+SCALER = {"cur_scale": 512.0, "cur_iter": 4, "last_overflow_iter": 1, "cur_hysteresis": 2}
+
+# Two shardings of a (6 elements) and b (5): side by side with padding between, and cut inside both.
+TOGETHER = [(13, [Piece("a", 0, 6, 0), Piece("b", 0, 5, 8)])]
+CUT = [(5, [Piece("a", 0, 4, 1)]), (7, [Piece("a", 4, 2, 0), Piece("b", 0, 2, 2)]), (3, [Piece("b", 2, 3, 0)])]
+
+
+def place(pieces: list[Piece], of: dict[str, Tensor], flat: Tensor) -> None:
+    """Write whole parameters' elements to where a sharding has them."""
+    for piece in pieces:
+        flat[piece.offset : piece.offset + piece.numel] = of[piece.name][piece.start : piece.start + piece.numel]
+
+
+class Adapter:
+    """As much of an engine's adapter as state goes through: masters, torch's AdamW, counters and a loss scaler."""
+
+    def __init__(self, sharding: list[tuple[int, list[Piece]]]) -> None:
+        self.found = [(nn.Parameter(torch.zeros(numel)), pieces) for numel, pieces in sharding]
+        for master, pieces in self.found:
+            place(pieces, {"a": torch.arange(6.0), "b": torch.arange(5.0) - 9}, master.data)
+        scaler = SimpleNamespace(**dict.fromkeys(SCALER, 0))
+        self.engine = SimpleNamespace(
+            basic_optimizer=torch.optim.AdamW([master for master, _ in self.found], lr=0.1, weight_decay=0.0),
+            optimizer=SimpleNamespace(loss_scaler=scaler),
+            lr_scheduler=None,
+            **dict.fromkeys(COUNTERS, 0),
+        )
+
+    def masters(self) -> list[tuple[Tensor, list[Piece]]]:
+        return list(self.found)  # type: ignore[arg-type]
+
+    def step(self, number: int) -> None:
+        """Step with a gradient of the selected elements alone."""
+        grads = {name: torch.zeros(numel) for name, numel in (("a", 6), ("b", 5))}
+        for name, index in INDEX.items():
+            grads[name][index] = torch.sin(index + number + 1.0)
+        for master, pieces in self.found:
+            master.grad = torch.zeros_like(master)
+            place(pieces, grads, master.grad)
+        self.engine.basic_optimizer.step()
+
+
+def trained() -> Any:
+    adapter = Adapter(TOGETHER)
+    for number in range(3):
+        adapter.step(number)
+    vars(adapter.engine).update(COUNTERS)
+    vars(adapter.engine.optimizer.loss_scaler).update(SCALER)
+    return adapter
+
+
+def test_a_state_goes_on_in_another_sharding_as_in_its_own() -> None:
+    first, second = trained(), Adapter(CUT)
+    state = read_selected_state(first, INDEX)
+    assert state.step == 3
+    write_selected_state_(second, INDEX, state)  # type: ignore[arg-type]
+    assert {name: getattr(second.engine, name) for name in COUNTERS} == COUNTERS
+    assert vars(second.engine.optimizer.loss_scaler) == SCALER
+    for number in (3, 4):
+        first.step(number)
+        second.step(number)
+    ends = [read_selected_state(adapter, INDEX) for adapter in (first, second)]
+    assert ends[0].step == ends[1].step == 5
+    for name, values in ends[0].tensors.items():
+        assert torch.equal(values, ends[1].tensors[name]), name
+
+
+def test_what_several_ranks_hold_is_read_once() -> None:
+    """At stage 0 every rank has everything: the state is that of one, not their sum."""
+    alone = read_selected_state(trained(), INDEX)
+
+    def work() -> SelectedState:
+        return read_selected_state(trained(), INDEX)
+
+    for found in on_ranks(2, work):
+        assert (found.step, found.counters) == (alone.step, alone.counters)
+        assert all(torch.equal(values, alone.tensors[name]) for name, values in found.tensors.items())
