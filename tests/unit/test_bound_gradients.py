@@ -1,7 +1,11 @@
 """Gradients that are a list of tensors are masked as the flat buffer that they are, and values written as one."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from support.ranks import on_ranks
 from torch import Tensor, nn
 
 from piece_ds.zero.adapter import BoundGradients, Piece
@@ -57,3 +61,26 @@ def test_values_are_written_together_as_one_by_one(dtypes: tuple[torch.dtype, ..
     for one_by_one, together, before in zip(*written, start, strict=True):
         assert torch.equal(one_by_one, together)
         assert not torch.equal(together, before) or together.numel() == 4
+
+
+def test_each_rank_of_zero_3_writes_its_own_part_of_the_selected_values() -> None:
+    """Seven elements in chunks of four: the second rank's first value is not the first of all."""
+
+    def work() -> list[float]:
+        rank = torch.distributed.get_rank()
+        shard = torch.zeros(4)
+        param: Any = SimpleNamespace(
+            ds_id=0,
+            ds_tensor=shard,
+            ds_process_group=None,
+            ds_status=SimpleNamespace(name="NOT_AVAILABLE"),
+            ds_secondary_tensor=None,
+            partition_numel=lambda: 4,
+        )
+        weights = SelectedWeights(param, torch.tensor([1, 3, 4, 6]))
+        weights.write_(torch.tensor([10.0, 30.0, 40.0, 60.0]))
+        assert weights.held_range() == ((0, 2), (2, 4))[rank]
+        assert weights.read_held().tolist() == ([10.0, 30.0], [40.0, 60.0])[rank]
+        return shard.tolist()
+
+    assert on_ranks(2, work) == [[0.0, 10.0, 0.0, 30.0], [40.0, 0.0, 60.0, 0.0]]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from piece_ds.selection.budget import num_selected
 from piece_ds.state.mask import Mask
 from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 from piece_ds.update.attach import prepare_compact
+from piece_ds.update.compact import CompactUpdate
 from piece_ds.zero.weights import SelectedWeights, weights_fingerprint
 from piece_ds.zero.whole_state import whole_state
 
@@ -142,3 +144,14 @@ def test_the_whole_state_has_each_weight_once_under_its_own_name(model: nn.Modul
     assert list(state) == [name for name, _ in model.named_parameters()]
     assert all(torch.equal(state[name], param) for name, param in model.named_parameters())
     assert ("lm_head.weight" in state) == (not model.config.tie_word_embeddings)
+
+
+def test_a_checkpoint_knows_which_parameters_its_positions_are_of() -> None:
+    """The same places in other parameters are another mask."""
+    layout = layout_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    found = []
+    for name in ("0.weight", "1.weight", "1.bias"):
+        index = {name: torch.tensor([0, 3])}
+        update: Any = SimpleNamespace(mask=Mask(layout, index, 2), _index=index)
+        found.append(CompactUpdate._positions(update).tolist())
+    assert found == [[0, 3], [20, 23], [36, 39]]
