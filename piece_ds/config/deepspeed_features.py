@@ -41,6 +41,14 @@ REFUSED = (
     Feature("zero_optimization.offload_param.device", ("none", "cpu"), "not proven", "use 'cpu'"),
     Feature("zero_optimization.offload_optimizer.super_offload", (False,), "it replaces the step", "remove it"),
     Feature("zero_optimization.offload_optimizer.ratio", (1,), "a second optimizer steps a part", "remove it"),
+    *(
+        Feature(f"zero_optimization.{old}", (False,), "DeepSpeed has renamed it", f"use {new}", in_commands=True)
+        for old, new in (
+            ("cpu_offload", "offload_optimizer.device 'cpu'"),
+            ("cpu_offload_params", "offload_param.device 'cpu'"),
+        )
+    ),
+    Feature("zero_optimization.legacy_stage1", (False,), _GONE, "remove it"),
     Feature("zero_optimization.zero_quantized_weights", (False,), _ROUNDED, _OFF),
     Feature("zero_optimization.zero_quantized_nontrainable_weights", (False,), _ROUNDED, _OFF),
     Feature("zero_optimization.zero_quantized_gradients", (False,), _ROUNDED, _OFF),

@@ -258,6 +258,12 @@ FILES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu"),
     ({"zero_optimization": {"stage": None}}, "stage: Input should be"),
     ({"zero_optimization": {**_STAGE, "colour": 3}}, "colour: Extra inputs are not permitted"),
+    (
+        {"zero_optimization": {**_STAGE, "cpu_offload": True}},
+        "use offload_optimizer.device 'cpu': DeepSpeed has renamed",
+    ),
+    ({"zero_optimization": {**_STAGE, "cpu_offload_params": True}}, "use offload_param.device"),
+    ({"zero_optimization": {**_STAGE, "legacy_stage1": True}}, "DeepSpeed has removed it"),
     ({"zero_optimization": {**_STAGE, "reduce_bucket_size": "x"}}, "reduce_bucket_size: Input should be"),
     ({"zero_optimization": {**_STAGE, "reduce_bucket_size": -1}}, "reduce_bucket_size: Input should be"),
     ({"communication_data_type": "colour"}, "Invalid communication_data_type"),
