@@ -120,15 +120,17 @@ def _cell(curves: list[list[Point]], level: float) -> str:
 
 
 def _beside_references(runs: list[Record]) -> str:
-    lines = ["| task | method | rate | learned | rise | " + " | ".join(REFERENCES) + " |", "|---|---|" + "---:|" * 6]
-    for task in tasks_of(runs):
-        of_task = [run for run in runs if run["task"] == task]
+    head = "| task | seed | method | rate | learned | rise | "
+    lines = [head + " | ".join(REFERENCES) + " |", "|---|---:|---|" + "---:|" * 6]
+    # Within a seed: seeds train in other orders, and reach other losses.
+    for task, seed in ((task, seed) for task in tasks_of(runs) for seed in sorted({run["seed"] for run in runs})):
+        of_task = [run for run in runs if (run["task"], run["seed"]) == (task, seed)]
         curves = {name: curves_of(of_task, name, "rise") for name in REFERENCES}
         for sweep in SWEEPS:
             for curve in curves_of(of_task, sweep.name, "rise"):
                 for point in useful_points(curve):
                     cells = [_reference(curves[name], point) if name != sweep.name else "-" for name in REFERENCES]
-                    own = f"{task} | {sweep.name} | {point.rate:g} | {point.learned:.3f} | {point.lost:+.3f}"
+                    own = f"{task} | {seed} | {sweep.name} | {point.rate:g} | {point.learned:.3f} | {point.lost:+.3f}"
                     lines.append(f"| {own} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -180,7 +182,7 @@ def frontier_figure(runs: list[Record]) -> Figure:
         for sweep in SWEEPS:
             for curve in map(useful_points, curves_of(of_task, sweep.name, "rise")):
                 drawn += curve
-                style = "s--" if sweep.replay else "^:" if sweep.divergence else "o-"
+                style = "s--" if sweep.replay else "D-." if sweep.share else "^:" if sweep.divergence else "o-"
                 panel.plot(
                     [point.learned for point in curve],
                     [point.lost for point in curve],
@@ -200,9 +202,13 @@ def frontier_figure(runs: list[Record]) -> Figure:
         panel.set_ylim(min(0.0, *(point.lost for point in drawn)) - 0.004, 1.5)
     for row in panels:
         row[0].set_ylabel("rise of the loss on texts no method saw (better: low)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    # A method may be missing in some panels.
+    found = {}
+    for panel in panels.flat:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    shown = [sweep.name for sweep in SWEEPS if sweep.name in found]
+    figure.legend([found[name] for name in shown], shown, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
