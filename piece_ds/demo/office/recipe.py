@@ -41,6 +41,7 @@ after their task and at the end of 32 rows, rise of general loss, KL from the ba
     16, half                                   72 % 69 %     +0.010   0.025
     8, as many                                 75 % 72 %     +0.011   0.009
     8, as many, 2e-3                           72 % 72 %     +0.005   0.008
+    the same, another order of the rows        69 % 69 %     +0.007   0.008
     32, as many                                59 % 56 %     +0.009   0.008
     16, as many, 10 % quantile                 66 % 66 %     +0.008   0.005
     16, a quarter, --forgetting_budget 0.0025  34 % 34 %     +0.005   0.004
