@@ -378,3 +378,27 @@ def test_a_link_follows_only_if_both_its_parent_and_its_base_are_what_came_befor
         link: Any = SimpleNamespace(path=tmp_path / "b", number=number, parent=parent, base=base)
         with nullcontext() if said is None else pytest.raises(UserError, match=said):
             require_follows(link, before)
+
+
+def test_following_ends_only_once_no_new_link_has_come_for_the_time(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link comes every second; 1.5 seconds without one end it, however long the chain has been followed."""
+    later, clock = tmp_path / "later" / "00-task" / "chain", [0.0]
+    later.mkdir(parents=True)
+    paths = link_files(run.folder)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] % 1 == 0 and clock[0] <= len(paths):
+            shutil.copy(paths[int(clock[0]) - 1], later)
+
+    monkeypatch.setattr(
+        "piece_ds.deltas.follow.time",
+        SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: 0.0, sleep=sleep),
+    )
+    model = base_of(run)
+    links = ChainFollower(model, tmp_path / "later").follow(seconds=1.5, poll_seconds=0.25)
+    assert [link.step for link in links] == [10, 20, 30, 40]
+    assert clock[0] == len(paths) + 1.5
+    assert same(weights(model), run.states[-1])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from piece_ds.config.method_arguments import MethodArguments
 from piece_ds.data.collate import Collator, MicroBatches
-from piece_ds.evaluation.kept_logits import KeptLogits, answer_logits, divergence, keep_logits
+from piece_ds.evaluation.kept_logits import KeptLogits, answer_logits, divergence, keep_logits, num_answer_tokens
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.training import general_text as general_text_module
@@ -164,6 +164,7 @@ def test_the_loss_is_replays_and_the_divergence_from_the_base_and_so_is_its_grad
         assert ("general_kl" in row) == (kl_weight > 0)
         assert row.get("general_kl", 0.0) == pytest.approx(apart.item() / num_tokens if kl_weight else 0.0, rel=1e-4)
         assert term.take_row()["general_tokens"] == 0
+        assert term.num_tokens == row["general_tokens"]  # of the whole task, not since the last call
 
 
 def test_the_base_model_itself_diverges_by_nothing(tmp_path: Path) -> None:
@@ -268,3 +269,11 @@ def test_micro_batches_are_numbered_over_steps_and_ranks_as_rows_are_dealt(monke
     assert numbers(1, 4) == numbers(2, 2) == numbers(4, 1)
     assert sorted(number for _, number in numbers(2, 2)) == list(range(12))
     assert numbers(2, 2, first_step=2) == {pair for pair in numbers(2, 2) if pair[0] == 2}
+
+
+def test_a_labelled_first_token_is_no_answer_token_since_nothing_predicts_it() -> None:
+    labels = [[5, 6, -100, 7], [-100, -100, 8, -100], [9]]
+    assert num_answer_tokens([{"labels": row} for row in labels]) == [2, 1, 0]
+    for row in labels:
+        kept = answer_logits(torch.zeros(1, len(row), 3), torch.tensor([row]))
+        assert len(kept) == num_answer_tokens([{"labels": row}])[0]

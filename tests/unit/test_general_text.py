@@ -83,6 +83,14 @@ def test_what_a_model_writes_follows_its_own_distribution(folder: Path) -> None:
     assert {token for ids in write_rows(certain, TOKENIZER, WRITING, "cpu")["input_ids"] for token in ids[1:]} == {77}
 
 
+def test_rows_shorter_than_the_fewest_tokens_are_dropped_and_no_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = SimpleNamespace(token_ids=[[5] * (MIN_TOKENS - 2), [6] * (MIN_TOKENS - 1), [7] * MIN_TOKENS])
+    monkeypatch.setattr("piece_ds.evaluation.self_written.generate_texts", lambda *args, **kwargs: written)
+    rows = write_rows(torch.nn.Linear(1, 1), TOKENIZER, WRITING, "cpu")
+    first = TOKENIZER.bos_token_id
+    assert rows["input_ids"][:] == [[first, *ids] for ids in written.token_ids[1:]]
+
+
 def test_the_text_is_written_once_for_each_base_model_and_reads_like_any_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

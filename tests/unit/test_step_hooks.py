@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from piece_ds.runtime.errors import UserError
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.zero.adapter import Adapter, Piece
+from piece_ds.zero.partial_gradients import refuse_parts
 
 
 class Engine:
@@ -82,3 +84,37 @@ def test_decay_is_that_of_adamw_on_what_decays_and_the_rate_stays_the_groups(who
         undo()
     optimizer.step()
     assert torch.allclose(master.data, expected * 0.95, rtol=1e-6)  # all of it, by the optimizer itself
+
+
+def test_every_group_decays_by_its_own_learning_rate() -> None:
+    masters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    pieces = [(master, [Piece(name, 0, 2, 0)]) for name, master in zip("ab", masters, strict=True)]
+    adapter = SimpleNamespace(masters=lambda: pieces)
+    groups = [{"params": [master], "lr": lr} for master, lr in zip(masters, (0.5, 0.25), strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    SelectedDecay(adapter, None).install(optimizer)  # type: ignore[arg-type]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer.step()
+    assert torch.equal(torch.stack([master.data for master in masters]), torch.tensor([[0.95] * 2, [0.975] * 2]))
+
+
+def test_a_second_part_of_a_gradient_is_refused_but_not_the_next_micro_batch() -> None:
+    """A loop may call backward() of the loss itself: its next forward then begins a new count."""
+    model = nn.Linear(2, 1)
+    engine = SimpleNamespace(
+        module=model,
+        backward=lambda loss: loss.backward(retain_graph=True),
+        zero_optimization_stage=lambda: 2,
+    )
+    undo = refuse_parts(engine)
+    for _ in range(2):
+        loss = model(torch.ones(1, 2)).sum()
+        loss.backward(retain_graph=True)
+    with pytest.raises(UserError, match="comes in several parts"):
+        loss.backward(retain_graph=True)
+    for _ in range(2):
+        engine.backward(loss)
+    undo()
+    for _ in range(2):
+        loss.backward(retain_graph=True)

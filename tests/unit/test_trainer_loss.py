@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from piece_ds.runtime.errors import UserError
+from piece_ds.training.epoch_order import EpochOrder
 from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
 
 ROWS = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "note": 3}] * 5
@@ -64,3 +65,13 @@ def test_notes_are_as_they_were(tmp_path: Path) -> None:
         assert trainer.current_gradient_accumulation_steps == 1
     assert trainer._metrics == {"train": {"entropy": [1.0]}}
     assert not hasattr(trainer, "current_gradient_accumulation_steps")
+
+
+def test_every_epoch_has_an_order_of_its_own_which_only_the_seed_decides() -> None:
+    def passes(seed: int) -> list[list[int]]:
+        order = EpochOrder(lambda generator: torch.randperm(20, generator=generator).tolist(), 20, seed)
+        return [list(order) for _ in range(3)]
+
+    assert passes(1) == passes(1) != passes(9)
+    assert len({tuple(order) for order in passes(1)}) == 3
+    assert all(sorted(order) == list(range(20)) for order in passes(1))
