@@ -109,10 +109,10 @@ def test_the_page_has_the_interpolated_values_and_says_what_was_not_reached() ->
 
 
 def test_the_studys_page_holds_every_run_against_full_fine_tuning_and_lora_at_equal_learning() -> None:
-    def run(name: str, rate: float, learned: float, rise: float) -> dict[str, str]:
+    def run(name: str, rate: float, learned: float, rise: float, seed: str = "1") -> dict[str, str]:
         numbers = {"rate": rate, "learned_before": 7.0, "learned": learned, "rise": rise, "kl": rise}
         values = {key: str(value) for key, value in numbers.items()}
-        return {"name": name, "task": "a", "seed": "1", "delta_bytes": "0", "seconds": "1", **values}
+        return {"name": name, "task": "a", "seed": seed, "delta_bytes": "0", "seconds": "1", **values}
 
     page = real.summary_page(
         [
@@ -122,10 +122,15 @@ def test_the_studys_page_holds_every_run_against_full_fine_tuning_and_lora_at_eq
             run("ratio 1 %, scaled steps", 1e-3, 0.8, 0.1),  # full has lost 0.3 there
             run("ratio 1 %, scaled steps", 3e-3, 0.6, 0.2),
             run("ratio 1 %, scaled steps", 1e-2, 0.7, 9.0),  # learns less than a smaller rate: left out
+            # Another seed is held against runs of its own.
+            run("full", 1e-4, 1.0, 1.0, "2"),
+            run("full", 3e-4, 0.5, 2.0, "2"),
+            run("ratio 1 %, scaled steps", 1e-3, 0.8, 0.1, "2"),
         ]
     )
-    rows = [line for line in page.splitlines() if line.startswith("| a | ratio 1 %, scaled steps |")]
+    rows = [line for line in page.splitlines() if line.startswith("| a |") and "ratio 1 %, scaled steps |" in line]
     assert rows == [
-        "| a | ratio 1 %, scaled steps | 0.001 | 0.800 | +0.100 | +0.300 (x 3.0) | passed | not run |",
-        "| a | ratio 1 %, scaled steps | 0.003 | 0.600 | +0.200 | +0.500 (x 2.5) | not reached | not run |",
+        "| a | 1 | ratio 1 %, scaled steps | 0.001 | 0.800 | +0.100 | +0.300 (x 3.0) | passed | not run |",
+        "| a | 1 | ratio 1 %, scaled steps | 0.003 | 0.600 | +0.200 | +0.500 (x 2.5) | not reached | not run |",
+        "| a | 2 | ratio 1 %, scaled steps | 0.001 | 0.800 | +0.100 | +1.400 (x 14.0) | not run | not run |",
     ]
