@@ -134,7 +134,10 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
     if not known or min(known) <= 0 or max(known) < WIDE * min(known):
         return ""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
+    # Labels of more than about a decade and a half would overlap.
+    is_narrow = max(known) < 30 * min(known)
+    subs = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0) if is_narrow else (1.0, 2.0, 5.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     return " (log scale)"
