@@ -22,14 +22,14 @@ from torch import Tensor
 
 from piece_ds.checkpoint.artifact import DELTA, Artifact, check_index, index_tensor, write_artifact
 from piece_ds.checkpoint.gaps import decode_gaps, encode_gaps
-from piece_ds.checkpoint.packed_values import pack_values, unpack_values
+from piece_ds.checkpoint.packed_values import DTYPES, pack_values, unpack_values
 from piece_ds.config.output_arguments import DELTA_CODINGS
 from piece_ds.state.weights_hash import bits_of
 
 CODINGS = tuple(DELTA_CODINGS)
 INDICES, GAPS, VALUES, PREVIOUS, UNSCALED = "indices", "gaps", "values", "previous", "unscaled"
 PACKED = "packed"
-FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def write_parts(
