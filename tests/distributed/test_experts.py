@@ -11,7 +11,10 @@ from support.selection_cases import as_set
 
 EVERYWHERE = [
     *(pytest.param(name, ranks, "fast", id=f"{name}-{ranks}") for name, ranks in sorted(FAST)),
-    *(pytest.param(name, ranks, "slow", id=f"{name}-{ranks}", marks=pytest.mark.slow) for name, ranks in sorted(SLOW)),
+    *(
+        pytest.param(name, ranks, CASES[name].family, id=f"{name}-{ranks}", marks=pytest.mark.slow)
+        for name, ranks in sorted(SLOW)
+    ),
 ]
 
 
@@ -54,7 +57,7 @@ def test_steps_move_the_selected_weights_as_one_process_does_and_no_others(
 @pytest.mark.parametrize("name", LONG)
 def test_two_hundred_steps_with_one_expert_each_end(job: Any, name: str) -> None:
     """Every micro-batch sends all its rows to one expert, and two ranks mostly to different ones."""
-    got = result_of(job("moe_job", 2, "long"), name)
+    got = result_of(job("moe_job", 2, name), name)
     index = {parameter: torch.as_tensor(positions) for parameter, positions in got["masks"]["piece-s"].items()}
     assert_only_selected_moved(got, index)
     assert sum(int((got["final"][name] != got["initial"][name]).sum()) for name in index) > 0

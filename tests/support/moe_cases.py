@@ -106,6 +106,11 @@ LONG = {
     for mode in ("compact", "masked")
 }
 
+# What one job runs. The slow ones and the long ones would take a quarter of an hour together.
+TIERS = {"fast": FAST}
+TIERS |= {family: {(name, ranks) for name, ranks in SLOW if CASES[name].family == family} for family in FAMILIES}
+TIERS |= {name: {(name, 2)} for name in LONG}
+
 
 def task_batches(case: Case) -> list[dict[str, Tensor]]:
     return make_micro_batches("llama", 7)

@@ -1,6 +1,6 @@
 """A job: statistics, selection and training of mixtures of experts; results for test_experts.py.
 
-Arguments: folder, and which cases: fast, slow or long.
+Arguments: folder, and which of the tiers.
 """
 
 import sys
@@ -23,11 +23,10 @@ from support.moe_cases import (
     ACCUMULATION,
     CASES,
     CLIP,
-    FAST,
     LEARNING_RATE,
     LONG,
     RATIO,
-    SLOW,
+    TIERS,
     WEIGHT_DECAY,
     Case,
     batches_of_step,
@@ -39,7 +38,7 @@ from support.moe_cases import (
 def main() -> None:
     start()
     results: Results = {}
-    wanted = {"fast": FAST, "slow": SLOW, "long": {(name, 2) for name in LONG}}[sys.argv[2]]
+    wanted = TIERS[sys.argv[2]]
     for name, case in (CASES | LONG).items():
         if (name, dist.get_world_size()) in wanted:
             collect_case(results, name, lambda case=case: run_case(case))  # type: ignore[misc]
