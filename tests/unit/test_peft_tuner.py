@@ -1,14 +1,19 @@
 """PEFT loads deltas as adapters of our own tuner: any parameter, several at once, and every switch exact to the bit."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.deltas import make_run
+from support.ranks import on_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from piece_ds import register_peft_tuner
@@ -120,6 +125,37 @@ def test_a_base_in_another_dtype_gets_the_merged_models_values_in_it(tmp_path: P
     delta("apply", run.base, run.deltas[0], "--output", tmp_path / "task")
     model = PeftModel.from_pretrained(loaded(run.base).float(), tmp_path / "law")
     assert same(weights(model.merge_and_unload()), weights(loaded(tmp_path / "task").float()))
+
+
+def test_a_model_whose_ranks_hold_parts_of_a_parameter_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """ZeRO-3 and DTensors (FSDP2), on two ranks; the refusal names what takes such models."""
+    register_peft_tuner()
+    run = make_run(tmp_path, "qwen3", select=lambda name: True)
+    delta("export", run.deltas[0], "--format", "piece-peft", "--output", tmp_path / "law")
+
+    def refused(model: nn.Module) -> tuple[str, bool]:
+        before = [(name, id(module)) for name, module in model.named_modules()]
+        with pytest.raises(ValueError, match="adapter 'law'") as caught:
+            PeftModel.from_pretrained(model, tmp_path / "law", adapter_name="law")
+        return str(caught.value), before == [(name, id(module)) for name, module in model.named_modules()]
+
+    def work() -> list[tuple[str, bool]]:
+        from deepspeed import zero
+
+        os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "LOCAL_SIZE": "2"}  # of this fork
+        split = loaded(run.base)
+        zero.Init(module=split, config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}})
+        sharded = loaded(run.base)
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+        return [refused(split), refused(sharded)]
+
+    for found in on_ranks(2, work):
+        for message, alone in found:
+            assert "is partitioned over ranks: use piece_ds.apply_delta_" in message
+            assert "\n" not in message
+            assert alone
 
 
 def test_what_no_adapter_can_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
