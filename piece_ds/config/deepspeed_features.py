@@ -57,7 +57,12 @@ REFUSED = (
     Feature("zero_optimization.zeropp_loco_param", (), _GONE, "remove it"),
     # Other ways to divide a model.
     Feature("tensor_parallel.autotp_size", (0,), "ranks hold other parts of a weight under one name", "remove it"),
-    Feature("expert_parallel.enabled", (False,), "ranks hold other experts under one name", _OFF),
+    Feature(
+        "expert_parallel.enabled",
+        (False,),
+        "ranks hold other experts under one name",
+        "set it to false: ZeRO shards experts as other weights",
+    ),
     Feature(
         "sequence_parallel_size",
         (1,),

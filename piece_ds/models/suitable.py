@@ -18,6 +18,11 @@ from piece_ds.models.eligible import towers
 from piece_ds.models.loading import empty_model, files_folder, reads_images, without_zero3
 from piece_ds.runtime.errors import UserError
 
+# transformers quantizes a dequantized model again while it saves, unless it is told not to: the page says how.
+DEQUANTIZE = (
+    "give the checkpoint that it was made from, or a dequantized copy (docs/deepspeed.md, Quantized models, makes one)"
+)
+
 
 def check_checkpoint(arguments: ModelArguments, config: Any) -> None:
     """Raise UserError unless model_name_or_path holds a whole causal model in a floating dtype.
@@ -47,7 +52,7 @@ def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
         method = known.get("quant_method", "an unknown method")
         raise UserError(
             f"{source} is quantized ({getattr(method, 'value', method)}): its weights cannot be trained one by one; "
-            "give the checkpoint that it was made from, or a dequantized copy"
+            f"{DEQUANTIZE}"
         )
     kind, name = getattr(config, "model_type", None), type(config).__name__
     if getattr(config, "is_encoder_decoder", False) and not reads_images(config):
@@ -87,10 +92,7 @@ def _check_dtypes(source: str, stored: dict[str, StoredTensor]) -> None:
     """Raise UserError if a matrix is not stored in floating point. Not every quantized model says so in config.json."""
     for name, tensor in stored.items():
         if tensor.dtype not in FLOAT_DTYPES and name.endswith("weight") and len(tensor.shape) > 1:
-            raise UserError(
-                f"{source} is quantized: {name!r} is stored as {tensor.dtype}; give the checkpoint that it was made "
-                "from, or a dequantized copy"
-            )
+            raise UserError(f"{source} is quantized: {name!r} is stored as {tensor.dtype}; {DEQUANTIZE}")
 
 
 def _check_names(source: str, config: Any, model: nn.Module, stored: dict[str, StoredTensor]) -> None:

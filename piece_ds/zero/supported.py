@@ -76,7 +76,10 @@ def _refusal(engine: Any) -> str | None:
     if refused is not None:
         return refused
     if getattr(engine, "has_moe_layers", False):
-        return "DeepSpeed's MoE layers: expert gradients are reduced over other groups; use a dense model"
+        return (
+            "DeepSpeed's MoE layers: expert gradients are reduced over other groups; use a model of transformers "
+            "(Mixtral, Qwen3-MoE, DeepSeek-V3, gpt-oss), whose experts ZeRO shards as other weights"
+        )
     if engine.autotp_size() > 0:
         return "AutoTP: ranks hold other parts of a weight under one name; set tensor_parallel.autotp_size to 0"
     if engine.is_deepcompile_active():
