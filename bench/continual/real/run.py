@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.continual.real.gemma import NAME as GEMMA
+from bench.continual.real.gemma import gemma_folder
 from bench.continual.real.grid import SEEDS, SWEEPS, TASKS, Setting, settings_in_order
 from bench.continual.real.recipe import Recipe
 from bench.continual.real.runs import COLUMNS, add_run, read_runs
@@ -33,6 +35,7 @@ from piece_ds.runtime.process import run_command
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = Path(__file__).resolve().parent / "results"
+FIRST_MODEL = "smollm2-135m"
 
 
 def main(argv: list[str]) -> None:
@@ -40,9 +43,9 @@ def main(argv: list[str]) -> None:
     options = _options(argv)
     recipe = Recipe(steps=2, train_rows=16, test_rows=4, judged_rows=2) if options.smoke else Recipe()
     deadline = time.monotonic() + 3600 * options.hours
-    model = Path(model_source(options.model))
-    lima = options.trace.parent / "general" / "lima.json"
     options.cache.mkdir(parents=True, exist_ok=True)
+    model = gemma_folder(options.cache) if options.model == GEMMA else Path(model_source(options.model))
+    lima = options.trace.parent / "general" / "lima.json"
     write_real_text(lima, options.cache / "real.jsonl", recipe)
     judge = make_judge(AutoTokenizer.from_pretrained(model), lima, recipe)
     before = judge.measure(_load(model))
@@ -168,18 +171,27 @@ def _load(folder: Path) -> AutoModelForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
+def results_folder(model: str) -> Path:
+    """Return where the results of a model are kept."""
+    return RESULTS if model == FIRST_MODEL else RESULTS / model
+
+
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, default=ROOT.parent / "shared" / "trace", help="folder of TRACE's tasks")
-    parser.add_argument("--model", default="smollm2-135m", help="a folder or a name that the product knows")
+    parser.add_argument("--model", default=FIRST_MODEL, help=f"{GEMMA}, a folder, or a name that the product knows")
     parser.add_argument("--tasks", type=lambda text: tuple(text.split(",")), default=TASKS)
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
     parser.add_argument("--names", type=lambda text: tuple(text.split(";")), help="only these sweeps, split by ';'")
     parser.add_argument("--hours", type=float, default=1e6, help="begin no run after so many hours")
-    parser.add_argument("--runs_file", type=Path, default=RESULTS / "runs.csv")
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "study", help="statistics and scratch files")
+    parser.add_argument("--runs_file", type=Path, help="default: results/runs.csv; of another model, results/NAME")
+    parser.add_argument("--cache", type=Path, help="statistics and scratch files; default: runs/study, or runs/NAME")
     parser.add_argument("--smoke", action="store_true", help="two steps a run: does it work? The figures say nothing")
     options = parser.parse_args(argv)
+    # Runs and statistics of two models must not meet in one file.
+    name = Path(options.model).name
+    options.runs_file = options.runs_file or results_folder(name) / "runs.csv"
+    options.cache = options.cache or ROOT / "runs" / ("study" if name == FIRST_MODEL else f"study-{name}")
     if not options.trace.is_dir():
         raise UserError(f"--trace {options.trace}: no such folder; expected TRACE's tasks, TASK/train.json each")
     unknown = set(options.names or ()) - {sweep.name for sweep in SWEEPS}

@@ -1,6 +1,6 @@
 """The tables and the picture of the study, from results/runs.csv.
 
-python bench/continual/real/summary.py [--runs_file CSV] [--output FOLDER]
+python bench/continual/real/summary.py [--model NAME] [--runs_file CSV] [--output FOLDER]
 
 Writes summary.md (rise of general loss and KL at matched learning, per task; every run) and frontier.png.
 """
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from bench.continual.frontier import Point, levels, matched, useful_points, why_not
 from bench.continual.real.grid import SWEEPS, settings_in_order
-from bench.continual.real.run import RESULTS
+from bench.continual.real.run import FIRST_MODEL, results_folder
 from bench.continual.real.runs import Record, read_runs
 from piece_ds.runtime.files import write_text, write_whole
 
@@ -30,24 +30,28 @@ REFERENCES = ("full", "LoRA", "full + KL")
 def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs_file", type=Path, default=RESULTS / "runs.csv")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--model", default=FIRST_MODEL, help="as run.py was given it")
+    parser.add_argument("--runs_file", type=Path)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    runs = read_runs(options.runs_file)
+    name = Path(options.model).name
+    runs_file = options.runs_file or results_folder(name) / "runs.csv"
+    output = options.output or results_folder(name)
+    runs = read_runs(runs_file)
     if not runs:
-        sys.exit(f"{options.runs_file} has no runs: bench/continual/real/run.py makes them")
-    write_text(options.output / "summary.md", summary_page(runs))
-    picture = options.output / "frontier.png"
+        sys.exit(f"{runs_file} has no runs: bench/continual/real/run.py makes them")
+    write_text(output / "summary.md", summary_page(runs, name))
+    picture = output / "frontier.png"
     write_whole(picture, lambda path: frontier_figure(runs).savefig(path, format="png", dpi=130))
-    print(f"written to {options.output}: summary.md, frontier.png ({len(runs)} runs)")
+    print(f"written to {output}: summary.md, frontier.png ({len(runs)} runs)")
 
 
-def summary_page(runs: list[Record]) -> str:
+def summary_page(runs: list[Record], model: str = FIRST_MODEL) -> str:
     """Return the page: tables at matched learning for each task, then every run."""
     planned = len(settings_in_order())
     seeds = sorted({run["seed"] for run in runs})
     text = [
-        "# Learned against lost, on SmolLM2-135M-Instruct",
+        f"# Learned against lost, on {'SmolLM2-135M-Instruct' if model == FIRST_MODEL else model}",
         f"{len(runs)} of the {planned} runs of the grid are made (seeds {', '.join(seeds)}); no other was started.",
         "Learned: loss on held-out answers, nats per token. Lost: mean rise of the loss on three texts no method saw, "
         "and KL(base || tuned) on them, nats per token. Levels are shares of the way from the untrained loss to the "

@@ -69,7 +69,7 @@ class Judge:
 
 
 def make_judge(tokenizer: PreTrainedTokenizerBase, lima: Path, recipe: Recipe) -> Judge:
-    """Return the judge for a tokenizer with a chat template.
+    """Return the judge for a tokenizer. Without a chat template, an instruction is its bare prompt and answer.
 
     Args:
         lima: file of {"prompt", "answer"} instructions; its first rows are judged on.
@@ -104,6 +104,10 @@ def _plain_row(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> tu
 
 def _chat_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, length: int) -> tuple[Tensor, Tensor]:
     turn = [{"role": "user", "content": prompt}]
-    asked = tokenizer(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))["input_ids"]
-    said = tokenizer(answer)["input_ids"][:length]
+    if tokenizer.chat_template is None:
+        asked = tokenizer(f"{prompt}\n\n")["input_ids"]
+    else:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        asked = tokenizer(text)["input_ids"]
+    said = tokenizer(answer, add_special_tokens=tokenizer.chat_template is not None)["input_ids"][:length]
     return torch.tensor(asked + said), torch.tensor([IGNORED] * len(asked) + said)
