@@ -69,4 +69,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-

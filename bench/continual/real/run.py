@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     lima = options.trace.parent / "general" / "lima.json"
     write_real_text(lima, options.cache / "real.jsonl", recipe)
     judge = make_judge(AutoTokenizer.from_pretrained(model), lima, recipe)
-    before = judge.measure(_load(model))
+    before = judge.measure(load(model))
     done = {tuple(run[name] for name in COLUMNS[:4]) for run in read_runs(options.runs_file)}
     wanted = [s for s in settings_in_order(options.tasks, options.seeds, options.names) if s.key not in done]
     print(f"{len(wanted)} runs to make; base: {before}", flush=True)
@@ -80,11 +80,11 @@ def one_run(
     """Train one setting and measure what it learned and what it lost."""
     scratch = options.cache / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
-    task_dir = _write_task(setting.task, options, recipe)
+    task_dir = write_task(setting.task, options, recipe)
     begin = time.perf_counter()
     results, folder = train(load_settings(flags_of(setting, recipe, options, model, task_dir, scratch)))
     seconds = time.perf_counter() - begin
-    tuned = judge.measure(_load(folder.model(0, setting.task)))
+    tuned = judge.measure(load(folder.model(0, setting.task)))
     delta = sum(path.stat().st_size for path in folder.root.glob("00-*/delta.safetensors"))
     shutil.rmtree(scratch)
 
@@ -157,7 +157,8 @@ def flags_of(
     return [item for name, value in flags.items() for item in (f"--{name}", str(value))]
 
 
-def _write_task(task: str, options: argparse.Namespace, recipe: Recipe) -> Path:
+def write_task(task: str, options: argparse.Namespace, recipe: Recipe) -> Path:
+    """Write the rows of a task that the study uses; return the folder of all tasks."""
     folder = options.cache / "tasks"
     for split, num_rows in (("train", recipe.train_rows), ("test", recipe.test_rows)):
         rows = json.loads((options.trace / task / f"{split}.json").read_text(encoding="utf-8"))[:num_rows]
@@ -167,7 +168,8 @@ def _write_task(task: str, options: argparse.Namespace, recipe: Recipe) -> Path:
     return folder
 
 
-def _load(folder: Path) -> AutoModelForCausalLM:
+def load(folder: Path) -> AutoModelForCausalLM:
+    """Return the model of a folder, in bf16."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
