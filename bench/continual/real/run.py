@@ -101,6 +101,7 @@ def one_run(
         **{f"kl {kind}": tuned[kind].kl for kind in kinds},
         "seconds": seconds,
         "delta_bytes": delta,
+        "delta_scale": results.forgetting[setting.task]["delta_scale"] if setting.sweep.budget else None,
     }
     facts = {
         "device": device_name(),
@@ -152,6 +153,8 @@ def flags_of(
         flags["general_replay"] = sweep.replay
     if sweep.divergence:
         flags["general_kl"] = sweep.divergence
+    if sweep.budget:
+        flags["forgetting_budget"] = sweep.budget
     if sweep.share:
         flags["general_share"] = sweep.share
     return [item for name, value in flags.items() for item in (f"--{name}", str(value))]
