@@ -60,6 +60,7 @@ bench-cost: $(VENV)/.ready
 bench-continual: $(VENV)/.ready
 	DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/python bench/continual/real/run.py $(if $(TRACE),--trace $(TRACE)) $(if $(HOURS),--hours $(HOURS))
 	$(BIN)/python bench/continual/real/summary.py
+	DS_ACCELERATOR=$(if $(HAS_GPU),cuda,cpu) $(BIN)/python bench/continual/real/stream.py $(if $(TRACE),--trace $(TRACE)) $(if $(HOURS),--hours $(HOURS))
 
 # The same question on a model of a million weights that it makes itself: 19 methods over streams of six tasks.
 bench-continual-small: $(VENV)/.ready

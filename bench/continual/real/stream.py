@@ -98,13 +98,7 @@ def one_run(
     for task in TASKS:
         task_dir = write_task(task, options, recipe)
 
-    # The flags of a run on one task, but for what makes it a stream. Answers are judged as TRACE judges them. A task's
-    # statistics belong to the model that the tasks before it left: none are kept for another run.
-    flags = flags_of(setting, recipe, options, model, task_dir, scratch)
-    for name in ("--scorers", "--statistics_file"):
-        if name in flags:
-            del flags[flags.index(name) : flags.index(name) + 2]
-    flags += ["--tasks", ",".join(TASKS), "--save_model", "each"]
+    flags = flags_of_stream(setting, recipe, options, model, task_dir, scratch)
     begin = time.perf_counter()
     results, folder = train(load_settings(flags))
     seconds = time.perf_counter() - begin
@@ -116,7 +110,7 @@ def one_run(
         figures[f"rise after {index + 1}"] = _mean(tuned[kind].loss - before[kind].loss for kind in tuned)
         figures[f"kl after {index + 1}"] = _mean(tuned[kind].kl for kind in tuned)
     for name, measure in (("loss", results.matrix.loss), ("score", results.matrix.score)):
-        figures |= _of_measure(name, measure)
+        figures |= of_measure(name, measure)
     figures["delta_bytes"] = sum(path.stat().st_size for path in folder.root.glob("0*-*/delta.safetensors"))
     figures["seconds"] = seconds
     shutil.rmtree(scratch)
@@ -124,6 +118,21 @@ def one_run(
     head = dict(zip(("name", "task", "rate", "seed"), setting.key, strict=True))
     cells = {name: "" if value is None else f"{value:.6g}" for name, value in figures.items()}
     return {**head, **cells, **facts, "date": date.today().isoformat()}
+
+
+def flags_of_stream(
+    setting: Setting, recipe: Recipe, options: argparse.Namespace, model: Path, task_dir: Path, output_dir: Path
+) -> list[str]:
+    """Return the flags of a run on one task, but for what makes it a stream.
+
+    Answers are judged as TRACE judges them. A task's statistics belong to the model that the tasks before it left, so
+    none are kept for another run.
+    """
+    flags = flags_of(setting, recipe, options, model, task_dir, output_dir)
+    for name in ("--scorers", "--statistics_file"):
+        if name in flags:
+            del flags[flags.index(name) : flags.index(name) + 2]
+    return [*flags, "--tasks", ",".join(TASKS), "--save_model", "each"]
 
 
 def stream_page(runs: list[Record]) -> str:
@@ -155,7 +164,7 @@ def stream_page(runs: list[Record]) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def _of_measure(name: str, measure: Measure) -> dict[str, float | None]:
+def of_measure(name: str, measure: Measure) -> dict[str, float | None]:
     """Return the figures of a measure along the stream, and its value of every task before, after it, at the end."""
     found = {
         f"{name} learning": measure.learning(),
