@@ -193,6 +193,13 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--offload_optimizer", action="store_true", help="masters and moments on the CPU")
     plan.add_argument("--offload_param", action="store_true", help="parameters on the CPU (stage 3)")
     plan.add_argument("--tokens", type=int, default=2048, help="tokens of a micro-batch on one rank")
+    plan.add_argument(
+        "--general_tokens",
+        type=int,
+        default=0,
+        help="tokens of general text beside a micro-batch on one rank, for --general_kl (train's --general_share "
+        "decides their rows)",
+    )
     plan.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")
     plan.add_argument("--lora_rank", type=int, default=32, help="of update_mode lora, on all Linear layers")
     plan.add_argument("--selected_gradient", default="auto", choices=["auto", "dense"], help="of update_mode compact")

@@ -120,6 +120,7 @@ def _setting_line(shape: ModelShape, setting: Setting) -> str:
         *(["optimizer on the CPU"] if setting.offload_optimizer else []),
         *(["parameters on the CPU"] if setting.offload_param else []),
         f"{setting.tokens} tokens x {setting.accumulation} a step and rank",
+        *([f"{setting.general_tokens} of general text beside each"] if setting.general_tokens else []),
     ]
     return ", ".join(parts)
 

@@ -214,7 +214,8 @@ def _working(shape: ModelShape, setting: Setting) -> list[Term]:
     transformers sets the bucket to hidden^2 elements. Stages 1 and 2 have two buckets, made when backward begins. Stage
     3 may hold 1e9 gathered elements at a time, or all experts of a layer if they are more. Activations are those of
     gradient checkpointing: the input of each layer, the inside of one layer, and the logits in the model's dtype, in
-    fp32, and their gradient.
+    fp32, and their gradient. General text beside a micro-batch adds its layers' inputs and its logits to the same
+    graph. The divergence from the base model holds five fp32 values for each of its tokens and words (measured).
 
     Source: the inside of a layer is 34 bytes per token and unit of hidden at 16 bits, without the attention matrix
         (Korthikanti et al. 2022).
@@ -242,4 +243,11 @@ def _working(shape: ModelShape, setting: Setting) -> list[Term]:
         Term("activations", "B tokens hidden (layers + 17)", layers, forward, is_estimate=True),
         Term("rows of experts", "B tokens top (2 hidden + 3 width)", routed, forward, is_estimate=True),
         Term("logits", "(B + 8) tokens vocab", (size + 8) * tokens * shape.vocab, forward, is_estimate=True),
+        Term(
+            "general text beside a micro-batch",
+            "(B hidden layers + (B + 28) vocab) general",
+            (size * hidden * shape.layers + (size + 28) * shape.vocab) * setting.general_tokens,
+            MOMENTS[1:2],
+            is_estimate=True,
+        ),
     ]

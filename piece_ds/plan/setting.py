@@ -21,6 +21,7 @@ class Setting:
         method: piece-s keeps two statistics, piece-f one.
         offload_optimizer, offload_param: to the CPU.
         tokens: of a micro-batch on one rank.
+        general_tokens: of the general text that --general_kl or --general_replay add to a micro-batch.
         accumulation: micro-batches per optimizer step on one rank.
         lora_rank: of update_mode lora.
         selected_gradient: of update_mode compact: auto samples what has a formula, dense forms every gradient whole.
@@ -37,6 +38,7 @@ class Setting:
     offload_optimizer: bool = False
     offload_param: bool = False
     tokens: int = 2048
+    general_tokens: int = 0
     accumulation: int = 1
     lora_rank: int = 32
     selected_gradient: str = "auto"
@@ -45,6 +47,8 @@ class Setting:
         for name in ("world", "tokens", "accumulation", "lora_rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be positive, got {getattr(self, name)}")
+        if self.general_tokens < 0:
+            raise UserError(f"--general_tokens must be 0 or more, got {self.general_tokens}")
         if not 0.0 < self.ratio <= 1.0:
             raise UserError(f"--ratio must be in (0, 1], got {self.ratio}")
         if self.offload_param and self.zero != 3:

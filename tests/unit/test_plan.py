@@ -20,6 +20,7 @@ from piece_ds.plan.memory import MOMENTS, memory_terms, peak, total
 from piece_ds.plan.setting import Setting
 from piece_ds.plan.shapes import KNOWN, ModelShape, known_config, shape_of
 from piece_ds.plan.traffic import transfers
+from piece_ds.runtime.errors import UserError
 
 # Elements as the model cards' files count them.
 PUBLISHED = {"1.5B": 1_543_714_304, "8B": 8_030_261_248, "70B": 70_553_706_496, "405B": 405_853_388_800}
@@ -48,6 +49,15 @@ def sizes(setting: Setting, moment: str, on_host: bool = False) -> float:
     return total(
         [t for t in memory_terms(ROUND, setting) if not t.is_estimate and t.name != "reduce buckets"], moment, on_host
     )
+
+
+def test_general_text_beside_a_batch_adds_its_inputs_and_logits_to_the_backward_pass_alone() -> None:
+    """50 tokens: 2 bytes of 2 layers' inputs of 64, and 2 + 8 + 20 bytes of 100 logits each."""
+    without, beside = (memory_terms(ROUND, Setting(world=4, general_tokens=tokens)) for tokens in (0, 50))
+    added = {moment: total(beside, moment) - total(without, moment) for moment in MOMENTS}
+    assert added == {"statistics": 0, "backward": 50 * (2 * 64 * 2 + 30 * 100), "step": 0}
+    with pytest.raises(UserError, match="--general_tokens must be 0 or more, got -1"):
+        Setting(general_tokens=-1)
 
 
 def test_masked_zero3_by_hand() -> None:
