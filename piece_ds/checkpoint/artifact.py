@@ -126,6 +126,9 @@ def open_artifact(path: Path | str, kind: Kind, verify: bool = True, *, hold: bo
         _check_kind(path, kind, strings)
         metadata = checked(strings, Metadata, f"{kind.what} {path}: metadata", kind.remedy)
         artifact = Artifact(path, kind, strings, metadata, names, file, held)
+        contradiction = metadata.contradiction()
+        if contradiction is not None:
+            raise artifact.refuse(f"its metadata contradict each other: {contradiction}")
         # Files of other programs may have no checksum: they are read, if their kind allows it.
         must_match = verify and (metadata.checksum is not None or kind.needs_checksum)
         if must_match and metadata.checksum != _checksum(artifact.names, artifact.tensor):

@@ -6,7 +6,9 @@ leave out parameters with nothing selected. This package reads both. A program t
 2.
 """
 
+import logging
 from collections.abc import Mapping
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from piece_ds.state.partition import Layout
 # Masks whose bits take no more bytes than this stay in version 1, which every program of the format reads: little
 # would be saved. At a ratio of 0.001, indices take a thirtieth of the bits: 0.5 MB for 17 MB at 135 M weights.
 BITS_ALWAYS_BELOW = 1 << 20
+
+logger = logging.getLogger(__name__)
 
 _INDICES = ".indices"
 
@@ -131,7 +135,20 @@ def load_mask(path: Path | str, layout: Layout) -> Mask:
                 index[info.name] = positions
         metadata = file.metadata
     count = torch.tensor(sum(p.numel() for p in index.values()), device=collective_device())
-    return Mask(layout, index, int(all_reduce_sum_(count)), metadata.method, metadata.ratio)
+    selected = int(all_reduce_sum_(count))
+    return Mask(layout, index, selected, metadata.method, _ratio(path, metadata.ratio, selected / layout.total))
+
+
+def _ratio(path: Path | str, stated: float, held: float) -> float:
+    """Return the ratio that a mask's results may name: the one it states, unless the mask holds far more or less.
+
+    The stated one is what was asked for. Less may have been eligible, and whole columns may not have fitted.
+    """
+    if isnan(stated) or stated / 2 <= held <= 2 * stated:
+        return stated
+    if is_main():
+        logger.warning("mask %s selects %.3g of the model, not its metadata's ratio %.3g", path, held, stated)
+    return held
 
 
 def _problem(path: Path | str, layout: Layout) -> str | None:
@@ -188,6 +205,11 @@ def _check_model(file: Artifact, layout: Layout) -> None:
             raise file.refuse(
                 f"{name!r} has shape {shape}, this model's is {list(known[name])}: it is a mask of another model"
             )
+    if file.metadata.total not in (None, layout.total):
+        raise file.refuse(
+            f"was made for a model of {file.metadata.total} elements, this one has {layout.total}: it is a mask of "
+            "another model"
+        )
     found, own = file.metadata.model_fingerprint, model_fingerprint(layout)
     if found not in (None, own):
         raise file.refuse(

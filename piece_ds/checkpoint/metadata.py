@@ -3,13 +3,32 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from math import prod
+from math import isnan, prod
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, Json
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, Json
 
 from piece_ds.runtime.schema import Count
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
+
+
+def _digits(value: object) -> object:
+    """Return a whole number's text, if it is plain digits.
+
+    pydantic takes '7.0', '+7' and '1_000' too. Other readers of the same text do not.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
+        raise ValueError("expected digits alone")
+    return value
+
+
+# A whole number, and a fingerprint of weights, as texts.
+Digits = Annotated[Count, BeforeValidator(_digits)]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 class Metadata(BaseModel):
@@ -37,24 +56,39 @@ class Metadata(BaseModel):
     checksum: str | None = None
     method: str = "unknown"
     ratio: float = float("nan")
-    selected: Count | None = None
-    total: Count | None = None
+    selected: Digits | None = None
+    total: Digits | None = None
     shapes: Json[dict[str, list[Count]]] | None = None
     model_fingerprint: str | None = None
-    base_fingerprint: str | None = None
-    result_fingerprint: str | None = None
+    base_fingerprint: Fingerprint | None = None
+    result_fingerprint: Fingerprint | None = None
     scale: FiniteFloat = 1.0
     zeros: Json[dict[str, str]] | None = None
     packed: Json[list[str]] | None = None
     parent: str | None = None
-    link: Count | None = None
-    step: Count | None = None
+    link: Digits | None = None
+    step: Digits | None = None
     counters: Json[dict[str, float]] | None = None
 
     def numel(self, name: str) -> int | None:
         """Return the number of elements of a parameter; None if the file does not give its shape."""
         shape = (self.shapes or {}).get(name)
         return None if shape is None else prod(shape)
+
+    def contradiction(self) -> str | None:
+        """Return in what the entries contradict each other; None if they do not.
+
+        The ratio is what was asked for, and may differ from what is selected: see load_mask().
+        """
+        if not (isnan(self.ratio) or 0 < self.ratio <= 1):
+            return f"ratio is {self.ratio:g}, expected a share in (0, 1]"
+        if self.total is None:
+            return None
+        described = sum(prod(shape) for shape in (self.shapes or {}).values())
+        if max(described, self.selected or 0, 1) > self.total:
+            found = f"{described} in its shapes" if described > self.total else f"{self.selected} selected"
+            return f"total is {self.total} elements, and there are {found}"
+        return None
 
 
 def model_fingerprint(layout: Layout) -> str:

@@ -126,6 +126,22 @@ def has_statistics(folder: Path | str) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
+def forget_statistics(folder: Path | str) -> None:
+    """Make a folder's statistics count as missing, so that new ones never stand beside an old index. A collective."""
+    if is_main():
+        (Path(folder) / INDEX).unlink(missing_ok=True)
+    barrier()
+
+
+def source_of(folder: Path | str) -> dict[str, Any]:
+    """Return what the statistics in a folder are of, as save_statistics() was told.
+
+    Raises:
+        UserError: there are none, or their index is damaged.
+    """
+    return _read_index(Path(folder)).source
+
+
 def load_statistics(
     folder: Path | str,
     layout: Layout,
@@ -140,7 +156,7 @@ def load_statistics(
         layout: of the model, for this rank.
         needs_sum: whether sums of gradients are needed besides sums of squares.
         device: where the sums go.
-        source: what they must be of; None accepts anything.
+        source: what they must be of: every entry is compared with the folder's. None accepts anything.
     Raises:
         UserError: see load_statistics_into().
     """
@@ -168,8 +184,10 @@ def load_statistics_into(stats: GradientStats, folder: Path | str, source: dict[
         )
     if stats.grad_sum is not None and not index.has_grad_sum:
         raise UserError(f"statistics in {folder} hold only sums of squares: piece-s needs the sum of gradients too")
-    if source is not None and index.source != source:
-        raise UserError(f"statistics in {folder} were taken of {index.source}, not of {source}: use another folder")
+    differing = {key: value for key, value in (source or {}).items() if index.source.get(key) != value}
+    if differing:
+        found = {key: index.source.get(key, "unknown") for key in differing}
+        raise UserError(f"statistics in {folder} were taken of {found}, not of {differing}: use another folder")
     for owner in range(index.num_ranks):
         _fill_from_shard(stats, folder / _shard(owner, index.num_ranks), owner, index.num_ranks)
     stats.num_micro_batches, stats.num_nonfinite = index.num_micro_batches, index.num_nonfinite

@@ -11,7 +11,7 @@ from piece_ds.checkpoint.mask_statistics import mask_statistics, place_of
 from piece_ds.cli.masks import layers_grid
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.deltas import compose, verify
-from piece_ds.deltas.delta import Delta, find_deltas, open_delta
+from piece_ds.deltas.delta import Delta, open_delta, open_deltas
 from piece_ds.deltas.export import export_vllm, require_stored_names
 from piece_ds.deltas.export_adapter import export_adapter
 from piece_ds.deltas.export_peft import export_peft
@@ -135,10 +135,6 @@ def _patch(arguments: argparse.Namespace, steps: list[Step], what: str) -> None:
     else:
         patch_to(folder, steps, arguments.output)
     print(printable(f"{what} {len(steps)} deltas: {folder.root if arguments.in_place else arguments.output}"))
-
-
-def open_deltas(paths: list[str]) -> list[Delta]:
-    return [open_delta(path) for path in find_deltas(paths)]
 
 
 def open_model(arguments: argparse.Namespace) -> ModelFolder:

@@ -4,9 +4,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from piece_ds.cli.delta import open_deltas, open_model, say_size
+from piece_ds.cli.delta import open_model, say_size
 from piece_ds.deltas.combine import LINES_DEPTH, Merge, merge_deltas
-from piece_ds.deltas.delta import Delta, open_delta
+from piece_ds.deltas.delta import Delta, open_delta, open_deltas
 from piece_ds.deltas.difference import diff_folders
 from piece_ds.deltas.patch import patch_to, require_free
 from piece_ds.deltas.scale import prune_delta, scale_delta

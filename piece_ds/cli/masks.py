@@ -32,7 +32,7 @@ def print_masks(paths: Sequence[str]) -> None:
 def layers_grid(heading: str, counts: dict[str, dict[str, dict[str, int]]]) -> Grid:
     """Return the counts of mask_statistics() as a table of layers and kinds of module."""
     kinds = sorted({kind for row in counts.values() for kind in row})
-    layers = sorted(counts, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))
+    layers = sorted(counts, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0))
     rows = []
     for layer in layers:
         cells = [counts[layer].get(kind) for kind in kinds]

@@ -1,10 +1,11 @@
 """Where the links of a chain lie: NN-task/chain/link-000000.safetensors, -000001 and so on. See chain.py."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 CHAIN_NAME = "chain"
-_LINK = re.compile(r"link-(\d{6,9})\.safetensors")
+_LINK = re.compile(r"link-([0-9]{6,9})\.safetensors")
 
 
 def link_file(folder: Path, number: int) -> Path:
@@ -22,7 +23,11 @@ def chain_folders(source: Path) -> list[Path]:
     """Return the folders of links that a path names: itself, a task's, or those of a run's tasks in order."""
     if (source / CHAIN_NAME).is_dir():
         return [source / CHAIN_NAME]
-    tasks = [path.parent for path in source.glob(f"*/{CHAIN_NAME}") if path.parent.name.partition("-")[0].isdigit()]
-    if tasks:
-        return [task / CHAIN_NAME for task in sorted(tasks, key=lambda task: int(task.name.partition("-")[0]))]
-    return [source]
+    return sorted_by_task(source.glob(f"*/{CHAIN_NAME}")) or [source]
+
+
+def sorted_by_task(found: Iterable[Path]) -> list[Path]:
+    """Return what lies in folders of tasks, NN-name, in the order of NN. What lies in other folders is left out."""
+    numbers = [(path.parent.name.partition("-")[0], path) for path in found]
+    # By number, as text would put 10 before 9. isdigit() would let superscripts through, which int() cannot read.
+    return [path for _, path in sorted((int(text), path) for text, path in numbers if text.isdecimal())]

@@ -31,8 +31,8 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
     first, last = deltas[0], deltas[-1]
     for before, after in pairwise(deltas):
         _check_consecutive(before, after)
-    names = list(dict.fromkeys(name for delta in deltas for name in delta.shapes))
-    shapes = {name: shape for delta in deltas for name, shape in delta.shapes.items()}
+    shapes = _common_shapes(deltas)
+    names = list(shapes)
     keep_previous = with_previous and all(delta.reversible for delta in deltas)
     if with_previous and not keep_previous:
         raise UserError("a delta without previous values is among those to compose: add --without_previous")
@@ -65,8 +65,6 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
 def _check_consecutive(before: Delta, after: Delta) -> None:
     if before.metadata.get("model_fingerprint") != after.metadata.get("model_fingerprint"):
         raise UserError(f"deltas {before.path} and {after.path} are of different models")
-    if any(after.dtypes[name] != dtype for name, dtype in before.dtypes.items() if name in after.dtypes):
-        raise UserError(f"deltas {before.path} and {after.path} hold values of different dtypes")
     if None in (before.result_fingerprint, after.base_fingerprint):
         raise UserError(
             f"delta {after.path if after.base_fingerprint is None else before.path} has no fingerprints: "
@@ -78,6 +76,29 @@ def _check_consecutive(before: Delta, after: Delta) -> None:
             f"{after.base_fingerprint}, that one leaves {before.result_fingerprint}; give consecutive "
             "deltas of one run, in task order"
         )
+
+
+def _common_shapes(deltas: Sequence[Delta]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter that a delta changes, in the order in which they first appear.
+
+    Raises:
+        UserError: two deltas, neighbours or not, give a parameter different shapes or dtypes.
+    """
+    origin: dict[str, Delta] = {}
+    for delta in deltas:
+        for name, shape in delta.shapes.items():
+            other = origin.setdefault(name, delta)
+            if other.shapes[name] != shape:
+                raise UserError(
+                    f"deltas {other.path} and {delta.path} are of different models: {name!r} has shape "
+                    f"{list(other.shapes[name])} in one and {list(shape)} in the other"
+                )
+            if other.dtypes[name] != delta.dtypes[name]:
+                raise UserError(
+                    f"deltas {other.path} and {delta.path} hold values of different dtypes: {name!r} is "
+                    f"{other.dtypes[name]} in one and {delta.dtypes[name]} in the other"
+                )
+    return {name: delta.shapes[name] for name, delta in origin.items()}
 
 
 def _overlay(name: str, changes: Sequence[Change]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -83,23 +83,27 @@ class Record:
         # A folder without a record (a plain copy) may hold deltas all the same: verify() decides then.
         for delta in removed if applied else ():
             top = applied.pop() if applied else None
-            if top is None or not _same(top, entry_of(delta)):
+            if top is None or _identity(top) != _identity(entry_of(delta)):
                 raise UserError(
                     f"delta {delta.path} is not the last one applied to {root}: that is "
                     f"{top.delta if top else 'none'}; revert in the reverse of the order of applying"
                 )
+        known = {_identity(entry) for entry in applied}
         for delta in added:
-            if any(_same(entry, entry_of(delta)) for entry in applied):
+            entry = entry_of(delta)
+            # Weights may come back to where they were: the same change then follows on its own undoing.
+            end = applied[-1].result_fingerprint if applied else None
+            continues = end is not None and end == entry.base_fingerprint
+            if _identity(entry) in known and not continues:
                 raise UserError(f"delta {delta.path} is applied already in {root}: leave it out")
-            applied.append(entry_of(delta))
+            known.add(_identity(entry))
+            applied.append(entry)
         return Record(tuple(applied))
 
 
-def _same(first: Entry, second: Entry) -> bool:
-    """Return whether two entries are of one delta: by content if both have a checksum, as folders may be renamed."""
-    if first.checksum is not None and second.checksum is not None:
-        return first.checksum == second.checksum and first.base_fingerprint == second.base_fingerprint
-    return first == second
+def _identity(entry: Entry) -> tuple[str, str | None] | Entry:
+    """Return what tells a delta from others: its content if it has a checksum, as folders may be renamed."""
+    return entry if entry.checksum is None else (entry.checksum, entry.base_fingerprint)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow
-
+from piece_ds.data.rows_digest import digest_of_rows
 from piece_ds.models.fingerprint import weights_digests
 from piece_ds.models.pretrained import model_source
 from piece_ds.preflight.inputs import Inputs
@@ -20,8 +18,6 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.versions import versions
 
 _OF_THE_MACHINE = {"device", "python"}  # they may differ between machines
-_ROWS_AT_A_TIME = 10_000
-_PLACES = ("image", "where")  # columns that say where a row's image and the row itself lie; images are not read here
 
 
 def require_rank_consistency(inputs: Inputs) -> None:
@@ -83,10 +79,10 @@ def _fingerprints(inputs: Inputs) -> dict[str, str]:
     # The rows.
     for task in inputs.tasks:
         for split in ("train", "eval", "test"):
-            found[f"the {split} rows of task {task.name}"] = _digest_of_rows(getattr(task, split))
+            found[f"the {split} rows of task {task.name}"] = digest_of_rows(getattr(task, split))
     for name, rows in (("general text", inputs.general), ("text of --general_text", inputs.general_importance)):
         if rows is not None:
-            found[f"the {name}"] = _digest_of_rows(rows)
+            found[f"the {name}"] = digest_of_rows(rows)
     return found
 
 
@@ -109,20 +105,6 @@ def _digest_of_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(os.fsencode(path.name) + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest_of_rows(rows: datasets.Dataset) -> str:
-    digest = hashlib.sha256(str(len(rows)).encode())
-
-    # As Arrow bytes: no row becomes a Python object.
-    bare = rows.remove_columns([name for name in _PLACES if name in rows.column_names])
-    for table in bare.with_format("arrow").iter(_ROWS_AT_A_TIME):
-        sink = pyarrow.BufferOutputStream()
-        plain = table.combine_chunks().replace_schema_metadata(None)
-        with pyarrow.ipc.new_stream(sink, plain.schema) as stream:
-            stream.write_table(plain)
-        digest.update(sink.getvalue())
     return digest.hexdigest()[:16]
 
 

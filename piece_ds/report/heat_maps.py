@@ -183,7 +183,7 @@ def overlap_heat_map(overlaps: Sequence[Sequence[float]], tasks: Sequence[str], 
 
 
 def _layer_order(name: str) -> tuple[bool, int]:
-    return not name.isdigit(), int(name) if name.isdigit() else 0
+    return not name.isdecimal(), int(name) if name.isdecimal() else 0
 
 
 def _shares(counts: Counts, layers: Sequence[str], modules: Sequence[str]) -> np.ndarray:

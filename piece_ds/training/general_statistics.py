@@ -70,7 +70,7 @@ class GeneralStatistics:
         batches = self.batches
         source: dict[str, object] = {"rows": len(self.rows), "batch_size": self.batch_size, "text": digest_of(batches)}
         if is_base:
-            source["weights"] = _fingerprint(engine.module, layout)
+            source["weights"] = fingerprint_of(engine.module, layout)
 
         # Take them, or read them.
         if not has_statistics(self.folder):
@@ -78,8 +78,8 @@ class GeneralStatistics:
                 engine, batches, needs_sum=False, device=self.device, layout=layout, description="general statistics"
             )
             save_statistics(self.folder, stats, source)
-        known = source if is_base else None  # later, the weights that it was taken of are not at hand
-        return load_statistics(self.folder, layout, False, self.device or engine.device, known)
+        # Later, the weights that they were taken of are not at hand; the text is.
+        return load_statistics(self.folder, layout, False, self.device or engine.device, source)
 
 
 def general_statistics_of(
@@ -119,5 +119,9 @@ def digest_of(batches: MicroBatches) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fingerprint(model: nn.Module, layout: Layout) -> str:
+def fingerprint_of(model: nn.Module, layout: Layout) -> str:
+    """Return the fingerprint of all weights. A collective.
+
+    Cost: reads this rank's part of the weights once.
+    """
     return hexadecimal(int(weights_fingerprint(model, Mask(layout, {}, 0))))

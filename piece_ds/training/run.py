@@ -83,6 +83,7 @@ def mask_source_of(stream: Stream, index: int) -> MaskSource:
         task=stream.tasks[index].name,
         earlier=mask_files(stream, index) if find_method(config.method).needs_earlier_tasks else (),
         general=general_for(stream, index),
+        is_first=index == 0,
     )
 
 

@@ -187,7 +187,7 @@ class TaskMask:
         kept = PartialStatistics(
             self._folder / PARTIAL_NAME,
             source.files.statistics_save_steps,
-            {"task": source.task, "rows": len(batches.rows), "batch_size": batches.batch_size},
+            source.source_of(engine, batches, layout),
         )
         mask = source.estimate(engine, batches, layout, kept)
         self.select_seconds = time.perf_counter() - begin

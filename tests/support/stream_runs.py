@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from support.launches import CONFIGS, make_rows, write_rows
+from support.launches import CONFIGS, write_rows
 
 NUM_STEPS, NUM_RANKS, BATCH_SIZE, ACCUMULATION = 4, 2, 2, 2
 ROWS_PER_STEP = NUM_RANKS * BATCH_SIZE * ACCUMULATION
@@ -73,7 +73,6 @@ def variant_flags(material: Material) -> dict[str, list[str]]:
     """Name -> flags of short runs: one of each kind of thing."""
     short, root = material.short_flags, material.root
     _write_given_mask(root / "given.safetensors")
-    other = write_rows(root / "other" / "train.json", make_rows(99, 32, ("yes", "no")))
     statistics = {"statistics_file": root / "statistics", "importance_batch_size": 8}
     return {
         "again": material.stream_flags(
@@ -82,8 +81,8 @@ def variant_flags(material: Material) -> dict[str, list[str]]:
         "seqft": short("seqft", method="seqft"),
         "given": short("given", mask_file=root / "given.safetensors"),
         "statistics-write": short("statistics-write", **statistics),
-        "statistics-read": short("statistics-read", **statistics, train_file=other),
-        "statistics-other": short("statistics-other", importance_batch_size=8, train_file=other),
+        "statistics-read": short("statistics-read", **statistics, method="piece-f"),
+        "statistics-other": short("statistics-other", importance_batch_size=8, method="piece-f"),
         "bf16": short("bf16", model_name_or_path=root / "base_bf16", max_steps=2, delta_every=1),
         "tokens": short("tokens", train_file=_write_tokens(material)),
         "words": short("words"),

@@ -123,7 +123,7 @@ def rewrite(change: Callable[[dict[str, np.ndarray], dict[str, str]], None]) -> 
     def apply(path: Path) -> None:
         metadata = header(path)["__metadata__"]
         tensors = load_file(path)
-        del metadata["checksum"]
+        metadata.pop("checksum", None)
         change(tensors, metadata)
         save_file(tensors, path, metadata)
 
@@ -162,7 +162,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "names parameter 'second.wait'.*Did you mean 'second.weight'",
     ),
     "fingerprint": (set_metadata(model_fingerprint="0" * 64), "made for another model"),
+    "other-total": (set_metadata(total="54"), "made for a model of 54 elements, this one has 53"),
+    "total-below-its-shapes": (set_metadata(total="41"), "metadata contradict each other: total is 41"),
+    "total-of-nothing": (set_metadata(total="0"), "metadata contradict each other: total is 0"),
+    "total-no-digits": (set_metadata(total="53.0"), "total: .*expected digits alone"),
+    "selected-no-digits": (set_metadata(selected="7.0"), "selected: .*expected digits alone"),
+    "ratio-of-nothing": (set_metadata(ratio="0"), "ratio is 0, expected a share"),
+    "ratio-in-percent": (set_metadata(ratio="13"), "ratio is 13, expected a share"),
+    "ratio-negative": (set_metadata(ratio="-0.13"), "ratio is -0.13, expected a share"),
 }
+
+
+def test_a_ratio_far_from_what_is_selected_is_said_and_the_true_one_named(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is what was asked for: less may have been eligible, and other programs draw at random."""
+    for ratio, used in (("0.13", 0.13), ("0.2", 0.2), ("0.9", 7 / 53), ("0.01", 7 / 53)):
+        caplog.clear()
+        set_metadata(ratio=ratio)(path)
+        assert load_mask(path, Model.layout()).ratio == used
+        assert ("selects 0.132 of the model" in caplog.text) == (used == 7 / 53)
 
 
 @pytest.mark.parametrize("damage", list(DAMAGE))

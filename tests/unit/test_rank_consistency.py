@@ -2,8 +2,9 @@
 
 import datasets
 
+from piece_ds.data.rows_digest import digest_of_rows
 from piece_ds.data.tokenize import ENCODED
-from piece_ds.preflight.rank_consistency import _digest_of_rows, first_difference
+from piece_ds.preflight.rank_consistency import first_difference
 
 
 def rows(labels: list[list[int]], **columns: list[str]) -> datasets.Dataset:
@@ -29,7 +30,7 @@ def test_the_ranks_that_differ_from_most_are_named_first() -> None:
 
 def test_rows_are_compared_by_every_token_and_not_by_their_places() -> None:
     plain = rows([[-100, 2, 3], [-100, 2, 3]])
-    assert _digest_of_rows(plain) == _digest_of_rows(plain.select([1, 0]))  # equal rows
-    assert _digest_of_rows(plain) == _digest_of_rows(rows([[-100, 2, 3]] * 2, where=["here row 1", "here row 2"]))
+    assert digest_of_rows(plain) == digest_of_rows(plain.select([1, 0]))  # equal rows
+    assert digest_of_rows(plain) == digest_of_rows(rows([[-100, 2, 3]] * 2, where=["here row 1", "here row 2"]))
     others = [rows([[-100, 2, 3], [-100, 2, 4]]), rows([[-100, 2, 4], [-100, 2, 3]]), rows([[-100, 2, 3]])]
-    assert len({_digest_of_rows(each) for each in (plain, *others)}) == 4
+    assert len({digest_of_rows(each) for each in (plain, *others)}) == 4

@@ -1,17 +1,25 @@
 """Saved statistics come back bit for bit, and are refused where they are of something else."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import nn
 
 from piece_ds.checkpoint.statistics_file import PartialStatistics, load_statistics, save_statistics
+from piece_ds.config.method_arguments import MethodArguments
+from piece_ds.data.collate import MicroBatches
 from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.statistics import GradientStats, empty_stats
+from piece_ds.training import mask_source
 
 LAYOUT = layout_of(nn.Sequential(nn.Linear(7, 3), nn.Linear(3, 1)))
 SOURCE = {"file": "rows.json", "batch": 4}
@@ -86,5 +94,53 @@ def test_a_missing_sum_is_refused_only_where_it_is_needed(tmp_path: Path) -> Non
 
 def test_statistics_of_other_data_are_refused(tmp_path: Path) -> None:
     save_statistics(tmp_path, make_stats(), SOURCE)
-    with pytest.raises(UserError, match=r"rows\.json"):
+    with pytest.raises(UserError, match=r"of .'batch': 4.*not of .'batch': 8"):
         load_statistics(tmp_path, LAYOUT, needs_sum=True, source={**SOURCE, "batch": 8})
+
+
+def test_statistics_of_other_weights_rows_or_batches_are_refused_or_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another revision of the model has the same names and shapes, and other rows may have the same number."""
+    passes: list[int] = []
+
+    def collect(engine: Any, batches: MicroBatches, *options: Any, **others: Any) -> GradientStats:
+        passes.append(len(passes))
+        stats = empty_stats(layout_of(engine.module), True, "cpu")
+        stats.square_sum.fill_(float(len(passes)))
+        return stats
+
+    monkeypatch.setattr(mask_source, "collect_statistics", collect)
+    flags = MethodArguments(statistics_file=str(tmp_path))
+    first = mask_source.MaskSource(config=flags.config(), files=flags, task="t")
+    later = replace(first, is_first=False)
+    torch.manual_seed(0)
+    base, revision = (SimpleNamespace(module=nn.Linear(4, 3), device="cpu") for _ in range(2))
+
+    def rows(last: int, label: int = 1) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"input_ids": [[1, 2], [1, last]], "labels": [[1, 2], [1, label]]})
+
+    def take(source: mask_source.MaskSource, engine: Any, data: datasets.Dataset, batch_size: int = 2) -> float:
+        batches = MicroBatches(data, lambda found: found, batch_size)
+        stats = source._kept_statistics(engine, batches, layout_of(engine.module), None)
+        assert stats is not None
+        return float(stats.square_sum[0])
+
+    assert take(first, base, rows(3)) == take(first, base, rows(3)) == take(later, base, rows(3)) == 1.0
+    for engine, data, batch_size, what in (
+        (revision, rows(3), 2, "weights"),
+        (base, rows(4), 2, "text"),
+        (base, rows(3, 7), 2, "text"),
+        (base, rows(3), 1, "batch_size"),
+    ):
+        with pytest.raises(UserError, match=f"were taken of .'{what}'.*use another folder"):
+            take(first, engine, data, batch_size)
+    assert len(passes) == 1
+
+    # A later task's weights are what the run has led to; statistics of an earlier version name none.
+    assert take(later, revision, rows(3)) == take(first, revision, rows(3)) == 2.0
+    assert "they are taken again" in caplog.text
+    index = json.loads((tmp_path / "t" / "statistics.json").read_text())
+    del index["source"]["weights"]
+    (tmp_path / "t" / "statistics.json").write_text(json.dumps(index))
+    assert take(first, revision, rows(3)) == 3.0

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from piece_ds.config.arguments import DataArguments
 from piece_ds.data import token_cache
+from piece_ds.data.rows_digest import digest_of_rows
 from piece_ds.data.tasks import Task, load_task_stream
 from piece_ds.demo.model import make_tokenizer
-from piece_ds.preflight.rank_consistency import _digest_of_rows
 from piece_ds.runtime.errors import UserError
 
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
@@ -63,7 +63,7 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase | None = None, **settings
 
 def content(task: Task) -> list[Any]:
     rows = [list(getattr(task, split)) for split in ("train", "eval", "test")]
-    return [*rows, task.answers, task.prompt_texts, _digest_of_rows(task.train)]
+    return [*rows, task.answers, task.prompt_texts, digest_of_rows(task.train)]
 
 
 def entries(cache: Path) -> list[str]:
