@@ -6,62 +6,76 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.fresh_python import FreshPython, Server
 
 from piece_ds.ops import backends, build_specs, extension
 
 # The compiler of this machine, before a library that some test imports has named one.
 COMPILER = os.environ.get("CXX", "")
 SHOW = "from piece_ds import ops; print(ops.load('cpu'))"
+Start = Callable[..., FreshPython]
 
 
-def python(code: str, **environment: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CXX": COMPILER, **environment}
-    for name in ("PIECE_DS_BACKEND", "PIECE_DS_ISA", "CXX"):
-        if not environment.get(name):
-            environment.pop(name, None)
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """(code, variables) -> a process of Python that has imported nothing of piece_ds."""
+    server = Server(tmp_path_factory.mktemp("processes"))
+
+    def start(code: str, without: tuple[str, ...] = (), **variables: str) -> FreshPython:
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CXX": COMPILER, **variables}
+        for name in ("PIECE_DS_BACKEND", "PIECE_DS_ISA", "CXX"):
+            if not environment.get(name):
+                environment.pop(name, None)
+        return server.start(code, environment, without)
+
+    yield start
+    server.close()
 
 
-def result(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+def result(process: FreshPython) -> str:
+    code, out, err = process.wait()
+    assert code == 0, err
     return out.strip()
 
 
-def fails(process: subprocess.Popen[str]) -> str:
-    _, err = process.communicate(timeout=200)
-    assert process.returncode != 0
+def fails(process: FreshPython) -> str:
+    code, _, err = process.wait()
+    assert code != 0
     return err.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A compiler that does not optimise: what is tested here does not depend on it, and takes half the time."""
+    path = tmp_path_factory.mktemp("compiler") / "quick-c++"
+    path.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, python: Start, compiler: str) -> Path:
     """A cache in which two processes wanted the library at once, after a first one was killed while it built.
 
     The killed one has left what the worst moment leaves: its lock file, torch's own lock file, half an object.
     """
     cache = tmp_path_factory.mktemp("extensions")
-    first = python(SHOW, TORCH_EXTENSIONS_DIR=str(cache))
+    first = python(SHOW, TORCH_EXTENSIONS_DIR=str(cache), CXX=compiler)
     deadline = time.monotonic() + 120
     while not list(cache.glob("piece_ds/*.build-*/*/lock")):
-        assert first.poll() is None, "built before it could be killed"
+        assert first.is_running(), "built before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    first.wait()
     assert list(cache.glob("piece_ds/*.lock"))
     assert list(cache.glob("piece_ds/*.build-*/*/lock"))
-    assert [result(p) for p in [python(SHOW, TORCH_EXTENSIONS_DIR=str(cache)) for _ in range(2)]] == ["cpp"] * 2
+    both = [python(SHOW, TORCH_EXTENSIONS_DIR=str(cache), CXX=compiler) for _ in range(2)]
+    assert [result(process) for process in both] == ["cpp"] * 2
     return cache
 
 
@@ -70,14 +84,17 @@ def test_ranks_that_start_together_build_one_library_also_after_a_killed_build(b
     assert not list(built.glob("piece_ds/*.build-*"))
 
 
-@pytest.mark.parametrize(("isa", "compiler"), [("", COMPILER), ("scalar", "no-such-compiler")])
-def test_a_built_library_is_taken_without_deepspeed_and_without_a_compile(built: Path, isa: str, compiler: str) -> None:
+@pytest.mark.parametrize(("isa", "found"), [("", True), ("scalar", False)])
+def test_a_built_library_is_taken_without_deepspeed_and_without_a_compile(
+    built: Path, python: Start, compiler: str, isa: str, found: bool
+) -> None:
     """Also with the instruction set that is named, and on a machine without the compiler that built it."""
     before = next(built.glob("piece_ds/*.so")).stat().st_mtime_ns
     code = "import logging; logging.basicConfig(level=20, format='%(message)s', force=True); "
     code += f"{SHOW}; import sys; print('deepspeed' in sys.modules)"
-    process = python(code, TORCH_EXTENSIONS_DIR=str(built), PIECE_DS_ISA=isa, CXX=compiler)
-    out, err = process.communicate(timeout=200)
+    variables = {"TORCH_EXTENSIONS_DIR": str(built), "PIECE_DS_ISA": isa}
+    variables["CXX"] = compiler if found else "no-such-compiler"
+    _, out, err = python(code, ("deepspeed",), **variables).wait()
     assert out.split() == ["cpp", "False"], err
     assert f"piece_ds ops on cpu: cpp, {isa}" in err
     assert next(built.glob("piece_ds/*.so")).stat().st_mtime_ns == before
@@ -94,30 +111,32 @@ def test_the_library_needs_only_torch_functions_of_the_stable_abi(built: Path) -
     assert not [name for name in names if name.startswith(("at::", "c10::", "torch::"))]
 
 
-def test_what_hinders_is_named_and_nothing_else_serves(built: Path, tmp_path: Path) -> None:
+def test_what_hinders_is_named_and_nothing_else_serves(
+    built: Path, python: Start, compiler: str, tmp_path: Path
+) -> None:
     """A missing compiler, a cache that cannot be written, an unknown instruction set: in turn in one process."""
     (tmp_path / "file").touch()
     cases = [
         {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"},
         {"TORCH_EXTENSIONS_DIR": str(tmp_path / "file"), "CXX": "c++"},
-        {"TORCH_EXTENSIONS_DIR": str(built), "PIECE_DS_ISA": "avx1024"},
+        {"TORCH_EXTENSIONS_DIR": str(built), "CXX": compiler, "PIECE_DS_ISA": "avx1024"},
     ]
     code = (
         f"import os\nfrom piece_ds import ops\nfor case in {cases}:\n    os.environ.update(case)\n"
         "    try:\n        print(ops.load('cpu'))\n"
         "    except Exception as error:\n        print(type(error).__name__, error)\n"
     )
-    compiler, cache, isa = result(python(code)).splitlines()
-    assert compiler.startswith("UserError")
-    assert "no C++ compiler 'no-such-compiler'" in compiler
-    assert "PIECE_DS_BACKEND=reference" in compiler
+    missing, cache, isa = result(python(code)).splitlines()
+    assert missing.startswith("UserError")
+    assert "no C++ compiler 'no-such-compiler'" in missing
+    assert "PIECE_DS_BACKEND=reference" in missing
     assert "set TORCH_EXTENSIONS_DIR" in cache
     assert "PIECE_DS_ISA='avx1024': expected avx512, avx2 or scalar" in isa
     chosen = python(SHOW, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="no-such-compiler", PIECE_DS_BACKEND="reference")
     assert result(chosen) == "reference"
 
 
-def test_a_failing_compiler_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failing_compiler_is_an_error_and_leaves_nothing(python: Start, tmp_path: Path) -> None:
     compiler = tmp_path / "broken-c++"
     compiler.write_text(
         "#!/bin/sh\ncase \"$*\" in *scores.cpp*) echo 'x: error: no luck' >&2; exit 1;; *.cpp*) exit 0;; esac\n"
@@ -154,7 +173,7 @@ def test_another_torch_or_compiler_has_another_library(monkeypatch: pytest.Monke
     assert extension.compiler_version() != compiler
 
 
-def test_importing_builds_nothing(tmp_path: Path) -> None:
+def test_importing_builds_nothing(python: Start, tmp_path: Path) -> None:
     result(python("import piece_ds.ops, piece_ds.training.stream", TORCH_EXTENSIONS_DIR=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 

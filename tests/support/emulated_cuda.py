@@ -12,12 +12,15 @@ import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from piece_ds.ops.build_specs import BUILD_SPECS, CSRC
+from piece_ds.ops.build_specs import BUILD_SPECS, CSRC, _digest, compiler_version
+from piece_ds.ops.extension import _cache_folder
 from piece_ds.ops.schema import SCHEMAS
+from piece_ds.runtime.cache import locked
 
 NAMESPACE = "piece_ds_emulated"
 SUPPORT = Path(__file__).parent
@@ -59,8 +62,8 @@ def rewritten(path: Path) -> str:
     return re.sub(r"extern __shared__ uint32_t (\w+)\[\];", rf"uint32_t* \1 = {shared};", text)
 
 
-def build(folder: Path) -> Path:
-    """Compile everything into a library in folder, which is empty."""
+def sources(folder: Path) -> list[Path]:
+    """Write what is compiled into folder, which is empty; return its files."""
     for header in HEADERS:
         path = folder / "include" / header
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,22 +72,48 @@ def build(folder: Path) -> Path:
         target = folder / path.parent.name / path.name
         target.parent.mkdir(exist_ok=True)
         target.write_text(rewritten(path) if path.suffix in (".cu", ".cpp") else path.read_text(encoding="utf-8"))
+    return [*sorted(folder.glob("cuda/*.cu")), folder / "bind" / "cuda.cpp"]
+
+
+def arguments() -> list[str]:
+    """The compiler and its arguments, but for what names the folder of the sources."""
     torch_folder = Path(torch.__file__).parent
-    arguments = ["c++", *BUILD_SPECS["cuda"].cxx_args, "-O1", "-std=c++17", "-fPIC", "-fvisibility=default", *SANITIZE]
-    arguments += [f"-I{folder / 'include'}", f"-I{SUPPORT}", f"-I{CSRC / 'include'}", "-DTORCH_EXTENSION_NAME=emulated"]
-    arguments += ["-isystem", str(torch_folder / "include"), "-isystem", sysconfig.get_paths()["include"], "-w"]
-    sources = [*sorted(folder.glob("cuda/*.cu")), folder / "bind" / "cuda.cpp"]
+    found = ["c++", *BUILD_SPECS["cuda"].cxx_args, "-O1", "-std=c++17", "-fPIC", "-fvisibility=default", *SANITIZE]
+    found += [f"-I{SUPPORT}", f"-I{CSRC / 'include'}", "-DTORCH_EXTENSION_NAME=emulated"]
+    return [*found, "-isystem", str(torch_folder / "include"), "-isystem", sysconfig.get_paths()["include"], "-w"]
+
+
+def library() -> Path:
+    """The library of these very sources, from the folder of compiled extensions; built there if it is not in it."""
+    with TemporaryDirectory(dir=_cache_folder()) as name:
+        folder = Path(name)
+        files = sources(folder)
+        headers = [SUPPORT / "cuda_emulator.h", *(CSRC / "include").rglob("*.h")]
+        compiled = [path.read_text(encoding="utf-8") for path in [*sorted(folder.rglob("*.*")), *sorted(headers)]]
+        flags = [argument for argument in arguments() if not argument.startswith("-I")]  # of any checkout
+        digest = _digest([*flags, torch.__version__, compiler_version(), *compiled])
+        path = _cache_folder() / f"emulated_{digest}.so"
+        with locked(path):
+            if not path.exists():
+                os.replace(build(folder, files), path)
+        return path
+
+
+def build(folder: Path, files: list[Path]) -> Path:
+    """Compile the files in folder into a library there."""
 
     def compile_one(source: Path) -> Path:
-        run([*arguments, "-x", "c++", "-c", str(source), "-o", str(source.with_suffix(".o"))])
+        command = [*arguments(), f"-I{folder / 'include'}", "-x", "c++", "-c", str(source)]
+        run([*command, "-o", str(source.with_suffix(".o"))])
         return source.with_suffix(".o")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [str(path) for path in pool.map(compile_one, sources)]
-    library = folder / "emulated.so"
+        objects = [str(path) for path in pool.map(compile_one, files)]
+    torch_folder = Path(torch.__file__).parent
+    built = folder / "emulated.so"
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    run(["c++", "-shared", *SANITIZE, *objects, *libraries, f"-Wl,-rpath,{torch_folder / 'lib'}", "-o", str(library)])
-    return library
+    run(["c++", "-shared", *SANITIZE, *objects, *libraries, f"-Wl,-rpath,{torch_folder / 'lib'}", "-o", str(built)])
+    return built
 
 
 def run(command: list[str]) -> None:
@@ -92,9 +121,9 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def load(folder: Path) -> dict[str, Callable[..., Any]]:
-    """Build in folder; op name -> function on CPU tensors that runs the emulated CUDA kernels."""
+def load() -> dict[str, Callable[..., Any]]:
+    """Op name -> function on CPU tensors that runs the emulated CUDA kernels."""
     for name, schema in SCHEMAS.items():
         torch.library.define(f"{NAMESPACE}::{name}", schema)
-    torch.ops.load_library(str(build(folder)))
+    torch.ops.load_library(str(library()))
     return {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in SCHEMAS}

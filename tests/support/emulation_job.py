@@ -8,8 +8,6 @@ A process of its own, because a kernel that does what a GPU would not forgive en
 import json
 import sys
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from emulated_cuda import load
 from gpu_cases import EDGES, LARGE, SIZES, cases, run_cases
@@ -19,8 +17,7 @@ from guarded_memory import guarded
 EVERY_NTH_LARGE = 11
 
 if __name__ == "__main__":
-    with TemporaryDirectory() as folder:
-        functions = load(Path(folder))
+    functions = load()
     chosen = [*cases(EDGES), *islice(cases(SIZES[-1:]), 0, None, 3)] if "few" in sys.argv else list(cases(SIZES))
     chosen += islice(cases(LARGE[:1]), 0, None, EVERY_NTH_LARGE)
     print(json.dumps(run_cases(functions.__getitem__, chosen, "cpu", guarded)))
