@@ -15,9 +15,11 @@ from piece_ds.doctor.processes import run_self_test
 from piece_ds.ops import backends
 from piece_ds.ops.build_specs import compiler_version
 from piece_ds.ops.extension import prebuilt
+from piece_ds.runtime.compile_lock import abandoned_locks
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.versions import versions
 
+_DEEPSPEED_OPTIMIZERS = ("cpu_adam", "fused_adam")  # that a DeepSpeed file may name
 _LITTLE_SPACE = 1 << 30  # room for a compiled kernel, a mask and a delta of an 8B model
 
 
@@ -35,6 +37,7 @@ def examine(folder: str, num_ranks: int) -> Iterator[Finding]:
     yield from _programs()
     yield from _backends()
     yield _deepspeed_ops()
+    yield _locks()
     temporary = tempfile.gettempdir()
     places = {"output": folder, "temporary files": temporary, "compiled kernels": _kernel_folder()}
     for what, place in places.items():
@@ -91,6 +94,16 @@ def _deepspeed_ops() -> Finding:
 
     works, found = _tried(look)
     return Finding("DeepSpeed's ops", GOOD if works else NOTE, found if works else f"{found}: no optimizer offload")
+
+
+def _locks() -> Finding:
+    """Return which compilations of torch's extensions were killed: runs that need one of them end, or wait for ever."""
+    found = list(abandoned_locks(Path(_kernel_folder())))
+    if not found:
+        return Finding("compilations", GOOD, "none was left unfinished")
+    is_needed = any(lock.parent.name in _DEEPSPEED_OPTIMIZERS for lock, _ in found)
+    shown = "; ".join(f"{lock} {reason}: remove it" for lock, reason in found)
+    return Finding("compilations", BAD if is_needed else NOTE, shown)
 
 
 def _is_built(builder: object) -> bool:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from piece_ds.runtime.compile_lock import wait_with_a_limit
 from piece_ds.runtime.deterministic import set_cublas_workspace
 from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.runtime.launch_environment import (
@@ -137,6 +138,7 @@ def start_distributed(seconds: float | None = None) -> None:
     # On a CPU DeepSpeed compiles an extension here, for all-reduce in inference, which training never calls. It takes
     # half a minute on a new machine, under a lock file. A killed process leaves the file behind, and later ones wait.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    wait_with_a_limit()
     try:
         deepspeed.init_distributed(timeout=timeout)
     except DistNetworkError as error:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from piece_ds.runtime.compile_lock import wait_with_a_limit
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
 
@@ -121,8 +122,11 @@ def compile_optimizer(content: Mapping[str, Any]) -> None:
     builder = CPUAdamBuilder() if _offloads(content) else FusedAdamBuilder()
     if is_main():
         _tell_of_compilation(builder.NAME)
+    wait_with_a_limit()
     try:
         builder.load(verbose=False)
+    except UserError:  # of a lock that a killed process has left
+        raise
     except Exception as error:  # compilers, their absence, and versions that do not fit each other
         way_out = (
             "leave the optimizer out of the file" if _offloads(content) else 'add "torch_adam": true to its params'
@@ -182,14 +186,11 @@ def _check_adam(content: Mapping[str, Any], name: str, options: Mapping[str, Any
 
 
 def _tell_of_compilation(name: str) -> None:
-    """Log that something will be compiled; name the lock of another process, which may have ended without it."""
+    """Log that something will be compiled, if it is not there."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
     if any(root.glob(f"**/{name}.so")):
         return
     logger.warning("DeepSpeed's %s is compiled, which takes some minutes once on a machine", name)
-    lock = next(root.glob(f"**/{name}/lock"), None)
-    if lock is not None:
-        logger.warning("another process seems to compile it: if none does, end this one and remove %s", lock)
 
 
 def _is_adam(name: str) -> bool:
