@@ -58,9 +58,9 @@ def run_embedded(settings: Settings) -> tuple[list[RunResults], RunFolder, Compa
     start_distributed(timeout_seconds(settings.flag("ddp_timeout")))
     arguments = settings.training_arguments()
     check_kernels(settings.method.method, arguments)
-    folder = RunFolder(Path(arguments.output_dir) if "output_dir" in settings.given else _free_folder())
-    open_reporters(arguments.report_to, folder.root)  # raises if one is not installed
     resume = resumes_from(arguments)
+    folder = RunFolder(Path(arguments.output_dir) if "output_dir" in settings.given else _default_folder(resume))
+    open_reporters(arguments.report_to, folder.root)  # raises if one is not installed
     folder.require_free(resume, settings.output.overwrite_output_dir)
 
     # Rank 0 fetches; all ranks learn whether it could.
@@ -112,10 +112,14 @@ def _run_small(settings: Settings, folder: RunFolder, seed: int) -> list[RunResu
     return runs
 
 
-def _free_folder() -> Path:
-    """Return runs/embedded, or that name with the first number that is free; the same on every rank."""
+def _default_folder(resume: bool) -> Path:
+    """Return runs/embedded, or that name with the first number that is free; the same on every rank.
+
+    A run that is to be resumed is in the last of them that is not free.
+    """
     candidates = [Path(DEFAULT_OUTPUT), *(Path(f"{DEFAULT_OUTPUT}-{n}") for n in range(2, 1000))]
-    return Path(str(broadcast_object(next(path for path in candidates if not path.exists()))))
+    free = next(number for number, path in enumerate(candidates) if not path.exists())
+    return Path(str(broadcast_object(candidates[max(0, free - 1) if resume else free])))
 
 
 def _write(material: Path, seed: int, recipe: EmbeddedRecipe) -> EmbeddedPaths:

@@ -37,7 +37,7 @@ def wait_with_a_limit() -> None:
     def wait(baton: Any) -> None:
         wait_for(Path(baton.lock_file_path))
 
-    file_baton.FileBaton.wait = wait  # type: ignore[method-assign]
+    file_baton.FileBaton.wait = wait
 
 
 def wait_for(lock: Path) -> None:

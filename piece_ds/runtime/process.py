@@ -72,7 +72,7 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except Preempted as stop:
         # All ranks stop at the same point, so one line is enough.
         if int(os.environ["RANK"]) == 0:
-            _say(f"{stop}; the same command with --resume_from_checkpoint True goes on")
+            _say(str(stop))
         return STOP_CODE
     except Exception as error:
         _say_failure(error)

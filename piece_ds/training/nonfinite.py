@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from piece_ds.runtime.distributed import all_gather_objects, is_main
 from piece_ds.runtime.errors import MachineError
+from piece_ds.training.checkpoints import last_checkpoint, step_of
 from piece_ds.training.metrics import MetricsLog
 from piece_ds.training.trainer import TaskTrainer
 from piece_ds.zero.step_watch import SkippedStep, StepWatch
@@ -42,7 +44,9 @@ class _Report:
 class NonfiniteCallback(TrainerCallback):
     """Check at every step's end whether the step was taken. Add it before what acts on the reduced gradient."""
 
-    def __init__(self, trainer: TaskTrainer, task: str, policy: str, metrics: MetricsLog) -> None:
+    def __init__(
+        self, trainer: TaskTrainer, task: str, policy: str, metrics: MetricsLog, *, resumes_inside: bool = True
+    ) -> None:
         """Keep what it needs; watching begins with the first step.
 
         Args:
@@ -50,7 +54,9 @@ class NonfiniteCallback(TrainerCallback):
             task: the task's name.
             policy: 'stop' or 'skip'.
             metrics: where skipped steps are noted.
+            resumes_inside: whether an interrupted task resumes from a checkpoint.
         """
+        self._resumes_inside = resumes_inside
         self._trainer, self._task, self._policy, self._metrics = trainer, task, policy, metrics
         self._watch: StepWatch | None = None
 
@@ -95,12 +101,18 @@ class NonfiniteCallback(TrainerCallback):
         found = f"step {state.global_step} of task {self._task}: {shown}"
         if self._policy == "stop":
             raise NonfiniteError(
-                f"{found}; the step was not taken. Lower --learning_rate, mend the data, or leave "
-                "such steps out with --nonfinite skip (a run with checkpoints goes on from the last "
-                "one: --resume_from_checkpoint True)"
+                f"{found}; the step was not taken, and the run ends. Lower --learning_rate, mend the data, or leave "
+                f"such steps out with --nonfinite skip{self._way_back(Path(args.output_dir))}"
             )
         if is_main():
             logger.warning("%s; the step was not taken (%d so far)", found, self._metrics.count(NONFINITE))
+
+    def _way_back(self, folder: Path) -> str:
+        """Return from where a new run of the same command could resume, as the end of a sentence. A collective."""
+        checkpoint = last_checkpoint(folder) if self._resumes_inside else None
+        if checkpoint is None:
+            return ""
+        return f"; --resume_from_checkpoint True then begins at step {step_of(checkpoint)}"
 
     def _nonfinite_losses(self) -> list[tuple[int, float]]:
         losses = [float(loss) for loss in torch.stack(self._trainer.losses)] if self._trainer.losses else []

@@ -7,6 +7,8 @@ files. The next task starts from these weights; nothing else is carried over.
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +27,7 @@ from piece_ds.report.results import RunResults
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.rank_status import report_status
-from piece_ds.runtime.signals import signal_handling
+from piece_ds.runtime.signals import Preempted, signal_handling
 from piece_ds.training.changes import with_changes
 from piece_ds.training.progress import duration, scores_line, time_left
 from piece_ds.training.results import (
@@ -84,7 +86,8 @@ def run_stream(stream: Stream) -> RunResults:
         for index in range(first, len(stream.tasks)):
             begin = time.perf_counter()
             can_resume = stream.baseline is None or stream.baseline.resumes_inside
-            results = _run_task(stream, model, index, results, resume and index == first and can_resume)
+            with _stopped_with_advice(stream, index):
+                results = _run_task(stream, model, index, results, resume and index == first and can_resume)
             seconds.append(time.perf_counter() - begin)
             logger.warning(
                 "task %d of %d done in %s%s",
@@ -95,6 +98,22 @@ def run_stream(stream: Stream) -> RunResults:
             )
     stream.reporters.close(model=model, processing_class=stream.tokenizer)
     return results
+
+
+@contextmanager
+def _stopped_with_advice(stream: Stream, index: int) -> Iterator[None]:
+    """Add to what a signal has ended how this very run is resumed, if it can be."""
+    try:
+        yield
+    except Preempted as stop:
+        settings, saves_itself = stream.settings, stream.baseline is not None and stream.baseline.saves_itself
+        if index > 0 and settings.output.save_model == "never" and not saves_itself:
+            advice = "with --save_model never it cannot be resumed after its first task: begin again in another folder"
+        elif settings.output.overwrite_output_dir:
+            advice = "the same command with --resume_from_checkpoint True for --overwrite_output_dir resumes it"
+        else:
+            advice = "the same command with --resume_from_checkpoint True resumes it"
+        raise Preempted(f"{stop}; {advice}") from None
 
 
 def _load(stream: Stream, first: int) -> nn.Module:

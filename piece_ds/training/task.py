@@ -100,7 +100,8 @@ def train_task(
     trainer.sequences = sequence_training(settings.model.sequence_parallel_size, arguments.per_device_train_batch_size)
     change = None if budget is None or baseline is None else DenseChange(model, baseline.scaled_names(model))  # before
     metrics = MetricsLog(folder / METRICS_NAME, trainer)
-    guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics)
+    resumes_inside = baseline is None or baseline.resumes_inside
+    guard = NonfiniteCallback(trainer, task.name, settings.output.nonfinite, metrics, resumes_inside=resumes_inside)
     acts = baseline.engine_callback(context) if baseline is not None else None
     mask = TaskMask(trainer, method, context, resume, settings.output) if isinstance(method, MaskSource) else None
 

@@ -2,12 +2,17 @@
 
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from piece_ds.cli.demo import _default_folder
 from piece_ds.runtime import signals as stop
+from piece_ds.training.stream import _stopped_with_advice
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS, ids=lambda number: number.name)
@@ -87,3 +92,37 @@ def test_an_evaluation_inside_another_does_not_end_the_outer_ones_deferral() -> 
             stop.exit_if_signalled("in the outer one")
         with pytest.raises(stop.Preempted, match="SIGUSR1 after both"):
             stop.exit_if_signalled("after both")
+
+
+def test_a_stopped_run_says_how_it_is_resumed_if_it_can_be() -> None:
+    """With --overwrite_output_dir the flag to resume is refused, and without saved models a later task has no start."""
+    for index, save_model, overwrite, saves_itself, words in (
+        (0, "last", False, None, "the same command with --resume_from_checkpoint True resumes it"),
+        (0, "last", True, None, "with --resume_from_checkpoint True for --overwrite_output_dir resumes it"),
+        (0, "never", False, None, "the same command with --resume_from_checkpoint True resumes it"),
+        (1, "never", False, None, "cannot be resumed after its first task: begin again in another folder"),
+        (1, "never", True, False, "cannot be resumed after its first task: begin again in another folder"),
+        (1, "never", False, True, "the same command with --resume_from_checkpoint True resumes it"),
+    ):
+        output = SimpleNamespace(save_model=save_model, overwrite_output_dir=overwrite)
+        baseline = None if saves_itself is None else SimpleNamespace(saves_itself=saves_itself)
+        run: Any = SimpleNamespace(settings=SimpleNamespace(output=output), baseline=baseline)
+        message = f"^stopped by SIGTERM here; .*{words}$"
+        with pytest.raises(stop.Preempted, match=message), _stopped_with_advice(run, index):
+            raise stop.Preempted("stopped by SIGTERM here")
+
+
+def test_the_default_folder_of_a_resumed_run_is_the_one_it_was_stopped_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there, resume, expected in (
+        ([], False, "runs/embedded"),
+        ([], True, "runs/embedded"),
+        (["embedded"], False, "runs/embedded-2"),
+        (["embedded"], True, "runs/embedded"),
+        (["embedded", "embedded-2"], True, "runs/embedded-2"),
+    ):
+        for name in there:
+            (tmp_path / "runs" / name).mkdir(parents=True, exist_ok=True)
+        assert str(_default_folder(resume)) == expected
