@@ -1,5 +1,6 @@
 """metrics.jsonl holds whole lines from the first moment on, no step twice, and nothing that JSON does not know."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from piece_ds.runtime import profiling
 from piece_ds.runtime.errors import MachineError
 from piece_ds.training.metrics import MetricsLog
+from piece_ds.training.task import _note_selection
 
 
 class Run:
@@ -68,6 +71,43 @@ def test_a_line_tells_what_its_steps_cost(run: Run) -> None:
     assert row["host_peak_bytes"] > 1e7
 
 
+def test_a_line_tells_the_cost_of_the_steps_since_the_last_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this clock every reading is one second later, so a step takes one."""
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
+    run.steps(1, 2)
+    run.tell("on_step_begin")
+    run.tell("on_step_end")
+    run.steps(4, 4)
+    assert [row["train_seconds"] for row in run.lines()] == [1, 1, 2]
+    assert [row["tokens_per_second"] for row in run.lines()] == [96, 96, 48]
+    assert run.log.train_seconds == 4
+
+
+def test_selection_and_its_statistics_share_the_seconds_of_both(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(profiling._seconds, "statistics", 3.0)
+    mask: Any = SimpleNamespace(select_seconds=5.0, mask=SimpleNamespace(num_selected=7, proposed_ratio=0.5))
+    _note_selection(mask, run.log)
+    row = {"num_selected": 7, "proposed_ratio": 0.5, "statistics_seconds": 3.0, "selection_seconds": 2.0}
+    assert run.lines() == [{"event": "selection", "step": 0, **row}]
+    mask.select_seconds = None  # it came from a file
+    _note_selection(mask, run.log)
+    assert len(run.lines()) == 1
+
+
+def test_what_comes_after_the_last_step_is_told_again_if_the_task_is_finished_again(run: Run) -> None:
+    """The checkpoint may be of the last step: its line and what came before stay."""
+    before = ("evaluation before", "selection", "checkpoint")
+    after = ("training", "saving", "evaluation after")
+    run.steps(1, 2)
+    for event in (*before, *after):
+        run.log.note(event, seconds=1.0)
+    run.state.log_history.append({"train_runtime": 3.0, "step": 2})
+    run.tell("on_log")
+    again = Run(run.path)
+    again.log.open(2)
+    assert [row.get("event") for row in again.lines()] == [None, None, *before]
+
+
 def test_what_comes_after_the_checkpoint_is_told_once(run: Run) -> None:
     run.log.note("selection", num_selected=3)
     run.steps(1, 4)
@@ -123,5 +163,7 @@ def test_speed_of_training_counts_all_tokens_also_those_after_the_last_log(run: 
     run.steps(1, 3)
     run.log.train_seconds = 2.0
     assert run.log.tokens_per_second() == (4 * 96 / 2.0, None)
+    run.log._trainer.general = SimpleNamespace(num_tokens=16, take_row=dict)
+    assert run.log.tokens_per_second() == ((5 * 96 + 16) / 2.0, 16 / 2.0)
     untrained = Run(run.path.with_name("none"))
     assert untrained.log.tokens_per_second() == (None, None)

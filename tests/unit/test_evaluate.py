@@ -1,0 +1,116 @@
+"""Which prompts, gold answers and limits meet which scorer in an evaluation, in which row it ends, and what it cost."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from piece_ds.data.tasks import Task
+from piece_ds.demo.model import make_tokenizer
+from piece_ds.evaluation import evaluate
+from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
+from piece_ds.evaluation.generate import Generated
+
+SHORT, LONG = 3, 40
+
+
+def make_task(name: str, prompts: list[str], answers: list[str], references: list[list[str]]) -> Task:
+    tokenizer = make_tokenizer(64)
+    ids = [
+        (tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    rows = datasets.Dataset.from_dict(
+        {
+            "input_ids": [prompt + answer for prompt, answer in ids],
+            "labels": [[-100] * len(prompt) + answer for prompt, answer in ids],
+        }
+    )
+    return Task(name, rows, rows, rows, answers, prompts, references=references)
+
+
+TASKS = [
+    make_task("letters", ["1?", "2?", "3?", "4?"], ["A", "B", "A", "B"], []),
+    make_task("why", ["a?", "b?"], ["A", "B"], []),
+    make_task("rows", ["x"], ["y"], []),
+    make_task("seen", ["what?", "where?"], ["cat", "dog"], [["cat", "puss"], ["dog"]]),
+]
+SCORERS = {"letters": "letter", "why": "reasons", "rows": "loss", "seen": "vqa"}
+OUTPUTS = {
+    "letters": ["A", "B", "A", "A"],
+    "why": ["A, because", "no"],
+    "seen": ["puss", "cow"],
+}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[str], int]]:
+    """Task -> prompts and most new tokens, as generate_texts() got them."""
+    found: dict[str, tuple[list[str], int]] = {}
+
+    def answer(
+        model: Any, prompts: Any, tokenizer: PreTrainedTokenizerFast, most: int, *others: Any, **named: Any
+    ) -> Generated:
+        task = named["description"].removeprefix("answers to ")
+        found[task] = [tokenizer.decode(prompt) for prompt in prompts], most
+        return Generated(OUTPUTS[task], num_tokens=10 * len(prompts), seconds=2.0)
+
+    losses = {id(task.test): float(place) for place, task in enumerate(TASKS, 1)}
+    monkeypatch.setattr(evaluate, "generate_texts", answer)
+    monkeypatch.setattr(
+        evaluate, "evaluate_loss", lambda model, rows, *others: SimpleNamespace(mean=losses.get(id(rows), 9.0))
+    )
+    monkeypatch.setattr(evaluate, "run_benchmarks", lambda *others: {"law": 0.5})
+    return found
+
+
+def run(tmp_path: Path, scoring: str) -> EvalResult:
+    settings: Any = SimpleNamespace(
+        evaluation=SimpleNamespace(scoring=scoring, max_new_tokens_text=LONG, sample=False, sample_seed=1),
+        data=SimpleNamespace(max_new_tokens=SHORT),
+    )
+    general = datasets.Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]})
+    return evaluate_tasks(None, make_tokenizer(64), TASKS, SCORERS, general, 2, settings, "cpu", tmp_path)
+
+
+def test_each_task_has_its_own_loss_score_and_predictions(
+    tmp_path: Path, asked: dict[str, tuple[list[str], int]]
+) -> None:
+    result = run(tmp_path, "clean")
+    assert result.loss == {"letters": 1.0, "why": 2.0, "rows": 3.0, "seen": 4.0}
+    assert result.score == {"letters": 0.75, "why": 0.5, "rows": None, "seen": 0.5}
+    assert result.measures == {"seen": {"exact_match": 0.5}}
+    assert (result.general_loss, result.ability) == (9.0, {"law": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"prompt": "what?", "answer": ["cat", "puss"], "output": "puss"},
+        {"prompt": "where?", "answer": "dog", "output": "cow"},
+    ]
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_prompts_are_those_of_the_test_rows_and_answers_as_long_as_their_scorer_reads(
+    tmp_path: Path, asked: dict[str, tuple[list[str], int]]
+) -> None:
+    """The authors let ScienceQA's letters be followed by reasons."""
+    for scoring, of_reasons in (("clean", SHORT), ("authors", LONG)):
+        run(tmp_path, scoring)
+        assert asked == {
+            "letters": (["1?", "2?", "3?", "4?"], SHORT),
+            "why": (["a?", "b?"], of_reasons),
+            "seen": (["what?", "where?"], SHORT),
+        }
+
+
+def test_speed_is_that_of_generation_alone(tmp_path: Path, asked: dict[str, tuple[list[str], int]]) -> None:
+    result = run(tmp_path, "clean")
+    assert (result.num_tokens, result.generate_seconds) == (80, 6.0)
+    assert EvalResult({}, {}, None, seconds=10.0, num_tokens=60, generate_seconds=4.0).cost == {
+        "evaluate_seconds": 10.0,
+        "generated_tokens_per_second": 15.0,
+    }
+    assert EvalResult({}, {}, None, seconds=10.0).cost == {"evaluate_seconds": 10.0}
