@@ -114,6 +114,31 @@ def test_a_run_that_resumes_after_its_best_step_keeps_it(
     assert not list((resumed / TASK).glob("checkpoint-*"))
 
 
+def test_a_run_that_resumes_at_another_stage_goes_on_at_its_rate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its schedule is the trainer's: the first step after the checkpoint has the rate of that step already.
+
+    What was evaluated chooses nothing here, and is told of the last step.
+    """
+    flags = ("--lr_scheduler_type", "linear", "--eval_strategy", "steps", "--eval_steps", "2", "--logging_steps", "1")
+    whole = run(folder, "whole", *flags, num_steps=4)
+    got = found(whole)
+    assert [entry["step"] for entry in got["curve"]] == [2, 4]
+    assert (got["used_step"], got["last_step"]) == (4, 4)
+    _SignalAt(monkeypatch, 2)
+    with pytest.raises(Preempted):
+        run(folder, "moved", *flags, num_steps=4)
+    moved = run(folder, "moved", *flags, "--resume_from_checkpoint", "True", "--deepspeed", "zero1", num_steps=4)
+    assert found(moved) == got
+    lines = [
+        [json.loads(line) for line in (path / TASK / "metrics.jsonl").read_text().splitlines()]
+        for path in (whole, moved)
+    ]
+    rates = [[row["learning_rate"] for row in rows if "learning_rate" in row] for rows in lines]
+    assert rates[0] == rates[1] == sorted(rates[0], reverse=True)
+    assert len(rates[0]) == 4
+    assert sha256_of(moved / TASK / "model") == sha256_of(whole / TASK / "model")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [("--deepspeed", "zero3"), ("--deepspeed", "zero0", "--update_mode", "masked")], ids=["zero3", "masked"]
