@@ -18,7 +18,7 @@ from torch import nn
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
 from piece_ds.config.method_arguments import BaselineArguments
 from piece_ds.data.tasks import Task
-from piece_ds.methods import ewc
+from piece_ds.methods import ewc, lora
 from piece_ds.methods.baseline import TaskContext
 from piece_ds.methods.ewc import penalty_gradient
 from piece_ds.methods.gem import dual_weights
@@ -179,6 +179,46 @@ def test_o_lora_trains_the_newest_adapter_alone_and_says_what_all_so_far_say() -
     plain.load_state_dict(merged(model, model.state_dict()))
     batch = make_micro_batches()[0]
     torch.testing.assert_close(plain(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_o_lora_holds_the_newest_factor_orthogonal_to_every_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the third task of three: the gradient of the penalty there."""
+    model = adapted("o-lora", "llama")
+    method = METHODS["o-lora"].baseline(BaselineArguments(o_lora_lambda=0.5))
+    assert method.engine_callback(context(0)) is None
+    assert METHODS["o-lora"].baseline(BaselineArguments(o_lora_lambda=0.0)).engine_callback(context(2)) is None
+    params = dict(model.named_parameters())
+    newest = {name: param for name, param in params.items() if ".lora_A.task02." in name}
+    added: dict[str, tuple[int, torch.Tensor]] = {}
+
+    class Term:
+        replicated = True
+
+        def __init__(self, engine: object) -> None:
+            self.add_ = added.update
+
+        def install(self, add: object) -> object:
+            return add
+
+        def weights(self) -> dict[str, tuple[int, torch.Tensor]]:
+            return {name: (0, param.detach().reshape(-1)) for name, param in newest.items()}
+
+    monkeypatch.setattr(lora, "GradientTerm", Term)
+    callback = method.engine_callback(context(2))
+    assert callback is not None
+    callback.begin(SimpleNamespace(module=model, device=torch.device("cpu")))
+    callback.remove[-1]()
+    assert added.keys() == newest.keys()
+    penalty = torch.zeros(())
+    for name, param in newest.items():
+        param.requires_grad_()
+        for task in ("task00", "task01"):
+            earlier = params[name.replace("task02", task)].detach()
+            penalty = penalty + 0.5 * (earlier @ param.T).abs().sum()
+    penalty.backward()
+    for name, (start, values) in added.items():
+        assert start == 0
+        torch.testing.assert_close(values, newest[name].grad.reshape(-1))
 
 
 def test_unknown_target_modules_are_refused() -> None:

@@ -45,6 +45,7 @@ def test_within_the_budget_the_lower_loss_wins_and_outside_it_the_smaller_rise()
 def test_patience_counts_evaluations_without_a_gain_of_the_threshold() -> None:
     losses = (3.0, 2.95, 2.9, 2.85, 2.0, 2.1)
     assert [best_of(curve(*losses[:n]), Rule(threshold=0.08))[1] for n in range(1, 7)] == [0, 1, 2, 3, 0, 1]
+    assert [best_of(curve(*(NAN, 2.0, NAN)[:n]), Rule())[1] for n in range(1, 4)] == [0, 0, 1]  # the first is free
     within = Rule("loss_within_budget", budget=0.1, threshold=1.0)
     assert best_of(curve(3.0, 2.9, 2.8, rises=(0.2, 0.1, 0.0)), within)[1] == 1  # into the budget is a gain
 

@@ -104,6 +104,21 @@ def test_pruning_keeps_exactly_the_largest(run: Run, tmp_path: Path, by: str) ->
     assert sorted((number, int(i)) for number, i in found) == sorted((number, i) for _, number, i in wanted)
 
 
+def test_what_was_pruned_of_a_scaled_task_is_scaled_back_to_the_tasks_own_values(run: Run, tmp_path: Path) -> None:
+    """Whether a task is scaled or pruned first: the unscaled values are pruned too."""
+    delta("scale", run.deltas[0], "--alpha", 0.25, "--output", tmp_path / "scaled")
+    delta("prune", tmp_path / "scaled", "--keep", 0.5, "--output", tmp_path / "pruned")
+    assert open_delta(tmp_path / "pruned").scale == 0.25
+    delta("scale", tmp_path / "pruned", "--alpha", 1, "--output", tmp_path / "back")
+    task, back = rows(run.deltas[0]), rows(tmp_path / "back")
+    names = open_delta(tmp_path / "back").shapes
+    assert names
+    for name in names:
+        places = torch.searchsorted(task[f"{name}.indices"], back[f"{name}.indices"])
+        for part in ("indices", "values", "previous"):
+            assert torch.equal(back[f"{name}.{part}"], task[f"{name}.{part}"][places]), (name, part)
+
+
 def vectors(deltas: list[Path], weights: torch.Tensor) -> torch.Tensor:
     """Each delta's changes as dense vectors over one parameter, fp64."""
     dense = torch.zeros(len(deltas), weights.numel(), dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Generation in one process: greedy and drawn texts, independent of batches, for rotary and learned positions."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,23 @@ def test_tokens_are_counted_up_to_the_end_of_each_text(llama: LlamaForCausalLM) 
     assert together.num_tokens == sum(one.num_tokens for one in alone)
     assert len({one.num_tokens for one in alone}) > 1
     assert together.seconds > 0
+
+    # An answer ends with its first end token, which counts.
+    ends = set(range(202, 222)) | {TOKENIZER.eos_token_id}
+    for prompt, ids in zip(PROMPTS, together.token_ids, strict=True):
+        text = [int(llama(torch.tensor([[*prompt, *ids[:n]]])).logits[0, -1].argmax()) for n in range(len(ids))]
+        assert ids == text
+        assert len(ids) == 16 or ids[-1] in ends
+        assert not ends & set(ids[:-1])
+    assert together.num_tokens == sum(map(len, together.token_ids))
+
+
+def test_a_drawn_text_depends_on_its_prompt_and_its_place_alone(llama: LlamaForCausalLM) -> None:
+    """Not on what was generated before: ranks share the prompts out. The longest come first."""
+    texts = texts_of(llama, 12, batch_size=1, decoding=DRAWN)
+    for place, prompt in enumerate(PROMPTS):
+        alone = replace(DRAWN, seed=DRAWN.seed + place)
+        assert generate_texts(llama, [prompt], TOKENIZER, 12, 1, "cpu", alone).texts == [texts[place]]
 
 
 def test_generation_edges(llama: LlamaForCausalLM) -> None:

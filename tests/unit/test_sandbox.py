@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.forgeries import FORGERIES, READINGS, SECRET
 from support.forks import fork
+from support.ranks import on_ranks
 
 from piece_ds.evaluation import humaneval
 from piece_ds.evaluation.humaneval import Problem, cut_as_authors, cut_at_next_definition, passed
@@ -215,6 +216,17 @@ PROBLEM = Problem(
 def test_a_completion_passes_by_its_tests() -> None:
     completions = ["    return 2 * x", "    return x", "    return 2 * x\n    assert False", "", "    return 2 *"]
     assert passed([PROBLEM] * 5, completions) == [True, False, True, False, False]
+
+
+def test_results_are_in_the_order_of_the_problems_for_any_number_of_ranks() -> None:
+    completions = [str(place) for place in range(5)]
+
+    def tries(submission: Submission) -> bool:
+        return submission.program.rstrip()[-1] in "034"
+
+    for num_ranks in (1, 2, 3):
+        for found in on_ranks(num_ranks, lambda: passed([PROBLEM] * 5, completions, tries)):
+            assert found == [True, False, False, True, True]
 
 
 def test_completions_are_cut_where_the_function_ends() -> None:
