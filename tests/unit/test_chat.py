@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from piece_ds.data.chat import ChatTemplate
@@ -151,3 +152,12 @@ def test_completions_and_texts_are_what_trl_makes_of_them(tokenizer: PreTrainedT
     assert encoder.completion("ab ", "cd</s>", "row") == row
     assert encoder.documents("ab")[0]["input_ids"] == tokenizer("ab</s>")["input_ids"]
     assert encoder.completion("", "cd", "row")["labels"] == tokenizer("cd</s>")["input_ids"]
+
+
+def test_a_token_over_the_border_of_prompt_and_completion_is_learned() -> None:
+    vocabulary = {token: number for number, token in enumerate(["</s>", "a", "b", "c", "d", "bc"])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("b", "c")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", clean_up_tokenization_spaces=False)
+    row = Encoder(tokenizer, cutoff=9).completion("ab", "cd", "row")
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["a", "bc", "d", "</s>"]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from piece_ds.config.method_arguments import BaselineArguments
 from piece_ds.config.settings import parse
-from piece_ds.deltas.dense import DenseChange
+from piece_ds.deltas.dense import DenseChange, _shard
 from piece_ds.evaluation.forgetting_budget import MAX_TRIALS, search_scale
 from piece_ds.methods.lora import merged
 from piece_ds.methods.registry import METHODS
@@ -164,6 +165,21 @@ def test_a_task_without_a_mask_is_scaled_in_every_trained_weight_and_back_to_the
             want = (before.double() + alpha * (after.double() - before.double())).to(dtype)
             assert torch.equal(model.weight, after if alpha == 1 else before if alpha == 0 else want)
             assert torch.equal(model.bias, bias)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_what_was_copied_whole_is_divided_as_zero_3_divides_a_parameter(
+    monkeypatch: pytest.MonkeyPatch, num_ranks: int
+) -> None:
+    """Adapters are copied before ZeRO-3 partitions them: of seven elements, the last rank's part is padded."""
+    whole, chunk = torch.arange(1.0, 8.0), -(-7 // num_ranks)
+    parts = []
+    for rank in range(num_ranks):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda group=None, rank=rank: rank)
+        param: Any = SimpleNamespace(ds_tensor=torch.empty(chunk), ds_process_group=None)
+        parts.append(_shard(whole, param))
+    assert all(part.numel() == chunk for part in parts)
+    assert torch.equal(torch.cat(parts), torch.cat([whole, torch.zeros(chunk * num_ranks - 7)]))
 
 
 def test_alpha_times_loras_second_factor_is_alpha_times_its_change() -> None:

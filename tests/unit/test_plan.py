@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support.models import make_model
 
 from piece_ds.__main__ import main
@@ -78,6 +79,41 @@ def test_compact_zero3_by_hand() -> None:
     assert math.isclose(sizes(setting, "step"), 500_000 + 18 * 250 + 4 * 1_000 + (16 + 8) * 250)
 
 
+def test_positions_on_the_cpu_by_hand() -> None:
+    """A mask's own 8 bytes, and 8 of the masters; compact mode 8 of every selected, 4 of those in the weights."""
+    for zero, compact in ((3, 8_000 + 4 * 250 + 8 * 250), (2, 8_000 + 4 * 1_000 + 8 * 250)):
+        assert sizes(Setting(world=4, zero=zero, update_mode="compact"), "step", on_host=True) == compact
+        assert sizes(Setting(world=4, zero=zero, update_mode="masked"), "step", on_host=True) == 8 * 250 + 8 * 250
+    assert sizes(Setting(world=4, zero=0, update_mode="masked"), "step", on_host=True) == 8 * 250 + 8 * 1_000
+
+
+def test_estimates_by_hand() -> None:
+    """Of 2048 tokens in bf16 at stage 3 on four ranks; gradients of the statistics are exchanged in buckets."""
+    terms = {term.name: term for term in memory_terms(ROUND, Setting(world=4)) if term.is_estimate}
+    assert terms.keys() == {
+        "a gradient formed whole",
+        "gradients in exchange",
+        "candidates",
+        "gathered parameters, at most",
+        "activations",
+        "logits",
+    } - ({"a gradient formed whole"} if not ROUND.formed_whole else set())
+    assert terms["gradients in exchange"].size == 2 * (100_000 + 2 * 900_000)
+    assert terms["candidates"].size == 12 * (4 * 1_000 + 65_536)
+    assert terms["gathered parameters, at most"].size == 2 * 1_000_000
+    assert terms["activations"].size == 2 * 2048 * 64 * (2 + 17)
+    assert terms["logits"].size == (2 + 8) * 2048 * 100
+    few = {term.name: term.size for term in memory_terms(replace(ROUND, eligible=8_000), Setting(world=4))}
+    assert few["candidates"] == 12 * 2_000, "a rank has no more candidates than elements"
+
+
+def test_a_head_of_its_own_gets_no_adapter() -> None:
+    model = make_model("llama")
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    inside = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    assert shape_of(model).linear_edges == sum(module.in_features + module.out_features for module in inside)
+
+
 def test_lora_has_rank_times_rows_and_columns() -> None:
     setting = Setting(world=1, zero=0, dtype="fp32", update_mode="lora", lora_rank=8)
     assert sizes(setting, "step") == 4 * (1_000_000 + 40_000) + (8 + 4) * 40_000
@@ -120,6 +156,12 @@ def test_traffic_by_hand() -> None:
     assert compact["gradient of the selected"] == 2 * 0.75 * 4 * 1_000
     assert compact["parameters, forward"] == 3 * 0.75 * 2 * 1_000_000
     assert transfers(ROUND, Setting(world=1)) == []
+
+    # Of a large model, stage 3 still holds half a billion elements when each backward begins.
+    large = replace(ROUND, total=2 * 10**9)
+    large_received = {t.name: t.received for t in transfers(large, Setting(world=4, accumulation=3))}
+    assert large_received["parameters, backward"] == 3 * 0.75 * 2 * (2 * 10**9 - 5 * 10**8)
+    assert large_received["parameters, forward"] == 3 * 0.75 * 2 * 2 * 10**9
 
 
 def test_a_local_folder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,8 @@ def test_clean_scores_by_hand() -> None:
         ("a b", "a b", "a b", 1.0),
         ("a b c d e", "a b c d e", "x y z", None),
         ("the cat sat", "the cat sat", "the cat sat", 1.0),
+        ("a a b c c", "a a c d d", "a a b d", None),  # words that come twice
+        ("a b a b a", "a b a", "b a b", None),
     ],
 )
 def test_sari_equals_its_definition(source: str, output: str, gold: str, expected: float | None) -> None:

@@ -64,6 +64,11 @@ def test_tasks_about_images_get_vqa_captions_or_letters() -> None:
     tasks = [("count", ["2", "3"]), ("caption", [["a man rides a brown horse"] * 2]), ("pick", ["A", "B"])]
     about = {name for name, _ in tasks}
     assert choose_scorers(tasks, None, about) == {"count": "vqa", "caption": "caption", "pick": "letter"}
+    for answers, scorer in (
+        (["two", "a red car on a street", "left"], "vqa"),  # most are short
+        (["two", "a red car on a street"], "caption"),
+    ):
+        assert choose_scorers([("mixed", answers)], None, {"mixed"}) == {"mixed": scorer}
     assert choose_scorers(tasks)["count"] == "number"
     assert choose_scorers(tasks, "count=number", about)["count"] == "number"
 
