@@ -1,6 +1,9 @@
 """Train any PEFT method as a baseline: one adapter through the whole stream, merged as PEFT merges it."""
 
 import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,7 +50,8 @@ class AnyPeft(LoRA):
                 "away: use ZeRO 0, 1 or 2"
             )
         try:
-            adapted = get_peft_model(model, copy.deepcopy(self.config))
+            with _compilers_kept():
+                adapted = get_peft_model(model, copy.deepcopy(self.config))
         except Exception as error:  # PEFT's checks of a configuration against a model raise whatever they raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--peft_config {self.settings.peft_config} does not fit the model: {reason}") from error
@@ -137,7 +141,7 @@ def merged_model(model: "PeftModel", state: dict[str, Tensor], config: "PeftConf
 
     # A second, whole model of the same structure.
     base = model.get_base_model()
-    with without_zero3():
+    with without_zero3(), _compilers_kept():
         plain = type(base)(copy.deepcopy(base.config))
         again = get_peft_model(plain, _quick(config)).float()
 
@@ -171,3 +175,21 @@ def _quick(config: "PeftConfig") -> "PeftConfig":
     if getattr(quick, "init_lora_weights", None) is not None:
         quick.init_lora_weights = True
     return quick
+
+
+@contextmanager
+def _compilers_kept() -> Iterator[None]:
+    """Restore CC and CXX on exit.
+
+    BOFT sets both to gcc while it compiles an extension of its own, and leaves them so if it cannot. What is compiled
+    later in the process, such as the kernels of piece_ds, would then be compiled by another compiler than the user's.
+    """
+    kept = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

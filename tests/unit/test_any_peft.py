@@ -1,6 +1,7 @@
 """--method peft: what a file may say, and that a merged model says what the adapted one says, for every type."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_the_merged_model_and_the_resumed_one_say_what_the_adapted_one_says(name: str, tmp_path: Path) -> None:
-    method = AnyPeft(written(tmp_path, CASES[name]))
+    method, environment = AnyPeft(written(tmp_path, CASES[name])), dict(os.environ)
     model = trained_(adapted(method))
     want, plain = model(IDS).logits, small_model().eval()(IDS).logits
     assert float((want - plain).abs().max()) > 0.05
@@ -99,6 +100,8 @@ def test_the_merged_model_and_the_resumed_one_say_what_the_adapted_one_says(name
     torch.testing.assert_close(merged(IDS).logits, want, rtol=1e-4, atol=1e-4)
     assert (tmp_path / FOLDER / "adapter_config.json").is_file()
     torch.testing.assert_close(adapted(method, tmp_path).eval()(IDS).logits, want, rtol=1e-5, atol=1e-5)
+    for variable in ("CC", "CXX"):  # BOFT names compilers, which would compile what comes later
+        assert os.environ.get(variable) == environment.get(variable), variable
 
 
 def test_lora_by_file_is_method_lora(tmp_path: Path) -> None:
