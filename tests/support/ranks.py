@@ -62,6 +62,7 @@ def _fork(rank: int, num_ranks: int, work: Callable[[], Any], folder: Path) -> i
         return child
     problem, value = "", None
     try:
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_SIZE": str(num_ranks)}  # as launchers do, for DeepSpeed
         torch.set_num_threads(1)  # a pool of threads does not survive a fork
         store = dist.FileStore(str(folder / "store"), num_ranks)
         timeout = timedelta(seconds=TIMEOUT_SECONDS)

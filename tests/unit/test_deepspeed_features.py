@@ -7,10 +7,15 @@ from typing import Any
 
 import deepspeed.runtime.config as deepspeed_config
 import pytest
+import torch
+from support.engines import Setup, make_engine
+from support.ranks import on_ranks
+from torch import nn
 
 from piece_ds.config.deepspeed_features import REFUSED, Feature, refused_feature
 from piece_ds.preflight.checks import check_deepspeed_file
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.process import start_distributed
 from piece_ds.zero.supported import adapter_for
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +57,24 @@ def test_engines_are_refused_key_by_key() -> None:
         else:
             with pytest.raises(UserError, match=feature.key):
                 adapter_for(engine)
+
+
+def test_a_real_engine_with_experts_on_other_ranks_is_refused_with_what_to_use_instead() -> None:
+    """DeepSpeed's own MoE layer on two ranks, each with an expert of its own under one name."""
+
+    def work() -> str:
+        from deepspeed.moe.layer import MoE
+
+        start_distributed()
+        model = nn.Sequential(MoE(8, nn.Linear(8, 8), num_experts=2, ep_size=2))
+        engine = make_engine(model, Setup(0), torch.optim.AdamW(model.parameters(), lr=1e-3))
+        with pytest.raises(UserError) as caught:
+            adapter_for(engine)
+        return str(caught.value)
+
+    for message in on_ranks(2, work):
+        assert "MoE layers: expert gradients are reduced over other groups; use a model of transformers" in message
+        assert "\n" not in message
 
 
 def test_values_that_change_nothing_pass() -> None:

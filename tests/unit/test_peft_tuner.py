@@ -1,12 +1,10 @@
 """PEFT loads deltas as adapters of our own tuner: any parameter, several at once, and every switch exact to the bit."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.deltas import make_run
@@ -142,7 +140,6 @@ def test_a_model_whose_ranks_hold_parts_of_a_parameter_is_refused_and_left_alone
     def work() -> list[tuple[str, bool]]:
         from deepspeed import zero
 
-        os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "LOCAL_SIZE": "2"}  # of this fork
         split = loaded(run.base)
         zero.Init(module=split, config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}})
         sharded = loaded(run.base)
