@@ -7,6 +7,7 @@ opens such a file.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,7 +170,10 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Map
     """
 
     def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(dict(tensors), temporary, dict(metadata))
+        os.chmod(temporary, mode)  # safetensors would let only the owner read it
         _sort_metadata(temporary)
 
     write_whole(path, write)

@@ -26,7 +26,7 @@ from piece_ds.models.stored_names import stored_names
 from piece_ds.report.grids import Grid
 from piece_ds.report.table import print_grids
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.text import printable
+from piece_ds.runtime.text import counted, printable
 
 
 def list_deltas(arguments: argparse.Namespace) -> None:
@@ -115,10 +115,16 @@ def export_deltas(arguments: argparse.Namespace) -> None:
     done = export_peft(deltas[0], output, model, str(folder.root.absolute()), partial(_parameter, folder))
     size = sum(file.stat().st_size for file in output.iterdir())
     held = f"{len(done.whole)} modules are held whole, in {done.whole_bytes} bytes; " if done.whole else ""
+    padding = ""
+    if done.num_padding > deltas[0].num_selected:
+        padding = (
+            f"; {done.num_padding} places are padding, since PEFT gives every module r * (rows + columns) of them, "
+            f"here r = {done.rank} (--format piece-peft has none)"
+        )
     print(
         printable(
             f"wrote {output}: {size} bytes; {held}{done.num_inexact} of {deltas[0].num_selected} values differ in the "
-            "last bits from the delta's when added to the base in fp32"
+            f"last bits from the delta's when added to the base in fp32{padding}"
         )
     )
 
@@ -134,7 +140,8 @@ def _patch(arguments: argparse.Namespace, steps: list[Step], what: str) -> None:
         patch_in_place(folder, steps)
     else:
         patch_to(folder, steps, arguments.output)
-    print(printable(f"{what} {len(steps)} deltas: {folder.root if arguments.in_place else arguments.output}"))
+    where = folder.root if arguments.in_place else arguments.output
+    print(printable(f"{what} {counted(len(steps), 'delta')}: {where}"))
 
 
 def open_model(arguments: argparse.Namespace) -> ModelFolder:

@@ -12,7 +12,7 @@ from piece_ds.deltas.patch import patch_to, require_free
 from piece_ds.deltas.scale import prune_delta, scale_delta
 from piece_ds.deltas.verify import Step, verify
 from piece_ds.runtime.errors import UserError
-from piece_ds.runtime.text import printable
+from piece_ds.runtime.text import counted, printable
 
 
 def scale_deltas(arguments: argparse.Namespace) -> None:
@@ -58,7 +58,7 @@ def merge_models(arguments: argparse.Namespace) -> None:
     if arguments.how == "replace":
         _refuse_options_of_merging(arguments)
         patch_to(open_model(arguments), [Step(delta) for delta in deltas], output, with_record=False)
-        print(printable(f"merged {len(deltas)} deltas into {output}"))
+        print(printable(f"merged {counted(len(deltas), 'delta')} into {output}"))
         return
 
     # Merged changes: one new delta, for the base of the first.
@@ -85,7 +85,7 @@ def merge_models(arguments: argparse.Namespace) -> None:
         merged = Path(scratch) / "merged.safetensors"
         merge_deltas(deltas, merge, merged, names)
         patch_to(folder, [Step(open_delta(merged))], output, with_record=False)
-    print(printable(f"merged {len(deltas)} deltas by {arguments.how} into {output}"))
+    print(printable(f"merged {counted(len(deltas), 'delta')} by {arguments.how} into {output}"))
 
 
 def _refuse_options_of_merging(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from piece_ds.models.pretrained import PRETRAINED
 from piece_ds.report.results import read_results
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.schema import read_json
-from piece_ds.runtime.text import printable
+from piece_ds.runtime.text import counted, printable
 
 RESULTS_NAME, RUN_NAME = "results.json", "run.json"
 
@@ -90,7 +90,8 @@ def publish(source: Path, remote: Remote, options: PushOptions) -> str:
     # Send it.
     address = push_deltas(remote, published, card, figures, private=options.private, create_pr=options.create_pr)
     size = sum(path.stat().st_size for path in published.files.values())
-    return f"pushed {len(published.deltas)} deltas, {len(published.files)} files of {size} bytes: {address}"
+    what = f"{counted(len(published.deltas), 'delta')}, {counted(len(published.files), 'file')} of {size} bytes"
+    return f"pushed {what}: {address}"
 
 
 def pull(arguments: argparse.Namespace) -> None:
@@ -109,7 +110,8 @@ def pull(arguments: argparse.Namespace) -> None:
     deltas = pull_deltas(remote, output, belongs)
     for delta in deltas:
         print(printable(f"{delta.path}: {delta.num_selected} values, {delta.path.stat().st_size} bytes"))
-    print(printable(f"pulled {len(deltas)} deltas into {output}: piece_ds delta apply MODEL {output} --output NEW"))
+    then = f"piece_ds delta apply {arguments.model or 'MODEL'} {output} --output NEW"
+    print(printable(f"pulled {counted(len(deltas), 'delta')} into {output}: {then}"))
 
 
 def _quiet() -> None:

@@ -14,6 +14,7 @@ from piece_ds.deltas.chain_files import link_files, sorted_by_task
 from piece_ds.runtime.errors import UserError
 
 DELTA_NAME = "delta.safetensors"
+RECORD_NAME = "piece_ds.json"  # in a model folder: see record.py
 
 # Files of a stack that are kept in memory: 1000 links of 60 KB. Positions take up to six times as much there.
 _HELD_BYTES = 64 << 20
@@ -116,6 +117,8 @@ def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
             tasks = sorted_by_task(path.glob(f"*/{DELTA_NAME}"))
             if not tasks:
                 what = "none in it" if path.exists() else "nothing there"
+                if (path / RECORD_NAME).is_file():
+                    what += f"; it is a model folder, whose {RECORD_NAME} names the deltas that are applied"
                 raise UserError(
                     f"{path}: expected a delta file, or a folder of a task or of a run that holds "
                     f"{DELTA_NAME}, found {what}"
@@ -147,13 +150,18 @@ def open_delta(path: Path | str, *, hold: bool = False) -> Delta:
     """Read a delta file whole, once, and check it.
 
     Args:
-        path: of the file.
+        path: of the file, or a folder that holds one delta, such as a task's.
         hold: keep the changes in memory, so that the file is not read again.
     Raises:
-        UserError: the file is no delta or damaged, or its parts do not fit together.
+        UserError: the file is no delta or damaged, or its parts do not fit together; a folder holds another number.
     Memory: the largest tensor; with hold, the file.
     """
     path = Path(path)
+    if path.is_dir():
+        found_files = find_deltas([path])
+        if len(found_files) > 1:
+            raise UserError(f"{path} holds {len(found_files)} deltas: open one of them, such as {found_files[0]}")
+        path = found_files[0]
     with open_artifact(path, DELTA, hold=hold) as file:
         if file.metadata.shapes is None or file.metadata.selected is None:
             raise file.refuse("metadata 'shapes' or 'selected' is missing")

@@ -31,11 +31,15 @@ class PeftExport:
             by orders of magnitude, there may be no fp32 difference that leads from one to the other.
         whole: modules that the adapter holds whole.
         whole_bytes: of their parameters.
+        rank: SHiRA's r.
+        num_padding: places of SHiRA that hold no change, since every module has r * (rows + columns).
     """
 
     num_inexact: int
     whole: tuple[str, ...]
     whole_bytes: int
+    rank: int
+    num_padding: int
 
 
 def export_peft(
@@ -97,7 +101,9 @@ def export_peft(
     output = Path(output)
     write_tensors(output / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(output / "adapter_config.json", _adapter_config(rank, list(changes), sorted(whole), base_model))
-    return PeftExport(num_inexact, tuple(sorted(whole)), num_bytes)
+    places = sum(rank * sum(_shape(model, name)) for name in changes)
+    padding = places - sum(change.index.numel() for change in changes.values())
+    return PeftExport(num_inexact, tuple(sorted(whole)), num_bytes, rank, padding)
 
 
 def _linear_weights(model: nn.Module) -> set[str]:

@@ -5,12 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from piece_ds.deltas.delta import Delta
+from piece_ds.deltas.delta import RECORD_NAME, Delta
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_json
 from piece_ds.runtime.schema import Count, read_json
-
-RECORD_NAME = "piece_ds.json"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
+        let_others_read(temporary)
         for file in (entry for entry in temporary.rglob("*") if entry.is_file()):
             with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())
@@ -63,6 +64,16 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         raise not_written(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give every file below a folder that this process has made the readers of the folder, as its umask says.
+
+    safetensors, and programs that write by it, let only the owner read.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for file in (entry for entry in folder.rglob("*") if entry.is_file()):
+        os.chmod(file, mode)
 
 
 def not_written(path: Path | str, error: BaseException) -> MachineError:

@@ -17,6 +17,11 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _KEPT = {"\u200c", "\u200d"}  # joiners, which Persian, Indic scripts and emoji need
 
 
+def counted(number: int, noun: str) -> str:
+    """Return '1 delta', '2 deltas'."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: object, keep: str = "") -> str:
     """Return str(text) with every invisible character replaced by its escape, such as \\x1b.
 

@@ -13,7 +13,7 @@ from transformers import Trainer
 from piece_ds.methods.baseline import Baseline, TaskContext
 from piece_ds.models.processor import Processing
 from piece_ds.runtime.distributed import barrier, is_main
-from piece_ds.runtime.files import not_written
+from piece_ds.runtime.files import let_others_read, not_written
 from piece_ds.zero.whole_state import whole_state
 
 
@@ -69,6 +69,7 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         if is_main():
+            let_others_read(temporary)
             # Renaming cannot replace a folder that is not empty.
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)

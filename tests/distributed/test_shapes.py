@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from support.jobs import result_of, run_job
+from support.shapes import RECURRENT
 from support.shapes_job import CASES
 
 FAST = (
@@ -52,5 +53,7 @@ def test_masks_and_steps_equal_plain_torch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_all_masks_and_steps_equal_plain_torch(tmp_path: Path, num_ranks: int) -> None:
-    check(tmp_path, num_ranks, tuple(CASES))
+@pytest.mark.parametrize("kind", ["recurrent", "others"])
+def test_all_masks_and_steps_equal_plain_torch(tmp_path: Path, kind: str, num_ranks: int) -> None:
+    names = (name for name, (shape, *_) in CASES.items() if (shape in RECURRENT) == (kind == "recurrent"))
+    check(tmp_path, num_ranks, tuple(names))

@@ -34,7 +34,7 @@ def test_a_run_is_pushed_when_it_ends(material: Material, tmp_path: Path, monkey
     with serve() as hub:
         run = trained(material, hub, "pushed", WRITER, hub_model_id="mine", hub_private_repo=True, save_steps=1)
         assert run.returncode == 0, run.stderr[-3000:]
-        assert "pushed 1 deltas" in run.stdout
+        assert "pushed 1 delta," in run.stdout
         repository = hub.repositories["user/mine"]
         assert repository.private
         names = set(repository.files) - {".gitattributes"}

@@ -1,6 +1,8 @@
 """Deltas go on a model folder and off again: the very files, whatever the dtype, the sharding and the tying."""
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ from support.models import make_model
 from transformers import AutoModelForCausalLM
 
 from piece_ds.__main__ import main
-from piece_ds.deltas import patch
+from piece_ds.deltas import apply_delta_, patch
 from piece_ds.deltas.chain_files import chain_folders
 from piece_ds.deltas.delta import find_deltas, open_delta
 from piece_ds.models.layout import layout_of
+from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_folder
 from piece_ds.state.mask import Mask
 from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range
 from piece_ds.zero.weights import weights_fingerprint
@@ -190,3 +194,34 @@ def test_the_tasks_of_a_run_are_found_in_the_order_of_their_numbers(tmp_path: Pa
     names = ["07-c", "99-b", "100-a"]
     assert [path.parent.name for path in find_deltas([tmp_path])] == names
     assert [path.parent.name for path in chain_folders(tmp_path)] == names
+
+
+def test_a_folder_with_one_delta_is_opened_as_it(small: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the commands take it; what holds several, and a model folder, say so."""
+    task = small.deltas[1].parent
+    assert open_delta(task).metadata == open_delta(small.deltas[1]).metadata
+    live = apply_delta_(AutoModelForCausalLM.from_pretrained(small.base), small.deltas[0].parent, alpha=0.5)
+    assert live.held
+    with pytest.raises(
+        UserError, match=rf"run holds 3 deltas: open one of them, such as .*{small.deltas[0].parent.name}"
+    ):
+        open_delta(small.folder)
+    delta("apply", small.base, small.deltas[0], "--in_place")
+    assert capsys.readouterr().out.splitlines()[-1] == f"applied 1 delta: {small.base}"
+    with pytest.raises(
+        UserError, match=r"found none in it; it is a model folder, whose piece_ds.json names the deltas"
+    ):
+        open_delta(small.base)
+
+
+def test_who_may_read_what_is_written_is_what_the_umask_says(small: Run, tmp_path: Path) -> None:
+    """safetensors itself lets nobody but the owner: a team could not share its tasks."""
+    before = os.umask(0o027)
+    try:
+        delta("scale", small.deltas[0], "--alpha", 0.5, "--output", tmp_path / "half.safetensors")
+        write_folder(tmp_path / "folder", AutoModelForCausalLM.from_pretrained(small.base).save_pretrained)
+    finally:
+        os.umask(before)
+    files = [tmp_path / "half.safetensors", *(tmp_path / "folder").iterdir()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
