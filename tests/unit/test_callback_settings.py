@@ -57,5 +57,12 @@ def test_the_trainers_loss_gains_general_texts_and_gets_its_own_back(tmp_path: P
         model.eval()
         assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(model(**batch).loss.item())
         model.train()
+        assert general.loss is not None
+        assert general.loss._rows.share == 0.5
         general.end()
+        shared = GeneralText(trainer, config, ROWS, replay=0.5, divergence=0.0, share=2.0)
+        shared.begin(None, has_moved=False)
+        assert shared.loss is not None
+        assert (shared.loss._rows.share, shared.loss._replay_weight) == (2.0, 0.5)
+        shared.end()
         assert "compute_loss" not in vars(trainer)

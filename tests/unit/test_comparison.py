@@ -10,7 +10,7 @@ import pytest
 
 from piece_ds.__main__ import main
 from piece_ds.evaluation.matrix import ResultMatrix
-from piece_ds.report.comparison_figures import comparison_figures
+from piece_ds.report.comparison_figures import _along_lines, comparison_figures
 from piece_ds.report.comparison_page import write_comparison
 from piece_ds.report.comparison_table import comparison_grids
 from piece_ds.report.groups import group_runs
@@ -132,6 +132,17 @@ def test_runs_of_another_ratio_or_as_far_as_another_task_stand_alone() -> None:
 def test_the_same_seed_twice_is_no_repetition() -> None:
     groups = group_runs(named(make_run(0.4, seed=3), make_run(0.6, seed=3), make_run(0.6, seed=3)))
     assert [group.label for group in groups] == [f"piece-s 0.1 % (runs/{index})" for index in range(3)]
+
+
+def test_a_line_of_the_frontier_goes_from_the_lowest_rate_to_the_highest() -> None:
+    """Method by method, in whatever order the runs were given; without rates, by ratio."""
+    rates = [(0.01, "piece-s"), (0.001, "lora"), (0.0001, "piece-s"), (0.001, "piece-s"), (0.01, "lora")]
+    groups = group_runs(named(*(make_run(0.5, method, learning_rate=rate) for rate, method in rates)))
+    found = [(group.first.method, group.settings["learning_rate"]) for group in _along_lines(groups[::-1])]
+    assert found in (
+        [("lora", 0.001), ("lora", 0.01), ("piece-s", 0.0001), ("piece-s", 0.001), ("piece-s", 0.01)],
+        [("piece-s", 0.0001), ("piece-s", 0.001), ("piece-s", 0.01), ("lora", 0.001), ("lora", 0.01)],
+    )
 
 
 def test_runs_of_losses_alone_are_compared_by_loss() -> None:

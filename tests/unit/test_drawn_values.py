@@ -7,10 +7,13 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.report import frontier, heat_maps, lines
 from piece_ds.report.frontier import FrontierPoint, frontier_figure
 from piece_ds.report.heat_maps import mask_heat_maps, overlap_heat_map, result_heat_maps
 from piece_ds.report.lines import smoothed, stream_figure, training_figure
+from piece_ds.report.results import RunResults
+from piece_ds.report.run_figures import line_figures
 
 Drawn = Callable[[], list[Axes]]
 
@@ -87,6 +90,19 @@ def test_a_line_is_the_mean_of_repetitions_and_its_band_spans_them(drawn: Drawn)
     assert band(loss) >= {(1, 1), (1, 3), (2, 2)}
     assert curves(score, "x") == [[(0, 0.5), (1, 0.25)]]
     assert score.get_ylim() == pytest.approx((-0.02, 1.02))
+
+
+def test_a_runs_mean_of_the_tasks_seen_stands_at_its_moment(drawn: Drawn) -> None:
+    """Nothing was seen before the first task; general text was read then too."""
+    matrix = ResultMatrix(("a", "b"), ("accuracy", "accuracy"))
+    matrix = matrix.with_before({"a": 0.1, "b": 0.2}, {"a": 3.0, "b": 4.0}, 1.0)
+    matrix = matrix.with_row({"a": 0.75, "b": 0.5}, {"a": 1.0, "b": 3.0}, 1.25)
+    matrix = matrix.with_row({"a": 0.25, "b": 1.0}, {"a": 2.0, "b": 1.0}, 1.5)
+    line_figures({"x": [RunResults("x", "piece-s", 0.1, matrix)]})
+    score, general = drawn()
+    assert curves(score, "x") == [[(1, 0.75), (2, 0.625)]]
+    assert curves(general, "x") == [[(0, 1), (1, 1.25), (2, 1.5)]]
+    assert [text.get_text() for text in score.get_xticklabels()] == ["before", "a", "b"]
 
 
 def test_the_frontier_has_learned_across_kept_up_and_better_to_the_right_and_above(drawn: Drawn) -> None:

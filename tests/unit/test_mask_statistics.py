@@ -20,6 +20,8 @@ from piece_ds.state.mask import Mask
         ("model.layers.3.self_attn.q_proj.weight", Place("3", "self_attn.q_proj")),
         ("model.layers.11.mlp.up_proj.bias", Place("11", "mlp.up_proj.bias")),
         ("gpt_neox.layers.0.attention.dense.weight", Place("0", "attention.dense")),
+        ("model.layers.2.mlp.experts.5.up_proj.weight", Place("2", "mlp.experts.5.up_proj")),
+        ("model.layers.2.mlp.shared.0.weight", Place("2", "mlp.shared.0")),
         ("model.norm.weight", Place("other", "model.norm")),
         ("lm_head.weight", Place("other", "lm_head")),
     ],

@@ -333,10 +333,10 @@ def moments_of(model: nn.Module, text: list[dict[str, Tensor]]) -> dict[str, np.
 
 
 @pytest.mark.usefixtures("own_statistics")
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_activations_stand_for_what_a_change_costs(family: str) -> None:
+@pytest.mark.parametrize(("family", "quantile"), [("llama", 0.5), ("gpt2", 0.5), ("llama", 0.9)])
+def test_activations_stand_for_what_a_change_costs(family: str, quantile: float) -> None:
     task, text = make_micro_batches(family, 5)[:3], make_micro_batches(family, 5)[3:]
-    request = replace(request_of(family, "piece-ratio-activation"), micro_batches=task)
+    request = replace(request_of(family, "piece-ratio-activation", damping_quantile=quantile), micro_batches=task)
     request = replace(request, options=SelectionOptions(general_batches=text))
     mask = METHODS["piece-ratio-activation"].select(request)
     squares = dense_sums(request.model, task)[1]
@@ -344,7 +344,7 @@ def test_activations_stand_for_what_a_change_costs(family: str) -> None:
     for weight in linear_weights(request.model):
         of_input = moments[weight.name][None, :] if weight.out_first else moments[weight.name][:, None]
         cost[weight.name] = np.broadcast_to(of_input, squares[weight.name].shape)
-    d = damping(cost, 0.5)
+    d = damping(cost, quantile)
     assert chosen_by(mask, {name: squares[name] / 3 / (cost[name] + d) for name in cost})
 
 
