@@ -17,6 +17,13 @@ _FLAG_OF = {"ratio": "mask_ratio"}
 class MethodArguments:
     """How the weights to train are chosen and updated: PieceConfig as flags, and files."""
 
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "set several flags to what was measured to keep most: mask (1 % of the weights), full (all of "
+            "them) or paper (PIECE-S, 0.1 %); other flags win over it"
+        },
+    )
     method: str = field(
         default=_DEFAULT.method, metadata={"help": "how weights are chosen, or a method without a mask"}
     )

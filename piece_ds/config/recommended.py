@@ -1,20 +1,68 @@
-"""Say which settings to begin with on a pretrained model. docs/forgetting.md has the measurements behind them."""
+"""Name the settings to begin with: recipes that set several flags at once. docs/forgetting.md has the measurements.
 
-RECOMMENDED = (
-    "--method piece-ratio --mask_ratio 0.01 --general_text self --step_scale general --general_kl 4 "
-    "--learning_rate 1e-3"
-)
+A flag or a YAML key wins over a recipe, but for the method: the other values were measured with it.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from piece_ds.runtime.errors import UserError, nearest
+
+# General text that the model writes itself, steps scaled by its importance, and divergence from the base model on it.
+_KEEPING = {"general_text": "self", "step_scale": "general", "general_kl": 4}
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "mask": {"method": "piece-ratio", "mask_ratio": 0.01, **_KEEPING, "learning_rate": 1e-3},
+    "full": {"method": "seqft", **_KEEPING, "learning_rate": 1e-4},
+    "paper": {"method": "piece-s", "mask_ratio": 0.001},
+}
+
+
+def flags_in(recipe: str) -> str:
+    """Return the flags of a recipe as a command line has them."""
+    return " ".join(
+        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
+        for name, value in RECIPES[recipe].items()
+    )
+
+
+def settings_of(recipe: str | None) -> Mapping[str, Any]:
+    """Return name -> value of the flags that a recipe sets; nothing without a recipe.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if recipe is None:
+        return {}
+    if recipe not in RECIPES:
+        known = f"known: {', '.join(RECIPES)}.{nearest(recipe, list(RECIPES))}"
+        raise UserError(f"--recipe {recipe[:80]!r} is unknown; {known}")
+    return RECIPES[recipe]
+
+
+def refuse_method_beside(recipe: str | None, given: Collection[str]) -> None:
+    """Raise UserError if the user names a recipe and a method.
+
+    Args:
+        recipe: value of --recipe.
+        given: names of the flags and YAML keys that the user sets.
+    """
+    if "method" in given and (chosen := settings_of(recipe)):
+        raise UserError(
+            f"--recipe {recipe} sets --method {chosen['method']} and values that were measured with it: leave out "
+            "--method, or leave out --recipe and give its flags"
+        )
+
 
 HELP = (
-    f"On a pretrained model, begin with {RECOMMENDED}. Raise --mask_ratio to 0.1 if much is to be learned. Without a "
-    "mask, --method seqft with the same text, scale and --general_kl at 1e-4 learns more and forgets a little more, "
-    "and leaves no delta of megabytes that goes on and off. Leave --general_kl out if a step may cost nothing more. "
-    "The default is the paper's own setting (PIECE-S, 0.1 %), which forgets more at equal learning. Measurements: "
-    "docs/forgetting.md."
+    f"On a pretrained model, begin with --recipe mask: {flags_in('mask')}. Raise --mask_ratio to 0.1 if much is to be "
+    "learned. Without a mask, --recipe full learns more and forgets a little more, and leaves no delta of megabytes "
+    "that goes on and off. --general_kl 0 leaves out what makes a step dearer. Without a recipe, the paper's own "
+    "setting is the default (PIECE-S, 0.1 %), which forgets more at equal learning. Measurements: docs/forgetting.md."
 )
 
 # For a run that names no method.
 NOTE = (
-    f"--method is not given: piece-s, the paper's. On a pretrained model {RECOMMENDED} keeps more of what the model "
+    "--method is not given: piece-s, the paper's. On a pretrained model --recipe mask keeps more of what the model "
     "knew (docs/forgetting.md)"
 )

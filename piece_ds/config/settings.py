@@ -19,9 +19,9 @@ from piece_ds.config.defaults import machine_defaults
 from piece_ds.config.foreign_keys import unknown_keys
 from piece_ds.config.method_arguments import BaselineArguments, MethodArguments
 from piece_ds.config.output_arguments import EvaluationArguments, OutputArguments
-from piece_ds.config.parser import make_parser, training_arguments_of
+from piece_ds.config.parser import OneLineParser, make_parser, training_arguments_of
 from piece_ds.config.ranges import require_countable
-from piece_ds.config.recommended import HELP
+from piece_ds.config.recommended import HELP, refuse_method_beside, settings_of
 from piece_ds.config.yaml_file import flags_of, read_yaml
 from piece_ds.runtime.errors import UserError, nearest
 
@@ -149,7 +149,9 @@ def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Setting
 
 def _source_of(argv: list[str]) -> _Source:
     command, config = _take_config(argv)
-    return _Source(tuple(command), config)
+    source = _Source(tuple(command), config)
+    refuse_method_beside(_recipe_of(source), source.names)
+    return source
 
 
 def _build(source: _Source, given: frozenset[str]) -> Settings:
@@ -160,8 +162,10 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
         raise UserError(unknown_keys(unknown, known))
     _refuse_lists(source.config)
 
-    # The parser lets the last of a repeated flag win: defaults, then YAML, then the command line.
-    filled = {**source.defaults, **source.config}
+    # The parser lets the last of a repeated flag win: defaults, then the recipe, then YAML, then the command line.
+    recipe = settings_of(_recipe_of(source))
+    given = given | set(recipe)
+    filled = {**source.defaults, **recipe, **source.config}
     flags = [item for name, value in filled.items() for item in flags_of(name, value)] + list(source.command)
     flags = with_config_paths(flags)
     _refuse_no_text(flags)
@@ -186,6 +190,14 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
         given=given,
         source=source,
     )
+
+
+def _recipe_of(source: _Source) -> str | None:
+    """Return the recipe that is asked for: the last on the command line, else the YAML file's."""
+    parser = OneLineParser([], allow_abbrev=False, add_help=False)
+    parser.add_argument("--recipe", default=source.config.get("recipe"))
+    recipe = parser.parse_known_args(list(source.command))[0].recipe
+    return None if recipe is None else str(recipe)
 
 
 def print_help(meanings: Mapping[str, str]) -> None:

@@ -27,6 +27,7 @@ FREE = {
     "local_rank",
     "statistics_file",
     "config",
+    "recipe",
     "method",
     "mask_ratio",
 }

@@ -40,6 +40,7 @@ _FREE = {
     "delta_every",
     "delta_coding",
     "statistics_save_steps",
+    "recipe",  # its flags are compared by themselves
     "deepspeed",
     "local_rank",
     "run_name",

@@ -22,6 +22,7 @@ MAY_CHANGE = {
     "nonfinite",
     "delta_every",
     "delta_coding",
+    "recipe",
 } | {"tokenized_cache"}
 # Fields of TrainingArguments without which a resumed run could end with other weights.
 OF_TRAINING = {
