@@ -17,6 +17,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "paper": {"method": "piece-s", "mask_ratio": 0.001},
 }
 
+# Names of PieceCallback's arguments that differ from the flags'.
+_ARGUMENT_OF = {"mask_ratio": "ratio"}
+
 
 def flags_in(recipe: str) -> str:
     """Return the flags of a recipe as a command line has them."""
@@ -52,6 +55,23 @@ def refuse_method_beside(recipe: str | None, given: Collection[str]) -> None:
             f"--recipe {recipe} sets --method {chosen['method']} and values that were measured with it: leave out "
             "--method, or leave out --recipe and give its flags"
         )
+
+
+def callback_settings(recipe: str | None, given: Collection[str]) -> dict[str, Any]:
+    """Return what a recipe sets, by the names of PieceCallback's arguments, and the "learning_rate" it was measured at.
+
+    Args:
+        recipe: name of a recipe, or None for nothing.
+        given: names of the arguments that the user gives.
+    Raises:
+        UserError: there is no such recipe, it has no mask, or a method is given beside it.
+    """
+    if recipe == "full":
+        raise UserError('recipe "full" trains all weights, and PieceCallback selects some: use piece_ds train')
+    chosen = {_ARGUMENT_OF.get(name, name): value for name, value in settings_of(recipe).items()}
+    if chosen and "method" in given:
+        raise UserError(f"recipe {recipe!r} sets method={chosen['method']!r}: leave out one of the two")
+    return chosen
 
 
 HELP = (

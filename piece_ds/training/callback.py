@@ -1,7 +1,7 @@
 """PieceCallback: PIECE in any transformers Trainer.
 
     trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=collator)
-    trainer.add_callback(PieceCallback(trainer, method="piece-s", ratio=0.001))
+    trainer.add_callback(PieceCallback(trainer, recipe="mask"))
     trainer.train()
 
 When training begins, DeepSpeed's engine exists and nothing has been trained. At that moment importance is estimated on
@@ -21,6 +21,7 @@ from piece_ds.checkpoint.delta_file import chain_metadata, load_previous, save_d
 from piece_ds.checkpoint.delta_parts import CODINGS
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.config.piece import PieceConfig, config_of
+from piece_ds.config.recommended import callback_settings
 from piece_ds.deltas.chain_files import CHAIN_NAME
 from piece_ds.methods.estimate import count_selected, estimate_mask
 from piece_ds.models.eligible import without
@@ -75,9 +76,10 @@ class PieceCallback(TrainerCallback):
         mask_file: str | Path | None = None,
         delta_every: int | None = None,
         delta_coding: str = "indices",
-        general_text: Sequence[Any] | None = None,
+        recipe: str | None = None,
+        general_text: Sequence[Any] | str | None = None,
         general_replay: float = 0.0,
-        general_kl: float = 0.0,
+        general_kl: float | None = None,
         general_share: float | None = None,
         **settings: Any,
     ) -> None:
@@ -92,9 +94,12 @@ class PieceCallback(TrainerCallback):
             delta_every: every so many optimizer steps, write what has changed since the last time into
                 OUTPUT_DIR/chain, for copies of the model that follow the training; see deltas.follow.
             delta_coding: of the delta: "indices", which every program of the format reads, "gaps" or "smallest".
+            recipe: "mask" sets what keeps most of what a pretrained model knew: 1 % of the weights by piece-ratio, text
+                that the model writes itself, scaled steps, general_kl=4; it was measured at a learning rate of 1e-3.
+                "paper" sets the paper's own. Other arguments win, but for method.
             general_text: rows with input_ids and labels that stand for general ability, for method="piece-ratio",
-                step_scale="general", general_replay and general_kl. Their loss is the model's own, of the next token,
-                whatever the trainer's is.
+                step_scale="general", general_replay and general_kl; "self": the model writes 128 of them before
+                training. Their loss is the model's own, of the next token, whatever the trainer's is.
             general_replay: S in [0, 1]: round(S * per_device_train_batch_size) of these rows, at least one, join every
                 micro-batch, and S times their mean loss is added to the trainer's.
             general_kl: BETA: BETA times the mean KL(model before training || model) over the tokens of these rows, or
@@ -107,7 +112,12 @@ class PieceCallback(TrainerCallback):
                 a trainer that already has an optimizer.
         """
         self.trainer = trainer
-        self.config = config_of(config, settings)
+        chosen = callback_settings(recipe, settings if config is None else (*settings, "method"))
+        own_text, own_kl = chosen.pop("general_text", None), chosen.pop("general_kl", 0.0)
+        general_text = own_text if general_text is None else general_text
+        general_kl = own_kl if general_kl is None else general_kl
+        _say_rate(recipe, chosen.pop("learning_rate", None), trainer.args)
+        self.config = config_of(config, {**chosen, **settings})
         self.general = GeneralText(trainer, self.config, general_text, general_replay, general_kl, share=general_share)
         if delta_every is not None and delta_every < 1:
             raise UserError(f"delta_every must be a positive number of steps, got {delta_every}")
@@ -139,12 +149,14 @@ class PieceCallback(TrainerCallback):
         """
         engine = engine_of(self.trainer)
         self.general.check(engine)
+        is_resumed = state.global_step > 0
         if self.config.update_mode == "compact" and selected_values(engine.module) is None:
             raise UserError("PieceCallback prepares the model for one train(): make another callback for another one")
 
         # Select, or read the mask that the run began with.
         layout = without(layout_of(engine.module), self.config.exclude)
-        path, is_resumed = Path(args.output_dir) / MASK_NAME, state.global_step > 0
+        self.general.prepare(engine, is_resumed)
+        path = Path(args.output_dir) / MASK_NAME
         given = self.mask_file or (path if is_resumed else None)
         self.mask = load_mask(given, layout) if given is not None else self._select(engine, layout)
         if not is_resumed:
@@ -214,3 +226,11 @@ class PieceCallback(TrainerCallback):
             mask = estimate_mask(engine, batches, self.config, layout=layout, options=options)
         self.select_seconds = time.perf_counter() - begin
         return mask
+
+
+def _say_rate(recipe: str | None, rate: float | None, arguments: TrainingArguments) -> None:
+    """Say that the trainer has another learning rate than the one that a recipe was measured at."""
+    if rate is not None and arguments.learning_rate != rate:
+        logger.warning(
+            "recipe %r was measured at learning_rate=%g, and the trainer has %g", recipe, rate, arguments.learning_rate
+        )

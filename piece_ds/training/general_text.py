@@ -1,5 +1,6 @@
 """General text in any trainer of transformers or TRL: importance, scaled steps, replay and divergence."""
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,15 @@ from transformers import Trainer
 from piece_ds.config.piece import PieceConfig
 from piece_ds.config.ranges import MAX_SHARE, has_good_share
 from piece_ds.data.collate import Collator, pad_id
+from piece_ds.data.general_text import SELF, rows_of_tokens
+from piece_ds.evaluation.self_written import SelfWriting, write_rows
 from piece_ds.methods.registry import find_method
 from piece_ds.methods.request import SelectionOptions
 from piece_ds.models.loading import reads_images
 from piece_ds.models.processor import tokenizer_of
-from piece_ds.runtime.distributed import rank, world_size
+from piece_ds.runtime.distributed import barrier, broadcast_object, is_main, rank, world_size
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_text
 from piece_ds.state.partition import Layout
 from piece_ds.training.base_logits import BaseLogits
 from piece_ds.training.general_loss import GeneralLoss
@@ -27,6 +31,8 @@ from piece_ds.update.step_scale import StepScale, general_step_scale
 from piece_ds.zero.sequence_parallel import refuse_sequences
 
 STATISTICS_FOLDER = "general_statistics"
+# What the model wrote, kept for a run that is resumed: by then the model would write something else.
+WRITTEN_NAME = "general_text.jsonl"
 
 
 class GeneralText:
@@ -39,7 +45,7 @@ class GeneralText:
         self,
         trainer: Trainer,
         config: PieceConfig,
-        rows: Sequence[Any] | None,
+        rows: Sequence[Any] | str | None,
         replay: float,
         divergence: float,
         *,
@@ -50,13 +56,15 @@ class GeneralText:
         Args:
             trainer: of a causal language model.
             config: settings of the method.
-            rows: with input_ids and labels, or None.
+            rows: with input_ids and labels; "self" if the model writes them; or None.
             replay, divergence: S and BETA, as in GeneralLoss; 0 for none.
             share: rows per row of a micro-batch; None for S, or a quarter.
         Raises:
             UserError: rows are missing, or given to nothing; or the trainer's model predicts no tokens.
         """
-        self._trainer, self._config, self._rows = trainer, config, rows
+        self._trainer, self._config = trainer, config
+        self._is_written = isinstance(rows, str)
+        self._rows: Sequence[Any] | None = None if isinstance(rows, str) else rows
         self._replay, self._divergence, self._share = replay, divergence, share
         self.loss: GeneralLoss | None = None
         self._own_loss: Any = None
@@ -71,7 +79,7 @@ class GeneralText:
         }
         used = [name for name, is_used in uses.items() if is_used]
         if used and rows is None:
-            raise UserError(f"PieceCallback's {used[0]} needs general_text: rows of input_ids and labels")
+            raise UserError(f'PieceCallback\'s {used[0]} needs general_text: rows of input_ids and labels, or "self"')
         if rows is not None and not used:
             raise UserError(
                 "PieceCallback was given general_text, but no method, step_scale, general_replay or general_kl uses it"
@@ -82,6 +90,18 @@ class GeneralText:
             raise UserError(
                 f"general_share must be above 0 and at most {MAX_SHARE:g}, and goes with general_replay or general_kl, "
                 f"got {share}"
+            )
+
+        # Who writes needs its words.
+        if self._is_written and rows != SELF:
+            raise UserError(
+                f'PieceCallback\'s general_text expects rows of input_ids and labels, or "self", got {rows!r}'
+            )
+        if self._is_written and getattr(trainer, "processing_class", None) is None:
+            raise UserError("PieceCallback's general_text=\"self\" needs the trainer's tokenizer: processing_class")
+        if self._is_written and reads_images(trainer.model.config):
+            raise UserError(
+                'PieceCallback\'s general_text="self" does not write for a model that reads images: give rows'
             )
 
         # The loss on general text is that of the next token.
@@ -96,6 +116,32 @@ class GeneralText:
         """Raise UserError if ranks share rows: rows of general text are whole."""
         if self._replay or self._divergence:
             refuse_sequences(engine, "general_replay or general_kl")
+
+    def prepare(self, engine: Any, has_moved: bool) -> None:
+        """Let the model write its text, or read what it wrote when the run began. A collective; nothing without "self".
+
+        Args:
+            engine: deepspeed.DeepSpeedEngine, with its weights before the first step unless has_moved.
+            has_moved: whether the weights are those of a checkpoint.
+        Raises:
+            UserError: the text of a run that is resumed is not there.
+        Cost: see write_rows(); under ZeRO-3 each token gathers the model once.
+        """
+        if not self._is_written:
+            return
+        path = Path(self._trainer.args.output_dir or ".") / WRITTEN_NAME
+        if has_moved:
+            self._rows = broadcast_object(_read_written(path) if is_main() else None)
+            if not self._rows:
+                raise UserError(f"{path}: expected the general text that this run began with, which is not there")
+            return
+        tokenizer = tokenizer_of(self._trainer.processing_class)
+        written = write_rows(engine, tokenizer, SelfWriting(), engine.device)
+        self._rows = rows_of_tokens(written["input_ids"])
+        if is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self._rows))
+        barrier()
 
     def options(self, engine: Any, layout: Layout) -> SelectionOptions:
         """Return what selection may need of general text."""
@@ -202,3 +248,11 @@ class GeneralText:
         processing: Any = self._trainer.processing_class
         # Padding is masked, so without a tokenizer any token will do.
         return Collator(0 if processing is None else pad_id(tokenizer_of(processing)))
+
+
+def _read_written(path: Path) -> list[Any]:
+    """Return the rows of a file, [] if it is not there or not whole."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, default_data_collator
 
 from piece_ds import PieceCallback, attach, estimate_mask, prepare_compact
 from support.engines import Setup, adamw, make_engine, whole_weights
@@ -43,7 +45,8 @@ TRAINERS: dict[str, tuple[int, dict[str, Any]]] = {
     "trainer-compact-stage3": (3, {"update_mode": "compact", "delta_every": 2}),
     "trainer-compact-full-stage2": (2, {"update_mode": "compact", "save_full": True}),
     "trainer-general-stage2": (2, {"update_mode": "masked", **GENERAL}),
-    "trainer-compact-general-stage3": (3, GENERAL),
+    # The model writes the text, and what it wrote is read again when the run is resumed.
+    "trainer-compact-general-stage3": (3, {"recipe": "mask", "ratio": 0.02, "general_replay": 0.5, "general_kl": 1.0}),
 }
 
 
@@ -104,8 +107,15 @@ def train(output: Path, stage: int, options: dict[str, Any], resume_from: Path |
         seed=3,
     )
     model = make_model("llama", dropout=0.1)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), data_collator=default_data_collator)
-    callback = PieceCallback(trainer, **{"method": "piece-s", "ratio": 0.02, "importance_batch_size": 3, **options})
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows(),
+        data_collator=default_data_collator,
+        processing_class=word_tokenizer(97) if "recipe" in options else None,
+    )
+    method = {} if "recipe" in options else {"method": "piece-s", "ratio": 0.02}
+    callback = PieceCallback(trainer, **{**method, "importance_batch_size": 3, **options})
     trainer.add_callback(callback)
     initial = {name: p.detach().reshape(-1).clone() for name, p in make_model("llama").named_parameters()}
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -114,6 +124,12 @@ def train(output: Path, stage: int, options: dict[str, Any], resume_from: Path |
     trainer.save_model(str(output / "model"))
     log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     return initial, weights, callback.mask.whole(), log
+
+
+def word_tokenizer(num_words: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of so many words; the first three are padding, beginning and end."""
+    words = Tokenizer(WordLevel({f"w{index}": index for index in range(num_words)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2")
 
 
 def plain_loop(stage: int) -> dict[str, Any]:

@@ -32,10 +32,21 @@ def test_general_text_and_what_uses_it_need_each_other() -> None:
         ({"general_text": ROWS, "general_kl": 1.0, "general_share": 4.5}, causal, "at most 4"),
         ({"general_text": ROWS, "general_kl": 1.0, "general_share": float("nan")}, causal, "at most 4"),
         ({"general_text": ROWS, "method": "piece-ratio", "general_share": 1.0}, causal, "goes with general_replay"),
+        ({"general_text": "selff", "general_kl": 1.0}, causal, "or \"self\", got 'selff'"),
+        ({"general_text": "self", "general_kl": 1.0}, causal, "needs the trainer's tokenizer"),
+        ({"general_text": "self"}, causal, "but no method, step_scale"),
+        ({"recipe": "mask", "method": "piece-s"}, causal, "sets method='piece-ratio': leave out one"),
+        ({"recipe": "mask", "config": PieceConfig()}, causal, "sets method='piece-ratio': leave out one"),
+        ({"recipe": "full"}, causal, "trains all weights"),
+        ({"recipe": "masc"}, causal, "is unknown; known: mask, full, paper"),
         ({"general_text": ROWS, "general_kl": 1.0}, scoring, "needs a model that predicts tokens, got Linear"),
     ):
         with pytest.raises(UserError, match=message):
-            PieceCallback(cast(Any, SimpleNamespace(model=model)), update_mode="masked", **options)
+            PieceCallback(
+                cast(Any, SimpleNamespace(model=model, args=TrainingArguments(report_to=[]))),
+                update_mode="masked",
+                **options,
+            )
 
 
 def test_the_trainers_loss_gains_general_texts_and_gets_its_own_back(tmp_path: Path) -> None:
