@@ -15,7 +15,9 @@ from piece_ds.runtime.process import one_process_environment, start_distributed
 one_process_environment()
 import deepspeed, torch
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from piece_ds.state.selected_values import PARAMETER_NAME
 
 start_distributed()
@@ -42,6 +44,8 @@ TRAINER = """
 args = TrainingArguments(output_dir=sys.argv[1], use_cpu=True, max_steps=2, per_device_train_batch_size=4,
                          learning_rate=1e-2, report_to="none", save_strategy="no",
                          deepspeed={**zero, "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"})
+words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0")
 start = values(make_model())
 """
 
@@ -63,27 +67,27 @@ save_mask("mask.safetensors", select(layout_of(model), "random", 0.001))
 
 AFTER = """
 moved = int((values(model) != start).sum())
-print("RESULT", json.dumps({"moved": moved, "k": max(1, int(0.001 * num_params))}))
+print("RESULT", json.dumps({"moved": moved, "k": max(1, int(RATIO * num_params))}))
 """
 
 
 @pytest.mark.parametrize(
-    ("markers", "before", "stage"),
+    ("markers", "before", "stage", "ratio"),
     [
-        (["trainer.add_callback"], TRAINER, 3),
-        (["estimate_mask("], LOOP, 2),
-        (["prepare_compact(", "estimate_mask("], LOADER, 3),
-        (["SparseAdamW("], MASK, 0),
+        (["trainer.add_callback"], TRAINER, 3, 0.01),
+        (["estimate_mask("], LOOP, 2, 0.001),
+        (["prepare_compact(", "estimate_mask("], LOADER, 3, 0.001),
+        (["SparseAdamW("], MASK, 0, 0.001),
     ],
     ids=["trainer", "loop", "compact-loop", "no-deepspeed"],
 )
 def test_example_trains_exactly_the_selected_weights(
-    markers: list[str], before: str, stage: int, tmp_path: Path
+    markers: list[str], before: str, stage: int, ratio: float, tmp_path: Path
 ) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     example = "".join(next(text for text in examples if marker in text) for marker in markers)
     script = tmp_path / "example.py"
-    script.write_text(BEFORE.replace("STAGE", str(stage)) + before + example + AFTER)
+    script.write_text(BEFORE.replace("STAGE", str(stage)) + before + example + AFTER.replace("RATIO", str(ratio)))
     run = subprocess.run(
         [sys.executable, script, tmp_path / "out"],
         cwd=tmp_path,
