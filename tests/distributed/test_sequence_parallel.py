@@ -40,7 +40,8 @@ def check(results: Results, names: Iterable[str] = CASES) -> None:
             assert of("other") <= (0.01 if fp32 else 0.1) * case["k"], name
             assert of("loss") < (1e-5 if fp32 else 2e-2), name
             assert of("moved") == 0, name
-            assert of("off") < (1e-3 if fp32 else 0.5), name
+            # Adam's first steps have one size: a gradient near zero, rounded, may step the other way.
+            assert of("off") < 1e-3 if fp32 else of("far") <= 0.002, name
             assert of("norm") < (1e-4 if fp32 else 2e-2), name
     for name in REFUSALS:
         message = result_of(results, f"refusal-{name}")["message"]

@@ -179,7 +179,7 @@ def compare(family: str, setup: Setup, found: dict[str, Any]) -> dict[str, Any]:
         at_once = found["num_shards"]
         losses += [sum(each[a : a + at_once]) / at_once for a in range(0, len(each), at_once)]
         norms.append(optimizer.step(whole_rows))
-    largest, worst, moved = 0.0, 0.0, 0
+    largest, moved, errors = 0.0, 0, []
     for name, param in model.named_parameters():
         before, after, want = found["initial"][name], found["final"][name], param.detach().reshape(-1)
         chosen = torch.zeros(before.numel(), dtype=torch.bool)
@@ -187,10 +187,12 @@ def compare(family: str, setup: Setup, found: dict[str, Any]) -> dict[str, Any]:
         moved += int((before != after)[~chosen].sum())
         if chosen.any():
             largest = max(largest, float((want - before)[chosen].abs().max()))
-            worst = max(worst, float((want - after)[chosen].abs().max()))
+            errors.append((want - after)[chosen].abs())
+    off = torch.cat(errors) / largest
     return {
         "moved": moved,
-        "off": worst / largest,
+        "off": float(off.max()),
+        "far": float((off > 0.5).float().mean()),
         "norm": max(abs(a - b) / b for a, b in zip(found["norms"], norms, strict=True)),
         "loss": max(abs(a - b) for a, b in zip(found["losses"], losses, strict=True)),
     }
