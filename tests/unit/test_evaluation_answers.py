@@ -117,6 +117,11 @@ def right(outputs: list[str], golds: list[str], kind: str) -> list[bool]:
     return [is_right(output, gold, kind) for output, gold in zip(outputs, golds, strict=True)]
 
 
+def test_an_answer_is_what_follows_the_last_thought() -> None:
+    assert after_thinking("<think>A</think>B<think>no</think>C") == "C"
+    assert after_thinking("no thoughts") == "no thoughts"
+
+
 def test_right_by_letter_is_the_gold_letter_before_its_reasons() -> None:
     outputs = ["B", "The answer is (A).", "", after_thinking("<think>A or B?</think>\nB")]
     assert right(outputs, ["B\nbecause", "A\nsince", "C\nas", "B\nx"], LETTER) == [True, True, False, True]

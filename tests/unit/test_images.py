@@ -17,7 +17,7 @@ from piece_ds.config.arguments import DataArguments
 from piece_ds.data.general_rows import load_general
 from piece_ds.data.image_collate import check_processor, make_collator
 from piece_ds.data.image_rows import ImagePrompt
-from piece_ds.data.images import ImageFolder
+from piece_ds.data.images import ImageFolder, read_image
 from piece_ds.data.tasks import Task, load_task_stream
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.demo.vision.models import FAMILIES, make_processor
@@ -218,3 +218,15 @@ def test_processors_whose_numbers_for_an_answer_are_not_known_are_refused(family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_processors_that_give_nothing_more_or_mark_images_are_taken(family: str) -> None:
     check_processor(make_processor(family))
+
+
+def test_an_image_is_read_upright_and_in_colour(tmp_path: Path) -> None:
+    """A camera that was turned says so beside the pixels (EXIF orientation 6: a quarter to the right)."""
+    image = Image.new("L", (2, 1))
+    image.putpixel((0, 0), 255)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=turned)
+    found = read_image(tmp_path / "turned.png", "row 1")
+    assert (found.mode, found.size) == ("RGB", (1, 2))
+    assert [found.getpixel((0, y)) for y in (0, 1)] == [(255, 255, 255), (0, 0, 0)]

@@ -75,6 +75,12 @@ def test_adapters_give_the_bits_of_delta_apply_in_any_order_of_switches(tmp_path
     model.base_model.set_adapter(NAMES[0])
     assert torch.equal(model(input_ids=IDS).logits, logits[1])
 
+    # Merged one after another, they stay applied in that order.
+    model.merge_adapter([NAMES[0]])
+    model.merge_adapter([NAMES[1]])
+    assert torch.equal(model(input_ids=IDS).logits, logits[2])
+    model.unmerge_adapter()
+
     # An adapter that is deleted leaves nothing; unloading gives the base's bytes.
     model.delete_adapter(NAMES[2])
     assert same(weights(model.unload()), weights(loaded(run.base)))

@@ -157,6 +157,10 @@ def test_traffic_by_hand() -> None:
     assert compact["parameters, forward"] == 3 * 0.75 * 2 * 1_000_000
     assert transfers(ROUND, Setting(world=1)) == []
 
+    # At stage 0 every rank steps all values itself.
+    alone = {t.name for t in transfers(ROUND, Setting(world=4, zero=0, update_mode="compact"))}
+    assert alone == {"gradient of the selected", "statistics, per round"}
+
     # Of a large model, stage 3 still holds half a billion elements when each backward begins.
     large = replace(ROUND, total=2 * 10**9)
     large_received = {t.name: t.received for t in transfers(large, Setting(world=4, accumulation=3))}

@@ -70,6 +70,17 @@ def test_as_many_are_selected_as_were_announced(family: str, method: str) -> Non
     assert mask.layout is request.layout
 
 
+def test_hft_announces_as_many_as_it_draws_for_each_task() -> None:
+    counts = set()
+    for task in ("law", "medicine", "physics", "history"):
+        request = request_of("llama", "hft")
+        request = replace(request, options=replace(request.options, task=task))
+        mask = METHODS["hft"].select(request)
+        assert mask.num_selected == count_selected(request.config, request.model, task)
+        counts.add(mask.num_selected)
+    assert len(counts) > 1, "else the task would not matter"
+
+
 @pytest.mark.parametrize("method", ALONE)
 def test_positions_are_ascending_and_of_eligible_parameters(method: str) -> None:
     request = request_of("llama", method)

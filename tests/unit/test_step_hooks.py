@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from piece_ds.runtime.errors import UserError
+from piece_ds.update import masked
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.zero.adapter import Adapter, Piece
 from piece_ds.zero.partial_gradients import refuse_parts
@@ -118,3 +120,26 @@ def test_a_second_part_of_a_gradient_is_refused_but_not_the_next_micro_batch() -
     undo()
     for _ in range(2):
         loss.backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_masters_and_moments_of_a_checkpoint_are_not_made_anew(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+    """Only before the first step do they follow from the weights."""
+    prepared: list[bool] = []
+
+    def nothing(*args: Any) -> Callable[[], None]:
+        return lambda: None
+
+    adapter = SimpleNamespace(
+        prepare=lambda: prepared.append(True), bind=nothing, install_mask=nothing, masters=list, replicated=True
+    )
+    hooks = SimpleNamespace(install=lambda *args: [])
+    for name in ("require_trainable", "refuse_parts", "even_out_gradients"):
+        monkeypatch.setattr(masked, name, nothing)
+    monkeypatch.setattr(masked, "adapter_for", lambda engine: adapter)
+    monkeypatch.setattr(masked, "StepWatch", lambda adapter: hooks)
+    monkeypatch.setattr(masked, "SelectedDecay", lambda adapter, index: hooks)
+    engine: Any = SimpleNamespace(global_steps=num_steps, basic_optimizer=None)
+    mask: Any = SimpleNamespace(whole=dict)
+    masked.MaskedUpdate(engine, mask)
+    assert prepared == [True] * (num_steps == 0)
