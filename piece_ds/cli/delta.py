@@ -39,7 +39,7 @@ def list_deltas(arguments: argparse.Namespace) -> None:
             (
                 str(delta.path),
                 metadata.get("method") or "",
-                metadata.get("ratio") or "",
+                f"{float(metadata['ratio']):.4g}" if "ratio" in metadata else "",  # of a link it has 17 digits
                 delta.base_fingerprint or "",
                 delta.result_fingerprint or "",
                 str(delta.num_selected),
