@@ -60,6 +60,18 @@ FORGERIES = {
     "main-on-import": "import unittest.__main__\nimport numpy.f2py.__main__\ndef answer(): return 1",
     "send-replaced": "import gc, types\ndef answer():\n    for o in gc.get_objects():\n        if isinstance(o, types.FunctionType) "
     "and o.__name__ == 'send': o.__code__ = (lambda d, m: None).__code__\n    return 1",
+    "answers-before-loaded": "import os\nfor d in range(3, 20):\n    try: os.write(d, b'[true, \"loaded\"]\\n[true, true]\\n')\n"
+    "    except OSError: pass\ndef answer(): return True",
+    "wire-scalars": "import sys\nfor m in list(sys.modules.values()):\n    if hasattr(m, '_SCALARS'): m._SCALARS['int'] = lambda t: 1\n"
+    "    if hasattr(m, 'MAX_BYTES'): m.MAX_BYTES = 1 << 60\ndef answer(): return b'x' * (1 << 24)",
+    "classes-lie": "import builtins\nclass M(type):\n    def __instancecheck__(c, o): return True\nclass A(metaclass=M): pass\n"
+    "builtins.int = A\nbuiltins.isinstance = lambda o, t: True\ndef answer(): return object()",
+    "dict-with-items": "class D(dict):\n    def items(s): return [(1, 40924)]\ndef answer(): return D()",
+    "endless-list": "class L(list):\n    def __iter__(s):\n        while True: yield 1\ndef answer(): return L([1])",
+    "machine-code-of-32-bits": "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\n"
+    "m.write(bytes.fromhex('b801000000bb00000000cd80c3'))\n"
+    "f = ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(m)))\ndef answer(): f()",
+    "descriptors-closed": "import os\ndef answer(): os.closerange(0, 64)",
     "fraction-subclass": "from fractions import Fraction\nclass F(Fraction):\n    def __eq__(s, o): return True\n"
     "    __hash__ = Fraction.__hash__\ndef answer(): return F(1, 2)",
     "atexit": "import atexit, os\natexit.register(lambda: os._exit(0))\ndef answer(): raise ValueError",
@@ -117,4 +129,14 @@ READINGS = [
     "os.pipe()",
     "os.dup(0)",
     "__import__('this' + 'module')",
+    "os.uname()",
+    "socket.gethostname()",
+    "socket.getaddrinfo('localhost', 80)",
+    "os.sched_getaffinity(os.getppid())",
+    "os.getpriority(os.PRIO_PROCESS, os.getppid())",
+    "resource.prlimit(os.getppid(), resource.RLIMIT_AS)",
+    "os.sendfile(1, 0, 0, 10)",
+    "__import__('linecache').getlines('/etc/passwd')[0]",
+    "__import__('inspect').getsource(os)",
+    "__import__('pkgutil').get_data('json', '__init__.py')",
 ]

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+# All that the program gets of the environment. A path would tell where other things lie.
+_KEPT = ("LD_LIBRARY_PATH", "OPENBLAS_NUM_THREADS")
 START_SECONDS = 60.0  # two interpreters and their modules, on a machine with other work
 
 
@@ -42,7 +44,12 @@ def _judge(wire: Any, job: dict[str, Any]) -> bool:
 
     # Start the program's process, with limits of its own.
     process = subprocess.Popen(
-        [*command, *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/"
+        [*command, *limits],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={name: value for name, value in os.environ.items() if name in _KEPT},
     )
     assert process.stdin is not None
     assert process.stdout is not None
