@@ -14,6 +14,7 @@ from piece_ds.methods.baseline import Baseline
 from piece_ds.methods.method import SELECTION, Method
 from piece_ds.methods.registry import find_method, names_of
 from piece_ds.models.loading import empty_model
+from piece_ds.preflight.accelerate_variables import check_accelerate_variables
 from piece_ds.preflight.best_step import DECISIVE as OF_BEST_STEP
 from piece_ds.preflight.best_step import check_best_step, decides_weights
 from piece_ds.preflight.checkpointing import check_activation_checkpointing
@@ -95,6 +96,7 @@ def preflight(settings: Settings, job: str = TRAIN) -> Inputs:
     judges = settings.evaluation
     keeps_best = judges.load_best_model_at_end or judges.early_stopping_patience is not None
     check_trainer_arguments(arguments, settings.given, keeps_best)
+    check_accelerate_variables(arguments)
     if job == TRAIN:
         _check_model_options(inputs)
         inputs = replace(inputs, baseline=method.baseline(settings.baseline) if method.baseline is not None else None)

@@ -210,7 +210,8 @@ def _refuse_several_without_rank() -> None:
     if "WORLD_SIZE" in os.environ and _number("WORLD_SIZE", least=1) > 1:
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but RANK is not set: {_START}, or unset WORLD_SIZE")
     for starter, name in _OTHER_STARTERS:
-        if os.environ.get(name, "1").isdigit() and int(os.environ.get(name, "1")) > 1:
+        started = os.environ.get(name, "1")
+        if started.isdecimal() and len(started) < 12 and int(started) > 1:
             raise UserError(
                 f"{starter} has started {os.environ[name]} processes ({name}), but RANK is not set, so that each would "
                 f"be a run of its own: {_START}, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"

@@ -6,12 +6,14 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import pytest
 from support.launches import ROOT, environment
 from torch.distributed import DistNetworkError
 
+from piece_ds.preflight.accelerate_variables import check_accelerate_variables
 from piece_ds.runtime.cache import cache_folder, locked, user_cache
 from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.runtime.folder_lock import FolderLock
@@ -74,6 +76,7 @@ REFUSED: list[tuple[dict[str, str], str]] = [
 
 # Environment -> LOCAL_RANK that it is completed with.
 COMPLETED: list[tuple[dict[str, str], str]] = [
+    ({"SLURM_STEP_NUM_TASKS": "\u00b2", "OMPI_COMM_WORLD_SIZE": "9" * 5000}, "0"),
     ({}, "0"),
     ({"OMP_NUM_THREADS": "", "ACCELERATE_USE_CPU": "", "ACCELERATE_USE_FSDP": "off"}, "0"),
     ({**DIVIDED, "PARALLELISM_CONFIG_SP_SIZE": "1"}, "0"),
@@ -127,6 +130,32 @@ def test_what_can_be_told_is_completed(bare: pytest.MonkeyPatch, variables: dict
     assert 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"])
     assert os.environ["MASTER_ADDR"]
     assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_what_accelerate_was_told_is_done_or_refused(bare: pytest.MonkeyPatch) -> None:
+    """accelerate's configuration file says it for every run of a user; this package reads its own flags."""
+    for variables, flags, message in (
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "is bf16 .* this run is in fp32, and --bf16 is not given"),
+        ({"ACCELERATE_MIXED_PRECISION": "FP16"}, {"bf16": True}, "is fp16 .* this run is in bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"bf16": True}, None),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, {"bf16": True}, None),
+        ({"ACCELERATE_USE_CPU": "true"}, {}, None),  # there is no other device here
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "--gradient_accumulation_steps is 1"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {"gradient_accumulation_steps": 4}, None),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, {"gradient_accumulation_steps": 4}, None),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "--max_grad_norm is 1"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, {}, None),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "none"}, {}, None),
+    ):
+        arguments: Any = SimpleNamespace(
+            **{"bf16": False, "fp16": False, "use_cpu": True, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0}
+            | flags
+        )
+        with bare.context() as patched:
+            for name, value in variables.items():
+                patched.setenv(name, value)
+            with nullcontext() if message is None else pytest.raises(UserError, match=message):
+                check_accelerate_variables(arguments)
 
 
 def test_a_locale_in_which_no_file_can_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
