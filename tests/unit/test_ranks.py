@@ -21,15 +21,18 @@ from piece_ds.zero.weights import read_selected
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_selection_over_ranks_equals_a_stable_sort(num_ranks: int) -> None:
+    cases = CASES if num_ranks == 2 else CASES[1::5]  # 5 has no factor in common with the cases' periods
+
     def work() -> list[set[tuple[str, int]]]:
-        masks = [select(blocks_layout(), m, ratio, make_stats(kind), budget=budget) for kind, m, budget, ratio in CASES]
+        masks = [select(blocks_layout(), m, ratio, make_stats(kind), budget=budget) for kind, m, budget, ratio in cases]
         wholes = [mask.whole() for mask in masks]
         assert all(bool((index.diff() > 0).all()) for whole in wholes for index in whole.values())  # rank after rank
         return [as_set(whole) for whole in wholes]
 
-    for found in on_ranks(num_ranks, work):
-        for case, mask in zip(CASES, found, strict=True):
-            assert mask == expected(*case), case
+    first, *others = on_ranks(num_ranks, work)
+    for case, mask in zip(cases, first, strict=True):
+        assert mask == expected(*case), case
+    assert all(found == first for found in others)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
