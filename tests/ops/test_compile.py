@@ -4,6 +4,7 @@ Rounding is read off the PTX: IEEE square root and division, no approximation, n
 multiply-add. ptxas is free to fuse only where an instruction does not name its rounding; both compilers name it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,9 @@ import pytest
 import torch
 from support import oldest_torch
 
-from piece_ds.ops.build_specs import BUILD_SPECS, CSRC
+from piece_ds.ops.build_specs import BUILD_SPECS, CSRC, _digest
+from piece_ds.ops.extension import _cache_folder
+from piece_ds.runtime.files import write_json
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -30,6 +33,19 @@ TRITON_ARCHITECTURES = [80, 90, 100]
 def assert_exact(ptx: str, what: str) -> None:
     found = sorted(set(INEXACT.findall(ptx)))
     assert not found, f"{what}: {found}"
+
+
+def compiled_cuda(source: Path, architecture: int, folder: Path) -> tuple[str, str]:
+    """(PTX, what ptxas reports) of a .cu file; what an earlier run made of these very sources is taken."""
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    sources = [source, *sorted((CSRC / "cuda").glob("*.h")), *sorted((CSRC / "include").rglob("*.h"))]
+    texts = [path.read_text(encoding="utf-8") for path in sources]
+    parts = [version, str(architecture), *BUILD_SPECS["cuda"].nvcc_args, source.name, *texts]
+    kept = _cache_folder() / f"ptx_{_digest(parts)}.json"
+    if not kept.exists():
+        write_json(kept, compile_cuda(source, architecture, folder))
+    ptx, report = json.loads(kept.read_text(encoding="utf-8"))
+    return ptx, report
 
 
 def compile_cuda(source: Path, architecture: int, folder: Path) -> tuple[str, str]:
@@ -54,7 +70,7 @@ def cuda_code(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """File name -> (PTX, report), all files compiled at once."""
     folder = tmp_path_factory.mktemp(f"sm_{request.param}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = list(pool.map(lambda source: compile_cuda(source, request.param, folder), SOURCES))
+        compiled = list(pool.map(lambda source: compiled_cuda(source, request.param, folder), SOURCES))
     return dict(zip((source.name for source in SOURCES), compiled, strict=True))
 
 
