@@ -58,9 +58,11 @@ class ChatTemplate:
             UserError: the template is broken, needs a variable, or refuses the conversation.
         """
         try:
-            return self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=generation_prompt
             )
+            text.encode()  # half of a surrogate pair is no text to a tokenizer
+            return text
         except Exception as error:  # a template is a program of the model's makers: anything may come out of it
             raise _refused(where, error) from None
 

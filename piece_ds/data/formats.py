@@ -36,6 +36,10 @@ from piece_ds.runtime.errors import UserError, nearest
 
 Row = dict[str, Any]
 
+# Keys beside a conversation's turns that say what the turns are about.
+_TOOLS = ("tools", "functions", "function_call")
+_BESIDE_TURNS = (*_TOOLS, "image", "images", "video", "videos", "audio", "audios")
+
 
 @dataclass(frozen=True)
 class RowFormat:
@@ -71,9 +75,15 @@ def _completion_messages(row: Row, where: str) -> Row:
 
 
 def _messages(row: Row, where: str) -> Row:
-    if row.get("tools"):
-        raise UserError(f"{where}: tools and calls of them are not supported; remove the key 'tools' or the row")
     return from_messages(checked_messages(row["messages"], "messages", where), where)
+
+
+def _refuse_more_than_text(row: Row, where: str) -> None:
+    """Raise UserError if a conversation comes with tools or media: its turns may not make sense without them."""
+    for key in _BESIDE_TURNS:
+        if row.get(key) not in (None, "", [], {}, "[]", "{}", "null"):
+            what = "tools and calls of them" if key in _TOOLS else "images, sounds and films beside turns"
+            raise UserError(f"{where}: {what} are not supported; remove the key {key!r} or the row")
 
 
 def _text(row: Row, where: str) -> Row:
@@ -205,4 +215,6 @@ def checked_rows(
                 f"{where}: has {form.keys} ({form.name}), the rows before have {first.keys} ({first.name}); use one "
                 "form in a file"
             )
+        if form.kind == CHAT:
+            _refuse_more_than_text(row, where)
         yield checked_pair_with_image(row, where) if images and form.kind == PAIR else form.convert(row, where)

@@ -161,6 +161,14 @@ REFUSED = {
     '{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}': "'tool_calls' in a turn",
     '{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}': "'weight' in a turn",
     '{"messages": [{"role": "assistant", "content": "x"}], "tools": [{}]}': "tools and calls of them",
+    '{"messages": [{"role": "assistant", "content": "x"}], "functions": "[{}]"}': "tools and calls of them",
+    '{"messages": [{"role": "assistant", "content": "x"}], "images": ["a.png"]}': "images, sounds and films",
+    '{"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}], "image": "a.png"}': (
+        "images, sounds and films"
+    ),
+    '{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "x"}], '
+    '"tools": [{}]}': "tools and calls of them",
+    '{"instruction": "x", "output": "y", "audio": {"path": "a.wav"}}': "images, sounds and films",
     '{"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "x"}]}': "may only stand first",
     '{"conversations": [{"from": "human", "value": "x"}], "system": 3}': "system must be text",
     '{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}': "prompt must be text",
