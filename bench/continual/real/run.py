@@ -146,7 +146,10 @@ def flags_of(
             flags["statistics_file"] = options.cache / f"task-{sweep.method}-{setting.seed}"
     if sweep.general_text:
         flags["general_text"] = "self" if sweep.general_text == "self" else options.cache / "real.jsonl"
-        flags["general_statistics"] = options.cache / f"statistics-{sweep.general_text}"
+        # A budget holds rows out to judge on, so its statistics are of other rows, and only some methods take any.
+        apart = "-judged-apart" if sweep.budget else ""
+        if sweep.scaled or not sweep.budget:
+            flags["general_statistics"] = options.cache / f"statistics-{sweep.general_text}{apart}"
     if sweep.scaled:
         flags["step_scale"] = "general"
     if sweep.replay:
