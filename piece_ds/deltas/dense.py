@@ -34,10 +34,12 @@ class DenseChange:
     def end(self) -> None:
         """Copy the parameters as the task has left them."""
         self._after = {name: _held(param).cpu().clone() for name, param in self._params.items()}
-        # Adapters are made whole; ZeRO-3 partitions them when the engine is made.
         for name, param in self._params.items():
+            # Adapters are made whole; ZeRO-3 partitions them when the engine is made.
             if self._before[name].shape != self._after[name].shape:
                 self._before[name] = _shard(self._before[name], param)
+            # PEFT makes adapters in fp32; the engine rounds them to the dtype that they train in.
+            self._before[name] = self._before[name].to(self._after[name].dtype)
 
     @torch.no_grad()
     def set_(self, alpha: float = 1.0) -> None:

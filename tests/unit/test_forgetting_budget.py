@@ -167,6 +167,24 @@ def test_a_task_without_a_mask_is_scaled_in_every_trained_weight_and_back_to_the
             assert torch.equal(model.bias, bias)
 
 
+def test_weights_that_the_engine_rounds_after_the_copy_are_scaled_in_its_dtype() -> None:
+    """PEFT makes adapters in fp32 beside a bf16 model, and the engine rounds all of it once."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = nn.Linear(4, 3)
+        change = DenseChange(model, ["weight"])
+        model.to(dtype)
+        rounded = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        after = model.weight.detach().clone()
+        change.end()
+        for alpha, want in ((0.0, rounded), (1.0, after), (0.5, None)):
+            change.set_(alpha)
+            assert model.weight.dtype == dtype
+            half = (rounded.double() + 0.5 * (after.double() - rounded.double())).to(dtype)
+            assert torch.equal(model.weight, half if want is None else want)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_what_was_copied_whole_is_divided_as_zero_3_divides_a_parameter(
     monkeypatch: pytest.MonkeyPatch, num_ranks: int
