@@ -6,7 +6,7 @@ from importlib import import_module
 
 from piece_ds.cli.commands import launched_command, run_launched
 from piece_ds.cli.main import _parser
-from piece_ds.runtime.errors import MachineError, UserError
+from piece_ds.runtime.errors import MachineError, UserError, bad_name
 from piece_ds.runtime.text import printable
 
 
@@ -26,6 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MachineError as error:
         print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        line = bad_name(error)
+        if line is None:
+            raise
+        print(printable(f"error: {line}"), file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

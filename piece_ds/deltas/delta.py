@@ -95,6 +95,13 @@ class Delta:
         return _change(read_change(file, name, prod(self.shapes[name]), parts))
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long, or with a null byte: opening it says so
+        return False
+
+
 def find_deltas(paths: Sequence[Path | str]) -> list[Path]:
     """Return the delta files that paths name.
 
@@ -157,7 +164,7 @@ def open_delta(path: Path | str, *, hold: bool = False) -> Delta:
     Memory: the largest tensor; with hold, the file.
     """
     path = Path(path)
-    if path.is_dir():
+    if _is_folder(path):
         found_files = find_deltas([path])
         if len(found_files) > 1:
             raise UserError(f"{path} holds {len(found_files)} deltas: open one of them, such as {found_files[0]}")

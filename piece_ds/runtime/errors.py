@@ -4,6 +4,7 @@ Launch scripts print the message as one line on stderr and exit with code 2 or 1
 traceback, because it is a defect of this package.
 """
 
+import errno
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -17,6 +18,19 @@ class MachineError(RuntimeError):
 
     Launch scripts print the message as one line on stderr and exit with code 1.
     """
+
+
+def bad_name(error: OSError) -> str | None:
+    """Return what is wrong with a path that the system cannot even look up, in one line; None for other errors.
+
+    Paths are looked at in many places before anything is opened, and a name that no file can have fails in all of them.
+    """
+    reasons = {errno.ENAMETOOLONG: "is longer than a file's name can be", errno.ELOOP: "is a link that leads to itself"}
+    if error.errno not in reasons:
+        return None
+    name = str(error.filename)
+    shown = name if len(name) <= 80 else f"{name[:38]} ... {name[-38:]}"
+    return f"{shown}: {reasons[error.errno]}; give the path of a file or folder"
 
 
 def nearest(word: str, choices: list[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from piece_ds.runtime.compile_lock import wait_with_a_limit
 from piece_ds.runtime.deterministic import set_cublas_workspace
-from piece_ds.runtime.errors import MachineError, UserError
+from piece_ds.runtime.errors import MachineError, UserError, bad_name
 from piece_ds.runtime.launch_environment import (
     complete_launch_environment,
     require_accelerator,
@@ -75,6 +75,9 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
             _say(str(stop))
         return STOP_CODE
     except Exception as error:
+        if isinstance(error, OSError) and (line := bad_name(error)):
+            _say_after_rank_0(f"error: {line}")
+            return 2
         _say_failure(error)
         return 1
     return 0

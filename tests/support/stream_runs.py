@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from support.launches import CONFIGS, write_rows
@@ -72,7 +72,7 @@ def as_flags(values: dict[str, object]) -> list[str]:
 def variant_flags(material: Material) -> dict[str, list[str]]:
     """Name -> flags of short runs: one of each kind of thing."""
     short, root = material.short_flags, material.root
-    _write_given_mask(root / "given.safetensors")
+    _write_given_mask(root / "given.safetensors", material.base)
     statistics = {"statistics_file": root / "statistics", "importance_batch_size": 8}
     return {
         "again": material.stream_flags(
@@ -142,11 +142,12 @@ def long_flags(material: Material, name: str, **changes: object) -> list[str]:
     return material.stream_flags(name, **{**long, **changes})
 
 
-def _write_given_mask(path: Path) -> None:
+def _write_given_mask(path: Path, base: Path) -> None:
     """A mask made by hand, of the embedding and one projection, with the least metadata that the format asks for."""
     embedding, projection = torch.zeros(259 * 32 // 8, dtype=torch.uint8), torch.zeros(32 * 32 // 8, dtype=torch.uint8)
     embedding[::3], projection[5] = 0b00010001, 0b10000000
     selected = 2 * len(embedding[::3]) + 1
+    total = sum(values.numel() for values in load_file(base / "model.safetensors").values())
     shapes = {"model.embed_tokens.weight": [259, 32], "model.layers.1.self_attn.q_proj.weight": [32, 32]}
     metadata = {
         "format": "piece-mask",
@@ -154,7 +155,7 @@ def _write_given_mask(path: Path) -> None:
         "method": "hand",
         "ratio": "0.1",
         "selected": str(selected),
-        "total": "0",
+        "total": str(total),
         "shapes": json.dumps(shapes),
     }
     save_file(dict(zip(shapes, (embedding, projection), strict=True)), path, metadata)

@@ -16,6 +16,7 @@ from support.hostile import mutated_tensors, mutated_tree, text_of
 from support.readers import packed_delta
 from torch import nn
 
+from piece_ds.__main__ import main
 from piece_ds.checkpoint.delta_file import load_previous, save_delta
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.checkpoint.mask_statistics import read_index
@@ -32,6 +33,7 @@ from piece_ds.models.layout import layout_of
 from piece_ds.models.stored_names import stored_names
 from piece_ds.report.results import RunResults, read_results
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.process import exit_code
 from piece_ds.state.mask import Mask
 from piece_ds.state.statistics import GradientStats
 from piece_ds.training.claim import Claim
@@ -214,6 +216,34 @@ def test_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
             kind.read(tmp_path)
         assert "\n" not in str(error.value)
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    "command", [["delta", "list"], ["delta", "inspect"], ["delta", "apply", "m"], ["report"], ["masks"]], ids=" ".join
+)
+def test_a_name_too_long_or_a_link_to_itself_is_one_line_in_every_command(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in (tmp_path / ("x" * 300), tmp_path / "loop"):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, str(name)])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2, said
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+
+
+def test_a_training_file_with_a_name_too_long_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+
+    def program(argv: list[str]) -> None:
+        Path(argv[0]).stat()
+
+    assert exit_code(program, ["x" * 300]) == 2
+    assert "longer than a file's name can be" in capsys.readouterr().err
 
 
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
