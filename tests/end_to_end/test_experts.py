@@ -39,7 +39,12 @@ def make_base(folder: Path, family: str) -> Path:
         model = DeepseekV3ForCausalLM(config)
         model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.linspace(-0.2, 0.2, 4))
         torch.nn.init.normal_(model.model.layers[1].mlp.gate.weight, std=0.3)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16)
+    if family != "mixtral":
+        # As published: transformers keeps the balancing bias in fp32, whatever the model's dtype is.
+        gate = model.model.layers[1].mlp.gate
+        gate.e_score_correction_bias = gate.e_score_correction_bias.float()
+    model.save_pretrained(folder)
     make_tokenizer(256).save_pretrained(folder)
     write_rows(folder.parent / "train.json", make_rows(1, 16, ("yes", "no")))
     return folder

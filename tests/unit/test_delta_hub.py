@@ -117,6 +117,34 @@ def test_three_tasks_pushed_and_pulled_are_the_same_files_and_go_on_and_off(run:
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_scaled_pruned_and_composed_deltas_of_every_coding_arrive_as_they_were(
+    run: Run, hub: Hub, tmp_path: Path
+) -> None:
+    """Each is pushed by itself; applied after the pull, it gives the model that it gives here, and goes off again."""
+    first, second = run.deltas[:2]
+    made = {
+        "scaled": ("scale", first, "--alpha", 0.5),
+        "pruned": ("prune", first, "--keep", 0.3),
+        "composed": ("compose", first, second),
+    }
+    for coding in ("indices", "gaps", "smallest"):
+        for name, words in made.items():
+            folder = tmp_path / coding / name / "00-task"
+            folder.mkdir(parents=True)
+            delta(*words, "--output", folder / "delta.safetensors", "--coding", coding)
+            delta("push", folder.parent, REPOSITORY)
+            pulled = tmp_path / coding / f"{name}-pulled"
+            delta("pull", REPOSITORY, "--output", pulled, "--model", run.base)
+            assert sha256_of(pulled)["00-task/delta.safetensors"] == sha256_of(folder)["delta.safetensors"]
+            here, there, back = (tmp_path / coding / f"{name}-{kind}" for kind in ("here", "there", "back"))
+            delta("apply", run.base, folder.parent, "--output", here)
+            delta("apply", run.base, pulled, "--output", there)
+            delta("revert", there, pulled, "--output", back)
+            hashes = [{k: v for k, v in sha256_of(path).items() if k != "piece_ds.json"} for path in (here, there)]
+            assert hashes[0] == hashes[1] != sha256_of(run.base)
+            assert sha256_of(back) == sha256_of(run.base)
+
+
 def test_general_statistics_are_pushed_if_asked_for(run: Run, hub: Hub, tmp_path: Path, capsys: Capture) -> None:
     assert "there are none in" in refused(capsys, "push", run.folder, REPOSITORY, "--with_general_statistics")
     sums = torch.arange(LAYOUT.num_owned, dtype=torch.float32)
