@@ -1,9 +1,6 @@
 """Train any PEFT method as a baseline: one adapter through the whole stream, merged as PEFT merges it."""
 
 import copy
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,11 +11,16 @@ from piece_ds.methods.baseline import TaskContext
 from piece_ds.methods.lora import FOLDER, LoRA
 from piece_ds.methods.peft_config import difference, needs_whole_weights, read_peft_config
 from piece_ds.models.loading import without_zero3
+from piece_ds.runtime.environment import environment_kept
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import is_partitioned
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+# BOFT sets both to gcc while it compiles an extension of its own, and leaves them so if it cannot. What is compiled
+# later in the process, such as the kernels of piece_ds, would then be compiled by another compiler than the user's.
+_COMPILERS = ("CC", "CXX")
 
 
 class AnyPeft(LoRA):
@@ -50,7 +52,7 @@ class AnyPeft(LoRA):
                 "away: use ZeRO 0, 1 or 2"
             )
         try:
-            with _compilers_kept():
+            with environment_kept(*_COMPILERS):
                 adapted = get_peft_model(model, copy.deepcopy(self.config))
         except Exception as error:  # PEFT's checks of a configuration against a model raise whatever they raise
             reason = " ".join(str(error).split())[:300]
@@ -141,7 +143,7 @@ def merged_model(model: "PeftModel", state: dict[str, Tensor], config: "PeftConf
 
     # A second, whole model of the same structure.
     base = model.get_base_model()
-    with without_zero3(), _compilers_kept():
+    with without_zero3(), environment_kept(*_COMPILERS):
         plain = type(base)(copy.deepcopy(base.config))
         again = get_peft_model(plain, _quick(config)).float()
 
@@ -175,21 +177,3 @@ def _quick(config: "PeftConfig") -> "PeftConfig":
     if getattr(quick, "init_lora_weights", None) is not None:
         quick.init_lora_weights = True
     return quick
-
-
-@contextmanager
-def _compilers_kept() -> Iterator[None]:
-    """Restore CC and CXX on exit.
-
-    BOFT sets both to gcc while it compiles an extension of its own, and leaves them so if it cannot. What is compiled
-    later in the process, such as the kernels of piece_ds, would then be compiled by another compiler than the user's.
-    """
-    kept = {name: os.environ.get(name) for name in ("CC", "CXX")}
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -23,6 +23,7 @@ from deepspeed.ops.op_builder.builder import (
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
 from piece_ds.ops.build_specs import BUILD_SPECS, CSRC, BuildSpec, require_compiler
+from piece_ds.runtime.environment import environment_kept
 from piece_ds.runtime.errors import UserError
 
 
@@ -155,15 +156,8 @@ BUILDERS: dict[str, Any] = {"cpu": PieceCPUBuilder, "cuda": PieceCUDABuilder}
 @contextmanager
 def _environment(folder: Path) -> Iterator[None]:
     """Make torch build under folder, with the ninja that is installed beside this Python."""
-    # Both variables are the process's: they are restored.
-    saved = {name: os.environ.get(name) for name in ("TORCH_EXTENSIONS_DIR", "PATH")}
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-    try:
+    # Both variables are the process's.
+    with environment_kept("TORCH_EXTENSIONS_DIR", "PATH"):
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         yield
-    finally:
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
