@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from piece_ds.data.conversations import Messages
 from piece_ds.data.rows import IGNORED_LABEL, has_counted_label
+from piece_ds.data.template_limits import rendered
 from piece_ds.runtime.errors import UserError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -55,16 +56,17 @@ class ChatTemplate:
             where: file and row, for the message.
             generation_prompt: end with what begins the assistant's next turn.
         Raises:
-            UserError: the template is broken, needs a variable, or refuses the conversation.
+            UserError: the template is broken, needs a variable, refuses the conversation, or has no end.
         """
-        try:
+
+        def render() -> str:
             text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=generation_prompt
             )
             text.encode()  # half of a surrogate pair is no text to a tokenizer
             return text
-        except Exception as error:  # a template is a program of the model's makers: anything may come out of it
-            raise _refused(where, error) from None
+
+        return rendered(render, where)
 
     def prompt_ids(self, messages: Messages, where: str) -> list[int]:
         """Return the token ids that come before the assistant's next turn."""
@@ -119,17 +121,18 @@ class ChatTemplate:
         transformers' own mask of tokens is not used: it misses the last tokens of a turn that ends inside a character
         of several tokens.
         """
-        try:
+
+        def render() -> list[Span]:
             _, marked = render_jinja_template(
                 [messages],
                 chat_template=self.tokenizer.get_chat_template(self.source),
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
-        except Exception as error:
-            raise _refused(where, error) from None
-        spans: list[Span] = marked[0]
-        return spans
+            spans: list[Span] = marked[0]
+            return spans
+
+        return rendered(render, where)
 
     def _turns(self, messages: Messages, text: str, where: str) -> list[Span]:
         """Return the spans of characters that are the assistant's turns, each with what ends it."""
@@ -178,14 +181,6 @@ def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
 
 def _common_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _refused(where: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(
-        f"{where}: the tokenizer's chat template cannot render the row ({reason}); mend the template or the row, or "
-        "use --chat_template false where rows are one question and one answer"
-    )
 
 
 def _not_by_turns(where: str, index: int) -> UserError:

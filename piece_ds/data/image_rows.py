@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 from piece_ds.config.arguments import DataArguments
 from piece_ds.data.images import ImageFolder, check_header, read_image
 from piece_ds.data.rows import IGNORED_LABEL
+from piece_ds.data.template_limits import rendered
 from piece_ds.data.tokenize import Encoder
 from piece_ds.runtime.errors import UserError
 
@@ -34,13 +35,25 @@ class ImagePrompt:
                 "known; add a chat_template.jinja to the model's files"
             )
 
-    def text(self, prompt: str, with_image: bool) -> str:
-        """Return the turn as text, up to where the answer begins. The image is one token; the processor expands it."""
+    def text(self, prompt: str, with_image: bool, where: str = "a prompt") -> str:
+        """Return the turn as text, up to where the answer begins. The image is one token; the processor expands it.
+
+        Args:
+            prompt, with_image: the question, and whether an image stands before it.
+            where: file and row, for messages.
+        Raises:
+            UserError: the template cannot render it, or leaves the question out.
+        """
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
         if with_image:
             content.insert(0, {"type": "image"})
         turn = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        text: str = rendered(
+            lambda: self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), where
+        )
+        if "".join(prompt.split()) not in "".join(text.split()):  # templates may trim, and fold blanks
+            raise UserError(f"{where}: the processor's chat template does not write the question; mend it")
+        return text
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of text(), with the image still one token."""
@@ -146,7 +159,7 @@ def encode_image_rows(rows: datasets.Dataset, encoder: Encoder, prompt: ImagePro
     """
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        text = prompt.text(row["prompt"], with_image=bool(row["image"]))
+        text = prompt.text(row["prompt"], with_image=bool(row["image"]), where=row["where"])
         ids, answer = prompt.ids(text), encoder.answer_ids(row["answer"])
         if not answer:
             raise UserError(

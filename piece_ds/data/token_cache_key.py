@@ -17,7 +17,7 @@ from piece_ds.data.tokenize import Encoder
 # Modules of this folder that read, check and encode rows of text.
 _CODE = (
     *("chat", "conversations", "encoded_file", "files", "formats", "readers", "rows", "token_cache", "tokenize"),
-    "token_cache_key",
+    *("token_cache_key", "template_limits"),
 )
 _PACKAGES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
 # A template may write today's date (Llama 3's does). It then says other things tomorrow.

@@ -76,6 +76,20 @@ def test_a_name_that_two_subfolders_have_is_refused(tmp_path: Path) -> None:
         ImageFolder(str(tmp_path), "rows.json").find("a.png")
 
 
+def test_a_template_that_fails_or_drops_the_question_is_refused_with_its_row(
+    tmp_path: Path, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "a.png")
+    for template, message in (
+        ("{{ messages[9].role }}", "row 1: the tokenizer's chat template cannot render the row"),
+        ("{{ raise_exception('no images') }}", "row 1: .*no images"),
+        ("<|image_pad|>", "row 1: the processor's chat template does not write the question"),
+    ):
+        monkeypatch.setattr(processor, "chat_template", template)
+        with pytest.raises(UserError, match=message):
+            load(tmp_path, processor, [row("a.png")])
+
+
 def test_a_missing_image_is_refused_with_its_row_and_file(tmp_path: Path, processor: ProcessorMixin) -> None:
     draw(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"t\.json row 2: no image gone\.png below"):
