@@ -93,7 +93,7 @@ def _joined(content: Any, where: str) -> Any:
 def from_sharegpt(row: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the conversation of a ShareGPT row, with its system text first."""
     turns = checked_messages(row["conversations"], "conversations", where)
-    return from_messages([*_system(row, where), *turns], where)
+    return from_messages([*system_turn(row, where), *turns], where)
 
 
 def from_alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def from_alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
     for name, text in zip(names, pairs[-1], strict=True):
         if not text_of(text, name, where).strip():
             raise UserError(f"{where}: {name} is empty; give it text or remove the row")
-    return from_messages([*_system(row, where), *checked_messages(turns, "history", where)], where)
+    return from_messages([*system_turn(row, where), *checked_messages(turns, "history", where)], where)
 
 
 def _history(value: Any, where: str) -> Sequence[Sequence[Any]]:
@@ -127,7 +127,8 @@ def _history(value: Any, where: str) -> Sequence[Sequence[Any]]:
     return value
 
 
-def _system(row: dict[str, Any], where: str) -> Messages:
+def system_turn(row: dict[str, Any], where: str) -> Messages:
+    """Return what a row says under `system` as a turn; no turn if it says nothing."""
     value = row.get("system")
     if value is None or (isinstance(value, str) and not value.strip()):
         return []

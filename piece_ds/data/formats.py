@@ -4,7 +4,7 @@
 |---|---|---|
 | token ids | input_ids, labels | TOKENS, as they are |
 | prompt/answer | prompt, answer | PAIR |
-| chat messages | messages: role and content (OpenAI) | CHAT |
+| chat messages | messages: role and content (OpenAI); system | CHAT |
 | ShareGPT | conversations: from and value; system | CHAT |
 | prompt/completion | prompt, completion: texts (TRL) | COMPLETION |
 | prompt/completion of messages | prompt, completion: messages (TRL) | CHAT, loss on the completion's turns |
@@ -19,7 +19,13 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
-from piece_ds.data.conversations import checked_messages, from_alpaca, from_messages, from_sharegpt
+from piece_ds.data.conversations import (
+    checked_messages,
+    from_alpaca,
+    from_messages,
+    from_sharegpt,
+    system_turn,
+)
 from piece_ds.data.rows import (
     CHAT,
     COMPLETION,
@@ -36,9 +42,11 @@ from piece_ds.runtime.errors import UserError, nearest
 
 Row = dict[str, Any]
 
-# Keys beside a conversation's turns that say what the turns are about.
+# Keys that say what a row's text is about, in one tool or another. Without them it teaches something else.
 _TOOLS = ("tools", "functions", "function_call")
-_BESIDE_TURNS = (*_TOOLS, "image", "images", "video", "videos", "audio", "audios")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pic_path", "pixel_values")
+_TURNS_BEFORE = ("system", "history")
+_EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null")
 
 
 @dataclass(frozen=True)
@@ -75,15 +83,40 @@ def _completion_messages(row: Row, where: str) -> Row:
 
 
 def _messages(row: Row, where: str) -> Row:
-    return from_messages(checked_messages(row["messages"], "messages", where), where)
+    turns = checked_messages(row["messages"], "messages", where)
+    return from_messages([*system_turn(row, where), *turns], where)
 
 
-def _refuse_more_than_text(row: Row, where: str) -> None:
-    """Raise UserError if a conversation comes with tools or media: its turns may not make sense without them."""
-    for key in _BESIDE_TURNS:
-        if row.get(key) not in (None, "", [], {}, "[]", "{}", "null"):
-            what = "tools and calls of them" if key in _TOOLS else "images, sounds and films beside turns"
-            raise UserError(f"{where}: {what} are not supported; remove the key {key!r} or the row")
+def _refuse_dropped(row: Row, where: str, form: RowFormat, images: bool) -> None:
+    """Raise UserError if a row says more than its text, and that would be dropped.
+
+    Token ids and plain text were put together elsewhere, so only media can be missing from them.
+
+    Args:
+        row, where: as in RowFormat.convert.
+        form: of the row.
+        images: whether the model reads them; only a pair may name one.
+    """
+    said = {key for key in (*_TOOLS, *_MEDIA, *_TURNS_BEFORE) if row.get(key) not in _EMPTY}
+    used = {key for key in form.optional if images or key not in _MEDIA}
+    keys = _MEDIA if form.kind in (TOKENS, TEXT) else (*_TOOLS, *_MEDIA, *_TURNS_BEFORE)
+    key = next((key for key in keys if key in said - used), None)
+    if key is None:
+        return
+    if key in _TURNS_BEFORE:
+        raise UserError(
+            f"{where}: {key!r} has no place in a row of {form.name}; write it into the text or the turns, or remove "
+            "the key"
+        )
+    if key in _TOOLS:
+        reason = "tools and calls of them are not supported"
+    elif form.kind == CHAT:
+        reason = "images, sounds and films beside turns are not supported"
+    elif form.kind == PAIR and images:
+        reason = "beside prompt and answer a row may name one image, as the key 'image'"
+    else:
+        reason = "images, sounds and films would not be read with it, since the model or the form of the row has none"
+    raise UserError(f"{where}: {reason}; remove the key {key!r} or the row")
 
 
 def _text(row: Row, where: str) -> Row:
@@ -93,7 +126,7 @@ def _text(row: Row, where: str) -> Row:
 FORMATS = (
     RowFormat("token ids", KEYS[TOKENS], TOKENS, checked_tokens),
     RowFormat("prompt/answer", KEYS[PAIR], PAIR, _pair, ("image", "pic_path")),
-    RowFormat("chat messages", ("messages",), CHAT, _messages),
+    RowFormat("chat messages", ("messages",), CHAT, _messages, ("system",)),
     RowFormat("ShareGPT", ("conversations",), CHAT, from_sharegpt, ("system",)),
     RowFormat("prompt/completion of messages", ("prompt", "completion"), CHAT, _completion_messages),
     RowFormat("prompt/completion", ("prompt", "completion"), COMPLETION, _completion),
@@ -215,6 +248,5 @@ def checked_rows(
                 f"{where}: has {form.keys} ({form.name}), the rows before have {first.keys} ({first.name}); use one "
                 "form in a file"
             )
-        if form.kind == CHAT:
-            _refuse_more_than_text(row, where)
+        _refuse_dropped(row, where, form, images)
         yield checked_pair_with_image(row, where) if images and form.kind == PAIR else form.convert(row, where)

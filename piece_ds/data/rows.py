@@ -70,9 +70,12 @@ def checked_pair_with_image(row: dict[str, Any], where: str) -> dict[str, Any]:
         for answer in (given if isinstance(given, list) else [given])
     ]
     chosen = chosen_answer(answers)
-    image = next((row[key] for key in IMAGE_KEYS if row.get(key) is not None), None)
+    named = {key: row[key] for key in IMAGE_KEYS if row.get(key) not in (None, "")}
+    image = next(iter(named.values()), None)
     if image is not None and not isinstance(image, str):
         raise UserError(f"{where}: image must be the path of one file, got {type_name(image)}")
+    if len(set(named.values())) > 1:
+        raise UserError(f"{where}: {' and '.join(named)} name different files; a row has one image")
     return {"prompt": text_of(row["prompt"], "prompt", where), "answer": chosen, "answers": answers, "image": image}
 
 

@@ -169,6 +169,20 @@ REFUSED = {
     '{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "x"}], '
     '"tools": [{}]}': "tools and calls of them",
     '{"instruction": "x", "output": "y", "audio": {"path": "a.wav"}}': "images, sounds and films",
+    '{"prompt": "p", "answer": "a", "image": "a.png"}': "images, sounds and films would not be read.*key 'image'",
+    '{"prompt": "p", "answer": "a", "images": ["a.png"]}': "would not be read.*key 'images'",
+    '{"prompt": "p", "answer": "a", "pic_path": "a.png"}': "would not be read.*key 'pic_path'",
+    '{"prompt": "p", "completion": "a", "video": "a.mp4"}': "would not be read.*key 'video'",
+    '{"input_ids": [1, 2], "labels": [1, 2], "pixel_values": [[0.1]]}': "would not be read.*key 'pixel_values'",
+    '{"text": "t", "audios": ["a.wav"]}': "would not be read.*key 'audios'",
+    '{"prompt": "p", "answer": "a", "tools": "[{}]"}': "tools and calls of them.*key 'tools'",
+    '{"prompt": "p", "completion": "a", "functions": [{}]}': "tools and calls of them.*key 'functions'",
+    '{"prompt": "p", "answer": "a", "system": "Be brief."}': "'system' has no place in a row of prompt/answer",
+    '{"prompt": "p", "completion": "a", "history": [["q", "a"]]}': "'history' has no place in a row of prompt/comp",
+    '{"messages": [{"role": "assistant", "content": "x"}], "history": [["q", "a"]]}': "'history' has no place",
+    '{"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "x"}], "system": "t"}': (
+        "may only stand first"
+    ),
     '{"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "x"}]}': "may only stand first",
     '{"conversations": [{"from": "human", "value": "x"}], "system": 3}': "system must be text",
     '{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}': "prompt must be text",
@@ -198,6 +212,31 @@ def test_rows_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
                 load_rows(str(tmp_path / name))
             assert "\n" not in str(refusal.value)
             assert len(str(refusal.value)) < 700
+
+
+def test_keys_that_say_nothing_are_dropped_and_one_image_is_read(tmp_path: Path) -> None:
+    empty = {"tools": [], "image": None, "images": "[]", "system": "", "history": [], "id": 7, "source": "x"}
+    for row in ({"prompt": "p", "answer": "a"}, {"prompt": "p", "completion": "a"}, {"text": "a"}):
+        assert list(load_rows(write(tmp_path, {**empty, **row}))) == [row]
+    # Token ids and text are whole as they are: what they were made of may stand beside them.
+    row = {"input_ids": [1, 2], "labels": [1, 2]}
+    assert list(load_rows(write(tmp_path, {**row, "system": "s", "tools": [{}]}))) == [row]
+
+    # A system text beside messages is their first turn.
+    (found,) = load_rows(write(tmp_path, {"messages": [QUESTION, ANSWER], "system": "Count."}))
+    assert found["messages"] == [{"role": "system", "content": "Count."}, QUESTION, ANSWER]
+
+    # A model that reads images takes one beside a pair.
+    pair = {"prompt": "p", "answer": "a"}
+    for more, image in (({"image": "x"}, "x"), ({"image": "x", "pic_path": "x"}, "x"), ({"pic_path": ""}, None)):
+        assert load_rows(write(tmp_path, {**pair, **more}), images=True)["image"][:] == [image]
+    for more, message in (
+        ({"images": ["x"]}, "may name one image, as the key 'image'; remove the key 'images'"),
+        ({"image": "x", "pic_path": "y"}, "image and pic_path name different files"),
+        ({"image": ["x", "y"]}, "image must be the path of one file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_rows(write(tmp_path, {**pair, **more}), images=True)
 
 
 def test_a_column_named_twice_is_refused_in_every_kind_of_file(tmp_path: Path) -> None:
