@@ -49,7 +49,8 @@ def save_mask(path: Path | str, mask: Mask, version: str | None = None) -> None:
             tensors = {name: ops.index_to_mask(index, numel[name]) for name, index in whole.items()}
         else:
             tensors = {f"{name}{_INDICES}": index_tensor(index, numel[name]) for name, index in whole.items()}
-        write_artifact(path, MASK, tensors, describe(mask, whole), version)
+        base = {} if mask.base_fingerprint is None else {"base_fingerprint": mask.base_fingerprint}
+        write_artifact(path, MASK, tensors, describe(mask, whole) | base, version)
     barrier()
 
 
@@ -136,7 +137,8 @@ def load_mask(path: Path | str, layout: Layout) -> Mask:
         metadata = file.metadata
     count = torch.tensor(sum(p.numel() for p in index.values()), device=collective_device())
     selected = int(all_reduce_sum_(count))
-    return Mask(layout, index, selected, metadata.method, _ratio(path, metadata.ratio, selected / layout.total))
+    ratio = _ratio(path, metadata.ratio, selected / layout.total)
+    return Mask(layout, index, selected, metadata.method, ratio, base_fingerprint=metadata.base_fingerprint)
 
 
 def _ratio(path: Path | str, stated: float, held: float) -> float:

@@ -40,7 +40,8 @@ class Metadata(BaseModel):
         selected, total: its size and the model's, in elements.
         shapes: parameter name -> shape, for the parameters in the file.
         model_fingerprint: see model_fingerprint().
-        base_fingerprint, result_fingerprint: of all weights before and after a delta.
+        base_fingerprint, result_fingerprint: of all weights before and after a delta. A mask has the first: of the
+            weights that it was selected on.
         scale: factor of a delta's changes.
         zeros: parameter name -> dtype of the values that a delta leaves out because all are zero.
         packed: parts of a delta that stand in one packed tensor a parameter.

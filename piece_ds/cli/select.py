@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from piece_ds.checkpoint.mask_base import with_base
 from piece_ds.checkpoint.mask_file import save_mask
 from piece_ds.config.piece import split_patterns
 from piece_ds.config.settings import Settings, load_settings, print_help
@@ -71,7 +72,7 @@ def select_mask(settings: Settings) -> Mask:
 
     # Estimate, select and write.
     batches = source.batches(task.train, training_collator(inputs.tokenizer, settings.data.packing))
-    mask = source.estimate(engine, batches, layout_of(engine.module))
+    mask = with_base(source.estimate(engine, batches, layout_of(engine.module)), engine.module)
     save_mask(output_file, mask)
     engine.empty_partition_cache()
     engine.destroy()

@@ -4,7 +4,7 @@ At a density d the list costs 32 d bits per element in a file's int32, a bit mas
 and 0.1 % is far below.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ class Mask:
         num_selected: selected elements over all ranks.
         method, ratio: how it was made.
         proposed_ratio: selected / all elements that its scores propose; None if they propose none.
-        extra: more text to be kept in its file.
+        base_fingerprint: of the weights that it was selected on, as deltas name their base; None if that is not known.
     """
 
     layout: Layout
@@ -33,8 +33,8 @@ class Mask:
     num_selected: int
     method: str = "unknown"
     ratio: float = 0.0
-    extra: dict[str, str] = field(default_factory=dict)
     proposed_ratio: float | None = None
+    base_fingerprint: str | None = None
 
     def whole(self) -> dict[str, Tensor]:
         """Return parameter name -> ascending positions over all ranks, on every rank. A collective.

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from piece_ds.checkpoint.delta_file import chain_metadata, load_previous, save_delta
 from piece_ds.checkpoint.delta_parts import CODINGS
+from piece_ds.checkpoint.mask_base import say_other_base, with_base
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.config.piece import PieceConfig, config_of
 from piece_ds.config.recommended import callback_settings
@@ -159,6 +160,8 @@ class PieceCallback(TrainerCallback):
         path = Path(args.output_dir) / MASK_NAME
         given = self.mask_file or (path if is_resumed else None)
         self.mask = load_mask(given, layout) if given is not None else self._select(engine, layout)
+        if self.mask_file is not None and not is_resumed:
+            say_other_base(self.mask, engine.module, self.mask_file)
         if not is_resumed:
             save_mask(path, self.mask)
         logger.info("%s", selection_line(self.mask, self.select_seconds))
@@ -225,7 +228,7 @@ class PieceCallback(TrainerCallback):
             options = self.general.options(engine, layout)
             mask = estimate_mask(engine, batches, self.config, layout=layout, options=options)
         self.select_seconds = time.perf_counter() - begin
-        return mask
+        return with_base(mask, engine.module)
 
 
 def _say_rate(recipe: str | None, rate: float | None, arguments: TrainingArguments) -> None:

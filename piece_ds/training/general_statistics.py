@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from piece_ds.checkpoint.mask_base import fingerprint_of
 from piece_ds.checkpoint.statistics_file import has_statistics, load_statistics, save_statistics
 from piece_ds.config.method_arguments import MethodArguments
 from piece_ds.data.collate import MicroBatches
 from piece_ds.runtime.errors import UserError
-from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
-from piece_ds.state.weights_hash import hexadecimal
 from piece_ds.zero.statistics import collect_statistics
-from piece_ds.zero.weights import weights_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +115,3 @@ def digest_of(batches: MicroBatches) -> str:
     for batch in batches:
         digest.update(batch["input_ids"].numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def fingerprint_of(model: nn.Module, layout: Layout) -> str:
-    """Return the fingerprint of all weights. A collective.
-
-    Cost: reads this rank's part of the weights once.
-    """
-    return hexadecimal(int(weights_fingerprint(model, Mask(layout, {}, 0))))

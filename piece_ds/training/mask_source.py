@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from piece_ds.checkpoint.mask_base import fingerprint_of
 from piece_ds.checkpoint.mask_statistics import read_index
 from piece_ds.checkpoint.statistics_file import (
     forget_statistics,
@@ -28,7 +29,7 @@ from piece_ds.runtime.distributed import is_main
 from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
-from piece_ds.training.general_statistics import GeneralStatistics, fingerprint_of
+from piece_ds.training.general_statistics import GeneralStatistics
 from piece_ds.update.step_scale import StepScale, general_step_scale
 from piece_ds.zero.statistics import StatisticsCheckpoint, collect_statistics
 

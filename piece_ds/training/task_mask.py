@@ -2,11 +2,13 @@
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from piece_ds.checkpoint.delta_file import chain_metadata, checksum_of, load_previous, save_delta
+from piece_ds.checkpoint.mask_base import say_other_base
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.checkpoint.statistics_file import PartialStatistics
 from piece_ds.config.output_arguments import OutputArguments
@@ -89,6 +91,9 @@ class TaskMask:
         is_resumed = self._is_resumed()
         if mask_file is not None:
             self.mask = load_mask(mask_file, layout)
+            # Later tasks, and a resumed one, begin with weights that the run itself has changed.
+            if self._source.is_first and not is_resumed:
+                say_other_base(self.mask, engine.module, mask_file)
         else:
             self.mask = load_mask(path, layout) if is_resumed else self._estimate(engine, layout)
 
@@ -184,11 +189,8 @@ class TaskMask:
         batches = source.batches(context.task.train, context.collate)
 
         # An interrupted pass resumes only on the same rows and batches.
-        kept = PartialStatistics(
-            self._folder / PARTIAL_NAME,
-            source.files.statistics_save_steps,
-            source.source_of(engine, batches, layout),
-        )
+        origin = source.source_of(engine, batches, layout)
+        kept = PartialStatistics(self._folder / PARTIAL_NAME, source.files.statistics_save_steps, origin)
         mask = source.estimate(engine, batches, layout, kept)
         self.select_seconds = time.perf_counter() - begin
-        return mask
+        return replace(mask, base_fingerprint=str(origin["weights"]))

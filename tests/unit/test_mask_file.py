@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from piece_ds.checkpoint.artifact import MASK, open_artifact, write_artifact
+from piece_ds.checkpoint.mask_base import say_other_base, with_base
 from piece_ds.checkpoint.mask_file import _positions, _smaller, check_mask_file, load_mask, mask_names, save_mask
 from piece_ds.checkpoint.mask_statistics import read_index
 from piece_ds.models.layout import layout_of
@@ -257,3 +259,28 @@ def test_indices_that_cannot_be_are_refused(tmp_path: Path, damage: str) -> None
     write_artifact(tmp_path / "m", MASK, {"second.weight.indices": index}, {}, "2")
     with pytest.raises(UserError, match=message):
         load_mask(tmp_path / "m", Model.layout())
+
+
+def test_a_mask_names_the_weights_it_was_selected_on_and_others_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model, other = Model(), Model()
+    index = {name: torch.tensor(positions) for name, positions in INDEX.items()}
+    for version in ("1", "2"):
+        mask = with_base(Mask(layout_of(model), index, 7, "piece-s", 0.13), model)
+        save_mask(tmp_path / "m", mask, version)
+        found = load_mask(tmp_path / "m", layout_of(other))
+        assert found.base_fingerprint == mask.base_fingerprint
+        say_other_base(found, model, "m")
+        assert not caplog.records, "the same weights"
+        say_other_base(found, other, "m")
+        assert re.search(
+            r"mask m was selected on other weights \(fingerprint \w{16}, this model's \w{16}\)", caplog.text
+        )
+        caplog.clear()
+
+    # Files of other programs, and of earlier versions, do not say.
+    save_mask(tmp_path / "m", replace(mask, base_fingerprint=None))
+    say_other_base(load_mask(tmp_path / "m", layout_of(other)), other, "m")
+    assert not caplog.records
