@@ -140,7 +140,7 @@ def flags_of(
         "output_dir": output_dir,
     }
     if sweep.ratio is not None:
-        flags |= {"mask_ratio": sweep.ratio, "importance_rows": recipe.importance_rows}
+        flags |= {"mask_ratio": sweep.ratio, "importance_rows": sweep.importance_rows or recipe.importance_rows}
         # All rates of a task and seed select from the same statistics, which are kept from the first of them.
         if sweep.method in ("piece-s", "piece-f"):
             flags["statistics_file"] = options.cache / f"task-{sweep.method}-{setting.seed}"
