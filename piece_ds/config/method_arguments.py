@@ -120,7 +120,8 @@ class MethodArguments:
         default=None,
         metadata={
             "help": "nats: scale each task's change down until the loss on one half of --general_file, or "
-            "of a held out part of --general_text, rises no more; results.json reports both halves"
+            "of a held out part of --general_text, rises no more, its standard error over rows included; results.json "
+            "reports both halves"
         },
     )
 

@@ -1,13 +1,14 @@
 """How much of a task to keep: the largest scale of its changes that forgets no more than a budget allows.
 
 A task's changes are multiplied by alpha: 0 is the base, 1 the task. The price of alpha is the rise of the loss on
-general text. A few values are tried, from 1 downwards. Then the search halves the interval between the largest value
+general text, plus its standard error: a few rows say little, and the budget is meant for text that nobody measured. A
+few values are tried, from 1 downwards. Then the search halves the interval between the largest value
 that fits and the next larger one. The curve need not be monotone, so only measured values are ever returned.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from math import isfinite, nan
+from dataclasses import asdict, dataclass, replace
+from math import isfinite, isnan, nan
 from typing import Any
 
 GRID = (1.0, 0.75, 0.5, 0.25)
@@ -22,11 +23,13 @@ class Trial:
         alpha: factor of the task's changes.
         general_loss: nats per token of the part of the general text that the search uses.
         score: of the validation rows, higher is better; None if nothing was validated.
+        standard_error: of the rise of general_loss, nats; 0 if it is not known.
     """
 
     alpha: float
     general_loss: float
     score: float | None = None
+    standard_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,24 @@ class ForgettingCurve:
         """Return JSON-ready values, with trials sorted by alpha. A loss that is not finite becomes null."""
         trials = [asdict(trial) for trial in sorted(self.trials, key=lambda trial: trial.alpha)]
         for trial in trials:
-            trial["general_loss"] = trial["general_loss"] if isfinite(trial["general_loss"]) else None
+            for name in ("general_loss", "standard_error"):
+                trial[name] = trial[name] if isfinite(trial[name]) else None
         return {"alpha": self.alpha, "budget": self.budget, "before": self.before, "trials": trials}
 
 
 def search_scale(
-    measure: Callable[[float], tuple[float, float | None]], before: float, budget: float, max_trials: int = MAX_TRIALS
+    measure: Callable[[float], Trial], before: float, budget: float, max_trials: int = MAX_TRIALS
 ) -> ForgettingCurve:
     """Search for alpha within a budget of forgetting.
+
+    An alpha fits if the rise and its standard error together stay within the budget.
 
     With validation scores the whole grid is tried. The best score among values that fit wins; ties go to the larger
     alpha. Without scores the grid is tried only down to the largest value that fits. A task that fits as it is costs
     one trial.
 
     Args:
-        measure: alpha -> (general loss in nats, validation score or None).
+        measure: alpha -> its trial.
         before: general loss at alpha 0, nats.
         budget: allowed rise of the general loss, nats, 0 or more.
         max_trials: most calls of measure, 1 or more.
@@ -84,11 +90,11 @@ def search_scale(
     trials: list[Trial] = []
 
     def fits(trial: Trial) -> bool:
-        return trial.general_loss - before <= budget  # False for NaN
+        return trial.general_loss - before + trial.standard_error <= budget  # False for NaN
 
     def run(alpha: float) -> Trial:
-        loss, score = measure(alpha)
-        trials.append(Trial(alpha, loss, None if score is None or score != score else score))
+        trial = measure(alpha)
+        trials.append(replace(trial, score=None) if trial.score is not None and isnan(trial.score) else trial)
         return trials[-1]
 
     # The grid, downwards.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import nan, sqrt
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.evaluation.batches import evaluating, shard_batches
-from piece_ds.runtime.distributed import all_reduce_sum_
+from piece_ds.runtime.distributed import all_reduce_sum_, rank, world_size
 from piece_ds.runtime.signals import exit_if_signalled
 
 Batch = dict[str, Tensor]
@@ -31,10 +31,12 @@ class LossResult:
     Attributes:
         sum_loss: nats summed over the counted tokens.
         num_tokens: labels that enter the loss. The first position of a row never does.
+        batches: the same pair of each batch, in an order that does not depend on the number of ranks.
     """
 
     sum_loss: float
     num_tokens: int
+    batches: tuple[tuple[float, int], ...] = ()
 
     @property
     def mean(self) -> float:
@@ -59,26 +61,51 @@ def evaluate_loss(
         batch_size: rows in a forward pass.
         device: where the batches go and the sums are kept.
     Returns:
-        The same LossResult on every rank. Sums are in fp64, so the number of ranks changes them only by rounding.
-    Cost: ceil(ceil(rows / batch_size) / ranks) forward passes on every rank, and one all-reduce of two numbers.
+        The same LossResult on every rank. Sums are in fp64 and by batch, so the number of ranks does not change them.
+    Cost: ceil(ceil(rows / batch_size) / ranks) forward passes on every rank, and one all-reduce of two numbers a batch.
     """
     lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+    shares = shard_batches(lengths, batch_size)
+    sums = torch.zeros(len(shares) * world_size(), 2, dtype=torch.float64, device=device)  # loss, tokens
 
     # The mean loss of a batch times its tokens is the sum, so batches of different lengths weigh as they should.
     with evaluating(model):
-        for share in shard_batches(lengths, batch_size):
+        for turn, share in enumerate(shares):
             exit_if_signalled("during an evaluation")
             batch = collator([dataset[index] for index in share.indices])
             num_tokens = count_labels(batch["labels"])
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
             if share.counted and num_tokens > 0:  # the mean over no token is nan
-                sums[0] += loss.detach().to(sums) * num_tokens
-                sums[1] += num_tokens
+                mine = turn * world_size() + rank()
+                sums[mine, 0] = loss.detach().to(sums) * num_tokens
+                sums[mine, 1] = num_tokens
 
-    # One sum over ranks at the end.
+    # One exchange at the end: each batch is one rank's, so the sums are those of one rank to the bit.
     all_reduce_sum_(sums)
-    return LossResult(sum_loss=sums[0].item(), num_tokens=int(sums[1].item()))
+    batches = tuple((loss, int(num_tokens)) for loss, num_tokens in sums.tolist() if num_tokens)
+    return LossResult(sum(loss for loss, _ in batches), sum(num_tokens for _, num_tokens in batches), batches)
+
+
+def standard_error_of_rise(before: LossResult, after: LossResult) -> float:
+    """Return the standard error of after.mean - before.mean over the text that the rows are a sample of, nats.
+
+    Batches are the sample, each with its own number of tokens (a ratio estimator, linearised). The same rows are
+    compared, so what makes one row harder than another cancels.
+
+    Args:
+        before, after: of the same rows in the same batches.
+    Returns:
+        0 with fewer than two batches, of which nothing can be said.
+    """
+    size = len(before.batches)
+    if size < 2 or not before.num_tokens:
+        return 0.0
+    rise = after.mean - before.mean
+    residuals = [
+        later - earlier - rise * num_tokens
+        for (earlier, num_tokens), (later, _) in zip(before.batches, after.batches, strict=True)
+    ]
+    return sqrt(size / (size - 1) * sum(residual**2 for residual in residuals)) / before.num_tokens
 
 
 def count_labels(labels: Tensor) -> int:

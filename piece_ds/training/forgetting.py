@@ -11,14 +11,17 @@ import datasets
 from piece_ds.data.image_collate import make_collator
 from piece_ds.deltas.delta import Change
 from piece_ds.deltas.live import LiveDelta
-from piece_ds.evaluation.forgetting_budget import search_scale
-from piece_ds.evaluation.loss import evaluate_loss
+from piece_ds.evaluation.forgetting_budget import Trial, search_scale
+from piece_ds.evaluation.loss import LossResult, evaluate_loss, standard_error_of_rise
 from piece_ds.models.processor import Processing
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.rank_status import report_status
 from piece_ds.state.mask import Mask, gather_fragments
 
 logger = logging.getLogger(__name__)
+
+# Batches that a standard error is worked out of, if there are as many rows.
+NUM_GROUPS = 16
 
 
 class Scalable(Protocol):
@@ -37,7 +40,7 @@ class ForgettingBudget:
         tokenizer: the model's, or its processor.
         judged: text that stands for general ability, and that no training has seen; two rows or more.
         validated: rows of the task whose loss chooses among the scales within the budget; None takes the largest scale.
-        batch_size: rows of a batch on each rank.
+        batch_size: rows of a batch on each rank, at most.
     """
 
     nats: float
@@ -55,18 +58,19 @@ class ForgettingBudget:
         """
         report_status("searching how much of the task to keep")
         collate = make_collator(self.tokenizer)
-        found = limit_forgetting(
-            changes,
-            rows=self.judged,
-            validated=self.validated,
-            loss=lambda rows: evaluate_loss(engine, rows, collate, self.batch_size, engine.device).mean,
-            budget=self.nats,
-        )
+
+        def loss(rows: datasets.Dataset) -> LossResult:
+            batch_size = max(1, min(self.batch_size, len(rows) // NUM_GROUPS))
+            return evaluate_loss(engine, rows, collate, batch_size, engine.device)
+
+        found = limit_forgetting(changes, rows=self.judged, validated=self.validated, loss=loss, budget=self.nats)
+        chosen = next((t for t in found["curve"]["trials"] if t["alpha"] == found["delta_scale"]), None)
         logger.warning(
-            "forgetting budget %g nats: %g of the task's change is kept; loss on the other half of the general text "
+            "forgetting budget %g nats: %g of the task's change is kept%s; loss on the other half of the general text "
             "%.4f before, %.4f after (%.4f with the whole change)",
             self.nats,
             found["delta_scale"],
+            "" if chosen is None else f", the rise is uncertain by {chosen['standard_error']:.4f}",
             *(found["report"][moment] for moment in ("before", "after", "unscaled")),
         )
         return found
@@ -76,7 +80,7 @@ def limit_forgetting(
     changes: Scalable,
     *,
     rows: datasets.Dataset,
-    loss: Callable[[datasets.Dataset], float | None],
+    loss: Callable[[datasets.Dataset], LossResult],
     budget: float,
     validated: datasets.Dataset | None = None,
 ) -> dict[str, Any]:
@@ -85,8 +89,8 @@ def limit_forgetting(
     Args:
         changes: of the task; at the chosen scale when this returns.
         rows: general text. Every second row is searched on; the others are only reported.
-        loss: of some rows, nats per token, the same on every rank.
-        budget: allowed rise of the loss on the rows that are searched on, nats.
+        loss: of some rows, the same on every rank.
+        budget: allowed rise of the loss on the rows that are searched on, with its standard error, nats.
         validated: rows of the task. Then the scale of least loss on them is chosen among those within the budget, else
             the largest.
     Returns:
@@ -99,30 +103,30 @@ def limit_forgetting(
     # Two halves: a scale that was chosen on some rows says too little about their loss.
     searched, reported = searched_half(rows), rows.select(range(1, len(rows), 2))
 
-    def measure(alpha: float, text: datasets.Dataset) -> float:
+    def measure(alpha: float, text: datasets.Dataset) -> LossResult:
         changes.set_(alpha)
-        found = loss(text)
-        return float("nan") if found is None else found
+        return loss(text)
 
     # Both halves, with the whole task and without it.
     whole = {"search": measure(1.0, searched), "report": measure(1.0, reported)}
     before = {"search": measure(0.0, searched), "report": measure(0.0, reported)}
-    if not isfinite(before["search"]):
+    if not isfinite(before["search"].mean):
         raise UserError(
-            f"--forgetting_budget: the general text's loss is {before['search']} before the task: give text that the "
-            "model can read"
+            f"--forgetting_budget: the general text's loss is {before['search'].mean} before the task: give text that "
+            "the model can read"
         )
 
     # The whole task is measured already: as a trial it costs nothing on general text.
-    def trial(alpha: float) -> tuple[float, float | None]:
+    def trial(alpha: float) -> Trial:
         general = whole["search"] if alpha == 1.0 else measure(alpha, searched)
-        return general, None if validated is None else -measure(alpha, validated)
+        score = None if validated is None else -measure(alpha, validated).mean
+        return Trial(alpha, general.mean, score, standard_error_of_rise(before["search"], general))
 
-    curve = search_scale(trial, before["search"], budget)
+    curve = search_scale(trial, before["search"].mean, budget)
 
     # What is kept, and what it costs on the half that the search has not seen.
-    after = {"search": before["search"] + curve.rise, "report": measure(curve.alpha, reported)}
-    halves = {half: {"before": before[half], "after": after[half], "unscaled": whole[half]} for half in whole}
+    after = {"search": before["search"].mean + curve.rise, "report": measure(curve.alpha, reported).mean}
+    halves = {half: {"before": before[half].mean, "after": after[half], "unscaled": whole[half].mean} for half in whole}
     return {"delta_scale": curve.alpha, "curve": curve.to_json(), **halves}
 
 

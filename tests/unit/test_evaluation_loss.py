@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from piece_ds.data.collate import Collator
 from piece_ds.evaluation import batches as dealing_module
 from piece_ds.evaluation.batches import shard_batches
-from piece_ds.evaluation.loss import count_labels, evaluate_loss
+from piece_ds.evaluation.loss import LossResult, count_labels, evaluate_loss, standard_error_of_rise
 
 
 class LabelMean(nn.Module):
@@ -108,3 +108,34 @@ def test_three_batches_on_two_ranks_count_once_each() -> None:
     rows = [row(-100, 4), row(-100, 1, 2, 3), row(-100, -100, 10)]
     found = on_ranks(2, lambda: evaluate_loss(LabelMean(), rows, Collator(pad_id=0), 1, "cpu"))
     assert [(one.sum_loss, one.num_tokens) for one in found] == [(pytest.approx(20.0), 5)] * 2
+    # By batch, as one rank has it.
+    alone = evaluate_loss(LabelMean(), rows, Collator(pad_id=0), 1, "cpu")
+    assert found == [alone, alone]
+    assert alone.batches == ((pytest.approx(6.0), 3), (pytest.approx(10.0), 1), (pytest.approx(4.0), 1))
+
+
+def test_the_standard_error_of_a_rise_is_that_of_many_samples() -> None:
+    """Drawn again and again from one population, the rise scatters by as much as one sample says."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sample() -> tuple[LossResult, LossResult]:
+        tokens = torch.randint(20, 60, (64,), generator=generator)
+        hardness = 3 + torch.randn(64, generator=generator)
+        rises = 0.1 + 0.2 * torch.randn(64, generator=generator)
+        parts = [
+            [(float(v), int(n)) for v, n in zip(x * tokens, tokens, strict=True)] for x in (hardness, hardness + rises)
+        ]
+        before, after = (LossResult(sum(v for v, _ in part), int(tokens.sum()), tuple(part)) for part in parts)
+        return before, after
+
+    samples = [sample() for _ in range(400)]
+    scatter = torch.tensor([after.mean - before.mean for before, after in samples]).std().item()
+    said = sum(standard_error_of_rise(*one) for one in samples) / len(samples)
+    assert said == pytest.approx(scatter, rel=0.1)
+    assert scatter < 0.05  # the rows' hardness, which scatters by 1 / 8, cancels
+
+
+def test_one_batch_says_nothing_of_others() -> None:
+    one = LossResult(4.0, 2, ((4.0, 2),))
+    assert standard_error_of_rise(one, LossResult(6.0, 2, ((6.0, 2),))) == 0.0
+    assert standard_error_of_rise(LossResult(0.0, 0), LossResult(0.0, 0)) == 0.0

@@ -1,7 +1,7 @@
 """The scale of a task that a forgetting budget allows: on curves of which the answer is known."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,8 @@ from torch import nn
 from piece_ds.config.method_arguments import BaselineArguments
 from piece_ds.config.settings import parse
 from piece_ds.deltas.dense import DenseChange, _shard
-from piece_ds.evaluation.forgetting_budget import MAX_TRIALS, search_scale
+from piece_ds.evaluation.forgetting_budget import MAX_TRIALS, Trial, search_scale
+from piece_ds.evaluation.loss import LossResult
 from piece_ds.methods.lora import merged
 from piece_ds.methods.registry import METHODS
 from piece_ds.models.layout import layout_of
@@ -26,10 +27,14 @@ from piece_ds.training.forgetting import limit_forgetting, masked_change
 from piece_ds.zero.weights import read_selected
 
 
-def curve(loss: Callable[[float], float], score: Callable[[float], float | None] = lambda alpha: None) -> Callable:
-    def measure(alpha: float) -> tuple[float, float | None]:
+def curve(
+    loss: Callable[[float], float],
+    score: Callable[[float], float | None] = lambda alpha: None,
+    error: Callable[[float], float] = lambda alpha: 0.0,
+) -> Callable[[float], Trial]:
+    def measure(alpha: float) -> Trial:
         assert 0 < alpha <= 1  # alpha 0 is known
-        return loss(alpha), score(alpha)
+        return Trial(alpha, loss(alpha), score(alpha), error(alpha))
 
     return measure
 
@@ -83,6 +88,36 @@ def test_the_best_validation_score_within_the_budget_wins() -> None:
     assert search_scale(curve(lambda alpha: 2.0, lambda alpha: math.nan), before=2.0, budget=0.1).alpha == 1.0
 
 
+def test_a_rise_fits_only_with_its_standard_error() -> None:
+    """A rise of alpha / 10 that is uncertain by as much: half of what would fit if it were known exactly."""
+    found = search_scale(curve(lambda alpha: 2 + alpha / 10, error=lambda alpha: alpha / 10), before=2.0, budget=0.1)
+    assert found.alpha == 0.5
+    assert found.to_json()["trials"][0]["standard_error"] == pytest.approx(0.05)
+    # Rows of which nothing can be worked out fit nothing.
+    assert search_scale(curve(lambda alpha: 2.0, error=lambda alpha: math.nan), before=2.0, budget=0.1).alpha == 0.0
+
+
+def test_few_rows_that_differ_keep_less_than_many_that_agree() -> None:
+    """All rise by 0.1 alpha on average; where rows differ by 0.2 alpha, four of them leave 0.12 alpha of doubt."""
+    kept = {}
+    for name, per_row in (("agree", (0.1, 0.1, 0.1, 0.1)), ("differ", (0.3, -0.1, 0.3, -0.1))):
+        alphas: list[float] = []
+
+        def loss(
+            text: datasets.Dataset, alphas: list[float] = alphas, per_row: Sequence[float] = per_row
+        ) -> LossResult:
+            batches = tuple((10 * (2 + alphas[-1] * rise), 10) for rise in per_row)
+            return LossResult(sum(one for one, _ in batches), 40, batches)
+
+        rows = datasets.Dataset.from_list([{"row": row} for row in range(8)])
+        found = limit_forgetting(SimpleNamespace(set_=alphas.append), rows=rows, loss=loss, budget=0.11)
+        kept[name] = found["delta_scale"]
+        for trial in found["curve"]["trials"]:
+            doubt = 0.0 if name == "agree" else 0.2 / math.sqrt(3) * trial["alpha"]
+            assert trial["standard_error"] == pytest.approx(doubt, abs=1e-12)
+    assert kept == {"agree": 1.0, "differ": 0.5}
+
+
 def test_trials_are_never_more_than_asked() -> None:
     for max_trials in range(1, 9):
         for budget in (0.0, 0.3, 2.0):
@@ -112,10 +147,10 @@ def test_a_live_model_is_scaled_and_the_whole_task_kept_beside_it(budget: float,
     rows = datasets.Dataset.from_list([{"row": row} for row in range(5)])
     seen = []
 
-    def loss(text: datasets.Dataset) -> float:
+    def loss(text: datasets.Dataset) -> LossResult:
         seen.append(tuple(text["row"]))
         apart = 10 if 1 in text["row"] else 0  # what is only reported must not be searched on
-        return apart + float(model.weight.data.view(-1)[5])  # 1 + 2 alpha
+        return LossResult(apart + float(model.weight.data.view(-1)[5]), 1)  # 1 + 2 alpha
 
     live = masked_change(SimpleNamespace(module=model), task.mask, task.previous, read_selected(model, task.mask))
     found = limit_forgetting(live, rows=rows, loss=loss, budget=budget)
@@ -131,7 +166,9 @@ def test_a_live_model_is_scaled_and_the_whole_task_kept_beside_it(budget: float,
 def test_text_without_a_finite_loss_is_refused() -> None:
     rows = datasets.Dataset.from_list([{"row": row} for row in range(2)])
     with pytest.raises(UserError, match="--forgetting_budget"):
-        limit_forgetting(SimpleNamespace(set_=lambda alpha: None), rows=rows, loss=lambda text: None, budget=0.1)
+        limit_forgetting(
+            SimpleNamespace(set_=lambda alpha: None), rows=rows, loss=lambda text: LossResult(0.0, 0), budget=0.1
+        )
 
 
 def test_validation_rows_choose_among_the_scales_that_fit() -> None:
@@ -139,8 +176,8 @@ def test_validation_rows_choose_among_the_scales_that_fit() -> None:
     general, held_out = (datasets.Dataset.from_list([{"row": row} for row in range(size)]) for size in (4, 3))
     alphas: list[float] = []
 
-    def loss(text: datasets.Dataset) -> float:
-        return (alphas[-1] - 0.5) ** 2 if len(text) == 3 else 2 + alphas[-1]
+    def loss(text: datasets.Dataset) -> LossResult:
+        return LossResult((alphas[-1] - 0.5) ** 2 if len(text) == 3 else 2 + alphas[-1], 1)
 
     found = limit_forgetting(
         SimpleNamespace(set_=alphas.append), rows=general, loss=loss, budget=0.8, validated=held_out
