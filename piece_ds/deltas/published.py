@@ -167,6 +167,12 @@ def read_manifest(path: Path, origin: str) -> Manifest:
     missing = [name for name in manifest.deltas if name not in manifest.files or not name.endswith(DELTA_NAME)]
     if not manifest.deltas or missing or len(set(manifest.deltas)) < len(manifest.deltas):
         raise UserError(f"{MANIFEST_NAME} of {origin} does not list its deltas and their sha256: {remedy}")
+    # A task whose delta is not in the list would be left out without a word.
+    folders = {name.rpartition("/")[0] for name in manifest.deltas}
+    beside = [name for name in manifest.files if _ARTIFACT.fullmatch(name) and name not in manifest.deltas]
+    left_out = [name for name in beside if name.endswith(DELTA_NAME) or name.rpartition("/")[0] not in folders]
+    if left_out:
+        raise UserError(f"{MANIFEST_NAME} of {origin} lists the file {left_out[0]!r}, and not its delta: {remedy}")
     return manifest
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from piece_ds.checkpoint.manifest import is_complete, verify_manifest
 from piece_ds.checkpoint.selected_file import load_selected_state
@@ -16,6 +15,8 @@ from piece_ds.runtime.distributed import broadcast_object, world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import not_written
 from piece_ds.runtime.schema import read_json
+from piece_ds.training.checkpoint_state import check_progress
+from piece_ds.training.run_folder import checkpoints_in
 from piece_ds.update.compact import CompactUpdate
 from piece_ds.update.masked import MaskedUpdate
 
@@ -45,7 +46,7 @@ def cut_of(arguments: TrainingArguments) -> dict[str, Any]:
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of a task, or None; the same on all ranks. A collective."""
     # By step, not by name: checkpoint-10 is newer than checkpoint-9.
-    complete = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
+    complete = [path for path in checkpoints_in(folder) if is_complete(path)]
     return broadcast_object(max(complete, key=step_of, default=None))
 
 
@@ -65,8 +66,11 @@ def needs_resharding(checkpoint: Path, arguments: TrainingArguments, masked: boo
         UserError: a file is damaged, or the checkpoint has another sharding and holds no selection.
     """
     try:
-        verify_manifest(checkpoint)
+        verify_manifest(checkpoint, whole=True)
+        check_progress(checkpoint, step_of(checkpoint))
     except UserError as error:
+        if any(remedy in str(error) for remedy in (f"remove {checkpoint} ", "move it away")):
+            raise
         raise UserError(f"{error}; remove {checkpoint} to resume from what was there before it") from None
 
     # Compare shardings as JSON, since one of them comes from a file.

@@ -1,5 +1,6 @@
 """Describe the output folder of a run: its paths, and what is removed during the run. For its owner see claim.py."""
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,13 @@ PREVIOUS_NAME = "previous.safetensors"
 # The base model's logits, for --general_kl and --kl_tokens, until the stream ends.
 LOGITS_FOLDER = "general_logits"
 PARTIAL_NAME = "statistics.partial"
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]{{1,18}}")
+
+
+def checkpoints_in(task: Path) -> list[Path]:
+    """Return the folders of a task that are named as the trainer names its checkpoints. Others are the user's own."""
+    found = task.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return [path for path in found if _CHECKPOINT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
 def clear_half_written(root: Path) -> None:
@@ -22,9 +30,10 @@ def clear_half_written(root: Path) -> None:
     if is_main():
         # Files are written as temporaries and renamed, so what is left over is half-written.
         remove_temporaries(root)
-        for checkpoint in root.glob(f"[0-9]*-*/{PREFIX_CHECKPOINT_DIR}-*"):
-            if not is_complete(checkpoint):
-                shutil.rmtree(checkpoint)
+        for task in root.glob("[0-9]*-*"):
+            for checkpoint in checkpoints_in(task):
+                if not is_complete(checkpoint):
+                    shutil.rmtree(checkpoint)
     barrier()
 
 
@@ -32,7 +41,7 @@ def forget_resumption(task: Path) -> None:
     """Remove what only an unfinished task needs. Only rank 0 calls it; it may be called again."""
     (task / PREVIOUS_NAME).unlink(missing_ok=True)
     shutil.rmtree(task / PARTIAL_NAME, ignore_errors=True)
-    for checkpoint in task.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    for checkpoint in checkpoints_in(task):
         (checkpoint / SUMS_NAME).unlink(missing_ok=True)  # first: half a checkpoint must not count as one
         shutil.rmtree(checkpoint)
 
