@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from piece_ds.cli.commands import run_launched
+from piece_ds.__main__ import main
 
 if __name__ == "__main__":
-    run_launched("evaluate", ["evaluate", *sys.argv[1:]])
+    main(["evaluate", *sys.argv[1:]])

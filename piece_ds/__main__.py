@@ -1,18 +1,33 @@
-"""`piece_ds`, `python -m piece_ds`, `deepspeed --module piece_ds`: every command, imported when it runs."""
+"""`piece_ds`, `python -m piece_ds`, `deepspeed --module piece_ds`: every command, imported when it runs.
+
+Nothing here imports torch before the command has a folder to run in: torch's libraries cannot be loaded without one.
+"""
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from piece_ds.cli.commands import launched_command, run_launched
-from piece_ds.cli.main import _parser
 from piece_ds.runtime.errors import MachineError, UserError, bad_name
+from piece_ds.runtime.launch_environment import require_working_folder
+from piece_ds.runtime.streams import keep_streams, lost_output
 from piece_ds.runtime.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. A UserError becomes one line on stderr and exit code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        require_working_folder()
+    except UserError as error:
+        _say(error)
+        sys.exit(2)
+    if argv is None:
+        keep_streams()
+
+    # The launch scripts' commands run by themselves.
+    from piece_ds.cli.commands import launched_command, run_launched
+    from piece_ds.cli.main import _parser
+
     launched = launched_command(words)
     if launched is not None:
         run_launched(launched, words)
@@ -21,17 +36,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         module, function = arguments.run.split(":")
         getattr(import_module(module), function)(arguments)
     except UserError as error:
-        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
+        _say(error)
         sys.exit(2)
     except MachineError as error:
-        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
+        _say(error)
         sys.exit(1)
     except OSError as error:
         line = bad_name(error)
         if line is None:
             raise
-        print(printable(f"error: {line}"), file=sys.stderr)
+        _say(line)
         sys.exit(2)
+    if lost_output():
+        sys.exit(1)
+
+
+def _say(reason: object) -> None:
+    print(printable(f"error: {' '.join(str(reason).split())}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

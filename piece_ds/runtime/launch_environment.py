@@ -90,6 +90,16 @@ def complete_launch_environment() -> None:
     _complete_local_rank(rank, size)
 
 
+def require_working_folder() -> None:
+    """Raise UserError if the folder that this process runs in has been removed: libraries cannot be loaded there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the folder that this command runs in is not there any more ({error.strerror}): cd to another one"
+        ) from None
+
+
 def require_readable_files() -> None:
     """Raise UserError if Python reads text as ASCII: PyTorch cannot read files of its own then."""
     encoding = locale.getpreferredencoding(False)

@@ -23,6 +23,7 @@ from piece_ds.runtime.launch_environment import (
 )
 from piece_ds.runtime.rank_status import claim, is_gone, is_late, missing_ranks
 from piece_ds.runtime.signals import STOP_CODE, Preempted
+from piece_ds.runtime.streams import keep_streams
 from piece_ds.runtime.text import PrintableFormatter, printable
 
 # How long other ranks wait for rank 0 to print an error that all of them have, before they print it themselves.
@@ -40,6 +41,7 @@ def run_command(main: Callable[[list[str]], None], words: list[str] | None = Non
         main: the program.
         words: its command line without its name; None means that of this process.
     """
+    keep_streams()
     given = sys.argv[1:] if words is None else words
     argv = [a for a in given if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
     try:
