@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from support.jobs import result_of
 from support.models import make_model
@@ -61,6 +62,12 @@ def test_a_copy_follows_the_trainers_chain_of_deltas(job: Any, name: str) -> Non
     links = ChainFollower(model, Path(got["mask_file"]).parent).apply_new()
     assert [link.step for link in links] == [*range(every, NUM_STEPS, every), NUM_STEPS]
     assert differing(got["final"], {n: p.detach().reshape(-1) for n, p in model.named_parameters()}) == set()
+
+
+def test_the_trainers_delta_is_coded_as_asked(job: Any) -> None:
+    for name, version in (("trainer-stage2", "1"), ("trainer-compact-stage3", "2")):
+        with safe_open(Path(result(job, name)["mask_file"]).with_name("delta.safetensors"), "pt") as file:
+            assert file.metadata()["version"] == version
 
 
 @pytest.mark.parametrize("name", list(TRAINERS))

@@ -181,6 +181,12 @@ def test_a_copy_follows_the_chain_of_deltas(material: Material, variants: Result
     assert same_bits(dict(model.named_parameters()), dict(trained.named_parameters()))
 
 
+def test_a_delta_is_coded_as_asked(material: Material, variants: Results) -> None:
+    for name, version in (("words", "1"), ("masked", "2")):
+        with safe_open(task_folder(material, variants, name) / "delta.safetensors", "pt") as file:
+            assert file.metadata()["version"] == version
+
+
 def test_rows_of_token_ids_are_used_as_they_are(material: Material, variants: Results) -> None:
     words, tokens = task_folder(material, variants, "words"), task_folder(material, variants, "tokens")
     assert same_mask(words, tokens)

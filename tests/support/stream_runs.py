@@ -86,7 +86,7 @@ def variant_flags(material: Material) -> dict[str, list[str]]:
         "bf16": short("bf16", model_name_or_path=root / "base_bf16", max_steps=2, delta_every=1),
         "tokens": short("tokens", train_file=_write_tokens(material)),
         "words": short("words"),
-        "masked": short("masked", update_mode="masked", delta_every=1),
+        "masked": short("masked", update_mode="masked", delta_every=1, delta_coding="smallest"),
     }
 
 

@@ -42,7 +42,7 @@ TRAINERS: dict[str, tuple[int, dict[str, Any]]] = {
     "trainer-stage2": (2, {"update_mode": "masked", "delta_every": 4}),
     "trainer-stage3": (3, {"update_mode": "masked"}),
     "trainer-compact-stage0": (0, {}),
-    "trainer-compact-stage3": (3, {"update_mode": "compact", "delta_every": 2}),
+    "trainer-compact-stage3": (3, {"update_mode": "compact", "delta_every": 2, "delta_coding": "smallest"}),
     "trainer-compact-full-stage2": (2, {"update_mode": "compact", "save_full": True}),
     "trainer-general-stage2": (2, {"update_mode": "masked", **GENERAL}),
     # The model writes the text, and what it wrote is read again when the run is resumed.

@@ -23,7 +23,8 @@ from piece_ds.models.layout import layout_of
 from piece_ds.preflight.general_flags import check_general_flags
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
-from piece_ds.training.forgetting import limit_forgetting, masked_change
+from piece_ds.training import forgetting
+from piece_ds.training.forgetting import ForgettingBudget, limit_forgetting, masked_change
 from piece_ds.zero.weights import read_selected
 
 
@@ -161,6 +162,27 @@ def test_a_live_model_is_scaled_and_the_whole_task_kept_beside_it(budget: float,
     for half, apart in (("search", 0), ("report", 10)):
         after = pytest.approx(apart + 1 + 2 * alpha)
         assert found[half] == {"before": apart + 1.0, "after": after, "unscaled": apart + 3.0}
+
+
+def test_a_budget_searches_on_one_half_of_the_text_and_tells_of_the_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Losses of the texts are 2 + alpha and 7 + 4 alpha."""
+    alphas: list[float] = []
+    judged = datasets.Dataset.from_list([{"row": row} for row in range(4)])
+
+    def measured(engine: Any, rows: Any, collate: Any, batch_size: int, device: Any) -> SimpleNamespace:
+        assert (engine.name, collate, batch_size, device) == ("an engine", "a collator", 3, "a device")
+        return SimpleNamespace(mean=7 + 4 * alphas[-1] if 1 in rows["row"] else 2 + alphas[-1], sum=math.nan)
+
+    monkeypatch.setattr(forgetting, "evaluate_loss", measured)
+    monkeypatch.setattr(forgetting, "make_collator", lambda tokenizer: "a collator")
+    budget = ForgettingBudget(nats=0.5, tokenizer=None, judged=judged, validated=None, batch_size=3)  # type: ignore[arg-type]
+    found = budget.limit(SimpleNamespace(name="an engine", device="a device"), SimpleNamespace(set_=alphas.append))
+    assert found["delta_scale"] == alphas[-1] == 0.5
+    assert found["report"] == {"before": 7.0, "after": 9.0, "unscaled": 11.0}
+    assert "budget 0.5 nats: 0.5 of the task's change is kept" in caplog.text
+    assert "7.0000 before, 9.0000 after (11.0000 with the whole change)" in caplog.text
 
 
 def test_text_without_a_finite_loss_is_refused() -> None:

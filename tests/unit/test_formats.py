@@ -266,6 +266,29 @@ def load(path: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Task:
     return load_task_stream(DataArguments(train_file=path, **options), tokenizer)[0]
 
 
+def test_the_start_says_what_becomes_of_a_file(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    short, long = ({"messages": [QUESTION, {"role": "assistant", "content": text}]} for text in ("4", "four " * 30))
+    pair, text, tokens = {"prompt": "1+1?", "answer": "2"}, {"text": "Two."}, {"input_ids": [1, 2], "labels": [1, 2]}
+    limits = {"max_prompt_len": 40, "max_ans_len": 8}
+    for template, row, options, said in (
+        (CHAT_ML, [short, long, long], limits, "loss on the assistant's turns; 2 rows end at 48 tokens"),
+        (None, [short], {}, "no chat template: question and answer stand plain"),
+        (CHAT_ML, [pair], {"chat_template": True}, "chat template used, loss on the answer"),
+        (CHAT_ML, [pair], {}, "chat template not used (--chat_template true uses it)"),
+        (None, [pair], {}, "chat template not used: there is none"),
+        (CHAT_ML, [text], {}, "loss on all of it"),
+        (CHAT_ML, [tokens], {}, "used as they are"),
+    ):
+        caplog.clear()
+        tokenizer.chat_template = template
+        load(write(tmp_path, *row), tokenizer, **options)
+        assert f"{len(row)} rows, " in caplog.messages[0]
+        assert said in caplog.messages[0]
+        assert ("rows end at" in caplog.messages[0]) == ("rows end at" in said)
+
+
 def test_a_conversation_task_is_judged_by_its_last_turn_and_says_what_it_is(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -276,6 +299,8 @@ def test_a_conversation_task_is_judged_by_its_last_turn_and_says_what_it_is(
     assert len(caplog.records) == 1
     assert "2 rows, Alpaca; chat template used" in caplog.text
     assert task.answers == ["4", "4"]
+    assert "loss on the assistant's turns" in caplog.text
+    assert "rows end at" not in caplog.text
     whole = "<|system|>Count.</s><|user|>1+1?</s><|assistant|>2</s><|user|>2+2?</s><|assistant|>"
     assert tokenizer.decode(task.prompts()[0]) == whole
     labels = task.train[0]["labels"]

@@ -84,6 +84,30 @@ def test_unusable_results_are_refused_in_one_line(tmp_path: Path, content: str |
     assert "\n" not in str(refusal.value)
 
 
+def test_a_matrix_that_does_not_fit_its_tasks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    for at, value, message in (
+        (("tasks",), ["qa|b", "qa|b"], "a task is named twice"),
+        (("metrics",), ["loss"], "1 metrics for 2 tasks"),
+        (("loss", "after"), [[1.0, 1.0]] * 3, "3 rows of losses for 2 tasks"),
+        (("general_loss", "after"), [1.0], "2 rows of losses for 2 tasks"),
+        (("accuracy", "after"), [[1.0, None]], "rows of a measure"),
+        (("accuracy", "after"), [[1.0], [1.0]], "rows of a measure"),
+        (("loss", "after"), [[1.0, 1.0], [1.0]], "rows of a measure"),
+        (("loss", "before"), [1.0, 1.0, 1.0], "rows of a measure"),
+        (("score",), {"before": None, "after": [[1.0, 1.0]]}, "rows of a measure"),
+    ):
+        content = json.loads(json.dumps(make_run().to_json()))
+        *outer, last = ("matrix", *at)
+        inside = content
+        for key in outer:
+            inside = inside[key]
+        inside[last] = value
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            read_results(path)
+
+
 def test_derived_values_of_masks_and_logs() -> None:
     run = make_run()
     assert run.selected_counts == {"qa|b": (4, 160), "摘要": (4, 160)}

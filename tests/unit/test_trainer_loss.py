@@ -1,5 +1,6 @@
 """A trainer's micro-batches for the statistics pass: its own collator, columns and loss, and its notes as they were."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,18 @@ def test_a_trainers_own_loss_is_the_one_taken(tmp_path: Path) -> None:
     batches = trainer_micro_batches(own, 2)
     assert batches.loss_of is not None
     assert torch.equal(batches.loss_of(own.model, batches[0]), own.model(**batches[0]).logits.sum())
+
+
+def test_label_smoothing_is_a_loss_of_the_trainers_own(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, ROWS)
+    arguments = replace(trainer.args, label_smoothing_factor=0.25)
+    smoothing = Trainer(model=trainer.model, args=arguments, train_dataset=ROWS, data_collator=default_data_collator)
+    batches = trainer_micro_batches(smoothing, 2)
+    assert batches.loss_of is not None
+    log_probs = smoothing.model(**batches[0]).logits[:, :-1].log_softmax(-1)
+    likely = log_probs.gather(-1, batches[0]["labels"][:, 1:, None]).mean()
+    wanted = -(0.75 * likely + 0.25 * log_probs.mean())
+    torch.testing.assert_close(batches.loss_of(smoothing.model, batches[0]), wanted)
 
 
 def test_rows_without_a_length_are_refused(tmp_path: Path) -> None:

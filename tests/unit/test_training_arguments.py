@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields
@@ -15,6 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from support import argument_sweep as sweep
 from support.launches import CONFIGS, ROOT, one_process, tree
+from torch.utils import file_baton
 from transformers import TrainingArguments
 
 from piece_ds.cli.run import train
@@ -333,6 +335,24 @@ def test_options_that_the_optimizer_of_an_accelerator_lacks_are_refused(monkeypa
     for more, name in (({}, "fused_adam"), (_OFFLOAD, "cpu_adam")):
         with pytest.raises(UserError, match=f"needs DeepSpeed's {name}, which cannot be compiled here"):
             compile_optimizer({**more, "optimizer": {"type": "AdamW"}})
+
+
+def test_a_lock_that_a_killed_compilation_left_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(*args: Any) -> None:
+        raise AssertionError("torch's own wait, which has no limit")
+
+    monkeypatch.setattr(file_baton.FileBaton, "wait", wait)  # restored afterwards
+    (tmp_path / "lock").touch()
+    os.utime(tmp_path / "lock", (0, 0))
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        file_baton.FileBaton(str(tmp_path / "lock")).wait()
+
+    monkeypatch.setattr("deepspeed.ops.op_builder.builder.OpBuilder.load", load)
+    with pytest.raises(UserError, match=r"^\S+/lock is held by no process.*remove it, then start again$"):
+        compile_optimizer({"optimizer": {"type": "AdamW"}})
 
 
 def test_decay_that_reaches_other_weights_is_refused_of_a_mask() -> None:
