@@ -190,6 +190,21 @@ def test_limits_of_rows_are_positive() -> None:
             parse([flag, "0"])
 
 
+def test_numbers_of_baselines_outside_their_range_are_refused_by_name() -> None:
+    for flags, said, values in (
+        (("lwf_temperature", "lora_r", "lora_alpha", "ewc_decay", "memory_ratio"), "must be positive", ("0", "-1")),
+        (("ewc_decay", "memory_ratio"), r"must be in \(0, 1\]", ("1.5", "2")),
+        (("ewc_lambda", "gem_margin", "lwf_weight", "o_lora_lambda"), "must not be negative", ("-0.5",)),
+        (("lora_dropout",), r"must be in \[0, 1\)", ("1", "-0.5", "nan")),
+    ):
+        for flag in flags:
+            for value in values:
+                with pytest.raises(UserError, match=f"--{flag} {said}, got {value}"):
+                    parse([f"--{flag}", value])
+    for flag, value in (("ewc_decay", "1"), ("memory_ratio", "1"), ("lora_dropout", "0"), ("ewc_lambda", "0")):
+        parse([f"--{flag}", value])
+
+
 def test_shown_settings_are_those_given_with_the_values_in_force(tmp_path: Path) -> None:
     argv = ["--mask_ratio", "0.5", "--seed", "3", "--output_dir", str(tmp_path)]
     assert parse(argv, {"use_cpu": True}).shown() == {"mask_ratio": 0.5, "seed": 3, "output_dir": str(tmp_path)}

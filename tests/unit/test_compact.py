@@ -1,6 +1,8 @@
 """What compact mode adds to a model is invisible to its user, and a checkpoint knows which weights it belongs to."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected
 from piece_ds.state.mask import Mask
 from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
+from piece_ds.training.compact_trainer import prepare_trainer
 from piece_ds.update.attach import prepare_compact
 from piece_ds.update.compact import CompactUpdate
 from piece_ds.zero.weights import SelectedWeights, weights_fingerprint
@@ -72,6 +75,74 @@ def test_leaving_undoes_joining(model: nn.Module) -> None:
     assert selected_values(model) is None
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({})
+
+
+def test_only_the_trainers_own_checkpoints_are_without_the_model(model: nn.Module, tmp_path: Path) -> None:
+    saved = []
+
+    def save(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        saved.append((output_dir, _internal_call))
+
+    def trainer() -> Any:
+        names = ["model.norm.weight"]
+        return SimpleNamespace(
+            model=model, optimizer=None, save_model=save, get_decay_parameter_names=lambda model: names
+        )
+
+    compact = trainer()
+    whole_again = prepare_trainer(compact, lambda model: 7, save_full=False)
+    assert selected_values(model).values.shape == (7,)  # type: ignore[union-attr]
+    checkpoint = str(tmp_path / "checkpoint-5")
+    for folder, internal in ((None, False), (None, True), (checkpoint, False), (str(tmp_path / "model"), True)):
+        compact.save_model(folder, _internal_call=internal)
+    assert saved == [(None, False), (None, True), (checkpoint, False), (str(tmp_path / "model"), True)]
+    assert not Path(checkpoint).exists()
+    compact.save_model(checkpoint, _internal_call=True)
+    assert len(saved) == 4
+    assert Path(checkpoint).is_dir()
+    whole_again()
+    assert not hasattr(compact, "save_model")  # a Trainer's class has it
+
+    # Asked for, the model is in them.
+    selected_values(model).leave(model)  # type: ignore[union-attr]
+    full = trainer()
+    prepare_trainer(full, lambda model: 7, save_full=True)
+    assert full.save_model is save
+
+
+def test_a_mask_must_fit_what_was_prepared(model: nn.Module) -> None:
+    """Rows or columns may be fewer than the room, elements may not; more never fit. The weights train, in one dtype."""
+    for unit, counts in (("element", {4: False, 5: True, 6: False}), ("column", {4: True, 5: True, 6: False})):
+        values = prepare_compact(model, num_selected=5, unit=unit)
+        for count, fits in counts.items():
+            with nullcontext() if fits else pytest.raises(UserError, match=f"the mask selects {count} elements"):
+                CompactUpdate._check(fitting(model, values, count))
+        values.leave(model)
+
+    values = prepare_compact(model, num_selected=5)
+    for changes, message in (
+        ({"optimised": "model.norm.weight"}, "this one also has 'model.norm.weight'"),
+        ({"selected": "model.norm.other"}, "'model.norm.other', which is frozen"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CompactUpdate._check(fitting(model, values, 5, **changes))
+    model.get_parameter("model.norm.weight").data = torch.zeros(32, dtype=torch.float16)
+    with pytest.raises(UserError, match=r"torch.float32, but 'model.norm.weight' is torch.float16"):
+        CompactUpdate._check(fitting(model, values, 5))
+
+
+def fitting(
+    model: nn.Module, values: Any, count: int, optimised: str = PARAMETER_NAME, selected: str = "model.norm.weight"
+) -> Any:
+    """A CompactUpdate as it is when it checks itself."""
+    masters = [(None, [SimpleNamespace(name=PARAMETER_NAME), SimpleNamespace(name=optimised)])]
+    return SimpleNamespace(
+        _values=values,
+        mask=SimpleNamespace(num_selected=count),
+        _adapter=SimpleNamespace(masters=lambda: masters),
+        _engine=SimpleNamespace(module=model),
+        _index={selected: torch.arange(3)},
+    )
 
 
 def test_preparing_twice_is_refused(model: nn.Module) -> None:

@@ -167,21 +167,26 @@ def test_a_live_model_is_scaled_and_the_whole_task_kept_beside_it(budget: float,
 def test_a_budget_searches_on_one_half_of_the_text_and_tells_of_the_other(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Losses of the texts are 2 + alpha and 7 + 4 alpha."""
+    """Losses of the halves are 2 + alpha and 7 + 4 alpha; the first one's batches rise unequally."""
     alphas: list[float] = []
-    judged = datasets.Dataset.from_list([{"row": row} for row in range(4)])
+    judged = datasets.Dataset.from_list([{"row": row} for row in range(64)])
 
-    def measured(engine: Any, rows: Any, collate: Any, batch_size: int, device: Any) -> SimpleNamespace:
-        assert (engine.name, collate, batch_size, device) == ("an engine", "a collator", 3, "a device")
-        return SimpleNamespace(mean=7 + 4 * alphas[-1] if 1 in rows["row"] else 2 + alphas[-1], sum=math.nan)
+    def measured(engine: Any, rows: Any, collate: Any, batch_size: int, device: Any) -> LossResult:
+        assert (engine.name, collate, device) == ("an engine", "a collator", "a device")
+        assert batch_size == 2  # at least 16 batches, though 3 rows would fit
+        alpha = alphas[-1]
+        if 1 in rows["row"]:
+            return LossResult(10 * (7 + 4 * alpha), 10)
+        return LossResult(10 * (2 + alpha), 10, ((5 * (2 + 0.75 * alpha), 5), (5 * (2 + 1.25 * alpha), 5)))
 
     monkeypatch.setattr(forgetting, "evaluate_loss", measured)
     monkeypatch.setattr(forgetting, "make_collator", lambda tokenizer: "a collator")
-    budget = ForgettingBudget(nats=0.5, tokenizer=None, judged=judged, validated=None, batch_size=3)  # type: ignore[arg-type]
+    tokenizer: Any = None
+    budget = ForgettingBudget(nats=0.625, tokenizer=tokenizer, judged=judged, validated=None, batch_size=3)
     found = budget.limit(SimpleNamespace(name="an engine", device="a device"), SimpleNamespace(set_=alphas.append))
     assert found["delta_scale"] == alphas[-1] == 0.5
     assert found["report"] == {"before": 7.0, "after": 9.0, "unscaled": 11.0}
-    assert "budget 0.5 nats: 0.5 of the task's change is kept" in caplog.text
+    assert "budget 0.625 nats: 0.5 of the task's change is kept, the rise is uncertain by 0.1250;" in caplog.text
     assert "7.0000 before, 9.0000 after (11.0000 with the whole change)" in caplog.text
 
 

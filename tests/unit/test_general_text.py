@@ -156,7 +156,7 @@ def test_rows_of_every_kind_are_encoded_like_those_of_a_task(
 
 def test_a_model_too_large_to_write_on_each_rank_is_refused() -> None:
     settings = parse(["--model_name_or_path", "some/model", "--general_text", "self"])
-    with pytest.raises(UserError, match=r"some/model has 141 GB of weights.*limit 20 GB"):
+    with pytest.raises(UserError, match=r"some/model has 282 GB of weights.*limit 20 GB"):
         check_general_text(settings, known_config("70B"))
 
 

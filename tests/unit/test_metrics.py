@@ -83,6 +83,20 @@ def test_a_line_tells_the_cost_of_the_steps_since_the_last_one(run: Run, monkeyp
     assert run.log.train_seconds == 4
 
 
+def test_a_line_tells_of_general_text_beside_the_task(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 tokens of the task and 24 of general text, in one second."""
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
+    run.tell("on_step_begin")
+    run.tell("on_step_end")
+    run.state.log_history.append({"loss": 1.0, "step": 1, "general_tokens": 24})
+    run.tell("on_log")
+    (row,) = run.lines()
+    assert (row["tokens"], row["tokens_per_second"], row["general_tokens_per_second"]) == (96, 120, 24)
+    run.state.log_history.append({"train_runtime": 1.0, "step": 1})  # no steps: no cost
+    run.tell("on_log")
+    assert "tokens" not in run.lines()[1]
+
+
 def test_selection_and_its_statistics_share_the_seconds_of_both(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(profiling._seconds, "statistics", 3.0)
     mask: Any = SimpleNamespace(select_seconds=5.0, mask=SimpleNamespace(num_selected=7, proposed_ratio=0.5))

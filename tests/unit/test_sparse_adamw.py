@@ -72,6 +72,44 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, clipped: list[nn.P
         optimizer.zero_grad()
 
 
+class Mixed(nn.Module):
+    """Layers of two dtypes by turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        dtypes = (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32)
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=False, dtype=dtype) for dtype in dtypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x.to(layer.weight.dtype)).tanh()
+        return x
+
+
+def test_layers_of_several_dtypes_take_the_steps_of_one_fp32_optimizer() -> None:
+    torch.manual_seed(3)
+    model = Mixed()
+    mask = select(layout_of(model), "random", 0.4)
+    index, start = mask.whole(), {name: param.detach().clone() for name, param in model.named_parameters()}
+    assert len(index) == 4
+    sparse = SparseAdamW(model, mask, lr=0.1, weight_decay=0.1)
+    values = nn.Parameter(sparse.values.detach().clone())
+    plain = torch.optim.AdamW([values], lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        model(torch.randn(5, 6)).float().square().sum().backward()
+        values.grad = sparse.values.grad.clone()  # type: ignore[union-attr]
+        sparse.step()
+        plain.step()
+        sparse.zero_grad()
+    parts = values.detach().split([positions.numel() for positions in index.values()])
+    for (name, positions), part in zip(index.items(), parts, strict=True):
+        got = model.get_parameter(name).detach().view(-1)
+        want = start[name].view(-1).clone()
+        want[positions] = part.to(want.dtype)
+        torch.testing.assert_close(got, want, rtol=1e-2 if want.dtype == torch.bfloat16 else 1e-5, atol=1e-6, msg=name)
+        assert float((got[positions] - start[name].view(-1)[positions]).abs().median()) > 0.1
+
+
 def test_a_sampled_layer_forms_no_gradient_and_keeps_no_weight() -> None:
     """Saved tensors of a forward must not have a layer's weight among them twice: ZeRO-3 could not release it."""
     layer = nn.Linear(64, 64, bias=False)

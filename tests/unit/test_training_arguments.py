@@ -26,6 +26,7 @@ from piece_ds.data.tasks import Task
 from piece_ds.preflight.idle_fields import NEEDS, unmet_needs
 from piece_ds.preflight.loss_and_order import check_label_smoothing, check_lengths
 from piece_ds.preflight.preflight import preflight
+from piece_ds.preflight.trainer_arguments import check_own_evaluation
 from piece_ds.preflight.training_fields import FIELDS, NO_EFFECT, REFUSED, WORKS
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.optimizer_defaults import show_defaults
@@ -403,6 +404,28 @@ def test_flags_that_the_optimizer_does_not_take_are_said(folder: Path) -> None:
     ):
         arguments = load_settings([*sweep.base_flags(folder), *flags]).training_arguments()
         assert set(unmet_needs(arguments, names, keeps_best=False)) == set(expected), flags
+
+
+def test_a_dropped_last_batch_is_one_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("piece_ds.preflight.trainer_arguments.world_size", lambda: 2)
+    arguments: Any = SimpleNamespace(
+        dataloader_drop_last=True,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=3,
+        eval_strategy="no",
+        eval_on_start=False,
+    )
+    check_own_evaluation(arguments, {"a": 8}, {"a": 5})  # nothing is evaluated
+    with pytest.raises(UserError, match="no batch of task b: 7 rows are fewer than 4 on each of 2 ranks"):
+        check_own_evaluation(arguments, {"a": 8, "b": 7}, {"a": 6, "b": 6})
+    arguments.eval_strategy = "steps"
+    check_own_evaluation(arguments, {"a": 8}, {"a": 6})
+    with pytest.raises(UserError, match="no batch of task a: 5 rows are fewer than 3 on each of 2 ranks"):
+        check_own_evaluation(arguments, {"a": 8}, {"a": 5})
+    arguments.dataloader_drop_last = False
+    check_own_evaluation(arguments, {"a": 1}, {"a": 1})
+    with pytest.raises(UserError, match="task b has no eval rows"):
+        check_own_evaluation(arguments, {"a": 1, "b": 1}, {"a": 1, "b": 0})
 
 
 def test_keys_that_deepspeed_does_not_know_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
