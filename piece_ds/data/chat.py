@@ -83,13 +83,7 @@ class ChatTemplate:
             UserError: the template fails, drops an answer, or leaves no token of an assistant's turn to learn.
         """
         text = self.text(messages, where)
-        for index, message in enumerate(messages, start=1):
-            # Templates for images ignore plain text: such a row would teach an empty answer.
-            if message["role"] == "assistant" and _answer(message) not in text:
-                raise UserError(
-                    f"{where}: the chat template leaves out what turn {index} says (one for images may expect parts "
-                    "in place of text); use a template for text"
-                )
+        _require_all_said(messages, text, self.tokenizer, where)
 
         # Find the assistant's characters, then the tokens that hold any of them.
         encoding = self._encoded(text)
@@ -145,6 +139,8 @@ class ChatTemplate:
             ends = (until, until.removesuffix(self.tokenizer.eos_token or ""))  # some end a whole conversation with EOS
             until = next((end for end in ends if text.startswith(end)), ends[1])
             if text.startswith(until):
+                if index == len(messages) - 1:
+                    self._require_end(messages, text[:begin], until, where)
                 spans.append((begin, len(until)))
                 continue
             # The template writes a last turn differently from an earlier one (say, with empty thoughts before it). Find
@@ -157,6 +153,30 @@ class ChatTemplate:
             spans.append((begin, stop))
         return spans
 
+    def _require_end(self, messages: Messages, before: str, whole: str, where: str) -> None:
+        """Raise UserError if what follows the last answer is the beginning of another one, which nobody asked for.
+
+        Such a template writes its generation prompt whether it is asked for or not. The prompt would be learned.
+
+        Args:
+            messages: the conversation.
+            before, whole: its text up to its last turn, and all of it.
+            where: file and row, for the message.
+        """
+        asked = self.text(messages[:-1], where, generation_prompt=True) if len(messages) > 1 else None
+        if asked is None or asked != self.text(messages[:-1], where):
+            return
+        try:
+            longer = self.text([*messages, {"role": "user", "content": "and"}], where)
+        except UserError:  # a template may refuse turns in this order
+            return
+        left_over = whole[_common_length(whole, longer) :].removesuffix(self.tokenizer.eos_token or "").strip()
+        if left_over and before.strip().endswith(left_over):
+            raise UserError(
+                f"{where}: the chat template ends a conversation with what begins another answer ({left_over[:40]!r}), "
+                "asked or not, which would be learned; mend it with {% if add_generation_prompt %}"
+            )
+
     def _prefix(self, before: Messages, text: str, where: str, index: int) -> str:
         """Return the text before an assistant's turn: what the model is given when it is to write that turn."""
         if not before:
@@ -167,6 +187,23 @@ class ChatTemplate:
         if text.startswith(without):  # the prompt may open thoughts that the row closes at once: stop where they differ
             return text[: _common_length(prompt, text)]
         raise _not_by_turns(where, index)
+
+
+def _require_all_said(messages: Messages, text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise UserError if a rendered conversation lacks what a turn says, or has its first or last token twice."""
+    squeezed = "".join(text.split())  # templates may trim, and fold blanks
+    for index, message in enumerate(messages, start=1):
+        # Templates for images ignore plain text, some ignore the system's turn: such a row would teach something else.
+        if "".join(_answer(message).split()) not in squeezed:
+            raise UserError(
+                f"{where}: the chat template leaves out what turn {index} says, the {message['role']}'s (one for "
+                "images may expect parts in place of text); use a template for text, or write it into another turn"
+            )
+        for token in {tokenizer.bos_token, tokenizer.eos_token} - {None}:
+            if token in message["content"] and token * 2 in text:
+                raise UserError(
+                    f"{where}: turn {index} holds {token!r}, which the chat template writes too; take it out"
+                )
 
 
 def _answer(message: dict[str, str]) -> str:

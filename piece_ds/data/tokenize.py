@@ -49,7 +49,8 @@ class Encoder:
             return self._ids(self._in_template(prompt))[-self.cutoff :]
         # The end of a prompt matters most: it is what the answer follows.
         ids = self._ids(prompt)[-self.cutoff :]
-        return [self._bos_id(), *ids] if len(ids) < self.cutoff else ids
+        # Text that was made with a template begins with BOS already.
+        return [self._bos_id(), *ids] if len(ids) < self.cutoff and ids[:1] != [self._bos_id()] else ids
 
     def _in_template(self, prompt: str) -> str:
         """Return a prompt as a user's turn. Raise UserError if the template leaves it out or draws what it writes."""
@@ -65,7 +66,8 @@ class Encoder:
     def answer_ids(self, answer: str) -> list[int]:
         """Return the token ids of the answer, with EOS if there is room; none if the answer has no token of its own."""
         ids = self._ids(answer)[-self.cutoff :]
-        return [*ids, self.tokenizer.eos_token_id] if 0 < len(ids) < self.cutoff else ids
+        eos = self.tokenizer.eos_token_id
+        return [*ids, eos] if 0 < len(ids) < self.cutoff and ids[-1] != eos else ids
 
     def pair(self, prompt: str, answer: str, where: str) -> dict[str, list[int]]:
         """Return input_ids and labels of one pair. Labels are IGNORED_LABEL on the prompt.
@@ -142,16 +144,20 @@ class Encoder:
 
     def windows(self, text: str) -> list[dict[str, list[int]]]:
         """Return plain text in pieces of at most cutoff tokens, each after a BOS. Every token of the text has loss."""
-        ids = self._ids(text)
+        bos, ids = self._bos_id(), self._ids(text)
+        ids = ids[1:] if ids[:1] == [bos] else ids  # every piece gets one
         pieces = [ids[start : start + self.cutoff] for start in range(0, len(ids), self.cutoff)]
         return [
-            {"input_ids": [self._bos_id(), *piece], "labels": [IGNORED_LABEL, *piece]}  # the first position has no loss
+            {"input_ids": [bos, *piece], "labels": [IGNORED_LABEL, *piece]}  # the first position has no loss
             for piece in pieces
         ]
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         encoding: dict[str, Any] = self.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
-        return encoding["input_ids"]
+        ids: list[int] = encoding["input_ids"]
+        # The tokenizer puts a BOS before one that the text has already.
+        is_doubled = special and ids[:2] == [self.tokenizer.bos_token_id] * 2
+        return ids[1:] if is_doubled else ids
 
     def _bos_id(self) -> int:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id

@@ -1,22 +1,26 @@
 """Generate answers to many prompts, greedy or sampled. The work is divided over ranks; every rank gets all answers."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from piece_ds.data.turn_end import turn_end_id
 from piece_ds.evaluation.batches import evaluating, shard_batches
 from piece_ds.evaluation.padding import answers_alone
-from piece_ds.runtime.distributed import all_gather_objects, world_size
+from piece_ds.runtime.distributed import all_gather_objects, is_main, world_size
 from piece_ds.runtime.progress import progress_bar
 from piece_ds.runtime.signals import exit_if_signalled
 from piece_ds.state.partition import is_partitioned
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,11 +170,16 @@ def generation_config(
 ) -> GenerationConfig:
     """Return the settings of a generation.
 
-    An answer ends at the tokenizer's EOS or at any of the model's own end tokens. Chat models have several.
+    An answer ends at the tokenizer's EOS, at any of the model's own end tokens, or at what ends an assistant's turn in
+    the chat template. Chat models have several; a base model that learns a template does not name that one.
     """
     own = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     # Chat models end a turn and a text with different tokens: any of them ends an answer.
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    turn_end = turn_end_id(tokenizer)
+    if turn_end is not None and turn_end not in ends:
+        _say_unnamed_end(str(tokenizer.convert_ids_to_tokens(turn_end)))
+        ends.add(turn_end)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -180,6 +189,17 @@ def generation_config(
         use_cache=True,
         **decoding.config(),
     )
+
+
+@lru_cache
+def _say_unnamed_end(token: str) -> None:
+    """Log, once a token, that other programs will not stop where the chat template's turns end."""
+    if is_main():
+        logger.warning(
+            "answers end at %r, the end of a turn in the chat template; generation_config.json does not name it: "
+            "add its id to eos_token_id there for other programs to stop at it",
+            token,
+        )
 
 
 @contextmanager

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from piece_ds.data.chat import ChatTemplate
 from piece_ds.data.tokenize import Encoder
+from piece_ds.data.turn_end import turn_end_id
 from piece_ds.demo.model import make_tokenizer
+from piece_ds.evaluation.generate import generation_config
 from piece_ds.runtime.errors import UserError
 
 ONE = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yo you"}]
@@ -102,7 +105,8 @@ def test_templates_that_fail_are_one_line(tokenizer: PreTrainedTokenizerFast) ->
         "{{ '\ud800' }}{{ messages[1].content }}": "surrogates not allowed",
         "{{ tools[0].name }}": "None has no element 0",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
-        "nothing": "leaves out what turn 2 says",
+        "nothing": "leaves out what turn 1 says, the user's",
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}": "what turn 2 says, the assistant's",
         "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}": "rewrites what stands",
         "{% for m in messages %}{% generation %}{% endgeneration %}{{ m.content }}{% endfor %}": "no token of the",
     }.items():
@@ -110,6 +114,54 @@ def test_templates_that_fail_are_one_line(tokenizer: PreTrainedTokenizerFast) ->
             ChatTemplate(tokenizer, template).encode(TWO, "a.jsonl row 3")
         assert str(refusal.value).startswith("a.jsonl row 3: ")
         assert "\n" not in str(refusal.value)
+
+
+ALWAYS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
+
+
+def test_a_template_that_always_begins_another_answer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its generation prompt stands behind the last answer too, and would be learned as what ends it."""
+    with pytest.raises(UserError, match=r"row 1: .*begins another answer \('assistant>'\), asked or not"):
+        ChatTemplate(tokenizer, ALWAYS).encode(ONE, "row 1")
+    asked = ALWAYS.replace("<assistant>", "{% if add_generation_prompt %}<assistant>{% endif %}")
+    for template in (asked, PLAIN, "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"):
+        row = ChatTemplate(tokenizer, template).encode(ONE, "row 1")
+        assert tokenizer.decode([label for label in row["labels"] if label != -100]).endswith("yo you</s>")
+
+
+def test_what_a_row_says_is_in_the_conversation_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    no_system = "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(UserError, match="leaves out what turn 1 says, the system's"):
+        ChatTemplate(tokenizer, no_system).encode([{"role": "system", "content": "Be brief."}, *ONE], "row 1")
+    # Rows that were made with a template already.
+    begun = "{{ bos_token }}" + PLAIN
+    for turns, token in (
+        ([{"role": "user", "content": "<s>hello"}, ONE[1]], "<s>"),
+        ([ONE[0], {"role": "assistant", "content": "yo</s>"}], "</s>"),
+    ):
+        plain = begun if token == "</s>" else "{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}"
+        with pytest.raises(UserError, match=f"holds '{token}', which the chat template writes too"):
+            ChatTemplate(tokenizer, plain).encode(turns, "row 1")
+    encoder = Encoder(tokenizer, 64)
+    assert encoder.pair("<s>hi", "yo</s>", "row 1") == encoder.pair("hi", "yo", "row 1")
+    assert encoder.windows("<s>hi")[0]["input_ids"][:2] != [1, 1]
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for template, found in (
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>\n{% endfor %}", end),
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n<|im_end|>\n{% endfor %}", end),
+        (PLAIN, tokenizer.eos_token_id),
+        ("{% for m in messages %}{{ m.content }}. {% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        (None, None),
+    ):
+        tokenizer.chat_template = template
+        assert turn_end_id(tokenizer) == found
+        ends = generation_config(nn.Module(), tokenizer, 4).eos_token_id
+        assert ends == sorted({tokenizer.eos_token_id, found} - {None})
 
 
 def test_templates_that_do_not_write_the_prompt_are_one_line(tokenizer: PreTrainedTokenizerFast) -> None:
