@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
 from support.fresh_python import FreshPython, Server
 
 from piece_ds.ops import backends, build_specs, extension
+from piece_ds.ops.builder import BUILDERS
+from piece_ds.runtime.errors import UserError
 
 # The compiler of this machine, before a library that some test imports has named one.
 COMPILER = os.environ.get("CXX", "")
@@ -204,9 +207,32 @@ def test_a_wrapper_of_nvcc_does_not_hide_its_toolkit(tmp_path: Path, monkeypatch
 
 
 def test_who_cannot_compile_is_told_what_serves_without() -> None:
-    from piece_ds.ops.builder import BUILDERS
-
     for device_type, builder in BUILDERS.items():
         name = builder.instead.partition(" ")[0].partition("=")[2]
         assert name in backends.providers(device_type)[1:], device_type
     assert "triton" in BUILDERS["cuda"].instead
+
+
+def test_whatever_a_build_fails_of_is_one_line_with_all_of_it_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A compiler that hangs or is killed while torch asks for its version, and toolkits that do not fit."""
+    made = BUILDERS["cpu"]()
+    for number, error in enumerate(
+        (
+            subprocess.CalledProcessError(1, ["c++", "-dumpfullversion"]),
+            subprocess.TimeoutExpired(["ninja"], 5),
+            RuntimeError("first\nx.cpp:1: error: no such thing\nlast"),
+            FileNotFoundError("c++"),
+            MissingCUDAException("no CUDA_HOME"),
+            CUDAMismatchException("11 and 12"),
+        )
+    ):
+        monkeypatch.setattr(made, "jit_load", lambda verbose, error=error: (_ for _ in ()).throw(error), raising=False)
+        folder = tmp_path / str(number) / "build"
+        folder.mkdir(parents=True)
+        with pytest.raises(UserError, match=r"cpu kernels could not be compiled: .*PIECE_DS_BACKEND=reference") as said:
+            made.compile_in(folder)
+        assert "\n" not in str(said.value)
+        assert next((tmp_path / str(number)).glob("*.log")).read_text() == str(error)
+        assert ("error: no such thing (all of it" in str(said.value)) == isinstance(error, RuntimeError), error

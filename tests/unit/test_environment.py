@@ -181,6 +181,19 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
         cache_folder()
 
 
+def test_the_cache_is_in_the_users_home_unless_another_folder_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("PIECE_DS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (user_cache(), cache_folder()) == (tmp_path / ".cache", tmp_path / ".cache" / "piece_ds")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/mine")
+    assert cache_folder() == tmp_path / "mine" / "piece_ds"
+    monkeypatch.setenv("PIECE_DS_CACHE", "~/own")
+    assert (user_cache(), cache_folder()) == (tmp_path / "mine", tmp_path / "own")
+
+
 def test_a_cache_that_cannot_be_locked_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object) -> None:
         raise OSError(37, "No locks available")

@@ -94,6 +94,32 @@ def test_checkpointing_computes_them_once(use_reentrant: bool) -> None:
         assert_equal(model, make_micro_batches()[:2], family)
 
 
+def test_an_error_in_the_experts_leaves_nothing_watching() -> None:
+    """Gradients of a micro-batch after one that failed are counted as if that had not been."""
+    model, batches = make_moe("mixtral"), make_micro_batches()[:2]
+    failing = model.model.layers[0].mlp.experts
+    act, before = failing.act_fn, torch._C._len_torch_function_stack()
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise FloatingPointError("of the machine")
+
+    def fail_first(module: nn.Module, args: object) -> None:
+        failing.act_fn = Broken()
+        handle.remove()
+        with pytest.raises(FloatingPointError):
+            model(**batches[0])
+        assert torch._C._len_torch_function_stack() == before
+        failing.act_fn = act
+
+    expected = plain(model, batches)
+    handle = model.register_forward_pre_hook(fail_first)
+    index, parts, _ = sampled(model, batches)
+    assert torch._C._len_torch_function_stack() == before
+    for name, found in parts.items():
+        torch.testing.assert_close(found, expected[name][index[name]], rtol=1e-4, atol=1e-6)
+
+
 def test_an_expert_without_a_token_gets_zero() -> None:
     model = make_moe("qwen3-moe")
     batches = make_micro_batches()[:2]

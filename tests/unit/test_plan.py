@@ -107,6 +107,35 @@ def test_estimates_by_hand() -> None:
     assert few["candidates"] == 12 * 2_000, "a rank has no more candidates than elements"
 
 
+def test_gradients_of_every_stage_by_hand() -> None:
+    """900,000 trained elements on four ranks: whole ones have T, parts a quarter of it."""
+    whole, part = 900_000, 225_000
+    masters, updated = "fp32 gradients of the masters", "updated parameters, before their copy"
+    buffer, earlier = "buffer of the largest parameter", "gradients of earlier micro-batches"
+    for options, wanted in (
+        ({"zero": 0}, {"gradients": 2 * whole, "fp32 gradients": 4 * whole}),
+        ({"zero": 0, "dtype": "fp32"}, {"gradients": 4 * whole, "fp32 gradients": 0}),
+        ({"zero": 1}, {"gradients": 2 * part, "fp32 gradients": 4 * part}),
+        ({"zero": 1, "accumulation": 2}, {"gradients": 2 * whole, "fp32 gradients": 4 * part}),
+        ({"zero": 2}, {"fp32 gradients": 4 * part}),
+        ({"zero": 3}, {"fp32 gradients": 4 * part, "fp32 gradients of a sub-group": 4 * part}),
+        ({"zero": 3, "offload_optimizer": True}, {"fp32 gradients": 4 * part, masters: 4 * part}),
+        (
+            {"zero": 2, "offload_optimizer": True, "accumulation": 2},
+            {masters: 4 * part, earlier: 4 * part, updated: 2 * part, buffer: 2 * 2 * 100_000},
+        ),
+        (
+            {"zero": 1, "offload_optimizer": True, "accumulation": 2, "dtype": "fp32"},
+            {masters: 4 * part, earlier: 4 * part, updated: 4 * part, buffer: 2 * 4 * 100_000},
+        ),
+    ):
+        found: dict[str, float] = dict.fromkeys(wanted, 0)
+        for term in memory_terms(ROUND, Setting(world=4, update_mode="masked", **options)):  # type: ignore[arg-type]
+            if ("gradient" in term.name and not term.is_estimate) or term.name in (updated, buffer):
+                found[term.name] = found.get(term.name, 0) + term.size
+        assert {name: size for name, size in found.items() if size or name in wanted} == wanted, options
+
+
 def test_a_head_of_its_own_gets_no_adapter() -> None:
     model = make_model("llama")
     assert model.lm_head.weight is not model.model.embed_tokens.weight

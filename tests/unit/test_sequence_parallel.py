@@ -168,9 +168,9 @@ class Tokenwise(nn.Module):
 NUM_BATCHES = 5  # the last round of two groups has one
 
 
-def added_parts(size: int) -> tuple[dict[str, Tensor], int]:
+def added_parts(size: int, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], int]:
     """This rank's sums of g and g^2 if `size` ranks share a row; and how many gradient entries were not finite."""
-    model = Tokenwise()
+    model = Tokenwise().to(dtype)
     layout = layout_of(model)
     stats = empty_stats(layout, True, "cpu")
     counts = NonfiniteCounts(layout, torch.device("cpu"))
@@ -210,6 +210,25 @@ def test_gradients_of_ranks_that_share_rows_are_added_before_they_are_squared() 
             got = torch.cat([torch.from_numpy(found[key]) for found, _ in results if key in found])
             assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-7), (num_ranks, size, key)
         assert all(count == 0 for _, count in results)
+
+
+def test_bf16_gradients_of_ranks_that_share_rows_are_added_in_fp32() -> None:
+    """Each rank's part is rounded to bf16, their sum is not."""
+    expected: dict[str, Tensor] = {}
+    model = Tokenwise().bfloat16()
+    for b in range(NUM_BATCHES):
+        grads: dict[str, Tensor] = {}
+        for place in range(4):
+            model.zero_grad()
+            model.loss(shards(place, 4).part(rows(ROWS, 6 + b))).backward()
+            for name, param in model.named_parameters():
+                grads[name] = grads.get(name, 0.0) + param.grad.float().reshape(-1)
+        for name, grad in grads.items():
+            expected[name] = expected.get(name, 0.0) + grad
+    results = on_ranks(4, lambda: added_parts(4, torch.bfloat16))
+    for name, want in expected.items():
+        got = torch.cat([torch.from_numpy(found[f"{name} G"]) for found, _ in results if f"{name} G" in found])
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_more_ranks_a_row_than_key_heads_are_refused() -> None:

@@ -65,9 +65,16 @@ def test_label_smoothing_is_a_loss_of_the_trainers_own(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_length_are_refused(tmp_path: Path) -> None:
-    stream = SimpleNamespace(train_dataset=iter(ROWS), data_collator=default_data_collator)
-    with pytest.raises(UserError, match="expected training rows with a length, got list_iterator"):
-        trainer_micro_batches(stream, 2)  # type: ignore[arg-type]
+    """Nor can they be sharded without an index."""
+
+    class Indexed:
+        def __getitem__(self, index: int) -> Any:
+            return ROWS[index]
+
+    for rows, name in ((iter(ROWS), "list_iterator"), (Indexed(), "Indexed"), (set(range(3)), "set")):
+        stream: Any = SimpleNamespace(train_dataset=rows, data_collator=default_data_collator)
+        with pytest.raises(UserError, match=f"expected training rows with a length, got {name}"):
+            trainer_micro_batches(stream, 2)
 
 
 def test_notes_are_as_they_were(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ REFUSALS: dict[tuple[str, ...], str] = {
     ("--dataloader_drop_last=true", "--eval_strategy=epoch"): "would leave no batch of task train: 4 rows",
     ("--dataloader_drop_last=true", "--per_device_train_batch_size=17"): "would leave no batch of task train: 16 rows",
     ("--save_strategy=best", "--eval_strategy=epoch", "--metric_for_best_model=accuracy"): "use loss",
+    ("--overwrite_output_dir=true", "--resume_from_checkpoint=true"): "exclude each other",
     ("--eval_on_start=true",): "--eval_on_start needs --eval_strategy",
     ("--save_strategy=best", "--eval_strategy=epoch"): "--metric_for_best_model loss",
     ("--save_strategy=best", "--metric_for_best_model=loss"): "--eval_strategy",
