@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from piece_ds.runtime.blamed_variable import why_environment
 from piece_ds.runtime.errors import MachineError, UserError, bad_name
 from piece_ds.runtime.launch_environment import require_working_folder
 from piece_ds.runtime.streams import keep_streams, lost_output
@@ -25,8 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep_streams()
 
     # The launch scripts' commands run by themselves.
-    from piece_ds.cli.commands import launched_command, run_launched
-    from piece_ds.cli.main import _parser
+    try:
+        from piece_ds.cli.commands import launched_command, run_launched
+        from piece_ds.cli.main import _parser
+    except Exception as error:
+        _leave_if_environment(error)
+        raise
 
     launched = launched_command(words)
     if launched is not None:
@@ -44,11 +49,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         line = bad_name(error)
         if line is None:
+            _leave_if_environment(error)
             raise
         _say(line)
         sys.exit(2)
+    except Exception as error:
+        _leave_if_environment(error)
+        raise
     if lost_output():
         sys.exit(1)
+
+
+def _leave_if_environment(error: Exception) -> None:
+    """Exit with one line if an environment variable made a library fail."""
+    reason = why_environment(error)
+    if reason is not None:
+        _say(reason)
+        sys.exit(2)
 
 
 def _say(reason: object) -> None:

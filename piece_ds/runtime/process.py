@@ -13,6 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch.distributed as dist
+
+from piece_ds.runtime.blamed_variable import why_environment
 from piece_ds.runtime.compile_lock import wait_with_a_limit
 from piece_ds.runtime.deterministic import set_cublas_workspace
 from piece_ds.runtime.errors import MachineError, UserError, bad_name
@@ -48,12 +51,17 @@ def run_command(main: Callable[[list[str]], None], words: list[str] | None = Non
         require_readable_files()
         one_process_environment()
         require_accelerator()
+        _own_programs_first()
+        set_cublas_workspace()
+        _quiet()
     except UserError as error:
         _say(f"error: {error}")
         _leave(2)
-    _own_programs_first()
-    set_cublas_workspace()
-    _quiet()
+    except Exception as error:
+        if not (reason := why_environment(error)):
+            raise
+        _say(f"error: {reason}")
+        _leave(2)
     _leave(exit_code(main, argv))
 
 
@@ -79,6 +87,10 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and (line := bad_name(error)):
             _say_after_rank_0(f"error: {line}")
+            return 2
+        # Before ranks meet, nothing has been written.
+        if not dist.is_initialized() and (reason := why_environment(error)):
+            _say_after_rank_0(f"error: {reason}")
             return 2
         _say_failure(error)
         return 1
@@ -221,8 +233,6 @@ def _quiet() -> None:
 
 def _leave(code: int) -> NoReturn:
     """Exit without waiting for peers that may never come."""
-    import torch.distributed as dist
-
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
     sys.stdout.flush()

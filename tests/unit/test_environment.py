@@ -1,6 +1,7 @@
 """What launchers leave in the environment: completed, or refused in one line before a process waits for another."""
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from support.launches import ROOT, environment
 from torch.distributed import DistNetworkError
 
 from piece_ds.preflight.accelerate_variables import check_accelerate_variables
+from piece_ds.runtime.blamed_variable import why_environment
 from piece_ds.runtime.cache import cache_folder, locked, user_cache
 from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.runtime.folder_lock import FolderLock
@@ -23,7 +25,7 @@ from piece_ds.runtime.launch_environment import (
     require_accelerator,
     require_readable_files,
 )
-from piece_ds.runtime.process import start_distributed
+from piece_ds.runtime.process import exit_code, start_distributed
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 DIVIDED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
@@ -221,6 +223,41 @@ def test_an_accelerator_that_is_unknown_or_not_there_is_refused(bare: pytest.Mon
     for name in ("", "cpu"):
         bare.setenv("DS_ACCELERATOR", name)
         require_accelerator()
+
+
+def test_the_variable_that_a_library_fails_at_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("GLOO_SOCKET_IFNAME", "nope0"),
+        ("MPLBACKEND", "banana"),
+        ("HF_HOME", "/sys/x"),
+        ("OMP_X", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    for error, message in (
+        (RuntimeError("Unable to find address for: nope0"), "GLOO_SOCKET_IFNAME is 'nope0', at which a library fails"),
+        (
+            ValueError("Key backend: 'banana'\n is not a valid"),
+            r"MPLBACKEND is 'banana'.*\(Key backend: 'banana' is not",
+        ),
+        (PermissionError(1, "not permitted", "/sys/x/hub"), "HF_HOME is '/sys/x'"),
+        (ValueError("bad OMP_X"), "OMP_X is '1'.*mend it, or unset it"),
+        (DeprecationWarning("use torch.compile"), "use torch.compile.*unset PYTHONWARNINGS, or drop -W"),
+        (ImportError("cannot import name 'a' from '/sys/x/b.py'"), None),
+        (RuntimeError("1 element"), None),
+    ):
+        found = why_environment(error)
+        assert re.search(message, found or "") if message else found is None, error
+        assert "\n" not in (found or "")
+
+    # Before ranks meet it is the command's whole answer; afterwards an error may name a value by chance.
+    def fail(argv: list[str]) -> None:
+        raise ValueError("banana")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("piece_ds.runtime.process._say_failure", lambda error: None)
+    for met, code in ((False, 2), (True, 1)):
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda met=met: met)
+        assert exit_code(fail, []) == code
 
 
 def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
