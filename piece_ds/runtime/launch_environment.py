@@ -7,6 +7,7 @@ import codecs
 import locale
 import os
 import socket
+import sys
 
 from piece_ds.runtime.errors import UserError
 
@@ -108,6 +109,17 @@ def require_readable_files() -> None:
             f"this locale's encoding is {encoding}, in which PyTorch cannot read its own files: set PYTHONUTF8=1, or "
             "unset PYTHONUTF8 and set LC_ALL=C.UTF-8"
         )
+
+
+def require_plain_warnings() -> None:
+    """Raise UserError if every module's warnings are errors: those of libraries would end a run at any point."""
+    for option in sys.warnoptions:
+        action, _, rest = option.partition(":")
+        if action.strip() == "error" and not any(part.strip() for part in rest.split(":")[2:]):
+            raise UserError(
+                f"warnings of all libraries are errors here ({option[:80]!r}), which would end a run at any point: "
+                "unset PYTHONWARNINGS, drop -W, or name the module that it is for"
+            )
 
 
 def require_accelerator() -> None:

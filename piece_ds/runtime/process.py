@@ -22,6 +22,7 @@ from piece_ds.runtime.errors import MachineError, UserError, bad_name
 from piece_ds.runtime.launch_environment import (
     complete_launch_environment,
     require_accelerator,
+    require_plain_warnings,
     require_readable_files,
 )
 from piece_ds.runtime.rank_status import claim, is_gone, is_late, missing_ranks
@@ -49,6 +50,7 @@ def run_command(main: Callable[[list[str]], None], words: list[str] | None = Non
     argv = [a for a in given if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
     try:
         require_readable_files()
+        require_plain_warnings()
         one_process_environment()
         require_accelerator()
         _own_programs_first()

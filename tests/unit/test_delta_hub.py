@@ -374,6 +374,7 @@ def test_what_is_not_as_the_manifest_says_is_refused_and_leaves_nothing(
 
     other = {**manifest["base"], "fingerprint": "0" * 16}
     entry = manifest["files"][name]
+    gap = {path: other_entry for path, other_entry in manifest["files"].items() if path != name}
     flipped = good[name][:-1] + bytes([good[name][-1] ^ 1])
     cases = [
         ({**good, name: flipped}, "is not what its manifest says"),
@@ -383,7 +384,12 @@ def test_what_is_not_as_the_manifest_says_is_refused_and_leaves_nothing(
         ({path: content for path, content in good.items() if path != "piece_ds_deltas.json"}, "lacks a file"),
         (with_manifest(base=other), "not of the base"),
         (with_manifest(deltas=[name, "00-task/delta.safetensors", "02-task/delta.safetensors"]), "not of the base"),
-        (with_manifest(deltas=["00-task/delta.safetensors", "02-task/delta.safetensors"]), "missing, repeated"),
+        (
+            with_manifest(deltas=["00-task/delta.safetensors", "02-task/delta.safetensors"], files=gap),
+            "missing, repeated",
+        ),
+        (with_manifest(deltas=manifest["deltas"][:2]), "lists the file '02-task/delta.safetensors', and not its delta"),
+        (with_manifest(files={**manifest["files"], "07-x/mask.safetensors": entry}), "and not its delta"),
         (with_manifest(deltas=[]), "does not list"),
         (with_manifest(deltas=[*manifest["deltas"], "03-x/delta.safetensors"]), "does not list"),
         (with_manifest(version=2), "piece_ds_deltas.json"),

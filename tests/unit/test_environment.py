@@ -23,6 +23,7 @@ from piece_ds.runtime.launch_environment import (
     RANK_VARIABLES,
     complete_launch_environment,
     require_accelerator,
+    require_plain_warnings,
     require_readable_files,
 )
 from piece_ds.runtime.process import exit_code, start_distributed
@@ -167,6 +168,20 @@ def test_a_locale_in_which_no_file_can_be_read_is_refused(monkeypatch: pytest.Mo
             pytest.raises(UserError, match=f"{encoding}, in which PyTorch.*PYTHONUTF8=1") if refused else nullcontext()
         ):
             require_readable_files()
+
+
+def test_warnings_of_all_libraries_as_errors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for option, refused in (
+        ("error", True),
+        ("error::DeprecationWarning", True),
+        ("error:old:Warning:", True),
+        ("error::UserWarning:my_module", False),
+        ("ignore", False),
+        ("default::DeprecationWarning", False),
+    ):
+        monkeypatch.setattr("sys.warnoptions", ["ignore", option])
+        with pytest.raises(UserError, match="unset PYTHONWARNINGS, drop -W") if refused else nullcontext():
+            require_plain_warnings()
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
