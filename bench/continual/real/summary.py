@@ -171,8 +171,10 @@ def frontier_figure(runs: list[Record]) -> Figure:
 
     A method has one colour. Lines and marks tell whether it trains on general text: none, replay, or divergence. Rates
     above that at which a method learns most are not drawn; methods that learned much less than others leave the panel.
+    Sweeps that vary something else (text, rows, a budget) stay in the tables.
     """
-    methods = list(dict.fromkeys(sweep.name.split(" + ")[0] for sweep in SWEEPS))
+    sweeps = [s for s in SWEEPS if not (s.budget or s.importance_rows or s.general_text == "real")]
+    methods = list(dict.fromkeys(sweep.name.split(" + ")[0] for sweep in sweeps))
     tasks = tasks_of(runs)
     num_rows = -(-len(tasks) // _PANELS_IN_A_ROW)
     num_columns = -(-len(tasks) // num_rows)
@@ -183,7 +185,7 @@ def frontier_figure(runs: list[Record]) -> Figure:
     for task, panel in zip(tasks, panels.flat, strict=False):
         of_task = [run for run in runs if run["task"] == task]
         drawn: list[Point] = []
-        for sweep in SWEEPS:
+        for sweep in sweeps:
             for curve in map(useful_points, curves_of(of_task, sweep.name, "rise")):
                 drawn += curve
                 style = "s--" if sweep.replay else "D-." if sweep.share else "^:" if sweep.divergence else "o-"
@@ -211,7 +213,7 @@ def frontier_figure(runs: list[Record]) -> Figure:
     for panel in panels.flat:
         handles, labels = panel.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
-    shown = [sweep.name for sweep in SWEEPS if sweep.name in found]
+    shown = [sweep.name for sweep in sweeps if sweep.name in found]
     figure.legend([found[name] for name in shown], shown, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
