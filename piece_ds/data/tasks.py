@@ -259,7 +259,9 @@ def _texts(rows: datasets.Dataset, encoded: datasets.Dataset, encoder: Encoder) 
     """Return prompts and gold answers as text. Rows without texts are decoded from their token ids."""
     for answer in ("answer", "completion"):
         if answer in rows.column_names:
-            return list(rows["prompt"]), list(rows[answer])
+            # What is generated is read without its EOS, so a gold answer that names it loses it too.
+            eos = encoder.tokenizer.eos_token or ""
+            return list(rows["prompt"]), [text.removesuffix(eos) for text in rows[answer]]
     pairs = (split_prompt(row["input_ids"], row["labels"]) for row in encoded)
     prompts, answers = zip(*pairs, strict=True)
 

@@ -321,6 +321,14 @@ def test_prompt_and_answer_rows_keep_their_encoding_unless_told_otherwise(
     assert tokenizer.decode(wrapped["input_ids"]) == "<|user|>p</s><|assistant|>a</s>"
 
 
+def test_an_answer_that_names_eos_is_learned_and_judged_as_one_that_does_not(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for key in ("answer", "completion"):
+        plain, named = (load(write(tmp_path, {"prompt": "p", key: text}), tokenizer) for text in ("a", "a</s>"))
+        assert (named.train[0], named.answers) == (plain.train[0], plain.answers) == (plain.train[0], ["a"])
+
+
 def test_without_a_template_one_question_and_answer_stand_plain(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
