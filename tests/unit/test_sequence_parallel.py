@@ -8,6 +8,7 @@ import torch
 from support.models import make_model
 from support.ranks import on_ranks
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from piece_ds.config.piece import PieceConfig
@@ -229,6 +230,45 @@ def test_bf16_gradients_of_ranks_that_share_rows_are_added_in_fp32() -> None:
     for name, want in expected.items():
         got = torch.cat([torch.from_numpy(found[f"{name} G"]) for found, _ in results if f"{name} G" in found])
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_gradient_that_comes_in_parts_is_found_and_waited_for() -> None:
+    """Reentrant checkpointing runs a backward for each segment, so what both use gets two gradients."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(2)
+            self.own, self.shared = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def loss(self, x: Tensor, segmented: bool = True) -> Tensor:
+            x = self.own(x).tanh()
+            for _ in range(2):
+                x = checkpoint(self.shared, x, use_reentrant=True).tanh() if segmented else self.shared(x).tanh()
+            return x.square().sum()
+
+    model, x = Shared(), torch.randn(3, 5)
+    layout = layout_of(model)
+    stats, counts = empty_stats(layout, True, "cpu"), NonfiniteCounts(layout, torch.device("cpu"))
+    engine = SimpleNamespace(module=model, device=torch.device("cpu"))
+    receiver = GradientReceiver(engine, stats, counts, 1.0, 10, 1)
+    with receiver.hooks():
+        receiver.begin_round(num_valid=1)
+        with receiver.finding_parts(), receiver.backward():
+            model.loss(x).backward()
+        assert receiver.in_parts == {"shared.weight", "shared.bias"}
+        assert not stats.square_sum.any()  # that backward only told
+        with receiver.backward():
+            model.loss(x).backward()
+        receiver.end_round()
+        counts.end_round(0)
+    plain = torch.autograd.grad(model.loss(x, segmented=False), list(model.parameters()))
+    wanted = {name: grad.reshape(-1) for (name, _), grad in zip(model.named_parameters(), plain, strict=True)}
+    assert stats.grad_sum is not None
+    for info, part, offset in layout.owned():
+        got = stats.grad_sum[offset : offset + part.numel]
+        torch.testing.assert_close(got, wanted[info.name], rtol=1e-5, atol=1e-6, msg=info.name)
+        torch.testing.assert_close(stats.square_sum[offset : offset + part.numel], got**2)
 
 
 def test_more_ranks_a_row_than_key_heads_are_refused() -> None:
