@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = _parser().parse_args(argv)
         module, function = arguments.run.split(":")
         getattr(import_module(module), function)(arguments)
+    except SystemExit as left:  # after --help and --version
+        if not left.code and lost_output():
+            sys.exit(1)
+        raise
     except UserError as error:
         _say(error)
         sys.exit(2)

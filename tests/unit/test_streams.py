@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from piece_ds.__main__ import main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.launch_environment import require_working_folder
+from piece_ds.runtime.streams import _Kept
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -45,6 +47,17 @@ def test_what_cannot_be_printed_ends_nothing(tmp_path: Path) -> None:
         b"standard output could not be written (No space left on device); what a run writes is whole",
         b"after",
     ]
+
+
+def test_a_command_that_only_prints_ends_with_1_if_that_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", _Kept(full, "stdout"))
+        with pytest.raises(SystemExit) as left:
+            main(["--help"])
+    assert left.value.code == 1
+    assert capsys.readouterr().err.count("standard output could not be written (No space left on device)") == 1
 
 
 def test_letters_that_the_encoding_lacks_are_shown_by_their_numbers(tmp_path: Path) -> None:
