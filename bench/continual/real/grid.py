@@ -20,6 +20,11 @@ Questions, each answered by the table at matched learning (results/summary.md), 
 9. How many rows of the task are enough to choose the mask by? 8, 32 and all 256 beside the 96 of every other sweep.
    Added after 141 runs.
 
+10. A second family, Gemma-3-270M: is a rate a rate? Its matrices have a root mean square of 0.034, those of SmolLM2
+    0.193, and AdamW steps by the rate whatever a weight's size. Two runs at the rates below raised the general loss by
+    1.8 and 5.9. So its rates are these times 0.18 for methods that step the model's own weights (see rescaled()), as
+    written here before any run at them; an adapter's rates stay.
+
 Rates span, for each method, from little learning to the point where it stops learning more. A run that is not made
 for want of time is missing in results/runs.csv, and summary.py counts it.
 """
@@ -74,6 +79,14 @@ class Setting:
     def key(self) -> tuple[str, str, str, str]:
         """What tells it from other runs, as runs.csv has it."""
         return self.sweep.name, self.task, f"{self.rate:g}", str(self.seed)
+
+
+def rescaled(setting: Setting, factor: float) -> Setting:
+    """Return a setting for weights that are factor times as large as SmolLM2's: its rate times factor, to two digits.
+
+    An adapter begins at zero whatever the model, so its rate stays.
+    """
+    return setting if setting.sweep.method == "lora" else replace(setting, rate=float(f"{setting.rate * factor:.1e}"))
 
 
 FULL = (3e-5, 1e-4, 3e-4)

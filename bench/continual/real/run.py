@@ -21,8 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.continual.real.gemma import NAME as GEMMA
+from bench.continual.real.gemma import RATE_FACTOR as GEMMA_RATE
 from bench.continual.real.gemma import gemma_folder
-from bench.continual.real.grid import SEEDS, SWEEPS, TASKS, Setting, settings_in_order
+from bench.continual.real.grid import SEEDS, SWEEPS, TASKS, Setting, rescaled, settings_in_order
 from bench.continual.real.recipe import Recipe
 from bench.continual.real.runs import COLUMNS, add_run, read_runs
 from bench.continual.real.texts import Judge, make_judge, write_real_text
@@ -50,7 +51,9 @@ def main(argv: list[str]) -> None:
     judge = make_judge(AutoTokenizer.from_pretrained(model), lima, recipe)
     before = judge.measure(load(model))
     done = {tuple(run[name] for name in COLUMNS[:4]) for run in read_runs(options.runs_file)}
-    wanted = [s for s in settings_in_order(options.tasks, options.seeds, options.names) if s.key not in done]
+    factor = GEMMA_RATE if options.model == GEMMA else 1.0
+    settings = (rescaled(s, factor) for s in settings_in_order(options.tasks, options.seeds, options.names))
+    wanted = [setting for setting in settings if setting.key not in done]
     print(f"{len(wanted)} runs to make; base: {before}", flush=True)
     failed = []
     for setting in wanted:
