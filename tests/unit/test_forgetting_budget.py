@@ -130,6 +130,9 @@ def test_what_is_no_budget_is_refused() -> None:
     for before, budget in ((math.nan, 0.1), (1.0, -0.1), (1.0, math.inf), (math.inf, 0.1)):
         with pytest.raises(ValueError, match="expected a finite loss"):
             search_scale(curve(lambda alpha: 1.0), before, budget)
+    for max_trials in (0, -1):
+        with pytest.raises(ValueError, match=f"expected at least one trial, got {max_trials}"):
+            search_scale(curve(lambda alpha: 1.0), 1.0, 0.1, max_trials)
 
 
 def trained() -> tuple[nn.Linear, SimpleNamespace]:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from piece_ds.config.method_arguments import MethodArguments
 from piece_ds.data.collate import Collator, MicroBatches
-from piece_ds.evaluation.kept_logits import KeptLogits, answer_logits, divergence, keep_logits, num_answer_tokens
+from piece_ds.evaluation.kept_logits import (
+    KeptLogits,
+    answer_logits,
+    divergence,
+    forward_answers,
+    keep_logits,
+    num_answer_tokens,
+)
 from piece_ds.runtime.distributed import world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.training import general_text as general_text_module
@@ -277,3 +284,15 @@ def test_a_labelled_first_token_is_no_answer_token_since_nothing_predicts_it() -
     for row in labels:
         kept = answer_logits(torch.zeros(1, len(row), 3), torch.tensor([row]))
         assert len(kept) == num_answer_tokens([{"labels": row}])[0]
+
+
+def test_logits_are_taken_without_dropout_and_the_mode_is_restored() -> None:
+    model = make_model("llama").train()
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, args, out: F.dropout(out, 0.5, training=module.training)
+    )
+    batch = {name: torch.tensor([TEXT[0][name]]) for name in ("input_ids", "labels")}
+    first, again = (forward_answers(model, batch) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not first.requires_grad
+    assert all(module.training for module in model.modules())

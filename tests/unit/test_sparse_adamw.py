@@ -28,6 +28,7 @@ def test_trains_what_masked_dense_adamw_trains(family: str, ratio: float, gradie
     whole = mask.whole()
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
     sparse = SparseAdamW(model, mask, lr=1e-3, eps=EPSILON, weight_decay=0.1, gradient=gradient)
+    assert gradient == "auto" or not sparse._collection._sampled
     train(model, sparse, [sparse.values])
     train(oracle, MaskedAdamW(oracle, whole), [p for n, p in oracle.named_parameters() if n in whole])
     for (name, got), want in zip(model.named_parameters(), oracle.parameters(), strict=True):
