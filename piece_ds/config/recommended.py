@@ -17,6 +17,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "paper": {"method": "piece-s", "mask_ratio": 0.001},
 }
 
+# Root mean square of the matrices of SmolLM2-135M, on which the rates were measured.
+MEASURED_SIZE = 0.1925
+
 # Names of PieceCallback's arguments that differ from the flags'.
 _ARGUMENT_OF = {"mask_ratio": "ratio"}
 
@@ -41,6 +44,19 @@ def settings_of(recipe: str | None) -> Mapping[str, Any]:
         known = f"known: {', '.join(RECIPES)}.{nearest(recipe, list(RECIPES))}"
         raise UserError(f"--recipe {recipe[:80]!r} is unknown; {known}")
     return RECIPES[recipe]
+
+
+def rate_in_proportion(rate: float, size: float) -> float:
+    """Return a recipe's learning rate for weights of another size, to two digits.
+
+    AdamW steps by the rate whatever a weight's size. On Gemma-3-270M, whose matrices are 5.5 times smaller, SmolLM2's
+    rates destroyed what the model knew, and rates in proportion did not (docs/forgetting.md).
+
+    Args:
+        rate: of the recipe.
+        size: root mean square of the model's matrices.
+    """
+    return float(f"{rate * size / MEASURED_SIZE:.1e}")
 
 
 def refuse_method_beside(recipe: str | None, given: Collection[str]) -> None:
@@ -75,7 +91,8 @@ def callback_settings(recipe: str | None, given: Collection[str]) -> dict[str, A
 
 
 HELP = (
-    f"On a pretrained model, begin with --recipe mask: {flags_in('mask')}. Raise --mask_ratio to 0.1 if much is to be "
+    f"On a pretrained model, begin with --recipe mask: {flags_in('mask')}. The rate is then put in proportion to the "
+    "model's weights, and the log says it. Raise --mask_ratio to 0.1 if much is to be "
     "learned. Without a mask, --recipe full learns more and forgets a little more, and leaves no delta of megabytes "
     "that goes on and off. --general_kl 0 leaves out what makes a step dearer. Without a recipe, the paper's own "
     "setting is the default (PIECE-S, 0.1 %), which forgets more at equal learning. Measurements: docs/forgetting.md."

@@ -67,6 +67,12 @@ class Settings:
         value: str | None = parser.parse_known_args(list(self.flags))[0].value
         return value
 
+    @property
+    def recipe_rate(self) -> float | None:
+        """The learning rate that a recipe sets; None without one, or if the user sets the rate."""
+        rate: float | None = settings_of(_recipe_of(self.source)).get("learning_rate")
+        return None if "learning_rate" in self.source.names else rate
+
     def with_flags(self, **flags: Any) -> "Settings":
         """Return these settings with more flags of TrainingArguments."""
         extra = tuple(item for name, value in flags.items() for item in (f"--{name}", str(value)))

@@ -18,7 +18,7 @@ def weights_digests(source: str) -> dict[str, str]:
         source: a model folder, or a Hub id whose files are in the Hub's cache.
     Cost: reads 4 MiB of each file.
     """
-    folder = _folder(source)
+    folder = files_folder(source)
     if folder is None:
         return {}
     files = sorted(path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
@@ -28,7 +28,7 @@ def weights_digests(source: str) -> dict[str, str]:
 def model_digest(source: str) -> str | None:
     """Return one short digest of configuration and weights; None if the files are not on this machine."""
     digests = weights_digests(source)
-    folder = _folder(source)
+    folder = files_folder(source)
     if folder is None or not digests:
         return None
     digest = hashlib.sha256((folder / transformers.utils.CONFIG_NAME).read_bytes())
@@ -36,7 +36,8 @@ def model_digest(source: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _folder(source: str) -> Path | None:
+def files_folder(source: str) -> Path | None:
+    """Return the folder that holds a model's files: source itself, or its place in the Hub's cache; None without."""
     if Path(source).is_dir():
         return Path(source)
     try:

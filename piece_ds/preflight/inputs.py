@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from piece_ds.config.defaults import timeout_seconds
+from piece_ds.config.recommended import MEASURED_SIZE, rate_in_proportion
 from piece_ds.config.settings import Settings
 from piece_ds.data.general_rows import load_general
 from piece_ds.data.image_collate import check_processor
@@ -31,9 +32,11 @@ from piece_ds.models.loading import (
     require_weights,
 )
 from piece_ds.models.model_settings import check_generation_settings
+from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, tokenizer_of
 from piece_ds.models.suitable import check_checkpoint
 from piece_ds.models.token_ids import token_ids_tokenizer
+from piece_ds.models.weight_size import size_of_files, vocabulary_of
 from piece_ds.preflight.checks import (
     check_deepspeed_file,
     check_mask,
@@ -115,6 +118,7 @@ def load_inputs(settings: Settings) -> Inputs:
     warn_of_stacked_experts(settings.method.method, settings.method.unit, config, settings.model.trust_remote_code)
     check_eligible(settings.model, config)
     check_general_text(settings, config)
+    settings = with_rate(settings, config)
     data = settings.data
     if data.packing:
         check_packing(config, settings.model.attn_implementation)
@@ -179,6 +183,30 @@ def _seed(settings: Settings) -> int:
     """Return --seed before TrainingArguments is built, which refuses it if it is no number."""
     given = settings.flag("seed") or ""
     return int(given) if given.isascii() and given.isdigit() and len(given) < 20 else TrainingArguments.seed
+
+
+def with_rate(settings: Settings, config: Any) -> Settings:
+    """Return settings whose learning rate, if it is a recipe's, is in proportion to the model's weights; say so."""
+    rate = settings.recipe_rate
+    if rate is None:
+        return settings
+    recipe, source = settings.method.recipe, model_source(str(settings.model.model_name_or_path))
+    size = size_of_files(source, vocabulary_of(config))
+    if size is None:
+        logger.warning(
+            "--recipe %s was measured at --learning_rate %g on weights with a root mean square of %g; how large those "
+            "of %s are could not be read from safetensors files: if they are smaller, give a smaller rate",
+            *(recipe, rate, MEASURED_SIZE, settings.model.model_name_or_path),
+        )
+        return settings
+    chosen = rate_in_proportion(rate, size)
+    if chosen != rate:
+        logger.warning(
+            "--learning_rate %g: %g of --recipe %s, in proportion to this model's weights (root mean square %.2g; "
+            "measured at %.2g)",
+            *(chosen, rate, recipe, size, MEASURED_SIZE),
+        )
+    return settings.with_flags(learning_rate=chosen)
 
 
 def with_precision(settings: Settings, dtype: torch.dtype) -> tuple[Settings, torch.dtype]:

@@ -22,12 +22,13 @@ from piece_ds.checkpoint.delta_parts import CODINGS
 from piece_ds.checkpoint.mask_base import say_other_base, with_base
 from piece_ds.checkpoint.mask_file import load_mask, save_mask
 from piece_ds.config.piece import PieceConfig, config_of
-from piece_ds.config.recommended import callback_settings
+from piece_ds.config.recommended import MEASURED_SIZE, callback_settings, rate_in_proportion
 from piece_ds.deltas.chain_files import CHAIN_NAME
 from piece_ds.methods.estimate import count_selected, estimate_mask
 from piece_ds.models.eligible import without
 from piece_ds.models.experts import gather_experts_whole
 from piece_ds.models.layout import layout_of
+from piece_ds.models.weight_size import size_of_model, vocabulary_of
 from piece_ds.runtime.distributed import barrier
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import without_mpi
@@ -96,7 +97,8 @@ class PieceCallback(TrainerCallback):
                 OUTPUT_DIR/chain, for copies of the model that follow the training; see deltas.follow.
             delta_coding: of the delta: "indices", which every program of the format reads, "gaps" or "smallest".
             recipe: "mask" sets what keeps most of what a pretrained model knew: 1 % of the weights by piece-ratio, text
-                that the model writes itself, scaled steps, general_kl=4; it was measured at a learning rate of 1e-3.
+                that the model writes itself, scaled steps, general_kl=4. The learning rate stays the trainer's; the
+                log says which one is in proportion to what was measured.
                 "paper" sets the paper's own. Other arguments win, but for method.
             general_text: rows with input_ids and labels that stand for general ability, for method="piece-ratio",
                 step_scale="general", general_replay and general_kl; "self": the model writes 128 of them before
@@ -117,7 +119,7 @@ class PieceCallback(TrainerCallback):
         own_text, own_kl = chosen.pop("general_text", None), chosen.pop("general_kl", 0.0)
         general_text = own_text if general_text is None else general_text
         general_kl = own_kl if general_kl is None else general_kl
-        _say_rate(recipe, chosen.pop("learning_rate", None), trainer.args)
+        _say_rate(recipe, chosen.pop("learning_rate", None), trainer)
         self.config = config_of(config, {**chosen, **settings})
         self.general = GeneralText(trainer, self.config, general_text, general_replay, general_kl, share=general_share)
         if delta_every is not None and delta_every < 1:
@@ -231,9 +233,16 @@ class PieceCallback(TrainerCallback):
         return with_base(mask, engine.module)
 
 
-def _say_rate(recipe: str | None, rate: float | None, arguments: TrainingArguments) -> None:
-    """Say that the trainer has another learning rate than the one that a recipe was measured at."""
-    if rate is not None and arguments.learning_rate != rate:
+def _say_rate(recipe: str | None, rate: float | None, trainer: Trainer) -> None:
+    """Say that the trainer has another learning rate than the recipe's, in proportion to the model's weights."""
+    if rate is None:
+        return
+    size = None if trainer.model is None else size_of_model(trainer.model, vocabulary_of(trainer.model))
+    wanted = rate if size is None else rate_in_proportion(rate, size)
+    if trainer.args.learning_rate != wanted:
         logger.warning(
-            "recipe %r was measured at learning_rate=%g, and the trainer has %g", recipe, rate, arguments.learning_rate
+            "recipe %r was measured at learning_rate=%g on weights of root mean square %.2g%s; the trainer has %g",
+            *(recipe, rate, MEASURED_SIZE),
+            "" if size is None else f", which is {wanted:g} for this model's of {size:.2g}",
+            trainer.args.learning_rate,
         )
