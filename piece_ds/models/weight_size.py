@@ -1,7 +1,7 @@
 """How large a model's weights are: what a learning rate has to be in proportion to.
 
 AdamW steps by the rate, whatever a weight's size. The matrices of SmolLM2-135M have a root mean square of 0.19, those
-of most larger models one of 0.02 to 0.04. A rate that moves the former by a hundredth destroys the latter.
+of Gemma-3-270M one of 0.035, near the 0.02 that most models begin with. Rates that teach the former destroy the latter.
 """
 
 from collections.abc import Callable, Iterator
