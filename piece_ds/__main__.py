@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(1)
         raise
     except UserError as error:
-        _say(error)
+        # None of these commands has that flag of the launch scripts; a model is named by its place here.
+        _say(str(error).replace("--model_name_or_path ", "model "))
         sys.exit(2)
     except MachineError as error:
         _say(error)

@@ -265,3 +265,14 @@ def test_composing_what_is_not_consecutive(run: Run, capsys: Capture, tmp_path: 
 )
 def test_a_wrong_command_line_is_one_line(capsys: Capture, tmp_path: Path, arguments: list[str]) -> None:
     refused(capsys, tmp_path, "--help", *arguments)
+
+
+def test_a_command_without_the_flag_does_not_name_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages of the loader name train's flag for a model."""
+    (tmp_path / "model").mkdir()
+    with pytest.raises(SystemExit) as left:
+        main(["delta", "diff", str(tmp_path / "model"), str(tmp_path / "model"), "--output", str(tmp_path / "d")])
+    error = capsys.readouterr().err
+    assert left.value.code == 2
+    assert error.startswith(f"error: model {tmp_path / 'model'}: no model can be loaded from there")
+    assert "--model_name_or_path" not in error
