@@ -7,6 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import huggingface_hub
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
@@ -66,6 +67,28 @@ def require_weights(arguments: ModelArguments) -> None:
         )
     if source.is_dir():
         require_weight_files(f"--model_name_or_path {source}", source)
+
+
+def bring_weights(arguments: ModelArguments) -> None:
+    """Bring a Hub model's weights into the Hub's cache, so that a first run sees the files that later ones see.
+
+    What is decided by the files (their dtype, whether they are whole, text of the model's own, a recipe's rate) is then
+    the same in both. Without a network nothing is brought, and whoever loads the model says what is missing. Ranks of
+    one machine may call it at once: the cache has locks.
+
+    Cost: the download that loading would make.
+    """
+    source = model_source(str(arguments.model_name_or_path))
+    if Path(source).exists():
+        return
+    # Of the file names that transformers loads, the first kind that the repository has.
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        try:
+            folder = huggingface_hub.snapshot_download(source, allow_patterns=[pattern, f"{pattern}.index.json"])
+        except Exception:  # every fault of the network has its own type; the loader's message is the one to read
+            return
+        if any(Path(folder).glob(pattern)):
+            return
 
 
 def reads_images(config: Any) -> bool:

@@ -23,6 +23,7 @@ from piece_ds.evaluation.benchmarks import check_ability
 from piece_ds.evaluation.scorers import choose_scorers, parse_scorers
 from piece_ds.methods.baseline import Baseline
 from piece_ds.models.loading import (
+    bring_weights,
     check_attention_of,
     check_eligible,
     dtype_of,
@@ -109,6 +110,7 @@ def load_inputs(settings: Settings) -> Inputs:
     # What flags and the model's configuration tell.
     check_deepspeed_file(settings.flag("deepspeed"))
     config = load_config(settings.model)
+    bring_weights(settings.model)
     require_weights(settings.model)
     check_checkpoint(settings.model, config)
     check_generation_settings(settings.model)

@@ -149,6 +149,19 @@ class _Handler(BaseHTTPRequestHandler):
         content = {"id": name, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []}
         self._send(200, {**content, "cardData": repository.card})
 
+    def tree(self, name: str, revision: str) -> None:
+        """Every file of a commit, as snapshot_download asks for them."""
+        if (repository := self._repository(name)) is None:
+            return
+        files = repository.trees[repository.resolve(revision) or ""]
+        self._send(
+            200,
+            [
+                {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for path, data in files.items()
+            ],
+        )
+
     def create(self) -> None:
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}"
@@ -235,6 +248,7 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("GET", f"/api/models/{NAME}", _Handler.info),
     ("GET", f"/api/models/{NAME}/revision/{REST}", _Handler.info),
+    ("GET", f"/api/models/{NAME}/tree/{REST}", _Handler.tree),
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", f"/api/models/{NAME}/branch/{REST}", _Handler.branch),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
