@@ -4,7 +4,8 @@ import hashlib
 from pathlib import Path
 
 import transformers
-from transformers.utils import cached_file
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 # A file of weights is compared by its size, its beginning (names and shapes) and this many places in it. Another
 # checkpoint differs nearly everywhere. One damaged byte is not found: that would take reading the whole file.
@@ -38,13 +39,13 @@ def model_digest(source: str) -> str | None:
 
 def files_folder(source: str) -> Path | None:
     """Return the folder that holds a model's files: source itself, or its place in the Hub's cache; None without."""
-    if Path(source).is_dir():
-        return Path(source)
+    if Path(source).exists():
+        return Path(source) if Path(source).is_dir() else None
     try:
-        config = cached_file(source, transformers.utils.CONFIG_NAME)
-    except OSError:
+        found = try_to_load_from_cache(source, transformers.utils.CONFIG_NAME)
+    except HFValidationError:  # neither a folder nor an id
         return None
-    return Path(config).parent
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _sampled(path: Path) -> str:

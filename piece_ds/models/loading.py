@@ -9,7 +9,6 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -29,6 +28,7 @@ from piece_ds.models.eligible import (
 )
 from piece_ds.models.eligible_report import folded, report_eligible
 from piece_ds.models.experts import gather_experts_whole, router_names
+from piece_ds.models.fingerprint import files_folder
 from piece_ds.models.layout import layout_of
 from piece_ds.models.model_settings import check_attention, make_saveable_
 from piece_ds.models.odd_configs import first_words, refuse_odd_config
@@ -85,7 +85,8 @@ def bring_weights(arguments: ModelArguments) -> None:
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         try:
             folder = huggingface_hub.snapshot_download(source, allow_patterns=[pattern, f"{pattern}.index.json"])
-        except Exception:  # every fault of the network has its own type; the loader's message is the one to read
+        except Exception as error:  # every fault of the network has its own type, and loading will try again
+            logger.warning("the weights of %s were not brought from the Hub (%s)", source, first_words(error))
             return
         if any(Path(folder).glob(pattern)):
             return
@@ -120,15 +121,6 @@ def load_tokenizer(arguments: ModelArguments, config: Any = None) -> Processing:
         ) from error
 
 
-def files_folder(arguments: ModelArguments) -> Path | None:
-    """Return the local folder of the model's files, in the Hub's cache for a Hub id; None if they are not there yet."""
-    source = model_source(str(arguments.model_name_or_path))
-    if Path(source).is_dir():
-        return Path(source)
-    found = try_to_load_from_cache(source, "config.json") if not Path(source).exists() else None
-    return Path(found).parent if isinstance(found, str) else None
-
-
 def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
     """Return the dtype to train in: --dtype or, for "auto", the dtype of most stored weights.
 
@@ -136,7 +128,7 @@ def dtype_of(arguments: ModelArguments, config: Any) -> torch.dtype:
     """
     if arguments.dtype != "auto":
         return _DTYPES[arguments.dtype]
-    folder = files_folder(arguments)
+    folder = files_folder(model_source(str(arguments.model_name_or_path)))
     # config.json may name another dtype than the files hold: the files win.
     in_files = None if folder is None else main_dtype(stored_tensors(folder))
     stated = in_files or getattr(config, "dtype", None) or torch.float32

@@ -15,7 +15,9 @@ from piece_ds.models.checkpoint_files import (
     stored_tensors,
 )
 from piece_ds.models.eligible import towers
-from piece_ds.models.loading import empty_model, files_folder, reads_images, without_zero3
+from piece_ds.models.fingerprint import files_folder
+from piece_ds.models.loading import empty_model, reads_images, without_zero3
+from piece_ds.models.pretrained import model_source
 from piece_ds.runtime.errors import UserError
 
 # transformers quantizes a dequantized model again while it saves, unless it is told not to: the page says how.
@@ -35,7 +37,7 @@ def check_checkpoint(arguments: ModelArguments, config: Any) -> None:
     _check_config(source, config, arguments.trust_remote_code)
     model = empty_model(config, arguments.trust_remote_code)
     _check_causal(source, config, model)
-    folder = files_folder(arguments)
+    folder = files_folder(model_source(str(arguments.model_name_or_path)))
     stored = {} if folder is None else stored_tensors(folder)
     if stored:
         _check_dtypes(source, stored)

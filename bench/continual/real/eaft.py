@@ -21,13 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer
 
 from bench.continual.real.grid import SWEEPS, Setting
 from bench.continual.real.recipe import Recipe
-from bench.continual.real.run import RESULTS, ROOT, load, one_run
+from bench.continual.real.run import RESULTS, ROOT, judged_before, one_run
 from bench.continual.real.runs import COLUMNS, add_run, read_runs
-from bench.continual.real.texts import make_judge, write_real_text
 from piece_ds.models.pretrained import model_source
 from piece_ds.runtime.process import run_command
 from piece_ds.training.trainer import TaskTrainer
@@ -49,10 +47,7 @@ def main(argv: list[str]) -> None:
     recipe, deadline = Recipe(), time.monotonic() + 3600 * options.hours
     options.cache.mkdir(parents=True, exist_ok=True)
     model = Path(model_source("smollm2-135m"))
-    lima = options.trace.parent / "general" / "lima.json"
-    write_real_text(lima, options.cache / "real.jsonl", recipe)
-    judge = make_judge(AutoTokenizer.from_pretrained(model), lima, recipe)
-    before = judge.measure(load(model))
+    judge, before = judged_before(model, options.trace, options.cache, recipe)
 
     weigh_by_entropy()
     by_name = {sweep.name: sweep for sweep in SWEEPS}

@@ -26,7 +26,7 @@ from bench.continual.real.gemma import gemma_folder
 from bench.continual.real.grid import SEEDS, SWEEPS, TASKS, Setting, rescaled, settings_in_order
 from bench.continual.real.recipe import Recipe
 from bench.continual.real.runs import COLUMNS, add_run, read_runs
-from bench.continual.real.texts import Judge, make_judge, write_real_text
+from bench.continual.real.texts import Judge, Judged, make_judge, write_real_text
 from bench.record import commit_of, device_name
 from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings
@@ -46,10 +46,7 @@ def main(argv: list[str]) -> None:
     deadline = time.monotonic() + 3600 * options.hours
     options.cache.mkdir(parents=True, exist_ok=True)
     model = gemma_folder(options.cache) if options.model == GEMMA else Path(model_source(options.model))
-    lima = options.trace.parent / "general" / "lima.json"
-    write_real_text(lima, options.cache / "real.jsonl", recipe)
-    judge = make_judge(AutoTokenizer.from_pretrained(model), lima, recipe)
-    before = judge.measure(load(model))
+    judge, before = judged_before(model, options.trace, options.cache, recipe)
     done = {tuple(run[name] for name in COLUMNS[:4]) for run in read_runs(options.runs_file)}
     factor = GEMMA_RATE if options.model == GEMMA else 1.0
     settings = (rescaled(s, factor) for s in settings_in_order(options.tasks, options.seeds, options.names))
@@ -75,6 +72,14 @@ def main(argv: list[str]) -> None:
     # One setting's failure must not keep the others from running, nor pass for success.
     if failed:
         sys.exit("failed: " + "; ".join(failed))
+
+
+def judged_before(model: Path, trace: Path, cache: Path, recipe: Recipe) -> tuple[Judge, dict[str, Judged]]:
+    """Write the real text that runs may be given; return who judges them, and what the base model is judged to be."""
+    lima = trace.parent / "general" / "lima.json"
+    write_real_text(lima, cache / "real.jsonl", recipe)
+    judge = make_judge(AutoTokenizer.from_pretrained(model), lima, recipe)
+    return judge, judge.measure(load(model))
 
 
 def one_run(

@@ -17,13 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
-from transformers import AutoTokenizer
 
 from bench.continual.real.grid import SWEEPS, Setting
 from bench.continual.real.recipe import Recipe
-from bench.continual.real.run import RESULTS, ROOT, flags_of, load, write_task
+from bench.continual.real.run import RESULTS, ROOT, flags_of, judged_before, load, write_task
 from bench.continual.real.runs import Record, add_run, read_runs
-from bench.continual.real.texts import Judge, Judged, make_judge, write_real_text
+from bench.continual.real.texts import Judge, Judged
 from bench.record import commit_of, device_name
 from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings
@@ -60,10 +59,7 @@ def main(argv: list[str]) -> None:
 
     # The base model: what all runs start from and are judged against.
     model = Path(model_source("smollm2-135m"))
-    lima = options.trace.parent / "general" / "lima.json"
-    write_real_text(lima, options.cache / "real.jsonl", recipe)
-    judge = make_judge(AutoTokenizer.from_pretrained(model), lima, recipe)
-    before = judge.measure(load(model))
+    judge, before = judged_before(model, options.trace, options.cache, recipe)
 
     done = {(run["name"], run["rate"], run["seed"]) for run in read_runs(options.runs_file)}
     for setting in settings_in_order(options.seeds):
