@@ -19,11 +19,14 @@ exec > >(tee "$OUT/log.txt") 2>&1
 started=$SECONDS
 failed=()
 
+# PARTS: a regular expression; only the parts whose names match it run.
+wanted() { [[ $1 =~ ${PARTS:-.} ]]; }
 left() { echo $((BUDGET - (SECONDS - started))); }
 # part NAME LIMIT COMMAND...: its output in the log, its end and its time too.
 part() {
   local name=$1 limit=$2 begin=$SECONDS
   shift 2
+  wanted "$name" || return 0
   [ "$limit" -gt "$(left)" ] && limit=$(left)
   if [ "$limit" -lt 5 ]; then failed+=("$name (no time)"); return; fi
   echo "== $name (at $((SECONDS - started)) s, at most $limit s)"
@@ -35,6 +38,7 @@ names=() pids=()
 aside() {
   local name=$1 limit=$2
   shift 2
+  wanted "$name" || return 0
   [ "$limit" -gt "$(left)" ] && limit=$(left)
   if [ "$limit" -lt 5 ]; then failed+=("$name (no time)"); return; fi
   timeout --kill-after 5 "$limit" "$@" >"$WORK/$name.log" 2>&1 &
@@ -69,8 +73,9 @@ PY
 
 # Kernels taken as carried, or built. Without nvcc's the rest is still worth having with Triton's.
 providers() {
-  part "build and providers" 150 $PYTHON -m piece_ds.ops
+  PARTS=. part "build and providers" 150 $PYTHON -m piece_ds.ops
   if [ ${#failed[@]} -ne 0 ]; then export PIECE_DS_BACKEND=triton; echo "going on with PIECE_DS_BACKEND=triton"; fi
 }
 
-one_rank() { env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29777 "$@"; }
+# A process group of one, without a launcher.
+one_rank=(env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29777)

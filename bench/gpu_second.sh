@@ -1,8 +1,7 @@
 # What is open since the first call on a GPU, in at most 540 s; sourced by bench/gpu.sh --second.
 
 # ---- correctness of what has changed, side by side ----
-aside ops 150 $PYTHON -m pytest -q -n 6 --dist worksteal -p no:cacheprovider tests/ops/test_ops_cuda.py -k "not more_elements" \
-  --junitxml="$OUT/ops.xml"
+aside ops 150 $PYTHON -m pytest -q -n ${TEST_WORKERS:-6} --dist worksteal -p no:cacheprovider tests/ops/test_ops_cuda.py -k "not more_elements"
 aside repeat 120 $PYTHON bench/gpu_repeat.py
 aside e2e 150 $PYTHON bench/gpu_e2e.py "$WORK/e2e" --lanes 2 --seconds 100 --stages 2 3
 for tool in memcheck racecheck; do
@@ -19,13 +18,15 @@ cp piece_ds/update/sampled_gradients.csv "$OUT/sampled_gradients.csv"
 part "when a sampled gradient pays" 60 $PYTHON kernels/bench/gradient_table.py --output "$OUT/sampled_gradients.csv"
 
 # ---- steps ----
-part "overhead" 60 env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29777 $PYTHON bench/overhead.py \
+part "overhead" 60 "${one_rank[@]}" $PYTHON bench/overhead.py \
   --output "$OUT/overhead.csv" --hidden 4096 --layers 2 --vocab 32000 --tokens 1024 --rows 1 --repeats 7 --stages 2 3 --dtypes bf16
-part "cost, 512 tokens" 170 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 \
-  --zero none 2 3 3-ahead 3-large 3-persistent \
-  --methods compact lora --repeats 5 --seconds 40 --output "$OUT/cost-512-tokens.csv"
-part "where a compact step goes" 45 $PYTHON bench/gpu_step.py
-part "cost, 4096 tokens, checkpointing" 60 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 --zero none \
-  --methods compact lora --rows 2 --tokens 2048 --checkpointing --repeats 3 --seconds 50 --output "$OUT/cost-4096-checkpointing.csv"
-part "cost, 4096 tokens" 60 $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 --zero none \
-  --methods compact lora --rows 2 --tokens 2048 --repeats 3 --seconds 50 --output "$OUT/cost-4096.csv"
+llama() { local name=$1 limit=$2; shift 2; part "$name" "$limit" $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 "$@"; }
+llama "cost, 512 tokens" 90 --zero none 2 3 --methods compact lora --repeats 5 --seconds 40 --output "$OUT/cost-512-tokens.csv"
+part "where a compact step goes" 30 $PYTHON bench/gpu_step.py
+part "where a compact step at ZeRO-3 goes" 40 "${one_rank[@]}" $PYTHON bench/gpu_step.py --zero 3
+llama "cost, 512 tokens, ways to fetch" 60 --zero 3-ahead 3-large 3-persistent --methods compact --repeats 5 --seconds 25 \
+  --output "$OUT/cost-512-fetching.csv"
+llama "cost, 4096 tokens, checkpointing" 90 --zero none 2 3 --methods compact lora --rows 2 --tokens 2048 --checkpointing \
+  --repeats 3 --seconds 45 --output "$OUT/cost-4096-checkpointing.csv"
+llama "cost, 4096 tokens" 60 --zero none 3 --methods compact lora --rows 2 --tokens 2048 --repeats 3 --seconds 40 \
+  --output "$OUT/cost-4096.csv"

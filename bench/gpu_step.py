@@ -1,6 +1,7 @@
-"""Where a training step of compact mode without DeepSpeed goes: one step's operators, on the GPU and on the CPU.
+"""Where a training step goes: one step's operators, on the GPU and on the CPU.
 
-python bench/gpu_step.py [--shape llama3-8b] [--layers 0] [--rows 2] [--tokens 256] [--steps 3] [--lines 25]
+python bench/gpu_step.py [--method compact] [--zero none|2|3|3-...] [--shape llama3-8b] [--layers 0] [--rows 2]
+    [--tokens 256] [--steps 3] [--lines 25]
 
 Prints the median step, the time the GPU worked in one, the number of launches, and torch.profiler's two tables.
 """
@@ -16,14 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cost_methods import without_deepspeed
-from bench.cost_worker import SHAPES, _batch, _model
+from bench.cost_methods import METHODS
+from bench.cost_worker import SHAPES, ZERO3, _batch, _model, _trained
+from piece_ds.runtime.process import start_distributed
 
 
 def main() -> None:
     options = _options()
+    if options.zero != "none":
+        start_distributed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = without_deepspeed("compact", _model(options, device))
+    trained = _trained(options.method, _model(options, device), options)
     batch = _batch(options, device)
     seconds = []
     for repeat in range(options.steps + 2):
@@ -52,6 +56,8 @@ def _synchronize() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=list(METHODS), default="compact")
+    parser.add_argument("--zero", choices=["none", "0", "1", "2", *ZERO3], default="none")
     parser.add_argument("--shape", choices=list(SHAPES), default="llama3-8b")
     parser.add_argument("--layers", type=int, default=0, help="another number of layers than the shape's")
     parser.add_argument("--dtype", default="bf16")
