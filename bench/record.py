@@ -19,13 +19,11 @@ def device_name() -> str:
 
 def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
     """Write one CSV line per row, with device, torch, further versions, commit and date at its end."""
-    # Machines without the repository are told the commit.
-    commit = os.environ.get("PIECE_DS_COMMIT") or commit_of()
     facts = {
         "device": device_name(),
         "torch": torch.__version__,
         **versions,
-        "commit": commit,
+        "commit": commit_of(),
         "date": date.today().isoformat(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +34,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]], **versions: str) -> None:
 
 
 def commit_of() -> str:
-    """Return the commit of the working tree; empty without git or outside a repository."""
+    """Return PIECE_DS_COMMIT, by which machines without the repository are told it, else that of the working tree.
+
+    It is empty without git or outside a repository.
+    """
+    if told := os.environ.get("PIECE_DS_COMMIT"):
+        return told
     try:
         command = ["git", "describe", "--always", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -96,9 +96,7 @@ def self_written_file(
     Returns:
         A JSONL file of rows of input_ids and labels, which every flag for a data file accepts.
     """
-    # Another model or other settings make another file.
-    key = hashlib.sha256(json.dumps([digest, asdict(writing)]).encode()).hexdigest()[:16]
-    path = cache_folder() / "general_text" / f"self-{key}.jsonl"
+    path = self_written_path(digest, writing)
     if not all(all_gather_objects(path.is_file())):
         if is_main():
             logger.warning("the base model writes %d rows of general text into %s", writing.num_rows, path)
@@ -106,3 +104,9 @@ def self_written_file(
         # Every rank writes the same file, whole: each machine may have a cache of its own.
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def self_written_path(digest: str, writing: SelfWriting) -> Path:
+    """Return where the text of a base model is kept. Another model or other settings make another file."""
+    key = hashlib.sha256(json.dumps([digest, asdict(writing)]).encode()).hexdigest()[:16]
+    return cache_folder() / "general_text" / f"self-{key}.jsonl"

@@ -31,3 +31,7 @@ class Recipe:
     judged_tokens: int = 96
     lr_scheduler_type: str = "linear"
     adam_beta2: float = 0.95
+
+
+# Does it work? The figures say nothing.
+SMOKE = Recipe(steps=2, train_rows=16, test_rows=4, judged_rows=2)

@@ -14,17 +14,19 @@ import time
 import traceback
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.continual.real.gemma import NAME as GEMMA
 from bench.continual.real.gemma import RATE_FACTOR as GEMMA_RATE
 from bench.continual.real.gemma import gemma_folder
 from bench.continual.real.grid import SEEDS, SWEEPS, TASKS, Setting, rescaled, settings_in_order
-from bench.continual.real.recipe import Recipe
+from bench.continual.real.recipe import SMOKE, Recipe
 from bench.continual.real.runs import COLUMNS, add_run, read_runs
 from bench.continual.real.texts import Judge, Judged, make_judge, write_real_text
 from bench.record import commit_of, device_name
@@ -32,6 +34,7 @@ from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings
 from piece_ds.models.pretrained import model_source
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.files import write_text
 from piece_ds.runtime.process import run_command
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -41,16 +44,16 @@ FIRST_MODEL = "smollm2-135m"
 
 def main(argv: list[str]) -> None:
     """Make the runs that are not there yet, until the time is over."""
-    options = _options(argv)
-    recipe = Recipe(steps=2, train_rows=16, test_rows=4, judged_rows=2) if options.smoke else Recipe()
+    hours = {"type": float, "default": 1e6, "help": "begin no run after so many hours"}
+    options = options_of(argv, __doc__, {"--hours": hours})
+    recipe = SMOKE if options.smoke else Recipe()
     deadline = time.monotonic() + 3600 * options.hours
     options.cache.mkdir(parents=True, exist_ok=True)
-    model = gemma_folder(options.cache) if options.model == GEMMA else Path(model_source(options.model))
+    model = model_folder(options.model, options.cache)
     judge, before = judged_before(model, options.trace, options.cache, recipe)
     done = {tuple(run[name] for name in COLUMNS[:4]) for run in read_runs(options.runs_file)}
-    factor = GEMMA_RATE if options.model == GEMMA else 1.0
-    settings = (rescaled(s, factor) for s in settings_in_order(options.tasks, options.seeds, options.names))
-    wanted = [setting for setting in settings if setting.key not in done]
+    settings = settings_in_order(options.tasks, options.seeds, options.names)
+    wanted = [setting for setting in for_model(settings, options.model) if setting.key not in done]
     print(f"{len(wanted)} runs to make; base: {before}", flush=True)
     failed = []
     for setting in wanted:
@@ -74,6 +77,16 @@ def main(argv: list[str]) -> None:
         sys.exit("failed: " + "; ".join(failed))
 
 
+def model_folder(name: str, cache: Path) -> Path:
+    """Return the folder of a model of --model, fetched if it is not there yet."""
+    return gemma_folder(cache) if name == GEMMA else Path(model_source(name))
+
+
+def for_model(settings: list[Setting], name: str) -> list[Setting]:
+    """Return settings at the rates of a model of --model."""
+    return [rescaled(setting, GEMMA_RATE if name == GEMMA else 1.0) for setting in settings]
+
+
 def judged_before(model: Path, trace: Path, cache: Path, recipe: Recipe) -> tuple[Judge, dict[str, Judged]]:
     """Write the real text that runs may be given; return who judges them, and what the base model is judged to be."""
     lima = trace.parent / "general" / "lima.json"
@@ -83,10 +96,26 @@ def judged_before(model: Path, trace: Path, cache: Path, recipe: Recipe) -> tupl
 
 
 def one_run(
-    setting: Setting, recipe: Recipe, options: argparse.Namespace, model: Path, judge: Judge, before: dict
+    setting: Setting,
+    recipe: Recipe,
+    options: argparse.Namespace,
+    model: Path,
+    judge: Judge,
+    before: dict,
+    *,
+    scratch: Path | None = None,
 ) -> dict[str, str]:
-    """Train one setting and measure what it learned and what it lost."""
-    scratch = options.cache / "scratch"
+    """Train one setting and measure what it learned and what it lost.
+
+    Args:
+        setting: what to train.
+        recipe: its budget.
+        options: trace, the folder of tasks, and cache, that of statistics.
+        model: folder of the base model.
+        judge, before: from judged_before().
+        scratch: of the run's files, which are removed; None means a folder of the cache.
+    """
+    scratch = scratch or options.cache / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     task_dir = write_task(setting.task, options, recipe)
     begin = time.perf_counter()
@@ -176,15 +205,17 @@ def write_task(task: str, options: argparse.Namespace, recipe: Recipe) -> Path:
     folder = options.cache / "tasks"
     for split, num_rows in (("train", recipe.train_rows), ("test", recipe.test_rows)):
         rows = json.loads((options.trace / task / f"{split}.json").read_text(encoding="utf-8"))[:num_rows]
-        path = folder / task / f"{split}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows), encoding="utf-8")
+        path, text = folder / task / f"{split}.json", json.dumps(rows)
+        # Runs side by side read the same files.
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
     return folder
 
 
 def load(folder: Path) -> AutoModelForCausalLM:
-    """Return the model of a folder, in bf16."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    """Return the model of a folder, in bf16, on the device that runs train on."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return model.to(get_accelerator().current_device_name())
 
 
 def results_folder(model: str) -> Path:
@@ -192,17 +223,25 @@ def results_folder(model: str) -> Path:
     return RESULTS if model == FIRST_MODEL else RESULTS / model
 
 
-def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(argv: list[str], description: str | None, also: dict[str, dict[str, Any]]) -> argparse.Namespace:
+    """Return the options of a command that makes runs of the grid.
+
+    Args:
+        argv: its words.
+        description: of the command.
+        also: options of its own -> arguments of add_argument().
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, default=ROOT.parent / "shared" / "trace", help="folder of TRACE's tasks")
     parser.add_argument("--model", default=FIRST_MODEL, help=f"{GEMMA}, a folder, or a name that the product knows")
     parser.add_argument("--tasks", type=lambda text: tuple(text.split(",")), default=TASKS)
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
     parser.add_argument("--names", type=lambda text: tuple(text.split(";")), help="only these sweeps, split by ';'")
-    parser.add_argument("--hours", type=float, default=1e6, help="begin no run after so many hours")
     parser.add_argument("--runs_file", type=Path, help="default: results/runs.csv; of another model, results/NAME")
     parser.add_argument("--cache", type=Path, help="statistics and scratch files; default: runs/study, or runs/NAME")
     parser.add_argument("--smoke", action="store_true", help="two steps a run: does it work? The figures say nothing")
+    for name, arguments in also.items():
+        parser.add_argument(name, **arguments)
     options = parser.parse_args(argv)
     # Runs and statistics of two models must not meet in one file.
     name = Path(options.model).name

@@ -1,7 +1,9 @@
-"""results/runs.csv: one row for each finished run, written whole after each."""
+"""results/runs.csv, and runs-DEVICE.csv beside it: one row for each finished run, written whole after each."""
 
 import csv
 import io
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from piece_ds.runtime.files import write_text
@@ -28,3 +30,36 @@ def add_run(path: Path, record: Record) -> None:
     writer.writerows(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text.getvalue())
+
+
+def files_of_devices(path: Path) -> list[Path]:
+    """Return runs.csv, then the files of other devices beside it (runs-DEVICE.csv)."""
+    return [path, *sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]
+
+
+def each_once(devices: Sequence[Sequence[Record]]) -> list[Record]:
+    """Return one row for each setting that any device has made.
+
+    Of two, that of the device that has made more of the curve (the rates of a sweep, task and seed) counts; at equal
+    numbers, that of the device named first.
+    """
+    lengths = [Counter(_curve(run) for run in runs) for runs in devices]
+    found: dict[tuple[str, ...], tuple[int, Record]] = {}
+    for length, runs in zip(lengths, devices, strict=True):
+        for run in runs:
+            key, made = tuple(run[name] for name in COLUMNS), length[_curve(run)]
+            if key not in found or made > found[key][0]:
+                found[key] = (made, run)
+    return [run for _, run in found.values()]
+
+
+def made_twice(devices: Sequence[Sequence[Record]]) -> list[list[Record]]:
+    """Return the rows of each setting that several devices have made, in the order of the devices."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for run in (run for runs in devices for run in runs):
+        found.setdefault(tuple(run[name] for name in COLUMNS), []).append(run)
+    return [runs for runs in found.values() if len(runs) > 1]
+
+
+def _curve(run: Record) -> tuple[str, str, str]:
+    return run["name"], run["task"], run["seed"]

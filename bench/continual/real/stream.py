@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 
 from bench.continual.real.grid import SWEEPS, Setting
-from bench.continual.real.recipe import Recipe
+from bench.continual.real.recipe import SMOKE, Recipe
 from bench.continual.real.run import RESULTS, ROOT, flags_of, judged_before, load, write_task
 from bench.continual.real.runs import Record, add_run, read_runs
 from bench.continual.real.texts import Judge, Judged
@@ -53,7 +53,7 @@ SETTINGS: dict[str, tuple[float, ...]] = {
 def main(argv: list[str]) -> None:
     """Make the runs that are not there yet, until the time is over."""
     options = _options(argv)
-    recipe = Recipe(steps=2, train_rows=16, test_rows=4, judged_rows=2) if options.smoke else Recipe()
+    recipe = SMOKE if options.smoke else Recipe()
     deadline = time.monotonic() + 3600 * options.hours
     options.cache.mkdir(parents=True, exist_ok=True)
 

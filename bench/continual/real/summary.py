@@ -3,11 +3,16 @@
 python bench/continual/real/summary.py [--model NAME] [--runs_file CSV] [--output FOLDER]
 
 Writes summary.md (rise of general loss and KL at matched learning, per task; every run) and frontier.png.
+
+Runs of other devices stand beside the file, in runs-DEVICE.csv. Every rise is measured from the base model on the
+run's own device, so rows of all devices stand in one table. A setting made on several counts once: the row of the
+device that has made more rates of its curve, so that a curve is of one device where one has made it whole, and at equal
+numbers the row of runs.csv. All rows of such settings are in a table of their own, which says how far devices differ.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -17,7 +22,7 @@ from matplotlib.figure import Figure
 from bench.continual.frontier import Point, levels, matched, useful_points, why_not
 from bench.continual.real.grid import SWEEPS, settings_in_order
 from bench.continual.real.run import FIRST_MODEL, results_folder
-from bench.continual.real.runs import Record, read_runs
+from bench.continual.real.runs import Record, each_once, files_of_devices, made_twice, read_runs
 from piece_ds.runtime.files import write_text, write_whole
 
 SHARES = (0.975, 0.985, 0.995)
@@ -37,17 +42,24 @@ def main() -> None:
     name = Path(options.model).name
     runs_file = options.runs_file or results_folder(name) / "runs.csv"
     output = options.output or results_folder(name)
-    runs = read_runs(runs_file)
+    devices = [read_runs(path) for path in files_of_devices(runs_file)]
+    runs = each_once(devices)
     if not runs:
         sys.exit(f"{runs_file} has no runs: bench/continual/real/run.py makes them")
-    write_text(output / "summary.md", summary_page(runs, name))
+    write_text(output / "summary.md", summary_page(runs, name, made_twice(devices)))
     picture = output / "frontier.png"
     write_whole(picture, lambda path: frontier_figure(runs).savefig(path, format="png", dpi=130))
     print(f"written to {output}: summary.md, frontier.png ({len(runs)} runs)")
 
 
-def summary_page(runs: list[Record], model: str = FIRST_MODEL) -> str:
-    """Return the page: tables at matched learning for each task, then every run."""
+def summary_page(runs: list[Record], model: str = FIRST_MODEL, repeated: Sequence[list[Record]] = ()) -> str:
+    """Return the page: tables at matched learning for each task, then every run.
+
+    Args:
+        runs: one row a setting.
+        model: the name of it.
+        repeated: all rows of each setting that several devices have made.
+    """
     planned = len(settings_in_order())
     seeds = sorted({run["seed"] for run in runs})
     text = [
@@ -79,6 +91,9 @@ def summary_page(runs: list[Record], model: str = FIRST_MODEL) -> str:
         "that at which a method learns most are left out. 'x 3.0': so many times the run's own rise."
     )
     text.append(_beside_references(runs))
+    if repeated:
+        text.append("## The same setting on several devices")
+        text.append(_on_devices(repeated))
     text.append("## Every run")
     text.append(_every_run(runs))
     return "\n\n".join(text) + "\n"
@@ -147,6 +162,14 @@ def _reference(curves: list[list[Point]], point: Point) -> str:
         return why_not(curves, point.learned)
     # A factor of two signs, or of nothing, says nothing.
     return f"{found.mean:+.3f}" + (f" (x {found.mean / point.lost:.1f})" if point.lost > 0 and found.mean > 0 else "")
+
+
+def _on_devices(repeated: Sequence[list[Record]]) -> str:
+    lines = ["| method | task | rate | seed | device | learned | rise | KL |", "|---|---|---:|---:|---|---:|---:|---:|"]
+    for run in (run for runs in repeated for run in runs):
+        own = " | ".join(run[name] for name in ("name", "task", "rate", "seed", "device"))
+        lines.append(f"| {own} | {float(run['learned']):.3f} | {float(run['rise']):+.3f} | {float(run['kl']):.3f} |")
+    return "\n".join(lines)
 
 
 def _every_run(runs: list[Record]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.continual.real.recipe import Recipe
+from piece_ds.runtime.files import write_text
 
 IGNORED = -100
 
@@ -34,24 +35,29 @@ class Judged:
 
 @dataclass
 class Judge:
-    """The judged texts, and what the base model says about every token of them (kept in bf16, about 0.7 GB).
+    """The judged texts, and what the base model says about every token of them (about 0.7 GB).
 
     Attributes:
         rows: kind of text -> rows of (token ids, labels).
-        base: kind of text -> log-probabilities of the base model, per row, fp16.
+        base: kind of text -> log-probabilities of the base model, per row, fp16, on its device.
     """
 
     rows: dict[str, list[tuple[Tensor, Tensor]]]
     base: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def measure(self, model: PreTrainedModel) -> dict[str, Judged]:
-        """Return loss and KL of every kind of text. Cost: one forward pass of all rows."""
+        """Return loss and KL of every kind of text. Cost: one forward pass of all rows.
+
+        Args:
+            model: the base model at the first call; later ones are judged against it, and are on the same device.
+        """
         model.eval()
         first = not self.base
         found = {}
         for kind, rows in self.rows.items():
             sum_loss, sum_kl, num_tokens = 0.0, 0.0, 0
-            for index, (ids, labels) in enumerate(rows):
+            for index, row in enumerate(rows):
+                ids, labels = (tokens.to(model.device) for tokens in row)
                 with torch.no_grad():
                     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
                 counted = labels[1:] != IGNORED
@@ -89,7 +95,7 @@ def make_judge(tokenizer: PreTrainedTokenizerBase, lima: Path, recipe: Recipe) -
 def write_real_text(lima: Path, path: Path, recipe: Recipe) -> None:
     """Write the instructions that methods may use: the rows after those that are judged on."""
     pairs = _pairs(lima)[recipe.judged_rows :][: recipe.general_rows]
-    path.write_text("\n".join(json.dumps({"text": f"{p}\n\n{a}"[:600]}) for p, a in pairs) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(json.dumps({"text": f"{p}\n\n{a}"[:600]}) for p, a in pairs) + "\n")
 
 
 def _pairs(lima: Path) -> list[tuple[str, str]]:
