@@ -62,6 +62,9 @@ ZERO3 = {
         "stage3_max_live_parameters": int(4e9),
         "stage3_max_reuse_distance": int(4e9),
     },
+    # Hooks of a whole decoder layer in the place of its 13 modules' own.
+    "3-layers": {"leaf_module": {"classes": ["transformers.models.llama.modeling_llama.LlamaDecoderLayer"]}},
+    "3-granular": {"stage3_module_granularity_threshold": int(1e9)},
     "3-persistent": {"stage3_param_persistence_threshold": int(1e9), "stage3_model_persistence_threshold": int(1e12)},
 }
 

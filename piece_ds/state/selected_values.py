@@ -4,7 +4,7 @@ It is never called, so ZeRO-3 never gathers it in forward or backward. The model
 layout, and state_dict() shows it only to training checkpoints.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,11 +38,13 @@ class SelectedValues(nn.Module):
         eligible: frozenset[str],
         decays: frozenset[str] | None,
         may_have_fewer: bool = False,
+        on_leave: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.values = nn.Parameter(torch.zeros(num_selected, dtype=dtype, device=device))
         self.trainable, self.eligible, self.decays = trainable, eligible, decays
         self.may_have_fewer = may_have_fewer
+        self._on_leave = on_leave  # undoes what else the model was prepared by
         self.checkpoint: dict[str, Tensor] | None = None
         self.saving = False
         self.attached = False  # whether an update trains them: backward's gradients are then its own
@@ -86,6 +88,8 @@ class SelectedValues(nn.Module):
         for hook in self._hooks:
             hook.remove()
         delattr(model, NAME)
+        if self._on_leave is not None:
+            self._on_leave()
 
         # What was frozen before join() stays frozen.
         for name, param in model.named_parameters():

@@ -10,6 +10,7 @@ from piece_ds.config.piece import split_patterns
 from piece_ds.models.eligible import input_embedding, let_gradients_in, without
 from piece_ds.models.experts import gather_experts_whole
 from piece_ds.models.layout import layout_of
+from piece_ds.models.whole_layers import gather_layers_whole
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected as num_selected_of
 from piece_ds.state.mask import Mask
@@ -93,6 +94,7 @@ def prepare_compact(
 
     # ZeRO-3 has to know before it makes its hooks.
     gather_experts_whole(model)
+    gather_modules_again = gather_layers_whole(model)
 
     # How many values there will be.
     layout = without(layout_of(model), split_patterns(exclude))
@@ -110,6 +112,7 @@ def prepare_compact(
         eligible=frozenset(info.name for info in layout.eligible()),
         decays=None if decays is None else frozenset(decays),
         may_have_fewer=unit != "element",
+        on_leave=gather_modules_again,
     )
 
     # Reentrant checkpointing passes gradients only through inputs, and the frozen embedding gives none.
