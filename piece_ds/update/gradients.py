@@ -78,8 +78,9 @@ def is_sparse(selected: SelectedWeights, device: torch.device) -> bool:
 
     For stacked experts too: each is multiplied by itself, as a linear layer with fewer tokens.
     """
-    num_elements = int(torch.Size(full_shape(selected.param)).numel())
-    return selected.index.numel() <= max_density(device, selected.param.dtype) * num_elements
+    shape = torch.Size(full_shape(selected.param))
+    density = selected.index.numel() / shape.numel()
+    return density <= max_density(device, selected.param.dtype, shape[-2:].numel())
 
 
 class SampledGradient:

@@ -4,11 +4,15 @@ The table is a file of the package, so the same code, provider and kind of devic
 kernels/bench/gradient_table.py measures its rows. A row says how many times faster the sampled gradient was than the
 dense product, at one shape and density. Its time falls at most in proportion to the number of elements. So a row with
 ratio r at density d proves every density up to d r, and a row with a ratio below 1 forbids everything from d on.
+
+At one density the ratio grows with the weight: a dense product costs tokens x out x in, the transpositions before a
+sampled one only tokens x (out + in), and a small weight is bound by launches. So a weight follows the largest measured
+size that it reaches, and the smallest measured one if it reaches none.
 """
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,14 +48,25 @@ class Row:
     ratio: float
 
 
-def max_density(device: torch.device | str, dtype: torch.dtype) -> float:
+def max_density(device: torch.device | str, dtype: torch.dtype, num_elements: int) -> float:
     """Return the density up to which a weight of dtype on device gets its gradient sampled; 0 means never.
+
+    Args:
+        num_elements: of the weight; of one expert if experts are stacked.
 
     A kind of GPU that was not measured follows the rows of all that were. fp16 follows bf16, which moves as many bytes.
     """
     device = torch.device(device)
     kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "-").lower()
-    return largest_proven(rows_for(read_table(TABLE), kind, ops.provider("sampled_gradient_", device.type), dtype))
+    rows = rows_for(read_table(TABLE), kind, ops.provider("sampled_gradient_", device.type), dtype)
+    return largest_proven(of_size(rows, num_elements))
+
+
+def of_size(rows: Sequence[Row], num_elements: int) -> list[Row]:
+    """Return the rows of the largest measured weight with at most num_elements; of the smallest if there is none."""
+    sizes = {row.out * row.in_ for row in rows}
+    size = max((size for size in sizes if size <= num_elements), default=min(sizes, default=0))
+    return [row for row in rows if row.out * row.in_ == size]
 
 
 def rows_for(rows: Iterable[Row], kind: str, provider: str, dtype: torch.dtype) -> list[Row]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from piece_ds.update import sampling_rule
-from piece_ds.update.sampling_rule import Row, largest_proven, max_density, read_table, rows_for
+from piece_ds.update.sampling_rule import Row, largest_proven, max_density, of_size, read_table, rows_for
 
 H200 = "nvidia-h200"
 
@@ -31,6 +31,19 @@ def test_what_rows_prove(rows: list[Row], largest: float) -> None:
     assert all(got < row.density for row in rows if row.ratio < 1)
 
 
+def test_a_weight_follows_the_largest_measured_size_that_it_reaches() -> None:
+    small, large = [row(0.001, 0.5)], [row(0.001, 2.0, out=4096), row(0.01, 0.4, out=4096)]
+    for num_elements, expected in (
+        (1, small),
+        (1 << 20, small),
+        ((1 << 22) - 1, small),
+        (1 << 22, large),
+        (1 << 40, large),
+    ):
+        assert of_size(small + large, num_elements) == expected
+    assert of_size([], 5) == []
+
+
 def test_a_gpu_that_was_not_measured_follows_all_that_were() -> None:
     table = [
         row(0.001, 3.0),
@@ -47,19 +60,26 @@ def test_a_gpu_that_was_not_measured_follows_all_that_were() -> None:
 
 
 def test_the_table_of_the_package_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense in bf16 on a GPU as long as the tensor cores win; sampled in fp32 and on a CPU."""
+    """No row of a size loses below what that size's rows prove."""
     table = read_table(sampling_rule.TABLE)
     assert len({(r.device, r.provider, r.dtype, r.tokens, r.out, r.in_, r.density) for r in table}) == len(table)
     for kind in {r.device for r in table}:
         for provider in {r.provider for r in table if r.device == kind}:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                rows = rows_for(table, kind, provider, dtype)
-                limit = largest_proven(rows)
-                lost = [r for r in rows if r.ratio < 1 and r.density <= limit]
-                assert not lost, lost
-    assert largest_proven(rows_for(table, H200, "cuda", torch.bfloat16)) == 0.0
+                measured = rows_for(table, kind, provider, dtype)
+                for size in {r.out * r.in_ for r in measured}:
+                    rows = of_size(measured, size)
+                    limit = largest_proven(rows)
+                    lost = [r for r in rows if r.ratio < 1 and r.density <= limit]
+                    assert not lost, lost
+    # In bf16 the tensor cores win below 16 M elements of a weight, in fp32 and on a CPU they do not.
+    sizes = {
+        size: largest_proven(of_size(rows_for(table, H200, "cuda", torch.bfloat16), size)) for size in (1, 1 << 24)
+    }
+    assert sizes[1] == 0.0
+    assert sizes[1 << 24] > 0.001
     assert largest_proven(rows_for(table, H200, "cuda", torch.float32)) >= 0.001
-    assert max_density("cpu", torch.bfloat16) >= 0.001
+    assert max_density("cpu", torch.bfloat16, 1 << 20) >= 0.001
     monkeypatch.setattr("piece_ds.ops.provider", lambda op, device: "triton")
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
-    assert max_density("cuda", torch.bfloat16) == 0.0
+    assert max_density("cuda", torch.bfloat16, 1 << 24) == 0.0

@@ -114,7 +114,7 @@ def test_layers_of_several_dtypes_take_the_steps_of_one_fp32_optimizer() -> None
 def test_a_sampled_layer_forms_no_gradient_and_keeps_no_weight() -> None:
     """Saved tensors of a forward must not have a layer's weight among them twice: ZeRO-3 could not release it."""
     layer = nn.Linear(64, 64, bias=False)
-    mask = select(layout_of(layer), "random", max_density("cpu", torch.float32) / 2)
+    mask = select(layout_of(layer), "random", max_density("cpu", torch.float32, 64 * 64) / 2)
     optimizer = SparseAdamW(layer, mask)
     saved: list[Tensor] = []
     x = torch.randn(5, 64)
