@@ -33,10 +33,17 @@ def first_in_order(
         num_to_take: k of each group.
     Returns:
         ascending positions in the flat buffer (int64, sum(num_to_take) elements), on the candidates' device.
-    Cost: three sorts of C or K elements, one more with several groups. The host does not wait.
+    Cost: two sorts, of C and of K elements. Up to four with several groups, or more than 2^32 elements of a rank. The
+    host does not wait.
     """
+    # One group: score and position in one number, so that one sort orders by both.
+    index_C = candidates.index
+    if len(num_to_take) == 1 and layout.num_owned <= _MAX_PACKED:
+        packed_C = _packed(candidates.score, index_C).sort(descending=True).values
+        return _unpacked(packed_C[: num_to_take[0]]).sort().values
+
     # Both sorts are stable, so equal scores stay in order of position.
-    index_C, order_C = candidates.index.sort()
+    index_C, order_C = index_C.sort()
     by_score_C = candidates.score[order_C].argsort(descending=True, stable=True)
     if len(num_to_take) == 1:
         return index_C[by_score_C[: num_to_take[0]]].sort().values
@@ -47,6 +54,25 @@ def first_in_order(
     place_C = torch.arange(index_C.numel(), device=index_C.device) - torch.searchsorted(group_C, groups_G)[group_C]
     is_taken_C = place_C < on_device(num_to_take, index_C.device)[group_C]
     return _compacted(index_C[by_score_C[by_group_C]], is_taken_C, sum(num_to_take)).sort().values
+
+
+_MAX_PACKED = 1 << 32
+
+
+def _packed(score_C: Tensor, index_C: Tensor) -> Tensor:
+    """Return one int64 a candidate: greater for a greater score, and of equal scores for the smaller position.
+
+    Args:
+        score_C: fp32, not negative: its bits, read as a number, have the order of the scores.
+        index_C: positions below _MAX_PACKED.
+    """
+    key_C = score_C.view(torch.int32).to(torch.int64) & 0x7FFFFFFF  # a sign would be that of zero or NaN
+    return (key_C << 32) + (_MAX_PACKED - 1 - index_C)
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """Return the positions of _packed() values."""
+    return (_MAX_PACKED - 1) - (packed & (_MAX_PACKED - 1))
 
 
 def fragments(position_K: Tensor, layout: Layout) -> dict[str, Tensor]:

@@ -131,7 +131,9 @@ def sampled_bound(runs: Runs, k: int, num_elements: int, device: torch.device) -
     expected = k * run / stride
     # Half as many again, or six standard deviations of a count if those are more.
     wanted = k if is_whole else math.ceil(max(1.5 * expected, expected + 6 * math.sqrt(expected) + 8))
-    ((digit, _),) = digits_of_kth(counts_D.unsqueeze(0), [wanted])
+    # That many digits, counted from the greatest, are too few elements. One number goes to the host.
+    num_above = int((counts_D.flip(0).cumsum(0) < wanted).sum())
+    digit = max((1 << SAMPLE_BITS) - 1 - num_above, 0)
     return _score_of(digit << SAMPLE_SHIFT)
 
 

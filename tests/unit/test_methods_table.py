@@ -130,7 +130,7 @@ ESTIMATOR = Estimator("of-a-package", mean_gradient, "sum")
     ],
 )
 def test_installed_packages_add_estimators(monkeypatch: pytest.MonkeyPatch, value: str, message: str | None) -> None:
-    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint("x", value, group)])
+    monkeypatch.setattr(registry, "_entry_points", lambda path: (EntryPoint("x", value, registry.GROUP),))
     if message is not None:
         with pytest.raises(UserError, match=f"entry point x = .* cannot be used: .*{message}"):
             find_method("of-a-package")

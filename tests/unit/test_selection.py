@@ -28,10 +28,11 @@ from piece_ds.methods.registry import find_estimator
 from piece_ds.models.layout import layout_of
 from piece_ds.ops.scores import Candidates, score
 from piece_ds.runtime.errors import UserError
-from piece_ds.selection import candidates, top_k
+from piece_ds.selection import alone, candidates, top_k
 from piece_ds.selection import scores as runs
 from piece_ds.selection.alone import first_in_order
 from piece_ds.selection.budget import num_to_select
+from piece_ds.state.partition import Layout, ParameterInfo
 from piece_ds.state.statistics import GradientStats
 
 NUM_ELEMENTS = sum(p.numel() for p in Blocks().parameters())
@@ -282,3 +283,21 @@ def test_candidates_in_any_order_are_taken_as_in_order() -> None:
         shuffled = Candidates(score[list(order)], index[list(order)], torch.tensor([6]))
         found = first_in_order(shuffled, layout, {info.name: 0 for info in layout.eligible()}, [4])
         assert found.tolist() == [3, 4, 9, 40]
+
+
+def test_one_sort_by_score_and_position_takes_what_two_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties, zeros, infinity, NaN of both signs, and positions up to the largest that fits."""
+    generator = torch.Generator().manual_seed(3)
+    last = (1 << 32) - 1
+    layout = Layout((ParameterInfo("weight", (1 << 32,), 1 << 32, True),), 0, 1)
+    for _ in range(20):
+        score = torch.randint(0, 4, (50,), generator=generator).float() / 3
+        score[:4] = torch.tensor([float("inf"), 1e-45, 3.4e38, float("nan")])
+        index = torch.randint(0, last, (50,), generator=generator).unique()
+        index = torch.cat([index[: score.numel() - 1], torch.tensor([last])])[torch.randperm(50, generator=generator)]
+        found = Candidates(score, index, torch.tensor([50]))
+        for k in (1, 7, 30, 50):
+            monkeypatch.setattr(alone, "_MAX_PACKED", 1 << 32)
+            once = first_in_order(found, layout, {"weight": 0}, [k])
+            monkeypatch.setattr(alone, "_MAX_PACKED", 0)
+            assert torch.equal(once, first_in_order(found, layout, {"weight": 0}, [k])), k
