@@ -40,7 +40,10 @@ def main() -> None:
         for zero in options.zero:
             if options.in_turn:
                 found = _worker(options, zero, dtype, options.methods, options.repeats)
-                measured = [{**_with_ratios({m: {m: row} for m, row in found.items()}, method)} for method in found]
+                measured = []
+                for load in dict.fromkeys(key[1:] for key in found):
+                    alone = {key[0]: {key[0]: row} for key, row in found.items() if key[1:] == load}
+                    measured += [_with_ratios(alone, method) for method in alone]
             else:
                 alone = {
                     m: _worker(options, zero, dtype, [m], options.repeats if options.apart else 2)
@@ -85,6 +88,7 @@ def _worker(options: argparse.Namespace, zero: str, dtype: str, methods: list[st
             str(options.tokens),
             *(["--checkpointing"] if options.checkpointing else []),
             *(["--in_turn"] if options.in_turn else []),
+            *(["--workloads", *options.workloads] if options.workloads else []),
             "--methods",
             *methods,
         ]
@@ -133,7 +137,9 @@ def _with_ratios(alone: dict[str, dict[str, Any]], method: str) -> dict[str, Any
 
 def _print(row: dict[str, Any]) -> None:
     print(
-        f"{row['method']:<8} zero {row['zero']:<4} {row['dtype']}  {row['step_ms'] or 'out of memory'!s:>13} ms  "
+        f"{row['method']:<13} zero {row['zero']:<4} {row['dtype']} {row['tokens']:>5} tokens "
+        f"{'checkpointing' * row['checkpointing']:<13}  "
+        f"{row['step_ms'] or 'out of memory'!s:>13} ms  "
         f"{row['step_ms_ratio_to_full']!s:>5} x full  {row['step_ms_ratio_to_lora']!s:>5} x lora  "
         f"peak {(row['peak_bytes'] or 0) / 2**20:.0f} MiB  state {row['optimizer_state_bytes']}  "
         f"gradients {row['gradient_elements_per_step']}",
@@ -153,6 +159,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", default="", help="another file than results/cost-<device>.csv")
     parser.add_argument("--rows", type=int, default=2, help="in a batch of one rank")
     parser.add_argument("--tokens", type=int, default=256, help="in a row")
+    parser.add_argument(
+        "--workloads",
+        nargs="*",
+        default=[],
+        help="with --in_turn: several batches for each model, ROWSxTOKENS, with a 'c' at the end if activations are "
+        "made again in backward; in the place of --rows, --tokens and --checkpointing",
+    )
     parser.add_argument("--checkpointing", action="store_true", help="activations are made again in backward")
     parser.add_argument("--zero", nargs="+", choices=["none", "0", "1", "2", *ZERO3], default=["none", "3"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])

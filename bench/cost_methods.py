@@ -35,15 +35,17 @@ def with_deepspeed(method: str, model: nn.Module, config: dict[str, Any]) -> Tra
     """Return an engine over model, trained by method."""
     layout = layout_of(model)
     model = _adapted(method, model)
-    if method == "compact":
+    gradient = "dense" if method == "compact-dense" else "auto"
+    if method.startswith("compact"):
         parameters = list(prepare_compact(model, ratio=RATIO).parameters())
     else:
         parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True, **ADAMW)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     update = None
-    if method in ("masked", "compact"):
-        update = attach(engine, select(layout_of(model), "random", RATIO, device=engine.device))
+    if method.startswith(("masked", "compact")):
+        mask = select(layout_of(model), "random", RATIO, device=engine.device)
+        update = attach(engine, mask, selected_gradient=gradient)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         engine.backward(engine(**batch).loss)
@@ -55,7 +57,7 @@ def with_deepspeed(method: str, model: nn.Module, config: dict[str, Any]) -> Tra
         engine.empty_partition_cache()
         engine.destroy()
 
-    num_gradients = int(RATIO * layout.total) if method == "compact" else sum(_numel(p) for p in parameters)
+    num_gradients = int(RATIO * layout.total) if method.startswith("compact") else sum(_numel(p) for p in parameters)
     return Trained(step, lambda: _state_bytes(engine.basic_optimizer), num_gradients, close)
 
 
@@ -68,11 +70,11 @@ def without_deepspeed(method: str, model: nn.Module) -> Trained:
     model = _adapted(method, model)
     device = next(model.parameters()).device
     mask = None
-    if method in ("masked", "compact"):
+    if method.startswith(("masked", "compact")):
         mask = select(layout_of(model), "random", RATIO, device=device)
-    if method == "compact":
+    if method.startswith("compact"):
         assert mask is not None
-        sparse = SparseAdamW(model, mask, **ADAMW)
+        sparse = SparseAdamW(model, mask, gradient="dense" if method == "compact-dense" else "auto", **ADAMW)
         return Trained(
             _step_of(model, sparse, lambda: None, lambda: None),
             lambda: _state_bytes(sparse),
@@ -142,4 +144,4 @@ def _state_bytes(optimizer: torch.optim.Optimizer, count_values: bool = True) ->
     return moments + count_values * sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
 
 
-METHODS = ("full", "masked", "compact", "lora", "shira")
+METHODS = ("full", "masked", "compact", "compact-dense", "lora", "shira")

@@ -62,8 +62,6 @@ ZERO3 = {
         "stage3_max_live_parameters": int(4e9),
         "stage3_max_reuse_distance": int(4e9),
     },
-    # Hooks of a whole decoder layer in the place of its 13 modules' own.
-    "3-layers": {"leaf_module": {"classes": ["transformers.models.llama.modeling_llama.LlamaDecoderLayer"]}},
     "3-granular": {"stage3_module_granularity_threshold": int(1e9)},
     "3-persistent": {"stage3_param_persistence_threshold": int(1e9), "stage3_model_persistence_threshold": int(1e12)},
 }
@@ -103,32 +101,58 @@ def _in_turn(options: argparse.Namespace, device: torch.device) -> None:
     rows: dict[str, Any] = {}
     for method in options.methods:
         _free()
-        before, seconds, num_params, contestants = _used_bytes(), {}, 0, {}
+        before, num_params, contestants = _used_bytes(), 0, {}
+        failure, model = "", None
         try:
             model = _model(options, device)
             num_params = sum(p.numel() for p in model.parameters())
             contestants[method] = _trained(method, model, options)
-            del model
-            seconds = _race(contestants, _batch(options, device), options.repeats)
-            failure = ""
-        except torch.OutOfMemoryError:
-            failure = "out of memory"
         except Exception as error:  # the other methods can still be measured
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            traceback.print_exc()
-        model = None  # noqa: F841 - after a failure it still holds one
-        peak = _peak_bytes() - before if seconds else None
-        rows[method] = _row(method, options, num_params, seconds, contestants, peak) | {"failure": failure}
-        print(f"{method:<8} zero {options.zero} {options.dtype} {rows[method]['step_ms'] or failure} ms", flush=True)
+            failure = _said(error)
+        for rows_of_batch, tokens, checkpointing in options.workloads or [(options.rows, options.tokens, None)]:
+            options.rows, options.tokens = rows_of_batch, tokens
+            if model is not None and checkpointing is not None:
+                options.checkpointing = checkpointing
+                _set_checkpointing(model, checkpointing)
+            seconds = {}
+            if not failure:
+                _free()
+                try:
+                    seconds = _race(contestants, _batch(options, device), options.repeats)
+                except Exception as error:
+                    failure = _said(error)
+            peak = _peak_bytes() - before if seconds else None
+            name = (method, rows_of_batch, tokens, options.checkpointing)
+            rows[name] = _row(method, options, num_params, seconds, contestants, peak) | {"failure": failure}
+            print(
+                f"{method:<8} zero {options.zero} {options.dtype} {name[1:]} {rows[name]['step_ms'] or failure} ms",
+                flush=True,
+            )
+            _write(rows, options)
+        model = None
         for trained in contestants.values():
             with suppress(Exception):
                 trained.close()
         contestants.clear()
-        _write(rows, options)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    traceback.print_exc()
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _set_checkpointing(model: LlamaForCausalLM, wanted: bool) -> None:
+    """Let activations be made again in backward, or be kept."""
+    if wanted:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
 
 
 def _free() -> None:
-    """Free what the last method held. Engines are reference cycles, so they need the collector."""
+    """Free what was measured last. Engines are reference cycles, so they need the collector."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -218,14 +242,15 @@ def _peak_bytes() -> int:
 def _model(options: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
-    config = LlamaConfig(max_position_embeddings=options.tokens, use_cache=False, **shape)
+    longest = max([options.tokens, *(tokens for _, tokens, _ in options.workloads)])
+    config = LlamaConfig(max_position_embeddings=longest, use_cache=False, **shape)
     torch.set_default_dtype(DTYPES[options.dtype])
     with device:
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.get_input_embeddings().weight.requires_grad_(False)
     if options.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _set_checkpointing(model, True)
     return model.train()
 
 
@@ -252,6 +277,12 @@ def _batch(options: argparse.Namespace, device: torch.device) -> dict[str, torch
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
+def workload(text: str) -> tuple[int, int, bool]:
+    """Return (rows, tokens, checkpointing) of 'ROWSxTOKENS' or 'ROWSxTOKENSc'."""
+    rows, _, tokens = text.partition("x")
+    return int(rows), int(tokens.removesuffix("c")), text.endswith("c")
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
@@ -265,6 +296,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="in a batch of one rank")
     parser.add_argument("--tokens", type=int, default=256, help="in a row")
     parser.add_argument("--checkpointing", action="store_true", help="activations are made again in backward")
+    parser.add_argument("--workloads", type=workload, nargs="*", default=[], help="see bench/cost.py")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser.parse_args()
 

@@ -21,12 +21,8 @@ part "when a sampled gradient pays" 60 $PYTHON kernels/bench/gradient_table.py -
 part "overhead" 60 "${one_rank[@]}" $PYTHON bench/overhead.py \
   --output "$OUT/overhead.csv" --hidden 4096 --layers 2 --vocab 32000 --tokens 1024 --rows 1 --repeats 7 --stages 2 3 --dtypes bf16
 llama() { local name=$1 limit=$2; shift 2; part "$name" "$limit" $PYTHON bench/cost.py --shape llama3-8b --in_turn --ranks 1 --dtypes bf16 "$@"; }
-llama "cost, 512 tokens" 90 --zero none 2 3 --methods compact lora --repeats 5 --seconds 40 --output "$OUT/cost-512-tokens.csv"
+llama "cost, Llama-3-8B" 190 --zero none 3 2 --methods compact lora compact-dense --workloads 2x256 2x2048 2x2048c --repeats 3 \
+  --seconds 65 --output "$OUT/cost.csv"
 part "where a compact step goes" 30 $PYTHON bench/gpu_step.py
 part "where a compact step at ZeRO-3 goes" 40 "${one_rank[@]}" $PYTHON bench/gpu_step.py --zero 3
-llama "cost, 512 tokens, ways to fetch" 60 --zero 3-ahead 3-large 3-persistent --methods compact --repeats 5 --seconds 25 \
-  --output "$OUT/cost-512-fetching.csv"
-llama "cost, 4096 tokens, checkpointing" 90 --zero none 2 3 --methods compact lora --rows 2 --tokens 2048 --checkpointing \
-  --repeats 3 --seconds 45 --output "$OUT/cost-4096-checkpointing.csv"
-llama "cost, 4096 tokens" 60 --zero none 3 --methods compact lora --rows 2 --tokens 2048 --repeats 3 --seconds 40 \
-  --output "$OUT/cost-4096.csv"
+llama "cost, ways to fetch" 60 --zero 3-ahead 3-granular --methods compact --repeats 5 --seconds 25 --output "$OUT/cost-fetching.csv"

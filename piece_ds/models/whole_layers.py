@@ -6,6 +6,7 @@ gathered, multiplied and released is the same, and so is every bit of the result
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -21,7 +22,8 @@ def gather_layers_whole(model: nn.Module) -> Callable[[], None]:
     """Mark the layers that ZeRO-3 shall gather as one; return undo. Below stage 3 it has no effect.
 
     Layers are what the model itself names as the parts that must stay on one device (transformers'
-    `_no_split_modules`). One with experts of its own marks, or above MAX_NUMEL elements, stays as it is.
+    `_no_split_modules`). One that shares a weight with another part of the model, has marks of its own (lists of
+    experts) or more than MAX_NUMEL elements stays as it is.
 
     Args:
         model: whose parameters will be frozen for DeepSpeed. DeepSpeed's own hooks of trained ones fail in a marked
@@ -49,10 +51,11 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     from deepspeed.utils import z3_leaf_module
 
     names = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+    uses = Counter(param for _, param in model.named_parameters(remove_duplicate=False))
     found: list[nn.Module] = []
 
     def look(module: nn.Module) -> None:
-        if type(module).__name__ in names and _may_be_whole(module):
+        if type(module).__name__ in names and _may_be_whole(module, uses):
             found.append(module)
         elif not z3_leaf_module(module):
             for child in module.children():
@@ -62,9 +65,12 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _may_be_whole(layer: nn.Module) -> bool:
+def _may_be_whole(layer: nn.Module, uses: Counter[nn.Parameter]) -> bool:
     from deepspeed.utils import z3_leaf_module
 
+    # DeepSpeed keeps one leaf for each parameter, and would release a shared one for another that still needs it.
+    if any(uses[param] > 1 for param in layer.parameters()):
+        return False
     numel = sum(prod(getattr(param, "ds_shape", param.shape)) for param in layer.parameters())
     return 0 < numel <= MAX_NUMEL and not any(z3_leaf_module(part) for part in layer.modules())
 

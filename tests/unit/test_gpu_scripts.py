@@ -37,10 +37,8 @@ FILES = {
         "kernels.csv",
         "sampled_gradients.csv",
         "overhead.csv",
-        "cost-512-tokens.csv",
-        "cost-512-fetching.csv",
-        "cost-4096-checkpointing.csv",
-        "cost-4096.csv",
+        "cost.csv",
+        "cost-fetching.csv",
     },
 }
 # What a part's command line holds -> its name in the report.
@@ -59,7 +57,7 @@ PARTS_OF = {
         **PARTS,
         "gradient_table.py": "when a sampled gradient pays",
         "gpu_step.py --zero 3": "where a compact step at ZeRO-3 goes",
-        "cost-512-tokens.csv": "cost, 512 tokens",
+        "out/cost.csv": "cost, Llama-3-8B",
     },
 }
 
@@ -113,10 +111,10 @@ def test_a_part_that_hangs_is_cut_and_named(tmp_path: Path) -> None:
 
 
 def test_only_parts_that_are_asked_for_run(tmp_path: Path) -> None:
-    code, log, files = run(tmp_path, "--second", PARTS="^cost, 4096 tokens$|repeat")
+    code, log, files = run(tmp_path, "--second", PARTS="^cost, Llama-3-8B$|repeat")
     assert (code, failures(log)) == (0, "nothing")
-    assert re.findall(r"^== (.*?) \(", log, re.MULTILINE) == ["build and providers", "repeat", "cost, 4096 tokens"]
-    assert "cost-4096.csv" in files
+    assert re.findall(r"^== (.*?) \(", log, re.MULTILINE) == ["build and providers", "repeat", "cost, Llama-3-8B"]
+    assert "cost.csv" in files
 
 
 @pytest.mark.parametrize(("mode", "most"), [("", 560), ("--second", 540)])

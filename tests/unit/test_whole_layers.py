@@ -55,6 +55,13 @@ def test_a_layer_stays_if_it_is_too_large_or_has_marks_of_its_own(monkeypatch) -
     assert marked(model) == []
 
 
+def test_layers_that_share_a_block_stay() -> None:
+    model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **{**SIZES, "num_hidden_layers": 3}))
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    gather_layers_whole(model)
+    assert marked(model) == ["model.layers.1"]
+
+
 def test_stacked_experts_are_part_of_their_layer() -> None:
     model = MixtralForCausalLM(MixtralConfig(num_key_value_heads=2, num_local_experts=2, **SIZES))
     gather_layers_whole(model)
