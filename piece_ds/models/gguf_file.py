@@ -72,6 +72,10 @@ def convert_gguf(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16
     special = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**special).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # Which tokens are special, the file says. transformers 5.17 takes others: an end that is the beginning.
+    for kind, number in special.items():
+        if number is not None:
+            setattr(tokenizer, kind.removesuffix("_id"), tokenizer.convert_ids_to_tokens(number))
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 
