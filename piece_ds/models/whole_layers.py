@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+_MARK = "piece_ds_whole"
 MAX_NUMEL = 10**9  # a larger layer would take too much memory at once; DeepSpeed's own limit for such a module
 
 
@@ -35,7 +36,13 @@ def gather_layers_whole(model: nn.Module) -> Callable[[], None]:
     handles = [_pass_by_place(layer) for layer in marked]
     for layer in marked:
         set_z3_leaf_module(layer, True)
+        setattr(layer, _MARK, True)
     return partial(_undo, marked, handles)
+
+
+def is_whole_layer(module: nn.Module) -> bool:
+    """Return whether gather_layers_whole() has marked a module: every rank uses all of its parameters."""
+    return hasattr(module, _MARK)
 
 
 def _undo(marked: list[nn.Module], handles: list[RemovableHandle]) -> None:
@@ -43,6 +50,7 @@ def _undo(marked: list[nn.Module], handles: list[RemovableHandle]) -> None:
 
     for layer in marked:
         set_z3_leaf_module(layer, False)
+        delattr(layer, _MARK)
     for handle in handles:
         handle.remove()
 

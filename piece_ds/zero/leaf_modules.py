@@ -1,7 +1,8 @@
 """ZeRO-3's leaf modules: parts of a model that it gathers as one, because ranks may use different parameters of them.
 
 A list of experts is one. A gradient inside may come on one rank and not on another. But every rank's backward leaves
-the module at the same place among ZeRO's gathers, and by then it is known which gradients there are.
+the module at the same place among ZeRO's gathers, and by then it is known which gradients there are. Decoder layers
+that compact mode marks (models.whole_layers) are none of these: all ranks use the same parameters of them.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,6 +10,8 @@ from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from piece_ds.models.whole_layers import is_whole_layer
 
 
 class LeafModules:
@@ -22,7 +25,7 @@ class LeafModules:
         self._params: dict[nn.Module, dict[str, nn.Parameter]] = {}
         for name, param in model.named_parameters():
             leaf = getattr(param, "ds_z3_leaf_module", None)
-            if leaf is not None:
+            if leaf is not None and not is_whole_layer(leaf):
                 self._params.setdefault(leaf, {})[name] = param
         self.names = {name for params in self._params.values() for name in params}
         self._num_calls = dict.fromkeys(self._params, 0)

@@ -127,7 +127,7 @@ def test_one_engine_scores_and_trains_as_two_engines_in_masked_mode(job: Any, na
     assert got["index"].keys() == want["index"].keys()
     assert all(torch.equal(index, want["index"][parameter]) for parameter, index in got["index"].items())
     assert_only_selected_moved(got["initial"], got["final"], got["index"])
-    assert got["norms"] == pytest.approx(want["norms"], rel=1e-6)
+    assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)  # of one weight it is a single rounded gradient
     if name.startswith("bf16"):
         assert differing(got["final"], want["final"]) == {}
     else:

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from piece_ds import prepare_compact
 from piece_ds.models import whole_layers
-from piece_ds.models.whole_layers import gather_layers_whole
+from piece_ds.models.whole_layers import gather_layers_whole, is_whole_layer
 from piece_ds.state.selected_values import selected_values
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
@@ -26,8 +26,10 @@ def test_layers_are_marked_and_nothing_else_until_undo() -> None:
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     undo = gather_layers_whole(model)
     assert marked(model) == ["model.layers.0", "model.layers.1"]
+    assert [name for name, module in model.named_modules() if is_whole_layer(module)] == marked(model)
     undo()
     assert marked(model) == []
+    assert not any(is_whole_layer(module) for module in model.modules())
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
