@@ -22,6 +22,9 @@ MAX_NUMEL = 10**9  # a larger layer would take too much memory at once; DeepSpee
 def gather_layers_whole(model: nn.Module) -> Callable[[], None]:
     """Mark the layers that ZeRO-3 shall gather as one; return undo. Below stage 3 it has no effect.
 
+    An engine looks at the marks whenever it gathers: undo them only when it is gone. A layer that several engines were
+    made with stays marked until all have been undone.
+
     Layers are what the model itself names as the parts that must stay on one device (transformers'
     `_no_split_modules`). One that shares a weight with another part of the model, has marks of its own (lists of
     experts) or more than MAX_NUMEL elements stays as it is.
@@ -36,7 +39,7 @@ def gather_layers_whole(model: nn.Module) -> Callable[[], None]:
     handles = [_pass_by_place(layer) for layer in marked]
     for layer in marked:
         set_z3_leaf_module(layer, True)
-        setattr(layer, _MARK, True)
+        setattr(layer, _MARK, getattr(layer, _MARK, 0) + 1)
     return partial(_undo, marked, handles)
 
 
@@ -49,8 +52,10 @@ def _undo(marked: list[nn.Module], handles: list[RemovableHandle]) -> None:
     from deepspeed.utils import set_z3_leaf_module
 
     for layer in marked:
-        set_z3_leaf_module(layer, False)
-        delattr(layer, _MARK)
+        setattr(layer, _MARK, getattr(layer, _MARK) - 1)
+        if getattr(layer, _MARK) == 0:
+            delattr(layer, _MARK)
+            set_z3_leaf_module(layer, False)
     for handle in handles:
         handle.remove()
 
@@ -63,7 +68,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
 
     def look(module: nn.Module) -> None:
-        if type(module).__name__ in names and _may_be_whole(module, uses):
+        if is_whole_layer(module) or (type(module).__name__ in names and _may_be_whole(module, uses)):
             found.append(module)
         elif not z3_leaf_module(module):
             for child in module.children():

@@ -26,6 +26,7 @@ class SelectedValues(nn.Module):
         may_have_fewer: whether a mask of fewer elements fits; the values after its own then stay 0.
         checkpoint: what a training checkpoint holds besides values: set before one is written, and by loading one.
         saving: whether a training checkpoint is being written.
+        after_engine: undoes what else the model was prepared by, which its engine needs as long as it lives.
         attached: whether an update trains the values.
     """
 
@@ -38,13 +39,13 @@ class SelectedValues(nn.Module):
         eligible: frozenset[str],
         decays: frozenset[str] | None,
         may_have_fewer: bool = False,
-        on_leave: Callable[[], None] | None = None,
+        after_engine: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.values = nn.Parameter(torch.zeros(num_selected, dtype=dtype, device=device))
         self.trainable, self.eligible, self.decays = trainable, eligible, decays
         self.may_have_fewer = may_have_fewer
-        self._on_leave = on_leave  # undoes what else the model was prepared by
+        self.after_engine = after_engine
         self.checkpoint: dict[str, Tensor] | None = None
         self.saving = False
         self.attached = False  # whether an update trains them: backward's gradients are then its own
@@ -88,8 +89,6 @@ class SelectedValues(nn.Module):
         for hook in self._hooks:
             hook.remove()
         delattr(model, NAME)
-        if self._on_leave is not None:
-            self._on_leave()
 
         # What was frozen before join() stays frozen.
         for name, param in model.named_parameters():

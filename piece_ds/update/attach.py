@@ -94,7 +94,6 @@ def prepare_compact(
 
     # ZeRO-3 has to know before it makes its hooks.
     gather_experts_whole(model)
-    gather_modules_again = gather_layers_whole(model)
 
     # How many values there will be.
     layout = without(layout_of(model), split_patterns(exclude))
@@ -112,7 +111,7 @@ def prepare_compact(
         eligible=frozenset(info.name for info in layout.eligible()),
         decays=None if decays is None else frozenset(decays),
         may_have_fewer=unit != "element",
-        on_leave=gather_modules_again,
+        after_engine=gather_layers_whole(model),
     )
 
     # Reentrant checkpointing passes gradients only through inputs, and the frozen embedding gives none.

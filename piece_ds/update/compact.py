@@ -6,6 +6,7 @@ steps as usual. The new values are written into the weights, wherever they lie. 
 forward uses the plain weights, and everything means what it means in masked mode.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -103,6 +104,9 @@ class CompactUpdate:
             remove()
         self._remove = []
         self._values.leave(self._engine.module)
+        if self._values.after_engine is not None:
+            weakref.finalize(self._engine, self._values.after_engine).atexit = False
+            self._values.after_engine = None
 
     def is_local_finite(self) -> bool | None:
         """Return whether this rank's part of the last step's gradient was finite."""

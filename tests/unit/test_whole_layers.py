@@ -8,7 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from piece_ds import prepare_compact
 from piece_ds.models import whole_layers
 from piece_ds.models.whole_layers import gather_layers_whole, is_whole_layer
-from piece_ds.state.selected_values import selected_values
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
 
@@ -91,11 +90,21 @@ def test_the_first_argument_is_passed_by_place_and_outputs_are_the_same() -> Non
     assert seen == [1, 1, 2, 0]
 
 
-def test_detaching_compact_mode_unmarks_the_layers() -> None:
+def test_a_layer_stays_marked_until_every_engine_is_gone() -> None:
     model = llama()
-    prepare_compact(model, num_selected=3)
+    first, second = gather_layers_whole(model), gather_layers_whole(model)
+    first()
     assert marked(model) == ["model.layers.0", "model.layers.1"]
-    values = selected_values(model)
-    assert values is not None
-    values.leave(model)
+    second()
+    assert marked(model) == []
+
+
+def test_compact_mode_marks_layers() -> None:
+    model = llama()
+    values = prepare_compact(model, num_selected=3)
+    assert marked(model) == ["model.layers.0", "model.layers.1"]
+    values.leave(model)  # its engine may still evaluate
+    assert marked(model) == ["model.layers.0", "model.layers.1"]
+    assert values.after_engine is not None
+    values.after_engine()
     assert marked(model) == []
