@@ -1,8 +1,9 @@
 """Let ZeRO-3 gather a whole decoder layer at a time, with one set of hooks in the place of a dozen.
 
 ZeRO-3 hooks every module and gathers its parameters when it is called. Its hooks run on the CPU, some 0.4 ms a module
-and step; small steps on fast cards wait for them. A model of frozen parameters needs none below its layers: what is
-gathered, multiplied and released is the same, and so is every bit of the result.
+and step; small steps on fast cards wait for them. A model of frozen parameters needs none below its layers. What is
+gathered and multiplied is the same. Without the hooks, three or more gradients that meet at one tensor are added in
+another order, one for every number of ranks.
 """
 
 import inspect
@@ -56,6 +57,8 @@ def _undo(marked: list[nn.Module], handles: list[RemovableHandle]) -> None:
         if getattr(layer, _MARK) == 0:
             delattr(layer, _MARK)
             set_z3_leaf_module(layer, False)
+            for param in layer.parameters():  # DeepSpeed's note, which another engine would read
+                vars(param).pop("ds_z3_leaf_module", None)
     for handle in handles:
         handle.remove()
 

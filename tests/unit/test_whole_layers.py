@@ -1,7 +1,7 @@
 """Decoder layers that ZeRO-3 gathers as one: which are marked, and that undo leaves nothing."""
 
 import torch
-from deepspeed.utils import z3_leaf_module
+from deepspeed.utils import z3_leaf_module, z3_leaf_parameter
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -25,9 +25,13 @@ def test_layers_are_marked_and_nothing_else_until_undo() -> None:
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     undo = gather_layers_whole(model)
     assert marked(model) == ["model.layers.0", "model.layers.1"]
+    for layer in model.model.layers:
+        for param in layer.parameters():
+            param.ds_z3_leaf_module = layer  # as an engine at ZeRO-3 does
     assert [name for name, module in model.named_modules() if is_whole_layer(module)] == marked(model)
     undo()
     assert marked(model) == []
+    assert not any(z3_leaf_parameter(param) for param in model.parameters())
     assert not any(is_whole_layer(module) for module in model.modules())
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
