@@ -6,7 +6,6 @@ steps as usual. The new values are written into the weights, wherever they lie. 
 forward uses the plain weights, and everything means what it means in masked mode.
 """
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from piece_ds.update.decay import SelectedDecay
 from piece_ds.update.gradients import GradientCollection
 from piece_ds.update.step_scale import StepScale
 from piece_ds.zero.checkpoints import install_checkpoints
+from piece_ds.zero.engine_end import call_after
 from piece_ds.zero.scaled_update import ScaledUpdate, scale_selected
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.sequence_parallel import gradient_divisor
@@ -105,7 +105,7 @@ class CompactUpdate:
         self._remove = []
         self._values.leave(self._engine.module)
         if self._values.after_engine is not None:
-            weakref.finalize(self._engine, self._values.after_engine).atexit = False
+            call_after(self._engine, self._values.after_engine)
             self._values.after_engine = None
 
     def is_local_finite(self) -> bool | None:
