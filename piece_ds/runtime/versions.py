@@ -2,7 +2,6 @@
 
 import platform
 import sys
-from importlib.metadata import version
 
 import accelerate
 import deepspeed
@@ -12,8 +11,10 @@ import transformers
 
 def versions() -> dict[str, str]:
     """Return name -> version of the packages that results depend on, of Python, and the name of the device."""
+    from piece_ds import __version__  # when called: the package imports this module
+
     modules = {"torch": torch, "deepspeed": deepspeed, "transformers": transformers, "accelerate": accelerate}
-    found = {"piece_ds": version("piece_ds")}
+    found = {"piece_ds": __version__}
     found |= {name: str(module.__version__) for name, module in modules.items()}
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {**found, "python": sys.version.split()[0], "device": device}
