@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from piece_ds.update import sampling_rule
+from piece_ds.update.gradients import is_sparse
 from piece_ds.update.sampling_rule import Row, largest_proven, max_density, of_size, read_table, rows_for
+from piece_ds.zero.weights import SelectedWeights
 
 H200 = "nvidia-h200"
 
@@ -83,3 +86,19 @@ def test_the_table_of_the_package_says_what_was_measured(monkeypatch: pytest.Mon
     monkeypatch.setattr("piece_ds.ops.provider", lambda op, device: "triton")
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
     assert max_density("cuda", torch.bfloat16, 1 << 24) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 6, 5)])
+def test_of_stacked_experts_the_size_of_one_counts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    asked = []
+
+    def most(device: object, dtype: torch.dtype, num_elements: int) -> float:
+        asked.append((dtype, num_elements))
+        return 0.5
+
+    monkeypatch.setattr("piece_ds.update.gradients.max_density", most)
+    weight = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+    half = weight.numel() // 2
+    assert is_sparse(SelectedWeights(weight, torch.arange(half)), torch.device("cpu"))
+    assert not is_sparse(SelectedWeights(weight, torch.arange(half + 1)), torch.device("cpu"))
+    assert asked == [(torch.bfloat16, 30)] * 2
