@@ -138,12 +138,15 @@ def _faster_line(shape: ModelShape, setting: Setting) -> str:
     """Return from which card on a stage below 3 fits as well; '' if setting has another stage or none does."""
     if setting.zero != 3:
         return ""
+    # Compact mode gathers whole layers, which costs little beside long rows.
+    measured = "6.6 times LoRA's step at 512 tokens"
+    if setting.update_mode == "compact":
+        measured = "1.9 times the step at 512 tokens, 1.02 times at 4096"
     for found in card_verdicts(shape, setting):
         if found.lowest_stage is not None and found.lowest_stage < 3:
             return (
                 f"From {found.gigabytes} GB cards on ZeRO-{found.lowest_stage} fits too and is faster: ZeRO-3 fetches "
-                "and frees every parameter in every forward and backward pass (8B, 512 tokens, one H200: 5.4 times the "
-                "step)."
+                f"and frees every parameter in every forward and backward pass (8B on one H200: {measured})."
             )
     return ""
 
