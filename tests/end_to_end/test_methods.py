@@ -20,7 +20,9 @@ RESUMED = ("lora", "o-lora", "peft", "ewc", "gem", "piece-ratio", "hft")  # what
 def runs_of(material: Material, methods: tuple[str, ...], config: str, bf16: bool, stops: bool) -> dict[str, dict]:
     runs = {}
     for method in methods:
-        also = {"general_importance_file": material.root / "general.jsonl"} if method == "piece-ratio" else {}
+        # piece-ratio by the flag's first name.
+        flag = "general_importance_file" if method == "piece-ratio" else "general_text"
+        also = {flag: material.root / "general.jsonl"} if METHODS[method].needs_general_text else {}
         if method == "peft":  # whose adapter takes a part of the base weights out, and reads their norms
             peft = {"peft_type": "LORA", "target_modules": "all-linear", "use_dora": True, "init_lora_weights": "pissa"}
             (material.root / "peft.json").write_text(json.dumps(peft))
