@@ -25,6 +25,11 @@ Questions, each answered by the table at matched learning (results/summary.md), 
     1.8 and 5.9. So its rates are these times 0.18 for methods that step the model's own weights (see rescaled()), as
     written here before any run at them; an adapter's rates stay.
 
+11. On Gemma all weights with scaled steps lost a quarter of what the mask of 1 % lost on FOMC, and a third on
+    NumGLUE-ds, at equal learning and an equal squared length of a step. Is it how few the weights are (10 %, at a
+    rate that keeps that length), where they lie (the same share of every tensor), or which they are (random ones)?
+    Added after 14 runs on Gemma.
+
 Rates span, for each method, from little learning to the point where it stops learning more. A run that is not made
 for want of time is missing in results/runs.csv, and summary.py counts it.
 """
@@ -51,6 +56,7 @@ class Sweep:
         budget: of --forgetting_budget; 0 leaves it out.
         general_text: 'self', 'real' (instructions that are not judged on), or '' if no general text is used.
         importance_rows: of --importance_rows, for methods with a mask; 0 takes the recipe's.
+        spread: of --budget: 'tensor' selects the same share of every tensor; '' takes the default, the whole model.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Sweep:
     share: float = 0.0
     budget: float = 0.0
     importance_rows: int = 0
+    spread: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,11 @@ SWEEPS = (
 SWEEPS += tuple(
     replace(SWEEPS[3], name=f"{SWEEPS[3].name}, chosen by {n} rows", rates=(1e-3,), importance_rows=n)
     for n in (8, 32, 256)
+)
+SWEEPS += (
+    replace(SWEEPS[3], name="ratio 1 %, scaled steps, spread over tensors", rates=(1e-3,), spread="tensor"),
+    Sweep("random 10 %, scaled steps", "random", (3e-4,), 0.1, scaled=True, general_text="self"),
+    Sweep("random 1 %, scaled steps", "random", (1e-3,), 0.01, scaled=True, general_text="self"),
 )
 
 

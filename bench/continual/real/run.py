@@ -197,6 +197,8 @@ def flags_of(
         flags["forgetting_budget"] = sweep.budget
     if sweep.share:
         flags["general_share"] = sweep.share
+    if sweep.spread:
+        flags["budget"] = sweep.spread
     return [item for name, value in flags.items() for item in (f"--{name}", str(value))]
 
 
