@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launches import LAUNCH_VARIABLES, ROOT
+from support.launches import ROOT
+
+from piece_ds.runtime.launch_environment import RANK_VARIABLES
 
 # Script -> what its output must hold.
 EXPECTED = {
@@ -23,7 +25,7 @@ ELSEWHERE = {"serve_vllm.py"}
 
 def run(script: str, folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    for name in LAUNCH_VARIABLES:
+    for name in RANK_VARIABLES:
         environment.pop(name, None)
     command = [sys.executable, str(ROOT / "examples" / script), str(folder)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from piece_ds.demo.model import VOCAB_SIZE, make_tokenizer
+from piece_ds.runtime.launch_environment import RANK_VARIABLES
 from piece_ds.runtime.process import one_process_environment
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,6 @@ CONFIGS = ROOT / "ds_configs"
 PROGRAMS = Path(sys.executable).parent
 SHARED = Path(os.environ.get("PIECE_DS_SHARED", ROOT.parent / "shared"))
 TIMEOUT_SECONDS = 900
-LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def make_model_folder(
@@ -121,8 +121,11 @@ def kill_when(path: Path, flags: list[str], num_ranks: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """A user's environment on a machine without network and accelerator; nothing of another launch in it."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    """A user's environment on a machine without network and accelerator; nothing of another launch in it.
+
+    accelerate, for one, writes LOCAL_WORLD_SIZE into the process of a test that trains without a launcher.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     path = f"{PROGRAMS}{os.pathsep}{inherited.get('PATH', '')}"
     return {**inherited, "PATH": path, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -131,7 +134,7 @@ def environment() -> dict[str, str]:
 def one_process() -> Iterator[None]:
     """Inside, commands may run in the test's own process, as rank 0 of 1; the environment is restored."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in LAUNCH_VARIABLES:
+        for name in RANK_VARIABLES:
             patch.delenv(name, raising=False)
         one_process_environment()
         yield
