@@ -28,7 +28,8 @@ Questions, each answered by the table at matched learning (results/summary.md), 
 11. On Gemma all weights with scaled steps lost a quarter of what the mask of 1 % lost on FOMC, and a third on
     NumGLUE-ds, at equal learning and an equal squared length of a step. Is it how few the weights are (10 %, at a
     rate that keeps that length), where they lie (the same share of every tensor), or which they are (random ones)?
-    Added after 14 runs on Gemma.
+    Added after 14 runs on Gemma. And are the mask's rates too high there? A third of its lowest (the two sweeps at the
+    end) was added after 17, when random weights had learned as much as any and risen by a third of what the mask did.
 
 Rates span, for each method, from little learning to the point where it stops learning more. A run that is not made
 for want of time is missing in results/runs.csv, and summary.py counts it.
@@ -135,6 +136,8 @@ SWEEPS += (
     replace(SWEEPS[3], name="ratio 1 %, scaled steps, spread over tensors", rates=(1e-3,), spread="tensor"),
     Sweep("random 10 %, scaled steps", "random", (3e-4,), 0.1, scaled=True, general_text="self"),
     Sweep("random 1 %, scaled steps", "random", (1e-3,), 0.01, scaled=True, general_text="self"),
+    replace(SWEEPS[3], name="ratio 1 %, scaled steps, low rate", rates=(3e-4,)),
+    Sweep("ratio 10 %, scaled steps, low rate", "piece-ratio", (1e-4,), 0.1, scaled=True, general_text="self"),
 )
 
 
