@@ -41,6 +41,13 @@ def test_within_the_budget_the_lower_loss_wins_and_outside_it_the_smaller_rise()
     assert best_step(curve(3.0, 2.0, 1.0, rises=(0.3, NAN, 0.4)), rule) == 1
     assert best_step(curve(3.0, NAN, 1.0, rises=(0.0, 0.0, 0.4)), rule) == 1
 
+    # What was not measured to begin with holds nobody back.
+    for first in (NAN, math.inf, -math.inf):
+        assert best_step(curve(3.0, 2.0, rises=(first, 0.3)), rule) == 2
+        assert best_step(curve(first, 2.0, rises=(0.0, 0.3)), rule) == 2
+    assert best_step([Evaluation(1, 3.0), Evaluation(2, 2.0, general_rise=0.3)], rule) == 2
+    assert best_step([Evaluation(1, 3.0)], rule) is None
+
 
 def test_patience_counts_evaluations_without_a_gain_of_the_threshold() -> None:
     losses = (3.0, 2.95, 2.9, 2.85, 2.0, 2.1)

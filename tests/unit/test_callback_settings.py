@@ -64,6 +64,13 @@ def test_the_trainers_loss_gains_general_texts_and_gets_its_own_back(tmp_path: P
         torch.testing.assert_close(got - own, 0.5 * alone / (4 if is_summed else 1), rtol=1e-4, atol=1e-5)
         row: dict[str, float] = {}
         general.add_to_log(row)
+
+        # A trainer that asks for the outputs too gets them, and the same loss.
+        count = torch.tensor(1)
+        loss, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True, num_items_in_batch=count)
+        torch.testing.assert_close(loss, got)
+        assert outputs["logits"].shape[:2] == batch["input_ids"].shape
+
         assert row["general_loss"] == pytest.approx(alone.item(), rel=1e-5)
         model.eval()
         assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(model(**batch).loss.item())

@@ -89,6 +89,12 @@ def test_only_the_trainers_own_checkpoints_are_without_the_model(model: nn.Modul
             model=model, optimizer=None, save_model=save, get_decay_parameter_names=lambda model: names
         )
 
+    # What could not be joined is left as it was.
+    for refused in ({"optimizer": object()}, {"model": None}):
+        with pytest.raises(UserError, match="give Trainer a model and no optimizer"):
+            prepare_trainer(SimpleNamespace(**{**vars(trainer()), **refused}), lambda model: 7, save_full=False)
+    assert selected_values(model) is None
+
     compact = trainer()
     whole_again = prepare_trainer(compact, lambda model: 7, save_full=False)
     assert selected_values(model).values.shape == (7,)  # type: ignore[union-attr]

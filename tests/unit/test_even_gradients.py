@@ -45,6 +45,10 @@ def test_every_expert_has_a_gradient_and_all_batches_one_order() -> None:
     again = [order for order, _ in (backward(model, batch) for batch in batches)]
     assert again == [order for order, _ in plain]
 
+    # The next task's engine evens them out again.
+    even_out_gradients(engine_of(model, 2))
+    assert len({tuple(backward(model, batch)[0]) for batch in batches}) == 1
+
 
 def test_other_stages_and_stacked_experts_are_left_alone() -> None:
     for family, stage in (("listed", 0), ("listed", 3), ("mixtral", 2)):
