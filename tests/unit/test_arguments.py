@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from piece_ds.cli.train import main
+from piece_ds.cli import evaluate, select, train
 from piece_ds.config import settings as settings_module
 from piece_ds.config.settings import OURS, load_settings, parse
 from piece_ds.methods.registry import METHODS
@@ -176,10 +176,11 @@ def test_the_yaml_file_is_read_once_whatever_is_made_of_it(tmp_path: Path, monke
 
 
 def test_help_lists_the_table_of_methods(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--help"])
-    shown = "".join(capsys.readouterr().out.split())  # argparse also breaks lines at hyphens
-    for name, method in METHODS.items():
-        assert "".join(f"{name}: {method.help}".split()) in shown
+    for script, word in ((train, "--help"), (select, "-h"), (evaluate, "--help"), (train, "-h")):
+        script.main([word])
+        shown = "".join(capsys.readouterr().out.split())  # argparse also breaks lines at hyphens
+        for name, method in METHODS.items():
+            assert "".join(f"{name}: {method.help}".split()) in shown
 
 
 def test_limits_of_rows_are_positive() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from piece_ds.checkpoint.mask_file import save_mask
 from piece_ds.config.settings import parse
-from piece_ds.methods.registry import find_method
+from piece_ds.methods.registry import METHODS, find_method
 from piece_ds.models.layout import layout_of
 from piece_ds.preflight import checks
 from piece_ds.preflight.checks import (
     check_accumulation,
     check_deepspeed_file,
     check_mask,
+    check_sources,
     check_training,
     resumes_from,
 )
@@ -199,3 +201,24 @@ def test_truncated_masks_are_refused(models: Path, kept: int) -> None:
 def test_masks_that_do_not_fit_are_refused(models: Path, mask: str, flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_mask(settings_with(models, mask, *flags), AutoConfig.from_pretrained(models / "small"))
+
+
+def test_settings_that_a_method_with_a_mask_would_ignore_are_refused_and_no_others() -> None:
+    for flag, value, has_meaning in (
+        ("--importance_rows", "5", lambda method: method.has_mask),
+        ("--exclude", "*norm*", lambda method: not (method.baseline and method.baseline.saves_itself)),
+        ("--eligible", "*norm*[:4]", lambda method: method.has_mask),
+        ("--budget", "layer", lambda method: not method.has_mask or method.estimator is not None),
+        ("--statistics_file", "s", lambda method: not method.has_mask or method.estimator is not None),
+    ):
+        for name, method in METHODS.items():
+            needed = ["--general_text", "self"] if method.needs_general_text else []
+            needed += ["--peft_config", "f.json"] if name == "peft" else []
+            settings = parse(["--method", name, flag, value, *needed])
+            refusal = pytest.raises(UserError, match=f"{flag}.* --method {name}")
+            with nullcontext() if has_meaning(method) else refusal:
+                check_sources(settings, 2)
+    for flag, value in (("--importance_rows", "5"), ("--exclude", "*norm*")):
+        with pytest.raises(UserError, match=f"{flag} has no meaning with --mask_file"):
+            check_sources(parse([flag, value, "--mask_file", "m.safetensors"]), 1)
+    check_sources(parse(["--mask_file", "m.safetensors"]), 1)

@@ -190,3 +190,17 @@ def test_lists_and_tables_say_what_is_in_a_delta(tmp_path: Path, capsys: pytest.
     assert str(distance.numel()) in row
     assert f"{distance.mean():.3g}" in row
     assert f"{distance.max():.3g}" in row
+
+    # What the summary says of a delta that can be reverted, and of one that cannot.
+    delta("compose", run.deltas[0], "--without_previous", "--output", tmp_path / "one-way")
+    for path, previous in ((run.deltas[0], "yes"), (tmp_path / "one-way", "no: cannot be reverted")):
+        delta("inspect", path)
+        printed, known = capsys.readouterr().out, open_delta(path)
+        said = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in printed.splitlines() if "  " in line.strip())
+        assert said["previous values"] == previous
+        assert said["selected"] == f"{known.num_selected} of {known.metadata['total']}"
+        size = path.stat().st_size
+        assert said["file"] == f"{size} bytes, {size / known.num_selected:.2f} a selected value"
+        assert (said["weights before"], said["weights after"]) == (known.base_fingerprint, known.result_fingerprint)
+        assert said["checksum"] == known.metadata["checksum"]
+        assert ("how far values moved" in printed) == (previous == "yes")

@@ -1,6 +1,7 @@
 """The embedded default: deterministic, right answers, disjoint splits, loadable by transformers' ordinary classes."""
 
 import json
+import re
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from piece_ds.demo.corpus import source_files, split_files
+from piece_ds.demo.corpus import MIN_FILE_BYTES, SKIPPED_FOLDERS, draw_text_rows, source_files, split_files
 from piece_ds.demo.recipe import EmbeddedRecipe
 from piece_ds.demo.tasks import NUMBER_SKILLS, SKILLS, WORD_SKILLS, draw_rows
 from piece_ds.demo.write import EmbeddedPaths, write_embedded
@@ -157,6 +158,31 @@ def test_model_loads_and_its_vocabulary_is_that_of_the_tokenizer(embedded: Embed
 def test_draw_rows_refuses_more_rows_than_there_are_questions() -> None:
     with pytest.raises(ValueError, match="only 2 of 3 different prompts"):
         draw_rows(lambda random: {"prompt": random.choice("ab"), "answer": ""}, 3, Random(0))
+
+
+def test_corpus_is_of_files_that_every_installation_has(tmp_path: Path) -> None:
+    """Large enough sources at any depth; nothing under the folders that are skipped, which may have any name above."""
+    root = tmp_path / "test"  # what lies above the library does not count
+    wanted = [*(f"a{n:02}.py" for n in range(19)), "json/decoder.py"]
+    skipped = [f"{folder}/x.py" for folder in sorted(SKIPPED_FOLDERS)] + ["json/tests/y.py"]
+    for name in (*wanted, *skipped, "notes.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("#" * MIN_FILE_BYTES)
+    (root / "short.py").write_text("#" * (MIN_FILE_BYTES - 1))
+    assert [str(path.relative_to(root)) for path in source_files(root)] == wanted
+    (root / "a00.py").unlink()
+    with pytest.raises(RuntimeError, match="19 Python sources, expected at least 20"):
+        source_files(root)
+
+
+def test_pieces_of_text_begin_with_a_line_and_come_from_every_file(tmp_path: Path) -> None:
+    for name in "abcd":
+        lines = [f"{name}{number:02}\u00e9." for number in range(50)]
+        (tmp_path / name).write_bytes("\r\n".join(lines).encode())
+    rows = draw_text_rows([tmp_path / name for name in "abcd"], 200, 12, Random(0))
+    assert {row["answer"][0] for row in rows} == set("abcd")
+    assert all(re.match(r"[a-d]\d\d\. ?\n[a-d]\d\d\. ?", row["answer"]) for row in rows)
+    assert all(len(row["answer"]) == 12 and row["prompt"] == "" for row in rows)
 
 
 def test_corpus_refuses_an_installation_without_sources(tmp_path: Path) -> None:

@@ -226,6 +226,14 @@ def test_keys_that_say_nothing_are_dropped_and_one_image_is_read(tmp_path: Path)
     (found,) = load_rows(write(tmp_path, {"messages": [QUESTION, ANSWER], "system": "Count."}))
     assert found["messages"] == [{"role": "system", "content": "Count."}, QUESTION, ANSWER]
 
+    # An empty system turn says nothing and is left out; any other empty turn is refused.
+    for nothing in ("", " \n"):
+        (found,) = load_rows(write(tmp_path, {"messages": [turn("system", nothing), QUESTION, ANSWER]}))
+        assert found["messages"] == [QUESTION, ANSWER]
+        for turns in ([turn("user", nothing), ANSWER], [QUESTION, turn("assistant", nothing)]):
+            with pytest.raises(UserError, match=f"the turn of the {'user' if turns[1] == ANSWER else 'assistant'} is"):
+                load_rows(write(tmp_path, {"messages": turns}))
+
     # A model that reads images takes one beside a pair.
     pair = {"prompt": "p", "answer": "a"}
     for more, image in (({"image": "x"}, "x"), ({"image": "x", "pic_path": "x"}, "x"), ({"pic_path": ""}, None)):

@@ -171,7 +171,12 @@ def test_a_batch_without_an_image_gets_a_blank_one_that_no_label_sees(processor:
     assert batch["input_ids"].shape[0] == 2
     assert batch["image_grid_thw"].shape == (1, 3)
     assert batch["labels"][batch["labels"] != -100].tolist() == [8]
-    assert make_collator(processor).prompts(rows)["input_ids"][0].tolist()[-2:] == [1, 7]
+    prompts = make_collator(processor).prompts(rows)
+    assert prompts["input_ids"][0].tolist()[-2:] == [1, 7]
+    # Padded to the longest, which is the blank image's: no column is padding in every row.
+    assert prompts["attention_mask"].any(dim=0).all()
+    assert prompts["attention_mask"].sum(dim=1)[0] == 2
+    assert "labels" not in prompts
 
 
 def test_several_answers_are_all_gold_and_the_most_frequent_is_trained(
