@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.launches import ROOT, environment
+from support.ranks import on_ranks
 
 from piece_ds.__main__ import main
 from piece_ds.doctor import machine, probe, processes
@@ -64,6 +68,50 @@ def test_a_weight_that_moves_outside_the_mask_is_found() -> None:
     outside = {"a": torch.tensor([0.0, 1.0, 1.0, 0.0]), "b": torch.tensor([-0.0, 0.0])}
     assert probe.moved_outside(before, inside, selected) == []
     assert probe.moved_outside(before, outside, selected) == ["a", "b"]
+
+
+def test_the_probe_says_what_works_and_names_each_collective_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two ranks; each collective in turn gives wrong numbers."""
+
+    def found() -> dict[str, str]:
+        return probe._finding(*probe._try_collectives())
+
+    right = {"status": GOOD, "found": "all-reduce, all-gather, all-to-all, broadcast over gloo, 2 processes"}
+    assert on_ranks(2, found) == [right, right]
+    for name, function in (
+        ("all-reduce", "all_reduce"),
+        ("all-gather", "all_gather"),
+        ("all-to-all", "all_to_all_single"),
+        ("broadcast", "broadcast"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(probe.dist, function, partial(_writes_sevens, getattr(torch.distributed, function)))
+            results = on_ranks(2, found)
+        said = "; ".join(f"{name} gives wrong numbers on rank {rank}" for rank in (0, 1))
+        assert results == [{"status": BAD, "found": said}] * 2
+
+
+def _writes_sevens(real: Callable[..., object], written: Any, *others: object, **more: Any) -> None:
+    """A collective that ends with 7 in every tensor that it writes."""
+    real(written, *others, **more)
+    for tensor in written if isinstance(written, list) else [written]:
+        tensor.fill_(7)
+
+
+def test_the_probe_trains_the_selected_weights_and_notices_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks at ZeRO-3 as the doctor starts them: a right step, one without a mask, and one that moves nothing."""
+
+    def found() -> list[dict[str, str]]:
+        right = probe._finding(*probe._try_training())
+        real = torch.optim.AdamW
+        torch.optim.AdamW = lambda params, lr: real(params, lr=0.0)
+        idle = probe._finding(*probe._try_training())
+        return [right, idle]
+
+    for right, idle in on_ranks(2, found):
+        assert right == {"status": GOOD, "found": "64 of 64 selected weights moved, the other 6416 kept all bits"}
+        assert idle["status"] == BAD
+        assert idle["found"] == "; ".join(f"0 of 64 selected weights moved on rank {rank}" for rank in (0, 1))
 
 
 def test_a_finding_that_fails_is_exit_code_1(
