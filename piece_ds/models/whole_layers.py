@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 _MARK = "piece_ds_whole"
+_KNOWN_CODE = "transformers."
 MAX_NUMEL = 10**9  # a larger layer would take too much memory at once; DeepSpeed's own limit for such a module
 
 
@@ -27,8 +28,10 @@ def gather_layers_whole(model: nn.Module) -> Callable[[], None]:
     made with stays marked until all have been undone.
 
     Layers are what the model itself names as the parts that must stay on one device (transformers'
-    `_no_split_modules`). One that shares a weight with another part of the model, has marks of its own (lists of
-    experts) or more than MAX_NUMEL elements stays as it is.
+    `_no_split_modules`). Some stay as they are: one of code that is not transformers' own, since DeepSpeed must see the
+    tensors that go in and come out (it does not look into a dataclass); one that shares a weight with another part of
+    the model; one with more than MAX_NUMEL elements; one that the user has marked. Marks inside a layer do not matter:
+    DeepSpeed makes some with each engine, and the next one must not round otherwise.
 
     Args:
         model: whose parameters will be frozen for DeepSpeed. DeepSpeed's own hooks of trained ones fail in a marked
@@ -84,11 +87,16 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 def _may_be_whole(layer: nn.Module, uses: Counter[nn.Parameter]) -> bool:
     from deepspeed.utils import z3_leaf_module
 
+    # Known code that is entered by its forward. Some classes have other methods instead (quantizers of audio).
+    kind = type(layer)
+    if not kind.__module__.startswith(_KNOWN_CODE) or kind.forward is nn.Module.forward or z3_leaf_module(layer):
+        return False
+
     # DeepSpeed keeps one leaf for each parameter, and would release a shared one for another that still needs it.
     if any(uses[param] > 1 for param in layer.parameters()):
         return False
     numel = sum(prod(getattr(param, "ds_shape", param.shape)) for param in layer.parameters())
-    return 0 < numel <= MAX_NUMEL and not any(z3_leaf_module(part) for part in layer.modules())
+    return 0 < numel <= MAX_NUMEL
 
 
 def _pass_by_place(layer: nn.Module) -> RemovableHandle:
@@ -96,7 +104,8 @@ def _pass_by_place(layer: nn.Module) -> RemovableHandle:
 
     It releases the layer when backward has passed the tensors that were passed by place.
     """
-    first = next(iter(inspect.signature(layer.forward).parameters), "")
+    parameters = inspect.signature(layer.forward).parameters.values()
+    first = next((p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD), "")
     return layer.register_forward_pre_hook(partial(_move, first), prepend=True, with_kwargs=True)
 
 

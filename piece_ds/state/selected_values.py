@@ -39,13 +39,12 @@ class SelectedValues(nn.Module):
         eligible: frozenset[str],
         decays: frozenset[str] | None,
         may_have_fewer: bool = False,
-        after_engine: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.values = nn.Parameter(torch.zeros(num_selected, dtype=dtype, device=device))
         self.trainable, self.eligible, self.decays = trainable, eligible, decays
         self.may_have_fewer = may_have_fewer
-        self.after_engine = after_engine
+        self.after_engine: Callable[[], None] | None = None
         self.checkpoint: dict[str, Tensor] | None = None
         self.saving = False
         self.attached = False  # whether an update trains them: backward's gradients are then its own

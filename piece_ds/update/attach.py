@@ -84,13 +84,15 @@ def prepare_compact(
         SelectedValues, already part of model, in the dtype of its parameters; zeros until attach().
     Raises:
         UserError: the model is prepared already.
-        ValueError: both or neither of ratio and num_selected are given.
+        ValueError: both or neither of ratio and num_selected are given, or num_selected is less than 1.
     """
     # Check the arguments.
     if selected_values(model) is not None:
         raise UserError("the model is prepared for compact mode already: detach() the update first")
     if (ratio is None) == (num_selected is None):
         raise ValueError("give either ratio or num_selected")
+    if num_selected is not None and num_selected < 1:
+        raise ValueError(f"num_selected must be at least 1, got {num_selected}")
 
     # ZeRO-3 has to know before it makes its hooks.
     gather_experts_whole(model)
@@ -111,7 +113,6 @@ def prepare_compact(
         eligible=frozenset(info.name for info in layout.eligible()),
         decays=None if decays is None else frozenset(decays),
         may_have_fewer=unit != "element",
-        after_engine=gather_layers_whole(model),
     )
 
     # Reentrant checkpointing passes gradients only through inputs, and the frozen embedding gives none.
@@ -119,4 +120,6 @@ def prepare_compact(
     if embedding is not None and embedding.requires_grad:
         let_gradients_in(model)
     values.join(model)
+    # Last: nothing may fail between the marks and the one that takes them off.
+    values.after_engine = gather_layers_whole(model)
     return values

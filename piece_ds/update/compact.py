@@ -22,7 +22,7 @@ from piece_ds.update.decay import SelectedDecay
 from piece_ds.update.gradients import GradientCollection
 from piece_ds.update.step_scale import StepScale
 from piece_ds.zero.checkpoints import install_checkpoints
-from piece_ds.zero.engine_end import call_after
+from piece_ds.zero.engine_end import EngineEnd
 from piece_ds.zero.scaled_update import ScaledUpdate, scale_selected
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
 from piece_ds.zero.sequence_parallel import gradient_divisor
@@ -92,6 +92,8 @@ class CompactUpdate:
         if step_scale is not None:
             self._remove += self._scale(step_scale).install(engine.basic_optimizer)
 
+        self._end = EngineEnd(engine)
+
         # From here on backward adds to the values' gradient.
         values.attached = True
         grads = self._parts(self._grad)
@@ -105,7 +107,7 @@ class CompactUpdate:
         self._remove = []
         self._values.leave(self._engine.module)
         if self._values.after_engine is not None:
-            call_after(self._engine, self._values.after_engine)
+            self._end.call(self._values.after_engine)
             self._values.after_engine = None
 
     def is_local_finite(self) -> bool | None:

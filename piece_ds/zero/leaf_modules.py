@@ -1,8 +1,9 @@
 """ZeRO-3's leaf modules: parts of a model that it gathers as one, because ranks may use different parameters of them.
 
 A list of experts is one. A gradient inside may come on one rank and not on another. But every rank's backward leaves
-the module at the same place among ZeRO's gathers, and by then it is known which gradients there are. Decoder layers
-that compact mode marks (models.whole_layers) are none of these: all ranks use the same parameters of them.
+the module at the same place among ZeRO's gathers, and by then it is known which gradients there are. Of decoder
+layers that compact mode marks (models.whole_layers) all ranks use the same parameters. But a marked part inside one is
+gathered with its layer, and then backward has to leave the layer.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,9 +24,10 @@ class LeafModules:
 
     def __init__(self, model: nn.Module) -> None:
         self._params: dict[nn.Module, dict[str, nn.Parameter]] = {}
+        chosen = {param for module in model.modules() if _may_choose(module) for param in module.parameters()}
         for name, param in model.named_parameters():
             leaf = getattr(param, "ds_z3_leaf_module", None)
-            if leaf is not None and not is_whole_layer(leaf):
+            if leaf is not None and (param in chosen or not is_whole_layer(leaf)):
                 self._params.setdefault(leaf, {})[name] = param
         self.names = {name for params in self._params.values() for name in params}
         self._num_calls = dict.fromkeys(self._params, 0)
@@ -68,3 +70,10 @@ class LeafModules:
                 left(params)
 
         return leave
+
+
+def _may_choose(module: nn.Module) -> bool:
+    """Return whether a module is marked as a leaf for itself, not as a layer that is gathered whole."""
+    from deepspeed.utils import z3_leaf_module
+
+    return bool(z3_leaf_module(module)) and not is_whole_layer(module)

@@ -22,3 +22,9 @@ def test_no_mark_is_left_and_every_unfrozen_weight_can_train(results: dict[str, 
 def test_an_engine_evaluates_after_its_update_is_gone(results: dict[str, Any]) -> None:
     got = result_of(results, "after-compact")
     assert got["evaluated"] == pytest.approx(got["evaluated whole"], rel=1e-5)
+
+
+def test_an_update_that_outlives_its_engine_leaves_no_mark(results: dict[str, Any]) -> None:
+    got = result_of(results, "destroyed-first")
+    assert got["left"] == 0
+    assert got["losses"] == pytest.approx(result_of(results, "never-compact")["losses"], rel=1e-6)

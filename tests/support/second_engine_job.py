@@ -24,6 +24,7 @@ def main() -> None:
     results: Results = {}
     collect_case(results, "never-compact", lambda: {"losses": trained(frozen_embedding())})
     collect_case(results, "after-compact", after_compact)
+    collect_case(results, "destroyed-first", destroyed_first)
     finish(results)
 
 
@@ -46,6 +47,17 @@ def after_compact() -> dict[str, Any]:
     left = marked(model) + sum(z3_leaf_parameter(param) for param in model.parameters())
     result = {"marked while it evaluates": seen, "left": left, "evaluated": found, "evaluated whole": whole}
     return {**result, "losses": trained(model)}
+
+
+def destroyed_first() -> dict[str, Any]:
+    """The update is taken off an engine that is gone already."""
+    model = frozen_embedding()
+    prepare_compact(model, 0.05)
+    engine = make_engine(model, Setup(3), adamw(model, lr=0.0, weight_decay=0.0))
+    update = attach(engine, select(layout_of(engine.module), "random", 0.05))
+    engine.destroy()
+    update.detach()
+    return {"left": marked(model), "losses": trained(model)}
 
 
 def frozen_embedding() -> nn.Module:

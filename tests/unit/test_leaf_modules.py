@@ -81,3 +81,22 @@ def test_checkpointing_calls_a_leaf_again_and_it_counts_once() -> None:
 
     for Checkpointed.reentrant in (True, False):
         assert len(run(Checkpointed())[0]) == 2
+
+
+def test_a_marked_part_of_a_layer_that_is_gathered_whole_waits_until_backward_leaves_the_layer() -> None:
+    model = Model()
+    model.leaf.piece_ds_whole = 1
+    model.leaf._z3_leaf = True
+    assert LeafModules(model).names == set()
+    model.leaf.second._z3_leaf = True
+    leaves = LeafModules(model)
+    assert leaves.names == {"leaf.second.weight", "leaf.second.bias"}
+    told: list[set[str]] = []
+    handles = leaves.hooks(lambda names: told.append(set(names)))
+    leaves.begin_round()
+    loss = model(torch.ones(2, 3), False)
+    leaves.end_forward()
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    assert told == [leaves.names]

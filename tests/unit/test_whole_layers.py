@@ -1,7 +1,10 @@
 """Decoder layers that ZeRO-3 gathers as one: which are marked, and that undo leaves nothing."""
 
+import pytest
 import torch
+from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.utils import z3_leaf_module, z3_leaf_parameter
+from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -48,11 +51,13 @@ def test_modules_that_name_no_layers_stay() -> None:
     assert marked(model) == []
 
 
-def test_a_layer_stays_if_it_is_too_large_or_has_marks_of_its_own(monkeypatch) -> None:
+def test_a_layer_stays_if_it_is_too_large_or_has_a_mark_of_its_own(monkeypatch) -> None:
     model = llama()
-    model.model.layers[0].mlp._z3_leaf = True
-    gather_layers_whole(model)
-    assert marked(model) == ["model.layers.0.mlp", "model.layers.1"]
+    model.model.layers[0]._z3_leaf = True
+    undo = gather_layers_whole(model)
+    assert [name for name, module in model.named_modules() if is_whole_layer(module)] == ["model.layers.1"]
+    undo()
+    assert marked(model) == ["model.layers.0"]
 
     monkeypatch.setattr(whole_layers, "MAX_NUMEL", 100)
     model = llama()
@@ -67,21 +72,87 @@ def test_layers_that_share_a_block_stay() -> None:
     assert marked(model) == ["model.layers.1"]
 
 
-def test_stacked_experts_are_part_of_their_layer() -> None:
+def test_an_engine_after_another_gathers_the_same_layers_of_a_mixture() -> None:
+    """DeepSpeed marks Mixtral's blocks when it makes an engine, and never takes that off."""
     model = MixtralForCausalLM(MixtralConfig(num_key_value_heads=2, num_local_experts=2, **SIZES))
-    gather_layers_whole(model)
-    assert "model.layers.1" in marked(model)
+    for _ in range(2):
+        undo = gather_layers_whole(model)
+        assert [name for name, part in model.named_modules() if is_whole_layer(part)] == [
+            "model.layers.0",
+            "model.layers.1",
+        ]
+        apply_zero_leaf_module_config(model, DeepSpeedZeroLeafModuleConfig())
+        undo()
+    assert marked(model) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+class Layer(nn.Module):
+    """Stands for a layer of transformers; classes below replace its forward."""
+
+    __module__ = "transformers.models"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.weight * hidden_states * scale
+
+
+class KeywordsOnly(Layer):
+    __module__ = "transformers.models"
+
+    def forward(self, *, hidden_states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.weight * hidden_states * scale
+
+
+class AnyArguments(Layer):
+    __module__ = "transformers.models"
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        (hidden_states,) = (*args, *kwargs.values())
+        return self.weight * hidden_states
+
+
+class OtherMethods(nn.Module):
+    """Is never called: its parts are, by encode()."""
+
+    __module__ = "transformers.models"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+class CodeOfOthers(Layer):
+    """DeepSpeed may see none of what it returns."""
+
+
+def holding(layer: nn.Module) -> nn.Module:
+    model = nn.ModuleDict({"layer": layer})
+    model._no_split_modules = [type(layer).__name__]
+    return model
+
+
+def test_layers_of_unknown_code_stay_and_those_that_are_not_called() -> None:
+    for layer, expected in ((Layer(), ["layer"]), (OtherMethods(), []), (CodeOfOthers(), [])):
+        model = holding(layer)
+        gather_layers_whole(model)
+        assert marked(model) == expected
+
+
+def test_layers_that_take_arguments_by_name_alone_still_do() -> None:
+    for layer in (KeywordsOnly(), AnyArguments()):
+        gather_layers_whole(holding(layer))
+        assert torch.equal(layer(hidden_states=torch.arange(3.0)), torch.arange(3.0))
 
 
 def test_the_first_argument_is_passed_by_place_and_outputs_are_the_same() -> None:
-    class Layer(nn.Module):
-        def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-            return self.weight * hidden_states * scale
-
     layer = Layer()
-    layer.weight = nn.Parameter(torch.ones(3))
-    model = nn.ModuleDict({"layer": layer})
-    model._no_split_modules = ["Layer"]
+    model = holding(layer)
     undo = gather_layers_whole(model)
     seen = []
     layer.register_forward_pre_hook(lambda _, args: seen.append(len(args)))
@@ -112,3 +183,12 @@ def test_compact_mode_marks_layers() -> None:
     assert values.after_engine is not None
     values.after_engine()
     assert marked(model) == []
+
+
+def test_a_failed_preparation_leaves_no_mark() -> None:
+    """Otherwise the mended one would count every mark twice, and undo would take off one."""
+    model = llama()
+    for wrong in ({"num_selected": -1}, {"ratio": float("nan")}, {"ratio": 0.1, "unit": "element", "decays": 5}):
+        with pytest.raises((ValueError, TypeError)):
+            prepare_compact(model, **wrong)
+        assert marked(model) == []
