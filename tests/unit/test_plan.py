@@ -136,6 +136,55 @@ def test_gradients_of_every_stage_by_hand() -> None:
         assert {name: size for name, size in found.items() if size or name in wanted} == wanted, options
 
 
+def test_gradients_are_counted_where_and_when_they_are_there() -> None:
+    """On the device and on the host, during statistics, the backward pass and the step."""
+    whole, part, k, none = 900_000, 225_000, 1_000, (0, 0, 0)
+    offload = {"offload_optimizer": True}
+    for options, device, host in (
+        ({"zero": 0}, (0, 2 * whole, 6 * whole), none),
+        ({"zero": 1}, (0, 2 * part, 4 * part), none),
+        ({"zero": 1, "accumulation": 2}, (0, 2 * whole, 4 * part), none),
+        ({"zero": 2}, (0, 4 * part, 4 * part), none),
+        ({"zero": 3}, (4 * part, 4 * part, 8 * part), none),
+        ({"zero": 3, **offload}, none, (8 * part, 8 * part, 8 * part)),
+        ({"zero": 2, **offload}, [200_000] * 3, [6 * part + 200_000] * 3),
+        (
+            {"zero": 2, "accumulation": 2, **offload},
+            [200_000] * 3,
+            (6 * part + 200_000, 10 * part + 200_000, 10 * part + 200_000),
+        ),
+        (
+            {"zero": 1, "accumulation": 2, "dtype": "fp32", **offload},
+            [400_000] * 3,
+            (8 * part + 400_000, 12 * part + 400_000, 12 * part + 400_000),
+        ),
+        ({"update_mode": "compact"}, (0, 5 * k, 5 * k), none),
+        ({"update_mode": "compact", **offload}, (0, 4 * k, 4 * k), (0, k, k)),
+    ):
+        of_gradients = [
+            term
+            for term in memory_terms(ROUND, Setting(**{"world": 4, "update_mode": "masked", **options}))  # type: ignore[arg-type]
+            if not term.is_estimate
+            and ("gradient" in term.name or "copy" in term.name or "buffer of" in term.name or "their" in term.name)
+        ]
+        for on_host, wanted in ((False, device), (True, host)):
+            assert [total(of_gradients, moment, on_host) for moment in MOMENTS] == list(wanted), (options, on_host)
+
+
+def test_masters_and_moments_are_there_when_something_needs_them() -> None:
+    """Plain fp32 at stage 0 has no masters; moments come with the first step, in 16 bits at stage 0 at the start."""
+    for options, masters, moments in (
+        ({"zero": 0, "dtype": "fp32"}, (0, 0, 0), (0, 8, 8)),
+        ({"zero": 0}, (4, 4, 4), (8, 8, 8)),
+        ({"zero": 1, "dtype": "fp32"}, (1, 1, 1), (0, 2, 2)),
+        ({"zero": 3}, (1, 1, 1), (0, 2, 2)),
+    ):
+        terms = memory_terms(ROUND, Setting(world=4, update_mode="masked", **options))  # type: ignore[arg-type]
+        for name, wanted in (("fp32 masters", masters), ("Adam moments", moments)):
+            found = [total([term for term in terms if term.name == name], moment) for moment in MOMENTS]
+            assert found == [900_000 * size for size in wanted], (options, name)
+
+
 def test_a_head_of_its_own_gets_no_adapter() -> None:
     model = make_model("llama")
     assert model.lm_head.weight is not model.model.embed_tokens.weight
