@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from support.deltas import Run, make_run, sha256_of
 from support.hub_server import READER, WRITER, Hub, serve
 
@@ -19,9 +20,11 @@ from piece_ds.checkpoint.mask_file import save_mask
 from piece_ds.checkpoint.statistics_file import load_statistics, save_statistics
 from piece_ds.deltas.card import escaped, forgetting_grids
 from piece_ds.deltas.published import Manifest, read_manifest
+from piece_ds.deltas.remote import parse_remote, said_in_one_line
 from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.models.layout import layout_of
 from piece_ds.report.results import RunResults
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.statistics import GradientStats
 
 Capture = pytest.CaptureFixture[str]
@@ -470,3 +473,23 @@ def test_what_is_pulled_is_one_commit_whatever_is_pushed_meanwhile(
     monkeypatch.setattr("piece_ds.deltas.hub.read_manifest", and_another_push)
     delta("pull", REPOSITORY, "--output", tmp_path / "pulled")
     assert sha256_of(tmp_path / "pulled")[name] == sha256_of(run.folder)[name]
+
+
+def test_a_hub_that_is_switched_off_is_said_however_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library's own error, which another may wrap, or by any failure while it is switched off."""
+    off = "the Hub is switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE"
+    wrapped = LocalEntryNotFoundError("not in the cache")
+    wrapped.__cause__ = OfflineModeIsEnabled("offline")
+    for is_off, error, wanted in (
+        (False, OfflineModeIsEnabled("offline"), off),
+        (False, wrapped, off),
+        (True, LocalEntryNotFoundError("not in the cache"), off),
+        (True, ConnectionError("nothing there"), off),
+        (False, ConnectionError("nothing there"), r"hf://user/name: nothing there"),
+    ):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_off)
+        with (
+            pytest.raises(UserError, match=rf"^nothing was fetched: {wanted}"),
+            said_in_one_line("fetched", parse_remote("hf://user/name")),
+        ):
+            raise error

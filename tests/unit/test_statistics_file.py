@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from piece_ds.checkpoint import statistics_file
 from piece_ds.checkpoint.statistics_file import PartialStatistics, load_statistics, save_statistics
 from piece_ds.config.method_arguments import MethodArguments
 from piece_ds.data.collate import MicroBatches
@@ -144,3 +145,25 @@ def test_statistics_of_other_weights_rows_or_batches_are_refused_or_taken_again(
     del index["source"]["weights"]
     (tmp_path / "t" / "statistics.json").write_text(json.dumps(index))
     assert take(first, revision, rows(3)) == 3.0
+
+
+def test_sums_are_saved_at_every_interval_and_the_newest_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 saves only when a signal asks the run to end."""
+    for rounds, due in ((0, ""), (1, "1234567"), (2, "246"), (3, "36"), (8, "")):
+        keeper = PartialStatistics(tmp_path, rounds, SOURCE)
+        assert "".join(str(number) for number in range(1, 8) if keeper.is_due(number)) == due, rounds
+    monkeypatch.setattr(statistics_file, "stop_asked", lambda: True)
+    assert PartialStatistics(tmp_path, 0, SOURCE).is_due(1)
+
+    # Older sums go once newer ones are complete; what is incomplete does not count.
+    keeper, stats = PartialStatistics(tmp_path / "sums", 1, SOURCE), make_stats()
+    for count in (9, 10):
+        keeper.keep(replace(stats, num_micro_batches=count))
+        assert [path.name for path in (tmp_path / "sums").iterdir()] == [f"{count:09d}"]
+    (tmp_path / "sums" / "000000011").mkdir()
+    begun = empty_stats(LAYOUT, True, "cpu")
+    keeper.begin(begun)
+    assert begun.num_micro_batches == 10
+    assert torch.equal(begun.square_sum, stats.square_sum)
