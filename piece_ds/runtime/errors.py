@@ -35,7 +35,7 @@ def bad_name(error: OSError) -> str | None:
 
 def nearest(word: str, choices: list[str]) -> str:
     """Return ' Did you mean X?' for the most similar of choices; an empty string if none is similar."""
-    matches = get_close_matches(word, choices, n=1, cutoff=0.5)
+    matches = get_close_matches(str(word), choices, n=1, cutoff=0.5)  # a caller in Python may give anything
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from piece_ds import ops
+from piece_ds.update.sampled_backward import adds_to_weights
 from piece_ds.zero.weights import SelectedWeights
 
 # Names of torch's functions (and of transformers' substitute where torch has no kernel) that multiply rows by experts.
@@ -212,5 +213,6 @@ class _Watched(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         rows, ends = ctx.saved_tensors
-        ctx.take(grad_output, rows, ends)
+        if adds_to_weights(ctx, anchor=1):
+            ctx.take(grad_output, rows, ends)
         return grad_output, None, None, None, None

@@ -20,6 +20,7 @@ from piece_ds.models.layout import full_shape
 from piece_ds.runtime.distributed import is_main
 from piece_ds.state.partition import is_partitioned
 from piece_ds.update.expert_gradients import SampledExperts
+from piece_ds.update.sampled_backward import adds_to_weights
 from piece_ds.update.sampling_rule import max_density
 from piece_ds.zero.weights import SelectedWeights
 
@@ -175,7 +176,8 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         (input,) = ctx.saved_tensors
-        ctx.add(grad_output, input)
+        if adds_to_weights(ctx, anchor=1):
+            ctx.add(grad_output, input)
         return grad_output, None, None, None
 
 

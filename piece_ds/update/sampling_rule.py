@@ -55,10 +55,14 @@ def max_density(device: torch.device | str, dtype: torch.dtype, num_elements: in
         num_elements: of the weight; of one expert if experts are stacked.
 
     A kind of GPU that was not measured follows the rows of all that were. fp16 follows bf16, which moves as many bytes.
+
+    Raises:
+        UserError: there are no ops for this type of device.
     """
     device = torch.device(device)
+    provider = ops.provider("sampled_gradient_", device.type)
     kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "-").lower()
-    rows = rows_for(read_table(TABLE), kind, ops.provider("sampled_gradient_", device.type), dtype)
+    rows = rows_for(read_table(TABLE), kind, provider, dtype)
     return largest_proven(of_size(rows, num_elements))
 
 

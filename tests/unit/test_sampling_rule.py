@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from piece_ds.runtime.errors import UserError
 from piece_ds.update import sampling_rule
-from piece_ds.update.gradients import is_sparse
+from piece_ds.update.gradients import GradientCollection, is_sparse
 from piece_ds.update.sampling_rule import Row, largest_proven, max_density, of_size, read_table, rows_for
 from piece_ds.zero.weights import SelectedWeights
 
@@ -102,3 +103,15 @@ def test_of_stacked_experts_the_size_of_one_counts(monkeypatch: pytest.MonkeyPat
     assert is_sparse(SelectedWeights(weight, torch.arange(half)), torch.device("cpu"))
     assert not is_sparse(SelectedWeights(weight, torch.arange(half + 1)), torch.device("cpu"))
     assert asked == [(torch.bfloat16, 30)] * 2
+
+
+def test_a_device_without_ops_is_refused() -> None:
+    for device in ("meta", "xpu"):
+        with pytest.raises(UserError, match="no kernels for device"):
+            max_density(device, torch.float32, 10)
+
+
+@pytest.mark.parametrize("gradient", [None, 1, True, "", "Dense"])
+def test_what_is_no_way_to_take_gradients_is_refused(gradient: object) -> None:
+    with pytest.raises(UserError, match="known: auto, dense"):
+        GradientCollection(nn.Linear(2, 2), {}, [], gradient)  # type: ignore[arg-type]
