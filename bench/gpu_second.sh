@@ -14,7 +14,7 @@ gather
 part "kernel table" 110 $PYTHON kernels/bench/run.py --sizes 10000000 50000000 1000000000 --adamw_sizes 1000000000 --rounds 7 \
   --no_compile --output "$OUT/kernels.csv" --ops selection filter_ score_histogram_ select_above mask_to_index apply_mask_ \
   apply_mask_list_ scatter_list_ gather_add_ sampled_gradient_
-cp piece_ds/update/sampled_gradients.csv "$OUT/sampled_gradients.csv"
+cp piece_ds/ops/sampled_gradients.csv "$OUT/sampled_gradients.csv"
 part "when a sampled gradient pays" 60 $PYTHON kernels/bench/gradient_table.py --output "$OUT/sampled_gradients.csv"
 
 # ---- steps ----

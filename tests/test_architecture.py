@@ -165,6 +165,8 @@ PRIVATE_NAMES = {
     "piece_ds/models/loading.py": {"transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref"},
     # Whether autograd is in a backward pass now: DeepSpeed tells a recomputation by it, and torch has no public word.
     "piece_ds/update/gradients.py": {"torch._C", "torch._C._current_graph_task_id"},
+    # Whether the running backward goes on to a leaf: torch's own hooks for several gradients ask the same.
+    "piece_ds/update/sampled_backward.py": {"torch._C", "torch._C._will_engine_execute_node"},
     # Ranks say where they are through the store that torch.distributed has open already.
     "piece_ds/runtime/rank_status.py": {"torch.distributed.distributed_c10d._get_default_store"},
 }

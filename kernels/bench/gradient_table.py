@@ -1,6 +1,6 @@
 """Measure when a sampled gradient beats the dense product, and put the rows into the table that the rule reads.
 
-python kernels/bench/gradient_table.py [--output piece_ds/update/sampled_gradients.csv] [--rounds 7]
+python kernels/bench/gradient_table.py [--output piece_ds/ops/sampled_gradients.csv] [--rounds 7]
     [--dtypes bf16 fp32] [--shapes 1024,1024,1024 2048,4096,1024] [--densities 0.001 0.01]
 
 Rows of this kind of device and provider at the same dtype, shape and density are replaced, all others stay. The dense
@@ -24,7 +24,7 @@ from timing import Clock  # noqa: E402
 
 from bench.record import commit_of  # noqa: E402
 from piece_ds import ops  # noqa: E402
-from piece_ds.update.sampling_rule import DTYPES, TABLE  # noqa: E402
+from piece_ds.ops.sampling_rule import DTYPES, TABLE  # noqa: E402
 
 COLUMNS = ["device", "provider", "dtype", "tokens", "out", "in", "density", "k", "ratio", "torch", "commit", "date"]
 KEY = COLUMNS[:7]

@@ -9,6 +9,7 @@ agree to 5 % of the sum over all terms that are not marked as estimates.
 
 from dataclasses import dataclass
 
+from piece_ds.ops.sampling_rule import DTYPES, max_density_on_gpus
 from piece_ds.plan.setting import Setting
 from piece_ds.plan.shapes import ModelShape
 
@@ -98,7 +99,7 @@ def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
     """
     if setting.update_mode == "compact":
         k = setting.selected(shape)
-        whole = shape.largest if setting.selected_gradient == "dense" else shape.formed_whole
+        whole = _formed_whole(shape, setting)
         return [
             Term("gradient of the selected", "4 K", 4 * k, MOMENTS[1:]),
             Term(
@@ -135,6 +136,15 @@ def _gradients(shape: ModelShape, setting: Setting) -> list[Term]:
         Term("fp32 gradients", "4 T / w", 4 * part),
         Term("fp32 gradients of a sub-group", "4 min(T / w, 1e9)", 4 * min(part, SUB_GROUP), step),
     ]
+
+
+def _formed_whole(shape: ModelShape, setting: Setting) -> int:
+    """Return the elements of the largest gradient that compact mode forms whole, on GPUs and if selected evenly."""
+    if setting.selected_gradient == "dense":
+        return shape.largest
+    dtype, density = DTYPES[setting.dtype], setting.selected(shape) / max(1, shape.eligible)
+    dense = (numel for numel, matrix in shape.products if density > max_density_on_gpus(dtype, matrix))
+    return max(shape.formed_whole, *dense, 0)
 
 
 def _offloaded_gradients(shape: ModelShape, setting: Setting, part: float) -> list[Term]:

@@ -24,7 +24,7 @@ class Setting:
         general_tokens: of the general text that --general_kl or --general_replay add to a micro-batch.
         accumulation: micro-batches per optimizer step on one rank.
         lora_rank: of update_mode lora.
-        selected_gradient: of update_mode compact: auto samples what has a formula, dense forms every gradient whole.
+        selected_gradient: of update_mode compact: auto samples where that is faster, dense forms every one whole.
     Raises:
         UserError: a value is out of its range, or offloading does not fit the stage.
     """

@@ -61,6 +61,8 @@ class ModelShape:
         experts: what a mixture of experts adds; None for other models.
         formed_whole: of the largest eligible parameter that is neither a linear layer's weight nor stacked experts: its
             gradient is formed whole even if others are sampled.
+        products: (elements of a linear layer's weight or of stacked experts, elements of one matrix of them), each pair
+            once: their gradients are sampled if that is faster (ops.sampling_rule).
     """
 
     total: int
@@ -72,6 +74,7 @@ class ModelShape:
     vocab: int
     experts: "ExpertShape | None" = None
     formed_whole: int = 0
+    products: tuple[tuple[int, int], ...] = ()
 
     @property
     def active(self) -> int:
@@ -132,7 +135,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         layers=text.num_hidden_layers,
         vocab=text.vocab_size,
         experts=_expert_shape(model, text),
-        formed_whole=_formed_whole(model, layout),
+        **_by_formula(model, layout),
     )
 
 
@@ -155,16 +158,17 @@ def _expert_shape(model: nn.Module, text: Any) -> ExpertShape | None:
     )
 
 
-def _formed_whole(model: nn.Module, layout: Layout) -> int:
-    """Return the elements of the largest eligible parameter without a formula for single entries of its gradient."""
-    sampled = {f"{name}.weight" for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
+def _by_formula(model: nn.Module, layout: Layout) -> dict[str, Any]:
+    """Return ModelShape's `formed_whole` and `products`: whether single entries of a gradient have a formula."""
+    linear = {f"{name}.weight" for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
     stacks = set(stacked_experts(model))
-    rest = (
-        info.numel
-        for info in layout.eligible()
-        if info.name not in sampled and not (info.name.rpartition(".")[0] in stacks and len(info.shape) == 3)
-    )
-    return max(rest, default=0)
+    formed_whole, products = 0, set()
+    for info in layout.eligible():
+        if info.name in linear or (info.name.rpartition(".")[0] in stacks and len(info.shape) == 3):
+            products.add((info.numel, prod(info.shape[-2:])))
+        else:
+            formed_whole = max(formed_whole, info.numel)
+    return {"formed_whole": formed_whole, "products": tuple(sorted(products))}
 
 
 def _numel(param: nn.Parameter) -> int:

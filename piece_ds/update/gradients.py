@@ -17,11 +17,11 @@ from piece_ds.config.piece import SELECTED_GRADIENTS
 from piece_ds.config.ranges import require_choice
 from piece_ds.models.experts import stacked_experts
 from piece_ds.models.layout import full_shape
+from piece_ds.ops.sampling_rule import max_density
 from piece_ds.runtime.distributed import is_main
 from piece_ds.state.partition import is_partitioned
 from piece_ds.update.expert_gradients import SampledExperts
 from piece_ds.update.sampled_backward import adds_to_weights
-from piece_ds.update.sampling_rule import max_density
 from piece_ds.zero.weights import SelectedWeights
 
 

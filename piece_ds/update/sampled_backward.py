@@ -26,4 +26,4 @@ def adds_to_weights(ctx: Any, anchor: int) -> bool:
             "give selected_gradient='dense' (--selected_gradient dense)"
         )
     node, _ = ctx.next_functions[anchor]
-    return bool(torch._C._will_engine_execute_node(node))  # type: ignore[attr-defined]
+    return bool(torch._C._will_engine_execute_node(node))

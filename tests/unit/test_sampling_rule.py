@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from piece_ds.ops import sampling_rule
+from piece_ds.ops.sampling_rule import Row, largest_proven, max_density, of_size, read_table, rows_for
 from piece_ds.runtime.errors import UserError
-from piece_ds.update import sampling_rule
 from piece_ds.update.gradients import GradientCollection, is_sparse
-from piece_ds.update.sampling_rule import Row, largest_proven, max_density, of_size, read_table, rows_for
 from piece_ds.zero.weights import SelectedWeights
 
 H200 = "nvidia-h200"

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
+from piece_ds.ops.sampling_rule import max_density
 from piece_ds.runtime.errors import UserError
-from piece_ds.update.sampling_rule import max_density
 from piece_ds.update.sparse_adamw import SparseAdamW
 
 FAMILIES = ("llama", "qwen3", "neox", "gpt2")  # no biases, tied, biases, Conv1D

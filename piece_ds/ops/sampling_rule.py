@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from piece_ds import ops
+from piece_ds.ops.backends import providers
 
 TABLE = Path(__file__).parent / "sampled_gradients.csv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,6 +65,11 @@ def max_density(device: torch.device | str, dtype: torch.dtype, num_elements: in
     kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "-").lower()
     rows = rows_for(read_table(TABLE), kind, provider, dtype)
     return largest_proven(of_size(rows, num_elements))
+
+
+def max_density_on_gpus(dtype: torch.dtype, num_elements: int) -> float:
+    """Return max_density() on a GPU that was not measured, with the default provider. No GPU is needed."""
+    return largest_proven(of_size(rows_for(read_table(TABLE), "", providers("cuda")[0], dtype), num_elements))
 
 
 def of_size(rows: Sequence[Row], num_elements: int) -> list[Row]:
