@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from support.models import make_model
 
 from piece_ds.checkpoint.delta_file import save_delta
+from piece_ds.deltas.delta import Change
+from piece_ds.deltas.value_changes import ChangeSize, change_sizes
 from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.models.layout import layout_of
 from piece_ds.report.grids import changes_grid
@@ -76,3 +79,16 @@ def test_nothing_is_proposed_in_fp32_or_without_a_rate(tmp_path: Path, caplog: p
     assert with_changes(run_of(), "a", tmp_path / "none") == run_of()
     assert "--learning_rate" not in caplog.text
     assert "100.0% of the selected values changed" in caplog.text
+
+
+def test_sizes_of_changes_are_sums_over_all_parameters_of_a_label() -> None:
+    """By hand: moves of 1, 0, 3 and then 2 from values of 1, -4, 2 and then -1; a label of zeros has no ratio."""
+    first = Change(torch.arange(3), torch.tensor([2.0, -4.0, 5.0]), torch.tensor([1.0, -4.0, 2.0]))
+    second = Change(torch.arange(1), torch.tensor([1.0]), torch.tensor([-1.0]))
+    zeros = Change(torch.arange(2), torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.0]))
+    found = change_sizes([("q", first), ("k", zeros), ("q", second)])
+    assert list(found) == ["q", "k"]
+    assert found["q"] == ChangeSize(4, 3, sum_distance=6.0, max_distance=3.0, sum_previous=8.0)
+    assert (found["q"].mean_distance, found["q"].relative) == (1.5, 0.75)
+    assert found["k"] == ChangeSize(2, 1, sum_distance=0.5, max_distance=0.5, sum_previous=0.0)
+    assert isnan(found["k"].relative)

@@ -249,9 +249,11 @@ def test_what_cannot_be_compared_is_refused_in_one_line_and_nothing_written(
         with pytest.raises(SystemExit, match="2"):
             main(["report", *map(str, runs), "--output", str(page)])
         assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
-    with pytest.raises(SystemExit, match="2"):
-        main(["report", good, "--output", str(tmp_path)])
-    assert "expected the name of an .html file" in capsys.readouterr().err
+    (tmp_path / "folder.html").mkdir()
+    for output in (tmp_path, tmp_path / "folder.html", tmp_path / "page.txt", tmp_path / "page"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", good, "--output", str(output)])
+        assert f"--output {output}: expected the name of an .html file" in capsys.readouterr().err
     assert not page.exists()
     assert not list(tmp_path.glob("*_figures"))
     with pytest.raises(UserError, match="at least one run"):

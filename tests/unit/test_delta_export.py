@@ -191,6 +191,20 @@ def test_lists_and_tables_say_what_is_in_a_delta(tmp_path: Path, capsys: pytest.
     assert f"{distance.mean():.3g}" in row
     assert f"{distance.max():.3g}" in row
 
+    # The same of all parameters together, to the last column.
+    changes = [deltas[0].change(name) for name in deltas[0].shapes]
+    before, after = (torch.cat([getattr(c, part).double() for c in changes]) for part in ("previous", "values"))
+    moved = (after - before).abs()
+    row = next(line for line in printed.splitlines() if line.strip().startswith("all ") and "%" in line)
+    assert re.split(r"  +", row.strip()) == [
+        "all",
+        str(moved.numel()),
+        f"{moved.count_nonzero() / moved.numel():.1%}",
+        f"{moved.mean():.3g}",
+        f"{moved.max():.3g}",
+        f"{moved.mean() / before.abs().mean():.3g}",
+    ]
+
     # What the summary says of a delta that can be reverted, and of one that cannot.
     delta("compose", run.deltas[0], "--without_previous", "--output", tmp_path / "one-way")
     for path, previous in ((run.deltas[0], "yes"), (tmp_path / "one-way", "no: cannot be reverted")):
