@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers import TrainingArguments
 import piece_ds
 from piece_ds.__main__ import main
 from piece_ds.cli.commands import LAUNCHED, launched_command
+from piece_ds.cli.main import _parser
 from piece_ds.cli.notebook import _as_flag, _task_flags
 from piece_ds.config.deepspeed_configs import FOLDER, config_names, config_path, with_config_paths
 from piece_ds.config.settings import parse
 from piece_ds.config.yaml_settings import settings_yaml
+from piece_ds.plan.setting import Setting
 from piece_ds.runtime.errors import UserError
 
 
@@ -35,6 +38,24 @@ def test_version_and_help_name_what_there_is(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert piece_ds.__version__ in shown
     assert all(command in shown for command in LAUNCHED)
+
+
+def test_flags_that_are_left_out_have_the_values_that_are_documented() -> None:
+    """A plan's are those of Setting, which are training's."""
+    coding = {"coding": "indices"}
+    wanted: dict[str, dict[str, object]] = {
+        "delta merge MODEL D --output O": {"how": "replace", "density": 1.0, "scale": 1.0, "seed": 42, **coding},
+        "delta scale D --alpha 0.5 --output O": coding,
+        "delta prune D --keep 0.5 --output O": {"by": "change", "rows": 256, "batch_size": 8, **coding},
+        "delta diff A B --output O": coding,
+        "delta compose D --output O": coding,
+        "plan --model M": asdict(Setting()),
+        "doctor": {"folder": ".", "ranks": 2},
+        "report R": {"output": "comparison.html"},
+    }
+    for words, defaults in wanted.items():
+        found = vars(_parser().parse_args(words.split()))
+        assert {name: found[name] for name in defaults} == defaults, words
 
 
 def test_a_shell_completes_every_command_and_flag(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

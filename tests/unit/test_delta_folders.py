@@ -7,7 +7,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.deltas import Run, make_run, sha256_of
 
 from piece_ds.__main__ import main
-from piece_ds.deltas import patch
+from piece_ds.deltas import guarded, patch
 from piece_ds.deltas.delta import open_delta
 from piece_ds.deltas.export import require_stored_names
 from piece_ds.deltas.guarded import locked
@@ -312,3 +314,23 @@ def test_locks_of_threads_are_apart(tmp_path: Path) -> None:
         thread.start()
         thread.join()
     assert len(refusals) == 1
+
+
+def test_a_file_is_changed_in_place_only_if_it_keeps_its_owner_and_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may give a file to anyone; others need to own it and to be in its group."""
+    file = SimpleNamespace(stat=lambda: SimpleNamespace(st_uid=7, st_gid=8))
+    for user, group, others, may in (
+        (7, 8, [], True),
+        (7, 9, [10, 8], True),
+        (7, 9, [10], False),
+        (6, 8, [8], False),
+        (0, 0, [], True),
+    ):
+        monkeypatch.setattr(guarded.os, "geteuid", lambda user=user: user)
+        monkeypatch.setattr(guarded.os, "getegid", lambda group=group: group)
+        monkeypatch.setattr(guarded.os, "getgroups", lambda others=others: others)
+        refusal = pytest.raises(
+            UserError, match=f"belongs to user 7, group 8: .* belong to {user}; run this as its owner"
+        )
+        with nullcontext() if may else refusal:
+            guarded.require_changeable(file)  # type: ignore[arg-type]
