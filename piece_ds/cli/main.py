@@ -9,6 +9,12 @@ from piece_ds.cli.commands import LAUNCHED
 from piece_ds.cli.completion import SHELLS, CompletionAction
 from piece_ds.runtime.errors import UserError
 
+_MEANING = (
+    "Continual fine-tuning that trains only the weights that matter for a task, and keeps what the task changed as a "
+    "file. Begin with: piece_ds train --model_name_or_path smollm2-135m --train_file rows.jsonl --output_dir runs/mine "
+    "--recipe mask"
+)
+
 
 class _Parser(argparse.ArgumentParser):
     """Argument parser that reports what is wrong in one line."""
@@ -18,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="piece_ds", description="Task deltas as files, what a run needs, and runs compared.")
+    parser = _Parser(prog="piece_ds", description=_MEANING)
     parser.add_argument("--version", action="version", version=f"piece_ds {__version__}")
     parser.add_argument(
         "--completion", action=CompletionAction, choices=SHELLS, help="print a script that completes flags in a shell"

@@ -1,10 +1,14 @@
-"""Explain keys of other trainers' configurations: what to write instead."""
+"""Explain keys and flags of other trainers: what to write instead."""
 
 from collections.abc import Sequence
 
 from piece_ds.runtime.errors import closest
 
 _TRAIN_FILE = "train_file F, or task_dir with tasks"
+_QUANTIZED = (
+    "nothing: single weights of a quantized matrix cannot be trained; give the 16-bit model (docs/deepspeed.md)"
+)
+_ANSWERS = "nothing: the loss is on answers, of conversations on the assistant's turns (docs/data.md)"
 _FULL = "nothing: weights are selected and trained in place; method lora trains adapters"
 
 # Key of LLaMA-Factory, Axolotl, TRL, torchtune, ms-swift or unsloth -> what to write instead.
@@ -47,14 +51,29 @@ _INSTEAD = {
     "flash_attn": "attn_implementation flash_attention_2",
     "torch_dtype": "dtype",
     "precision": "bf16 or fp16",
-    "overwrite_cache": "nothing: no tokenized rows are kept",
+    "overwrite_cache": "tokenized_cache False",
     "preprocessing_num_workers": "nothing: rows are tokenized at once",
     "stage": "nothing: training is supervised fine-tuning",
     "finetuning_type": _FULL,
     "adapter": _FULL,
+    "lora_rank": "lora_r, with method lora",
+    "target_modules": "lora_target_modules, with method lora",
     "use_peft": _FULL,
-    "load_in_8bit": "nothing: quantized weights are not trained in place",
-    "load_in_4bit": "nothing: quantized weights are not trained in place",
+    "load_in_8bit": _QUANTIZED,
+    "load_in_4bit": _QUANTIZED,
+    "use_qlora": _QUANTIZED,
+    "quantization_bit": _QUANTIZED,
+    "bnb_4bit_quant_type": _QUANTIZED,
+    "assistant_only_loss": _ANSWERS,
+    "completion_only_loss": _ANSWERS,
+    "train_on_prompt": _ANSWERS,
+    "train_on_inputs": _ANSWERS,
+    "max_prompt_length": "max_prompt_len",
+    "max_completion_length": "max_ans_len",
+    "packing_strategy": "packing, with pack_tokens N",
+    "streaming": "nothing: large files are tokenized once and mapped, not held in memory",
+    "dataset_train_split": _TRAIN_FILE,
+    "save_safetensors": "nothing: models are always saved as safetensors",
     "evaluation_strategy": "eval_strategy",
     "group_by_length": "train_sampling_strategy group_by_length",
     "plot_loss": "nothing: report.html has the curves",
@@ -68,21 +87,22 @@ _INSTEAD = {
 def unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
     """Return one line about unknown keys, each with what to write instead, if that is known."""
     if len(names) == 1:
-        return f"unknown key {names[0]!r} in the YAML file.{_hint(names[0], known)}"
+        return f"unknown key {names[0]!r} in the YAML file.{hint(names[0], known)}"
 
     # Keys with a hint come first; the others are only listed.
-    hints = {name: _hint(name, known).strip() for name in names}
+    hints = {name: hint(name, known).strip() for name in names}
     told = "; ".join(f"{name!r}: {hint}" for name, hint in hints.items() if hint)
     plain = ", ".join(repr(name) for name, hint in hints.items() if not hint)
     return f"unknown keys in the YAML file: {'; '.join(filter(None, (told, plain)))}"
 
 
-def _hint(name: str, known: Sequence[str]) -> str:
+def hint(name: str, known: Sequence[str]) -> str:
+    """Return ' ...' about an unknown key or flag: what to write instead, or of which it is a misspelling; else ''."""
     if name in _INSTEAD:
         return f" Another trainer's; here {_INSTEAD[name]}"
-    if name.startswith(("lora_", "peft_")):
-        return f" Another trainer's; here {_FULL}"
 
-    # No other trainer's key: perhaps a misspelt one of ours.
+    # No other trainer's, as far as is known: perhaps a misspelt one of ours.
     match = closest(name, known)
-    return f" Did you mean {match!r}?" if match else ""
+    if match:
+        return f" Did you mean {match!r}?"
+    return f" Another trainer's; here {_FULL}" if name.startswith(("lora_", "peft_")) else ""

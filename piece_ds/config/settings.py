@@ -16,14 +16,14 @@ from transformers import TrainingArguments
 from piece_ds.config.arguments import DataArguments, ModelArguments
 from piece_ds.config.deepspeed_configs import with_config_paths
 from piece_ds.config.defaults import machine_defaults
-from piece_ds.config.foreign_keys import unknown_keys
+from piece_ds.config.foreign_keys import hint, unknown_keys
 from piece_ds.config.method_arguments import BaselineArguments, MethodArguments
 from piece_ds.config.output_arguments import EvaluationArguments, OutputArguments
 from piece_ds.config.parser import OneLineParser, make_parser, training_arguments_of
 from piece_ds.config.ranges import require_countable
 from piece_ds.config.recommended import HELP, refuse_method_beside, settings_of
 from piece_ds.config.yaml_file import flags_of, read_yaml
-from piece_ds.runtime.errors import UserError, nearest
+from piece_ds.runtime.errors import UserError
 
 OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments, EvaluationArguments, BaselineArguments)
 
@@ -181,7 +181,7 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
     *parsed, rest = ours.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     for item in rest:
         if item.startswith("--") and _flag_name(item) not in known:
-            raise UserError(f"unknown flag {item.split('=')[0]}.{nearest(_flag_name(item), known)}")
+            raise UserError(f"unknown flag {item.split('=')[0]}.{hint(_flag_name(item), known)}")
     for part in parsed[: len(OURS)]:
         require_countable(part)
     model, data, method, output, evaluation, baseline = parsed[: len(OURS)]

@@ -21,6 +21,7 @@ from piece_ds.state.mask import Mask
 from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats
 from piece_ds.zero.statistics import MicroBatchSource, StatisticsCheckpoint, collect_statistics
+from piece_ds.zero.supported import require_engine
 from piece_ds.zero.weights import read_weight
 
 
@@ -49,12 +50,13 @@ def estimate_mask(
     Returns:
         Mask; give it to attach().
     Raises:
-        UserError: the method is unknown, a setting is outside its range, a pattern of exclude names nothing, or the
-            unit has no meaning with the method.
+        UserError: engine is none of DeepSpeed's, the method is unknown, a setting is outside its range, a pattern of
+            exclude names nothing, or the unit has no meaning with the method.
         ValueError: importance_rows is given, but micro_batches are not MicroBatches, so their rows are not known.
     Cost: of collect_statistics() and select().
     """
     # What is asked for, of which parameters and rows.
+    require_engine(engine)
     config = config_of(config, settings)
     method = find_method(config.method)
     if config.unit != "element" and not method.has_units:

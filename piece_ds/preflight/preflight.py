@@ -144,15 +144,14 @@ def _check_flags(settings: Settings, job: str, method: Method) -> None:
     if job == SELECT:
         if not method.has_mask:
             raise UserError(
-                f"--method {method.name} has no mask; select_mask.py expects one of {', '.join(names_of(SELECTION))}"
+                f"--method {method.name} has no mask; piece_ds select expects one of {', '.join(names_of(SELECTION))}"
             )
         if output_file is None or data.train_file is None:
-            raise UserError("select_mask.py needs --train_file F and --output_file MASK")
+            raise UserError("piece_ds select needs --train_file F and --output_file MASK")
     elif output_file is None or not (data.task_dir or data.train_file):
-        raise UserError("eval_tasks.py needs --task_dir D with --tasks A,B, and --output_file F")
+        raise UserError("piece_ds evaluate needs --task_dir D with --tasks A,B, and --output_file F")
     if settings.model.model_name_or_path is None:
-        script = "select_mask.py" if job == SELECT else "eval_tasks.py"
-        raise UserError(f"{script} needs --model_name_or_path M")
+        raise UserError(f"piece_ds {job} needs --model_name_or_path M")
 
 
 def _check_model_options(inputs: Inputs) -> None:

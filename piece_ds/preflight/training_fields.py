@@ -64,7 +64,7 @@ _SEED = 2**32 - 1  # numpy's limit
 _OWN_EVALUATION = "evaluation sums the loss of all answer tokens on the device; scores are --scorers'"
 _ONE_PUSH = "there is one push, when the run ends"
 _NOT_DDP = "DeepSpeed's engine and not DistributedDataParallel reduces gradients"
-_NO_STEPS = "the script's name says what is done: train.py, select_mask.py or eval_tasks.py"
+_NO_STEPS = "the command says what is done: piece_ds train, select or evaluate"
 _FSDP = "masks live in DeepSpeed's engine: use --deepspeed zero3, which partitions the same"
 _COMPILED = "a compiled backward pass is not proven with sampled gradients; leave it out"
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piece_ds.runtime.errors import UserError
+
 NAME = "piece_values"
 PARAMETER_NAME = f"{NAME}.values"
 
@@ -56,6 +58,16 @@ class SelectedValues(nn.Module):
     def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
         """Keep what a checkpoint held besides values. torch calls it for load_state_dict()."""
         self.checkpoint = state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Refuse a checkpoint of another number of values; torch would end in a mismatch of sizes. See nn.Module."""
+        found = state_dict.get(f"{prefix}values")
+        if found is not None and found.numel() != self.values.numel():
+            raise UserError(
+                f"the checkpoint holds {found.numel()} selected values and this run selects {self.values.numel()}: "
+                "resume with the ratio, unit, exclude and mask file that the checkpoint's run began with"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     @contextmanager
     def in_checkpoint(self, content: dict[str, Tensor]) -> Iterator[None]:

@@ -29,7 +29,7 @@ from piece_ds.models.eligible import without
 from piece_ds.models.experts import gather_experts_whole
 from piece_ds.models.layout import layout_of
 from piece_ds.models.weight_size import size_of_model, vocabulary_of
-from piece_ds.runtime.distributed import barrier
+from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import without_mpi
 from piece_ds.state.mask import Mask
@@ -40,6 +40,7 @@ from piece_ds.training.compact_trainer import engine_of, prepare_trainer
 from piece_ds.training.general_text import GeneralText
 from piece_ds.training.progress import selection_line
 from piece_ds.training.run_folder import PREVIOUS_NAME
+from piece_ds.training.trainer_checks import check_trainer
 from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
 from piece_ds.update.attach import attach
 from piece_ds.update.compact import CompactUpdate
@@ -111,9 +112,10 @@ class PieceCallback(TrainerCallback):
             settings: fields of PieceConfig by name, in place of config's: method="piece-s", ratio=0.001,
                 update_mode="masked", exclude="*norm*", importance_rows=1000 ...
         Raises:
-            UserError: a setting is outside its range, general text is missing or of no use, or compact mode is asked of
-                a trainer that already has an optimizer.
+            UserError: the trainer has no DeepSpeed or an adapter, a setting is outside its range, general text is
+                missing or of no use, or compact mode is asked of a trainer that already has an optimizer.
         """
+        check_trainer(trainer)
         self.trainer = trainer
         chosen = callback_settings(recipe, settings if config is None else (*settings, "method"))
         own_text, own_kl = chosen.pop("general_text", None), chosen.pop("general_kl", 0.0)
@@ -154,7 +156,7 @@ class PieceCallback(TrainerCallback):
         self.general.check(engine)
         is_resumed = state.global_step > 0
         if self.config.update_mode == "compact" and selected_values(engine.module) is None:
-            raise UserError("PieceCallback prepares the model for one train(): make another callback for another one")
+            raise UserError("PieceCallback serves one train(): for another one make another Trainer and callback")
 
         # Select, or read the mask that the run began with.
         layout = without(layout_of(engine.module), self.config.exclude)
@@ -166,7 +168,9 @@ class PieceCallback(TrainerCallback):
             say_other_base(self.mask, engine.module, self.mask_file)
         if not is_resumed:
             save_mask(path, self.mask)
-        logger.info("%s", selection_line(self.mask, self.select_seconds))
+        line = selection_line(self.mask, self.select_seconds)
+        if is_main():
+            logger.warning("%s", line)
 
         # What the selected weights were, for the delta.
         previous = Path(args.output_dir) / PREVIOUS_NAME
@@ -223,7 +227,7 @@ class PieceCallback(TrainerCallback):
 
     def _select(self, engine: Any, layout: Layout) -> Mask:
         begin = time.perf_counter()
-        batches = trainer_micro_batches(self.trainer, self.config.importance_batch_size)
+        batches = trainer_micro_batches(self.trainer, self.config.importance_batch_size, self.config.importance_rows)
 
         # The statistics pass must not appear in the trainer's own log.
         with notes_kept(self.trainer):

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
+from piece_ds.state.selected_values import selected_values
 from piece_ds.update.attach import prepare_compact
 from piece_ds.zero.sequence_parallel import sequence_size
 from piece_ds.zero.supported import require_trainable
@@ -56,10 +57,12 @@ def prepare_trainer(
     """
     # An optimizer that exists already would hold the model's own parameters.
     model = trainer.model
+    if model is not None and selected_values(model) is not None:
+        raise UserError("the trainer's model is prepared by another PieceCallback already: give a trainer one")
     if trainer.optimizer is not None or model is None:
         raise UserError(
             "compact mode makes the trainer's optimizer be one of the selected values: give Trainer a "
-            "model and no optimizer, or use update_mode='masked'"
+            "model and no optimizer, or use update_mode='masked'; of one that has trained, make another Trainer"
         )
     decays = trainer.get_decay_parameter_names(model)
     prepare_compact(model, num_selected=count(model), decays=decays, unit=unit)

@@ -7,6 +7,7 @@ loss (DFT, DPO, label smoothing) as it likes. What it notes for its log in the m
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from piece_ds.data.collate import MicroBatches
+from piece_ds.runtime.distributed import broadcast_object, is_main
 from piece_ds.runtime.errors import UserError
 
 # What TRL's trainers keep between steps.
@@ -28,22 +30,26 @@ _NOTES = (
 )
 
 
-def trainer_micro_batches(trainer: Trainer, batch_size: int) -> MicroBatches:
+def trainer_micro_batches(trainer: Trainer, batch_size: int, num_rows: int | None = None) -> MicroBatches:
     """Return the trainer's training rows as micro-batches, collated as by its own data loader, with its loss.
 
     Args:
         trainer: of transformers or TRL.
         batch_size: rows in a micro-batch. If completions are generated, a row is a prompt, and all completions that the
             trainer makes for it belong to the micro-batch.
+        num_rows: the first rows, which are all that is read of a data set that streams; None means all.
     Raises:
-        UserError: the rows have no length, so they cannot be sharded over ranks.
+        UserError: the rows have no length, so they cannot be sharded over ranks, and num_rows is not given.
     """
     rows, collate = trainer.train_dataset, trainer.data_collator
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-        raise UserError(
-            f"PieceCallback expected training rows with a length, got {type(rows).__name__}: importance is summed over "
-            "all of them; load the data set without streaming"
-        )
+        if num_rows is None:
+            raise UserError(
+                f"PieceCallback expected training rows with a length, got {type(rows).__name__}: importance is summed "
+                "over all of them; give importance_rows=N for the first N, or load the data set without streaming"
+            )
+        # One rank reads, since a stream may give ranks other rows.
+        rows = broadcast_object(list(islice(iter(rows), num_rows)) if is_main() else None)
 
     # As the Trainer's own loader: columns that the model does not take are dropped.
     if isinstance(rows, datasets.Dataset):

@@ -18,6 +18,7 @@ from piece_ds.state.selected_values import SelectedValues, selected_values
 from piece_ds.update.compact import CompactUpdate
 from piece_ds.update.masked import MaskedUpdate
 from piece_ds.update.step_scale import StepScale
+from piece_ds.zero.supported import require_engine
 
 
 def attach(
@@ -51,6 +52,7 @@ def attach(
     compact: an fp32 all-reduce of K numbers, an all-gather of K values under ZeRO-3, and about 16 bytes per selected
     element on every rank, whatever the model's size.
     """
+    require_engine(engine)
     if selected_values(engine.module) is not None:
         return CompactUpdate(engine, mask, save_full, selected_gradient, step_scale)
     return MaskedUpdate(engine, mask, step_scale)

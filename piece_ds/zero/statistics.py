@@ -30,7 +30,7 @@ from piece_ds.zero.partial_gradients import may_come_in_parts
 from piece_ds.zero.random_draws import DrawWatch, any_rank, refuse_random_loss
 from piece_ds.zero.receiver import GradientReceiver, LastPass
 from piece_ds.zero.sequence_parallel import SequenceGroup, SequenceShards, proof_rows, prove_parts, sequence_group
-from piece_ds.zero.supported import adapter_for
+from piece_ds.zero.supported import adapter_for, require_engine
 from piece_ds.zero.undisturbed import undisturbed
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def collect_statistics(
     Source: arXiv 2511.15375, section on importance estimation.
     """
     # Refuse what has no statistics.
+    require_engine(engine)
     if len(micro_batches) == 0:
         raise ValueError("no micro-batch to take statistics of: the data is empty")
     values = selected_values(engine.module)

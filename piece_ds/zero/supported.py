@@ -65,7 +65,7 @@ def _refusal(engine: Any) -> str | None:
     if type(getattr(engine, "module", None)).__name__ == "DeepSpeedEngine":
         return f"a DeepSpeed engine inside {kind}: it reduces gradients itself; pass the engine, {kind}.module"
     if not hasattr(engine, "zero_optimization_stage"):
-        return f"{kind}, which is no DeepSpeed engine: pass what deepspeed.initialize() returned first"
+        return _is_no_engine(engine)
     if kind in _ENGINES:
         return f"{kind}: {_ENGINES[kind]}"
     if kind != "DeepSpeedEngine":
@@ -124,6 +124,19 @@ def _refused_with_sequences(engine: Any) -> str | None:
             f"{heads} ranks"
         )
     return None
+
+
+def require_engine(engine: Any) -> None:
+    """Raise UserError if engine has no model inside: a bare model, or all that deepspeed.initialize() returned."""
+    if not hasattr(engine, "module"):
+        raise UserError(f"piece_ds does not work with {_is_no_engine(engine)}")
+
+
+def _is_no_engine(engine: Any) -> str:
+    return (
+        f"{type(engine).__name__}, which is no DeepSpeed engine: pass what deepspeed.initialize() returned first, or "
+        "what Accelerator.prepare() returned for the model with a DeepSpeedPlugin"
+    )
 
 
 def require_trainable(engine: Any) -> None:

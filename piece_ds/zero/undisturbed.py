@@ -34,8 +34,9 @@ def undisturbed(engine: Any) -> Iterator[None]:
         (m, name): value
         for m in module.modules()
         for name, value in vars(m).items()
-        if isinstance(value, float)
-        and ("drop" in name or name in _NOISE or (isinstance(m, nn.Dropout) and name == "p"))
+        if (isinstance(value, float) and "drop" in name)
+        # A script may give these as whole numbers: neftune_noise_alpha=5.
+        or (isinstance(value, int | float) and (name in _NOISE or (isinstance(m, nn.Dropout) and name == "p")))
     }
 
     # Random states. fork_rng() below restores torch's.

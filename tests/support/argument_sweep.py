@@ -188,7 +188,9 @@ def outcome(argv: list[str], out: Path, trains: bool) -> tuple[str, str]:
 
 
 _INTRODUCTION = (
-    "Each field of transformers' `TrainingArguments` is a flag and a YAML key. A field *works* as transformers says;",
+    "Each field of transformers' `TrainingArguments` is a flag and a YAML key of `piece_ds train`, `select` and",
+    "`evaluate`. In a `Trainer` of your own with `PieceCallback` the fields are transformers' own, and only what",
+    "DeepSpeed's engine tells is refused: leave out what this page refuses. A field *works* as transformers says;",
     "it is *refused*, in one line and before anything is written, where it contradicts masks or checkpoints; or it has",
     "*no effect* here, which the run says if it is given, as it says of a field whose *needs* are not met. Numbers out",
     "of range are refused too, and so are schedules and optimizers that cannot be made.",
@@ -210,14 +212,16 @@ def table() -> str:
     for field in fields(TrainingArguments):
         treatment = FIELDS[field.name]
         note = (treatment.note[:1].upper() + treatment.note[1:]).replace("|", "\\|")
-        note += "".join(f"{'; needs' if note else 'Needs'} {need.text}" for need in NEEDS.get(field.name, ()))
+        needs = [f"needs {need.text}" for need in NEEDS.get(field.name, ())]
+        note = "; ".join(filter(None, [note, *needs]))
         lines.append(f"| `{field.name}` | {treatment.kind} | {' '.join(filter(None, (note, _range(treatment))))} |")
     return "\n".join(lines) + "\n"
 
 
 def _range(treatment: Treatment) -> str:
     expected = treatment.range_error(float("nan"))
-    return f"({expected})" if expected else ""
+    plain = (expected or "").removeprefix("a finite number ").replace(" and of at most 2147483647", "")
+    return f"({plain.replace('of at', 'at')})" if plain else ""
 
 
 def main(argv: list[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.models import make_micro_batches, make_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -14,6 +15,7 @@ from piece_ds import PieceCallback
 from piece_ds.config.piece import PieceConfig
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.general_text import GeneralText
+from piece_ds.training.trainer_checks import check_trainer
 
 ROWS = [{"input_ids": [1, 2], "labels": [1, 2]}]
 
@@ -47,6 +49,47 @@ def test_general_text_and_what_uses_it_need_each_other() -> None:
                 update_mode="masked",
                 **options,
             )
+
+
+def test_trainers_without_deepspeed_or_with_an_adapter_are_refused_at_once(tmp_path: Path) -> None:
+    """Before data is prepared and an engine is made; the models stay as they were."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    adapted = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    for model, told, message in (
+        (make_model("llama"), None, r"expected a trainer with DeepSpeed, got one without: .*deepspeed="),
+        (adapted, True, r"got PeftModel, whose adapter trains instead .* without peft_config"),
+    ):
+        trainer = Trainer(model=model, args=arguments)
+        trainer.is_deepspeed_enabled = trainer.is_deepspeed_enabled if told is None else told
+        names = [name for name, _ in model.named_parameters()]
+        with pytest.raises(UserError, match=message):
+            PieceCallback(trainer)
+        assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_one_callback_serves_one_training_of_one_trainer(tmp_path: Path) -> None:
+    """Others are refused with what to make in their place."""
+    trainer = Trainer(model=make_model("llama"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    trainer.is_deepspeed_enabled = True
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters())
+    with pytest.raises(UserError, match="of one that has trained, make another Trainer"):
+        PieceCallback(trainer)
+    trainer.optimizer = None
+    PieceCallback(trainer)
+    with pytest.raises(UserError, match="by another PieceCallback already"):
+        PieceCallback(trainer)
+
+
+def test_weights_that_deepspeed_will_round_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    for dtype, is_bf16, is_said in (
+        (torch.float32, True, True),
+        (torch.float32, False, False),
+        (torch.bfloat16, True, False),
+    ):
+        caplog.clear()
+        arguments = SimpleNamespace(bf16=is_bf16, fp16=False)
+        check_trainer(cast(Any, SimpleNamespace(model=make_model("llama").to(dtype), args=arguments)))
+        assert ("DeepSpeed rounds them all" in caplog.text) == is_said
 
 
 def test_the_trainers_loss_gains_general_texts_and_gets_its_own_back(tmp_path: Path) -> None:

@@ -157,6 +157,17 @@ def test_preparing_twice_is_refused(model: nn.Module) -> None:
         prepare_compact(model, RATIO)
 
 
+def test_a_checkpoint_of_another_number_of_values_is_refused(model: nn.Module) -> None:
+    """Torch would end in a mismatch of sizes; the values stay as they were."""
+    values = prepare_compact(model, num_selected=5)
+    with values.in_checkpoint({"whole": True}):
+        state = model.state_dict()
+    state["piece_values.values"] = torch.ones(7)
+    with pytest.raises(UserError, match="holds 7 selected values and this run selects 5: resume with the ratio"):
+        model.load_state_dict(state)
+    assert values.values.tolist() == [0.0] * 5
+
+
 def shares(model: nn.Module, num_ranks: int) -> list[Mask]:
     """One random selection, as the ranks of a group of num_ranks hold it."""
     mask = select(layout_of(model), "random", RATIO)

@@ -12,6 +12,7 @@ from support.engines import Setup, make_engine
 from support.ranks import on_ranks
 from torch import nn
 
+from piece_ds import attach, collect_statistics, estimate_mask
 from piece_ds.config.deepspeed_features import REFUSED, Feature, refused_feature
 from piece_ds.preflight.checks import check_deepspeed_file
 from piece_ds.runtime.errors import UserError
@@ -44,6 +45,20 @@ def test_files_are_refused_key_by_key(tmp_path: Path) -> None:
         assert feature.reason in message
         assert feature.remedy in message
         assert "\n" not in message
+
+
+def test_what_is_no_engine_is_refused_by_every_function_that_takes_one() -> None:
+    """A model that nothing has wrapped, and all that deepspeed.initialize() returned."""
+    model = nn.Linear(2, 2)
+    mask: Any = None
+    for given, name in ((model, "Linear"), ((model, None), "tuple"), (None, "NoneType")):
+        for call in (
+            lambda given=given: estimate_mask(given, [{}], method="random"),
+            lambda given=given: collect_statistics(given, [{}]),
+            lambda given=given: attach(given, mask),
+        ):
+            with pytest.raises(UserError, match=f"{name}, which is no DeepSpeed engine"):
+                call()
 
 
 def test_engines_are_refused_key_by_key() -> None:

@@ -72,9 +72,12 @@ def make_batch(rows: object) -> dict[str, torch.Tensor]:
 
 
 def test_noise_is_off_while_importance_is_taken() -> None:
-    """Of NEFTune on embeddings, and of routers; a threshold that PhiMoE reads without training stays."""
+    """Of NEFTune on embeddings, and of routers; a threshold that PhiMoE reads without training stays.
+
+    Scripts give whole numbers, which no command does.
+    """
     module = torch.nn.Sequential(torch.nn.Embedding(3, 2), torch.nn.Dropout(0.5))
-    noise = {"neftune_noise_alpha": 5.0, "jitter_noise": 0.1, "input_jitter_noise": 0.2, "attention_dropout": 0.3}
+    noise = {"neftune_noise_alpha": 5, "jitter_noise": 0.1, "input_jitter_noise": 0.2, "attention_dropout": 0.3}
     for name, value in {**noise, "router_jitter_noise": 0.01}.items():
         setattr(module[0], name, value)
     engine = type("Engine", (), {"module": module, "device": torch.device("cpu"), "train": module.train})()

@@ -1,5 +1,6 @@
 """A trainer's micro-batches for the statistics pass: its own collator, columns and loss, and its notes as they were."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,8 @@ from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
 ROWS = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "note": 3}] * 5
 
 
-def trainer_of(folder: Path, rows: Any, kind: type[Trainer] = Trainer, **options: Any) -> Trainer:
-    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[])
+def trainer_of(folder: Path, rows: Any, kind: type[Trainer] = Trainer, max_steps: int = -1, **options: Any) -> Trainer:
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], max_steps=max_steps)
     model = make_model("llama")
     return kind(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator, **options)
 
@@ -75,6 +76,23 @@ def test_rows_without_a_length_are_refused(tmp_path: Path) -> None:
         stream: Any = SimpleNamespace(train_dataset=rows, data_collator=default_data_collator)
         with pytest.raises(UserError, match=f"expected training rows with a length, got {name}"):
             trainer_micro_batches(stream, 2)
+
+
+def test_a_stream_gives_its_first_rows_and_is_read_no_further(tmp_path: Path) -> None:
+    """Of a data set of the library, of torch and of a plain iterator, which loses what was read."""
+    rows = [{"input_ids": [i, i + 1], "labels": [i, i + 1], "note": i} for i in range(5, 12)]
+    read: list[int] = []
+
+    def make() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            read.append(row["note"])
+            yield row
+
+    for stream in (datasets.Dataset.from_list(rows).to_iterable_dataset(), make()):
+        batches = trainer_micro_batches(trainer_of(tmp_path, stream, max_steps=1), 2, num_rows=3)
+        assert [batch["input_ids"].tolist() for batch in batches] == [[[5, 6], [6, 7]], [[7, 8]]]
+        assert set(batches[0]) == {"input_ids", "labels"}
+    assert read == [5, 6, 7]
 
 
 def test_notes_are_as_they_were(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""Refuse a trainer that PieceCallback cannot serve when it is made, and say what DeepSpeed will do to its model."""
+
+import logging
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from piece_ds.runtime.distributed import is_main
+from piece_ds.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise UserError for a trainer without DeepSpeed or with an adapter; warn of weights that will be rounded.
+
+    Without this the first would end after the data has been prepared, and the second inside DeepSpeed.
+    """
+    if not getattr(trainer, "is_deepspeed_enabled", True):
+        raise UserError(
+            "PieceCallback expected a trainer with DeepSpeed, got one without: make its arguments with "
+            'deepspeed="ds_configs/zero2.json" or another DeepSpeed file or dict, or start the script by accelerate '
+            "launch with a DeepSpeed configuration"
+        )
+    model = trainer.model
+    if model is None:
+        return
+    if any(kind.__name__ == "PeftModel" for kind in type(model).__mro__):
+        raise UserError(
+            f"PieceCallback selects among the model's own weights, got {type(model).__name__}, whose adapter trains "
+            "instead of them: give the trainer the model without peft_config, or after merge_and_unload()"
+        )
+    _say_rounding(trainer, model)
+
+
+def _say_rounding(trainer: Trainer, model: nn.Module) -> None:
+    """Say that DeepSpeed casts fp32 weights to the dtype of training, so that all of them change once."""
+    wanted = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
+    found = [param for param in model.parameters() if param.dtype == torch.float32]
+    if wanted is None or not found or not is_main():
+        return
+    logger.warning(
+        "%d parameters of the model are float32 and training is in %s: DeepSpeed rounds them all before the first "
+        "step. What keeps its bits from then on is the rounded model, and its delta goes on a %s folder only; load the "
+        "model with dtype=torch.%s to begin there",
+        *(len(found), wanted, wanted, wanted),
+    )
