@@ -17,6 +17,8 @@ from piece_ds.runtime.errors import UserError, nearest
 
 Columns = dict[str, str] | None
 
+_NUM_NAMED = 3  # files of a folder that a refusal names
+
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w\[\]%:+]+))?")
 
 
@@ -109,7 +111,9 @@ def _is_hub_name(name: str, path: Path) -> bool:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a file: {', '.join(READERS)}")
+        inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in READERS)[:_NUM_NAMED]
+        hint = f"; it has {', '.join(inside)} (several files: with commas between them)" if inside else ""
+        raise UserError(f"{path} is a folder; expected a file: {', '.join(READERS)}{hint}")
     if not path.exists():
         folder = path.parent
         if not folder.is_dir():

@@ -153,7 +153,10 @@ def format_of(row: Any, where: str) -> RowFormat:
         if all(key in row for key in form.keys) and is_of_messages:
             return form
 
-    # No format fits: name the nearest one, and guess which column is meant by which key.
+    # No format fits, for a reason of its own.
+    _refuse_other_shapes(row, where)
+
+    # Name the nearest format, and guess which column is meant by which key.
     names = sorted(map(str, row))
     form = max(FORMATS[1:], key=lambda form: _likeness(form, names))
     if _likeness(form, names) < _LEAST_LIKENESS:
@@ -165,6 +168,23 @@ def format_of(row: Any, where: str) -> RowFormat:
         f"{where}: no {' or '.join(map(repr, missing))}, it has {str(names)[:200]}; the nearest known format is "
         f"{form.name} ({', '.join(form.keys)}): rename the columns, or say which is which (--columns {mapping})"
     )
+
+
+def _refuse_other_shapes(row: dict[str, Any], where: str) -> None:
+    """Raise UserError for a row that no renaming of columns would mend."""
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if "chosen" in row and "rejected" in row:
+        raise UserError(
+            f"{where}: pairs of preferences (chosen, rejected) are not trained by the commands: use TRL's DPOTrainer "
+            "with PieceCallback (docs/running.md), or learn only the chosen ones (--columns answer=chosen)"
+        )
+    if len(lists) == 1 and all(not isinstance(value, str) for value in row.values()):
+        if "role" in row[lists[0]][0] or "from" in row[lists[0]][0]:  # a conversation under another name
+            return
+        raise UserError(
+            f"{where}: it holds a list of {len(row[lists[0]])} rows under {lists[0]!r}; expected the rows themselves: "
+            "make a file of that list"
+        )
 
 
 def _paired(missing: list[str], free: list[str]) -> Iterator[tuple[str, str]]:

@@ -154,7 +154,13 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder; expected a file"):
+    with pytest.raises(UserError, match=r"is a folder; expected a file.*parquet$"):
+        load_rows(str(tmp_path))
+
+    # As a data set's repository lies on the disk.
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", "train.json", "[]")
+    with pytest.raises(UserError, match=r"it has .*data/train\.json \(several files"):
         load_rows(str(tmp_path))
 
 
