@@ -18,6 +18,7 @@ from piece_ds.models.eligible import names_rows
 from piece_ds.models.experts import stacked_experts
 from piece_ds.models.loading import empty_layout, empty_model, reads_images
 from piece_ds.preflight.general_flags import check_general_flags
+from piece_ds.preflight.idle_settings import say_idle_settings
 from piece_ds.runtime.distributed import is_main, world_size
 from piece_ds.runtime.errors import UserError, nearest
 from piece_ds.runtime.places import why_no_file, why_no_folder
@@ -220,6 +221,7 @@ def check_sources(settings: Settings, num_tasks: int) -> None:
     """
     flags, method = settings.method, find_method(settings.method.method)
     check_general_flags(settings, num_tasks)
+    say_idle_settings(settings, method)
 
     # What the method needs.
     if method.needs_earlier_tasks and num_tasks < 2:
