@@ -228,6 +228,30 @@ def test_whole_checkpoints_of_every_way_to_store_are_taken(tmp_path: Path) -> No
         assert stored_tensors(folder)
 
 
+def test_every_file_that_an_index_of_pickled_weights_names_must_be_there(tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    index, parts = folder / "pytorch_model.bin.index.json", ["a.bin", "b.bin"]
+    with pytest.raises(UserError, match="the folder holds no weights"):
+        require_weights(arguments(folder))
+    index.write_text(json.dumps({"weight_map": {"x": "a.bin", "y": "b.bin", "z": "a.bin"}}))
+    for present in ([], ["a.bin"], ["b.bin"]):
+        for name in parts:
+            (folder / name).unlink(missing_ok=True)
+        for name in present:
+            (folder / name).touch()
+        missing = next(name for name in parts if name not in present)
+        with pytest.raises(UserError, match=f"{missing} is missing, which {index.name} names"):
+            require_weights(arguments(folder))
+    for name in parts:
+        (folder / name).touch()
+    require_weights(arguments(folder))
+    for wrong in ({"x": "../a.bin"}, {"x": 1}, ["a.bin"]):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(UserError, match="fetch the checkpoint again"):
+            require_weights(arguments(folder))
+
+
 def test_pickled_weights_are_checked_when_they_are_loaded(whole: Path, tmp_path: Path) -> None:
     tensors = load_file(whole / "model.safetensors")
     shutil.copy(whole / "config.json", tmp_path)

@@ -1,5 +1,6 @@
 """How rows are cut for ranks that share them, what the divisor of gradients is, and what is refused before a step."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,6 +22,7 @@ from piece_ds.training.general_text import GeneralText
 from piece_ds.zero import sequence_parallel, supported
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
 from piece_ds.zero.receiver import GradientReceiver
+from piece_ds.zero.sequence_attention import _HAS_WHOLE_ROWS, whole_rows
 from piece_ds.zero.sequence_parallel import (
     SequenceGroup,
     SequenceShards,
@@ -112,6 +114,20 @@ def test_without_sequence_parallelism_everything_is_as_before() -> None:
     loss, mean = sequence_loss(engine, batch)
     assert torch.equal(loss.detach(), mean)
     assert torch.equal(mean, model(**batch).loss.detach())
+
+
+def test_whole_rows_are_taken_only_inside_also_after_an_error() -> None:
+    """What came after would attend to other ranks' rows as to its own."""
+    takes = _HAS_WHOLE_ROWS.get
+    for error in (None, ValueError):
+        with suppress(ValueError), whole_rows():
+            assert takes()
+            with whole_rows():
+                pass
+            assert takes()
+            if error is not None:
+                raise error
+        assert not takes()
 
 
 def test_deepspeed_divides_by_ranks_at_zero_3_and_by_micro_batches_below() -> None:
