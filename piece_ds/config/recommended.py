@@ -93,8 +93,8 @@ def callback_settings(recipe: str | None, given: Collection[str]) -> dict[str, A
 HELP = (
     f"On a pretrained model, begin with --recipe mask: {flags_in('mask')}. The rate is then put in proportion to the "
     "model's weights, and the log says it. Raise --mask_ratio to 0.1 if much is to be "
-    "learned. Without a mask, --recipe full learns more and forgets a little more, and leaves no delta of megabytes "
-    "that goes on and off. --general_kl 0 leaves out what makes a step dearer. Without a recipe, the paper's own "
+    "learned. With memory for the optimizer's states of all weights, --recipe full learns as much or more and forgets "
+    "as little or less, but leaves no delta of megabytes that goes on and off. --general_kl 0 leaves out what makes a step dearer. Without a recipe, the paper's own "
     "setting is the default (PIECE-S, 0.1 %), which forgets more at equal learning. Measurements: docs/forgetting.md."
 )
 
