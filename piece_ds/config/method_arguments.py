@@ -20,8 +20,8 @@ class MethodArguments:
     recipe: str | None = field(
         default=None,
         metadata={
-            "help": "set several flags to what was measured to keep most: mask (1 %% of the weights), full (all of "
-            "them) or paper (PIECE-S, 0.1 %%); other flags win over it"
+            "help": "set several flags to what was measured to keep most: mask (1 %% of the weights), wide (10 %%, at "
+            "random), full (all of them) or paper (PIECE-S, 0.1 %%); other flags win over it"
         },
     )
     method: str = field(

@@ -99,7 +99,7 @@ class PieceCallback(TrainerCallback):
             delta_coding: of the delta: "indices", which every program of the format reads, "gaps" or "smallest".
             recipe: "mask" sets what keeps most of what a pretrained model knew: 1 % of the weights by piece-ratio, text
                 that the model writes itself, scaled steps, general_kl=4. The learning rate stays the trainer's; the
-                log says which one is in proportion to what was measured.
+                log says which one is in proportion to what was measured. "wide" sets the same for 10 % at random.
                 "paper" sets the paper's own. Other arguments win, but for method.
             general_text: rows with input_ids and labels that stand for general ability, for method="piece-ratio",
                 step_scale="general", general_replay and general_kl; "self": the model writes 128 of them before

@@ -48,7 +48,7 @@ def test_values_built_around_a_recipe_keep_their_places() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--recipe", "maks"], "--recipe 'maks' is unknown; known: mask, full, paper. Did you mean 'mask'?"),
+        (["--recipe", "maks"], "--recipe 'maks' is unknown; known: mask, wide, full, paper. Did you mean 'mask'?"),
         (["--recipe"], "expected one argument"),
         (["--recipe", "mask", "--method", "lora"], "--recipe mask sets --method piece-ratio"),
         (["--recipe", "x" * 9999], "is unknown; known"),
