@@ -40,7 +40,7 @@ def test_general_text_and_what_uses_it_need_each_other() -> None:
         ({"recipe": "mask", "method": "piece-s"}, causal, "sets method='piece-ratio': leave out one"),
         ({"recipe": "mask", "config": PieceConfig()}, causal, "sets method='piece-ratio': leave out one"),
         ({"recipe": "full"}, causal, "trains all weights"),
-        ({"recipe": "masc"}, causal, "is unknown; known: mask, full, paper"),
+        ({"recipe": "masc"}, causal, "is unknown; known: mask, wide, full, paper"),
         ({"general_text": ROWS, "general_kl": 1.0}, scoring, "needs a model that predicts tokens, got Linear"),
     ):
         with pytest.raises(UserError, match=message):
