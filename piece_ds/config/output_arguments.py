@@ -64,7 +64,7 @@ class OutputArguments:
         },
     )
     output_file: str | None = field(
-        default=None, metadata={"help": "the one file that select_mask.py (a mask) and eval_tasks.py (scores) write"}
+        default=None, metadata={"help": "the one file that `select` (a mask) and `evaluate` (scores) write"}
     )
 
     def __post_init__(self) -> None:

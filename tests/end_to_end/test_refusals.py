@@ -117,12 +117,12 @@ CASES = {
     "folder-without-tasks": Case("--task_dir {base}/tasks", r"--task_dir and --tasks belong together", "stream"),
     "file-and-stream": Case("--task_dir {base}/tasks --tasks letter", r"either --train_file .* or --task_dir"),
     "no-data": Case("", r"no data: give --train_file F, or --task_dir D", "stream"),
-    "select-without-output": Case("", r"select_mask\.py needs --train_file F and --output_file MASK", "select"),
+    "select-without-output": Case("", r"piece_ds select needs --train_file F and --output_file MASK", "select"),
     "select-seqft": Case("--method seqft --output_file {base}/out.m", r"--method seqft has no mask", "select"),
     "select-deepspeed-missing": Case(
         "--deepspeed {base}/gone.json --output_file {base}/out.m", r"no such file", "select"
     ),
-    "eval-without-output": Case("", r"eval_tasks\.py needs .* and --output_file F", "eval"),
+    "eval-without-output": Case("", r"piece_ds evaluate needs .* and --output_file F", "eval"),
     "eval-model-missing": Case(
         "--model_name_or_path {base}/gone --output_file {base}/out.s", r"no model can be", "eval"
     ),

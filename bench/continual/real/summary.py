@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from bench.continual.frontier import Point, levels, matched, useful_points, why_not
@@ -196,8 +197,11 @@ def frontier_figure(runs: list[Record]) -> Figure:
     above that at which a method learns most are not drawn; methods that learned much less than others leave the panel.
     Sweeps that vary something else (text, rows, a budget) stay in the tables.
     """
-    sweeps = [s for s in SWEEPS if not (s.budget or s.importance_rows or s.general_text == "real")]
+    made = {run["name"] for run in runs}
+    others = {s.name for s in SWEEPS if s.budget or s.importance_rows or s.spread or s.general_text == "real"}
+    sweeps = [sweep for sweep in SWEEPS if sweep.name in made - others]
     methods = list(dict.fromkeys(sweep.name.split(" + ")[0] for sweep in sweeps))
+    colours = colormaps["tab10" if len(methods) <= 10 else "tab20"]
     tasks = tasks_of(runs)
     num_rows = -(-len(tasks) // _PANELS_IN_A_ROW)
     num_columns = -(-len(tasks) // num_rows)
@@ -217,7 +221,7 @@ def frontier_figure(runs: list[Record]) -> Figure:
                     [point.lost for point in curve],
                     style,
                     markersize=5,
-                    color=f"C{methods.index(sweep.name.split(' + ')[0]) % 10}",
+                    color=colours(methods.index(sweep.name.split(" + ")[0])),
                     label=sweep.name,
                 )
         panel.axhline(0, color="grey", linewidth=0.8)
