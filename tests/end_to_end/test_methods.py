@@ -13,6 +13,8 @@ from support.stream_runs import NUM_RANKS, RATIO, Material
 
 from piece_ds.methods.registry import METHODS
 
+FULL_STEP = 1e-3  # AdamW's first step moves a weight by the rate, whatever its gradient
+
 FAST = ("hft", "o-lora", "ewc")  # freezing by name, adapters, a term in the gradient
 RESUMED = ("lora", "o-lora", "peft", "ewc", "gem", "piece-ratio", "hft")  # what lasts from task to task
 
@@ -53,7 +55,13 @@ def run_all(runs: dict[str, dict], folder: Path) -> Results:
 
 @pytest.fixture(scope="session")
 def fast_methods(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_all(runs_of(material, FAST, "zero3", False, False), tmp_path_factory.mktemp("methods"))
+    runs = runs_of(material, FAST, "zero3", False, False)
+    plain = {"method": "seqft", "learning_rate": FULL_STEP, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0}
+    text = material.root / "general.jsonl"
+    scaled = {**plain, "step_scale": "general", "general_text": text, "importance_batch_size": 4}
+    for name, own in (("plain-steps", plain), ("scaled-steps", scaled)):
+        runs[name] = {"flags": material.short_flags(name, **own), "stop": False}
+    return run_all(runs, tmp_path_factory.mktemp("methods"))
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +127,19 @@ def test_a_method_runs_a_stream_and_leaves_what_it_promises(
     material: Material, fast_methods: Results, method: str
 ) -> None:
     check(material, finished(material, fast_methods, f"{method}-zero3"), method)
+
+
+def test_steps_of_all_weights_are_scaled_if_the_run_says_so(material: Material, fast_methods: Results) -> None:
+    """The factor of the median weight is sqrt(1 / 2), that of all is at most 1; the embedding keeps 1."""
+    before, medians = weights(material.base), {}
+    for name in ("plain-steps", "scaled-steps"):
+        result_of(fast_methods, name)
+        after = weights(material.out(name) / "00-train" / "model")
+        moved = [(after[key] - before[key]).abs().flatten() / FULL_STEP for key in before if key != EMBEDDING]
+        assert float(torch.cat(moved).max()) < 1.01, name
+        medians[name] = float(torch.cat(moved).median())
+    assert medians["plain-steps"] == pytest.approx(1.0, abs=0.02)
+    assert medians["scaled-steps"] == pytest.approx(0.5**0.5, abs=0.05)
 
 
 @pytest.mark.slow
