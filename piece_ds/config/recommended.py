@@ -94,9 +94,9 @@ def callback_settings(recipe: str | None, given: Collection[str]) -> dict[str, A
 HELP = (
     f"On a pretrained model, begin with --recipe mask: {flags_in('mask')}. The rate is then put in proportion to the "
     "model's weights, and the log says it. If much is to be learned, --recipe wide: 10 % of the weights, drawn at "
-    "random, which learned as much or more; its deltas are ten times as large. With memory for the optimizer's "
-    "states of all weights, --recipe full learns as much as the mask or more, and forgets as little, but leaves no "
-    "delta that goes on and off. --general_kl 0 leaves out what makes a step dearer. Without a recipe, the paper's own "
+    "random, which learned about as much or more; its deltas are ten times as large. With memory for the optimizer's "
+    "states of all weights, --recipe full learns as much as the mask or more, and forgets about as little, but leaves "
+    "no delta that goes on and off. --general_kl 0 leaves out what makes a step dearer. Without a recipe, the paper's own "
     "setting is the default (PIECE-S, 0.1 %), which forgets more at equal learning. Measurements: docs/forgetting.md."
 )
 
