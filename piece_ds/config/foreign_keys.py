@@ -91,8 +91,8 @@ def unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
 
     # Keys with a hint come first; the others are only listed.
     hints = {name: hint(name, known).strip() for name in names}
-    told = "; ".join(f"{name!r}: {hint}" for name, hint in hints.items() if hint)
-    plain = ", ".join(repr(name) for name, hint in hints.items() if not hint)
+    told = "; ".join(f"{name!r}: {text}" for name, text in hints.items() if text)
+    plain = ", ".join(repr(name) for name, text in hints.items() if not text)
     return f"unknown keys in the YAML file: {'; '.join(filter(None, (told, plain)))}"
 
 

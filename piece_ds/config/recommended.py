@@ -96,8 +96,9 @@ HELP = (
     "model's weights, and the log says it. If much is to be learned, --recipe wide: 10 % of the weights, drawn at "
     "random, which learned about as much or more; its deltas are ten times as large. With memory for the optimizer's "
     "states of all weights, --recipe full learns as much as the mask or more, and forgets about as little, but leaves "
-    "no delta that goes on and off. --general_kl 0 leaves out what makes a step dearer. Without a recipe, the paper's own "
-    "setting is the default (PIECE-S, 0.1 %), which forgets more at equal learning. Measurements: docs/forgetting.md."
+    "no delta that goes on and off. --general_kl 0 leaves out what makes a step dearer. Without a recipe, the paper's "
+    "own setting is the default (PIECE-S, 0.1 %), which forgets more at equal learning. Measurements: "
+    "docs/forgetting.md."
 )
 
 # For a run that names no method.
