@@ -1,7 +1,9 @@
 """Define the flags of the methods: how weights are chosen and updated, and what the methods without a mask need."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import Any
 
 from piece_ds.config.piece import FieldError, PieceConfig, split_patterns
 from piece_ds.config.ranges import MAX_SHARE, has_good_share, require_not_negative, require_positive
@@ -174,28 +176,43 @@ class MethodArguments:
         )
 
 
+# Setting of the methods without a mask -> the methods that read it.
+READERS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("ewc_lambda", "ewc_decay"), ("ewc",)),
+    "memory_ratio": ("gem", "replay", "replay-online"),
+    "gem_margin": ("gem",),
+    **dict.fromkeys(("lwf_weight", "lwf_temperature"), ("lwf",)),
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), ("lora", "o-lora")),
+    "peft_config": ("peft",),
+    "o_lora_lambda": ("o-lora",),
+}
+
+
+def _read(name: str, default: Any, meaning: str) -> Any:
+    """Return the field of a setting, whose help begins with the methods that read it."""
+    return field(default=default, metadata={"help": f"{', '.join(READERS[name])}: {meaning}"})
+
+
 @dataclass
 class BaselineArguments:
     """What the methods without a mask need; each reads its own."""
 
-    ewc_lambda: float = field(default=400.0, metadata={"help": "ewc: weight of the quadratic penalty"})
-    ewc_decay: float = field(default=1.0, metadata={"help": "ewc: what is left of earlier tasks' Fisher, in (0, 1]"})
-    memory_ratio: float = field(
-        default=0.1, metadata={"help": "gem, replay, replay-online: share of each earlier task's rows that is kept"}
+    ewc_lambda: float = _read("ewc_lambda", 400.0, "weight of the quadratic penalty")
+    ewc_decay: float = _read("ewc_decay", 1.0, "what is left of earlier tasks' Fisher, in (0, 1]")
+    memory_ratio: float = _read("memory_ratio", 0.1, "share of each earlier task's rows that is kept")
+    gem_margin: float = _read("gem_margin", 0.5, "least weight of a violated task's gradient")
+    lwf_weight: float = _read("lwf_weight", 1.0, "weight of the distillation loss")
+    lwf_temperature: float = _read("lwf_temperature", 2.0, "temperature of both distributions")
+    lora_r: int = _read("lora_r", 8, "rank")
+    lora_alpha: int = _read("lora_alpha", 32, "scaling is lora_alpha / lora_r")
+    lora_dropout: float = _read("lora_dropout", 0.1, "dropout before the first factor")
+    lora_target_modules: str = _read(
+        "lora_target_modules", "all-linear", "comma-separated names as in peft, or all-linear"
     )
-    gem_margin: float = field(default=0.5, metadata={"help": "gem: least weight of a violated task's gradient"})
-    lwf_weight: float = field(default=1.0, metadata={"help": "lwf: weight of the distillation loss"})
-    lwf_temperature: float = field(default=2.0, metadata={"help": "lwf: temperature of both distributions"})
-    lora_r: int = field(default=8, metadata={"help": "lora, o-lora: rank"})
-    lora_alpha: int = field(default=32, metadata={"help": "lora, o-lora: scaling is lora_alpha / lora_r"})
-    lora_dropout: float = field(default=0.1, metadata={"help": "lora, o-lora: dropout before the first factor"})
-    lora_target_modules: str = field(
-        default="all-linear", metadata={"help": "lora, o-lora: comma-separated names as in peft, or all-linear"}
+    peft_config: str | None = _read(
+        "peft_config", None, "JSON or YAML file of a PEFT method, as PEFT's adapter_config.json"
     )
-    peft_config: str | None = field(
-        default=None, metadata={"help": "peft: JSON or YAML file of a PEFT method, as PEFT's adapter_config.json"}
-    )
-    o_lora_lambda: float = field(default=0.5, metadata={"help": "o-lora: weight of the orthogonality penalty"})
+    o_lora_lambda: float = _read("o_lora_lambda", 0.5, "weight of the orthogonality penalty")
 
     def __post_init__(self) -> None:
         for name in ("lwf_temperature", "lora_r", "lora_alpha", "ewc_decay", "memory_ratio"):

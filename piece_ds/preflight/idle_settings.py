@@ -4,9 +4,8 @@ They are said and not refused: one file of settings may serve several methods th
 """
 
 import logging
-from dataclasses import fields
 
-from piece_ds.config.method_arguments import BaselineArguments
+from piece_ds.config.method_arguments import READERS
 from piece_ds.config.settings import Settings
 from piece_ds.methods.method import Method
 from piece_ds.runtime.distributed import is_main
@@ -26,20 +25,11 @@ def say_idle_settings(settings: Settings, method: Method) -> None:
 
 def idle_settings(settings: Settings, method: Method) -> list[str]:
     """Return the flags of given settings that method does not read, each with the methods that do."""
-    readers = methods_reading()
     found = [
-        f"--{name} (of {', '.join(readers[name])})"
-        for name in sorted(settings.given & readers.keys())
-        if method.name not in readers[name]
+        f"--{name} (of {', '.join(READERS[name])})"
+        for name in sorted(settings.given & READERS.keys())
+        if method.name not in READERS[name]
     ]
     if not method.has_mask:
         found += [f"--{name} (of methods with a mask)" for name in _OF_MASKS if name in settings.given]
     return found
-
-
-def methods_reading() -> dict[str, tuple[str, ...]]:
-    """Return setting -> the methods that read it, of methods without a mask: their help begins so."""
-    return {
-        field.name: tuple(str(field.metadata["help"]).partition(": ")[0].split(", "))
-        for field in fields(BaselineArguments)
-    }

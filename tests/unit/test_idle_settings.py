@@ -1,17 +1,18 @@
 """Settings that a method does not read are said, with the methods that do; those that it reads are not."""
 
+from dataclasses import fields
+
 import pytest
 
+from piece_ds.config.method_arguments import READERS, BaselineArguments
 from piece_ds.config.settings import parse
 from piece_ds.methods.registry import METHODS
 from piece_ds.preflight.checks import check_sources
-from piece_ds.preflight.idle_settings import methods_reading
 
 
 def test_every_setting_of_a_baseline_names_methods_that_are_there() -> None:
-    readers = methods_reading()
-    assert {"lora_r", "ewc_lambda", "memory_ratio", "peft_config"} <= readers.keys()
-    for name, methods in readers.items():
+    assert READERS.keys() == {field.name for field in fields(BaselineArguments)}
+    for name, methods in READERS.items():
         assert set(methods) <= METHODS.keys(), name
 
 

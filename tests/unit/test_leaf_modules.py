@@ -31,6 +31,14 @@ class Leaf(nn.Module):
         return self.second(self.first(x)) if use_second else self.first(x)
 
 
+def one_round(model: Model, leaves: LeafModules, use_second: bool) -> None:
+    """Forward and backward, as the statistics pass does them."""
+    leaves.begin_round()
+    loss = model(torch.ones(2, 3), use_second)
+    leaves.end_forward()
+    loss.backward()
+
+
 def run(model: Model, use_second: bool = True) -> tuple[list[set[str]], set[str]]:
     """(parameters told, those that had a gradient by then)."""
     leaves = LeafModules(model)
@@ -44,10 +52,7 @@ def run(model: Model, use_second: bool = True) -> tuple[list[set[str]], set[str]
     ]
     handles += leaves.hooks(lambda names: told.append(set(names) | {f"had {name}" for name in had}))
     for _ in range(2):
-        leaves.begin_round()
-        loss = model(torch.ones(2, 3), use_second)
-        leaves.end_forward()
-        loss.backward()
+        one_round(model, leaves, use_second)
     for handle in handles:
         handle.remove()
     left = {name for name, param in model.named_parameters() if param.grad is not None}
@@ -93,10 +98,7 @@ def test_a_marked_part_of_a_layer_that_is_gathered_whole_waits_until_backward_le
     assert leaves.names == {"leaf.second.weight", "leaf.second.bias"}
     told: list[set[str]] = []
     handles = leaves.hooks(lambda names: told.append(set(names)))
-    leaves.begin_round()
-    loss = model(torch.ones(2, 3), False)
-    leaves.end_forward()
-    loss.backward()
+    one_round(model, leaves, use_second=False)
     for handle in handles:
         handle.remove()
     assert told == [leaves.names]
