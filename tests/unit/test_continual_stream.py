@@ -4,16 +4,18 @@ import argparse
 from pathlib import Path
 
 from bench.continual.real import stream
-from bench.continual.real.grid import SWEEPS
-from bench.continual.real.run import results_folder
+from bench.continual.real.grid import SWEEPS, Setting
+from bench.continual.real.recipe import Recipe
+from bench.continual.real.run import flags_of, results_folder
 from piece_ds.evaluation.matrix import Measure
+from piece_ds.methods.peft_config import read_peft_config
 
 ACCURACY = Measure(after=((0.5, 0.0, 0.0), (0.25, 0.75, 0.0), (0.25, 0.5, 1.0)), before=(0.0, 0.0, 0.0))
 
 
-def test_every_setting_is_of_the_grid_and_the_first_seed_comes_first() -> None:
+def test_every_setting_is_of_the_grid_or_of_streams_and_the_first_seed_comes_first() -> None:
     settings = stream.settings_in_order((1, 2))
-    assert {setting.sweep for setting in settings} <= set(SWEEPS)
+    assert {setting.sweep for setting in settings} <= {*SWEEPS, *stream.OF_STREAMS}
     assert len({setting.key for setting in settings}) == len(settings)
     half = len(settings) // 2
     assert [setting.seed for setting in settings] == [1] * half + [2] * half
@@ -52,3 +54,19 @@ def test_flags_of_the_stream_name_all_tasks_and_keep_no_statistics_of_a_task(tmp
 
 def test_each_model_has_a_folder_of_results_of_its_own() -> None:
     assert len({results_folder(name) for name in ("smollm2-135m", "gemma3-270m", "other")}) == 3
+
+
+def test_a_sweep_states_its_unit_its_adapter_and_its_penalty(tmp_path: Path) -> None:
+    options = argparse.Namespace(cache=tmp_path)
+    shared = (Recipe(), options, tmp_path, tmp_path, tmp_path)
+    sweeps = {sweep.name: sweep for sweep in (*SWEEPS, *stream.OF_STREAMS)}
+
+    def flag(name: str, of: str) -> str:
+        flags = flags_of(Setting(sweeps[of], "FOMC", 1e-3, 1), *shared)
+        return flags[flags.index(f"--{name}") + 1]
+
+    assert flag("unit", of="ratio 1 % by rows, scaled steps") == "row"
+    assert float(flag("ewc_lambda", of="EWC, lambda 1e7")) == 1e7
+    adapter = read_peft_config(Path(flag("peft_config", of="OFT")))
+    assert str(adapter.peft_type).endswith("OFT")
+    assert adapter.target_modules == "all-linear"

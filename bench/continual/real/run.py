@@ -199,6 +199,13 @@ def flags_of(
         flags["general_share"] = sweep.share
     if sweep.spread:
         flags["budget"] = sweep.spread
+    if sweep.unit:
+        flags["unit"] = sweep.unit
+    if sweep.ewc_lambda:
+        flags["ewc_lambda"] = sweep.ewc_lambda
+    if sweep.adapter:
+        flags["peft_config"] = options.cache / f"{sweep.name}.json"
+        write_text(flags["peft_config"], json.dumps(dict(sweep.adapter)))
     return [item for name, value in flags.items() for item in (f"--{name}", str(value))]
 
 

@@ -3,7 +3,9 @@
 python bench/continual/real/stream.py [--trace FOLDER] [--seeds 1,2] [--hours H]
 
 Everything but the order of tasks is as in run.py: rows, steps, texts, general importance. SETTINGS was written down
-before the first run. A finished run is a row of results/stream.csv; results/stream.md is written after each.
+before the first run; its last three lines after 13 runs: what `--recipe wide` is in a stream, and EWC, whose penalty on
+a mean weight is of the size of its gradient at a lambda of about 1e6 here (the default, 400, changes nothing). A
+finished run is a row of results/stream.csv; results/stream.md is written after each.
 """
 
 import argparse
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
 
-from bench.continual.real.grid import SWEEPS, Setting
+from bench.continual.real.grid import SWEEPS, Setting, Sweep
 from bench.continual.real.recipe import SMOKE, Recipe
 from bench.continual.real.run import RESULTS, ROOT, flags_of, judged_before, load, write_task
 from bench.continual.real.runs import Record, add_run, read_runs
@@ -35,6 +37,12 @@ from piece_ds.runtime.process import run_command
 TASKS = ("FOMC", "NumGLUE-ds", "C-STANCE")
 SEEDS = (1, 2)
 
+# Sweeps of a stream alone: on one task EWC is full fine-tuning.
+OF_STREAMS = (
+    Sweep("EWC, lambda 1e5", "ewc", (1e-4,), ewc_lambda=1e5),
+    Sweep("EWC, lambda 1e7", "ewc", (1e-4,), ewc_lambda=1e7),
+)
+
 # Sweep of the grid -> its rates here. They are those of the runs on single tasks that learn about as much as each
 # other: two rates where a method's own best is in doubt. In the order in which they are made.
 SETTINGS: dict[str, tuple[float, ...]] = {
@@ -47,6 +55,9 @@ SETTINGS: dict[str, tuple[float, ...]] = {
     "PIECE-S 0.1 %": (3e-4, 1e-3),
     "full + replay": (1e-4,),
     "LoRA + replay": (3e-4,),
+    "random 10 %, scaled steps + KL": (1e-3,),
+    "EWC, lambda 1e5": (1e-4,),
+    "EWC, lambda 1e7": (1e-4,),
 }
 
 
@@ -76,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 def settings_in_order(seeds: tuple[int, ...] = SEEDS) -> list[Setting]:
     """Return all runs: every setting with the first seed, then with the next."""
-    by_name = {sweep.name: sweep for sweep in SWEEPS}
+    by_name = {sweep.name: sweep for sweep in (*SWEEPS, *OF_STREAMS)}
     return [
         Setting(by_name[name], "+".join(TASKS), rate, seed)
         for seed in seeds
