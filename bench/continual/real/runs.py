@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.continual.frontier import Point
 from piece_ds.runtime.files import write_text
 
 COLUMNS = ("name", "task", "rate", "seed")
@@ -63,3 +64,21 @@ def made_twice(devices: Sequence[Sequence[Record]]) -> list[list[Record]]:
 
 def _curve(run: Record) -> tuple[str, str, str]:
     return run["name"], run["task"], run["seed"]
+
+
+def tasks_of(runs: list[Record]) -> list[str]:
+    """Return the tasks of runs, each once, in the order of the runs."""
+    return list(dict.fromkeys(run["task"] for run in runs))
+
+
+def curves_of(runs: list[Record], name: str, lost: str) -> list[list[Point]]:
+    """Return one curve a seed of the sweep called name."""
+    seeds = dict.fromkeys(run["seed"] for run in runs if run["name"] == name)
+    return [
+        [
+            Point(float(run["rate"]), float(run["learned"]), float(run[lost]))
+            for run in runs
+            if run["name"] == name and run["seed"] == seed
+        ]
+        for seed in seeds
+    ]

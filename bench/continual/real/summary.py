@@ -2,7 +2,8 @@
 
 python bench/continual/real/summary.py [--model NAME] [--runs_file CSV] [--output FOLDER]
 
-Writes summary.md (rise of general loss and KL at matched learning, per task; every run) and frontier.png.
+Writes summary.md (rise of general loss and KL at matched learning, per task; every run), frontier.png with all methods,
+and recipes.png with those that the product advises beside what users run today.
 
 Runs of other devices stand beside the file, in runs-DEVICE.csv. Every rise is measured from the base model on the
 run's own device, so rows of all devices stand in one table. A setting made on several counts once: the row of the
@@ -13,21 +14,27 @@ numbers the row of runs.csv. All rows of such settings are in a table of their o
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-
 from bench.continual.frontier import Point, levels, matched, useful_points, why_not
 from bench.continual.real.grid import SWEEPS, settings_in_order
+from bench.continual.real.pictures import frontier_figure, recipes_figure
 from bench.continual.real.run import FIRST_MODEL, results_folder
-from bench.continual.real.runs import Record, each_once, files_of_devices, made_twice, read_runs
+from bench.continual.real.runs import (
+    Record,
+    curves_of,
+    each_once,
+    files_of_devices,
+    made_twice,
+    read_runs,
+    tasks_of,
+)
 from piece_ds.runtime.files import write_text, write_whole
 
 SHARES = (0.975, 0.985, 0.995)
-_PANELS_IN_A_ROW = 3
 
 # What every run is held against, at what it has learned.
 REFERENCES = ("full", "LoRA", "full + KL")
@@ -48,9 +55,9 @@ def main() -> None:
     if not runs:
         sys.exit(f"{runs_file} has no runs: bench/continual/real/run.py makes them")
     write_text(output / "summary.md", summary_page(runs, name, made_twice(devices)))
-    picture = output / "frontier.png"
-    write_whole(picture, lambda path: frontier_figure(runs).savefig(path, format="png", dpi=130))
-    print(f"written to {output}: summary.md, frontier.png ({len(runs)} runs)")
+    for picture, figure in (("frontier.png", frontier_figure(runs)), ("recipes.png", recipes_figure(runs))):
+        write_whole(output / picture, partial(figure.savefig, format="png", dpi=130))
+    print(f"written to {output}: summary.md, frontier.png, recipes.png ({len(runs)} runs)")
 
 
 def summary_page(runs: list[Record], model: str = FIRST_MODEL, repeated: Sequence[list[Record]] = ()) -> str:
@@ -98,23 +105,6 @@ def summary_page(runs: list[Record], model: str = FIRST_MODEL, repeated: Sequenc
     text.append("## Every run")
     text.append(_every_run(runs))
     return "\n\n".join(text) + "\n"
-
-
-def tasks_of(runs: list[Record]) -> list[str]:
-    return list(dict.fromkeys(run["task"] for run in runs))
-
-
-def curves_of(runs: list[Record], name: str, lost: str) -> list[list[Point]]:
-    """Return one curve a seed of the sweep called name."""
-    seeds = dict.fromkeys(run["seed"] for run in runs if run["name"] == name)
-    return [
-        [
-            Point(float(run["rate"]), float(run["learned"]), float(run[lost]))
-            for run in runs
-            if run["name"] == name and run["seed"] == seed
-        ]
-        for seed in seeds
-    ]
 
 
 def _rows(runs: list[Record], wanted: list[float]) -> list[str]:
@@ -188,61 +178,6 @@ def _every_run(runs: list[Record]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(cell(run) for cell in columns.values()) + " |" for run in runs]
     return "\n".join(lines)
-
-
-def frontier_figure(runs: list[Record]) -> Figure:
-    """Return one panel a task: learned loss (better to the left) against the rise of general loss.
-
-    A method has one colour. Lines and marks tell whether it trains on general text: none, replay, or divergence. Rates
-    above that at which a method learns most are not drawn; methods that learned much less than others leave the panel.
-    Sweeps that vary something else (text, rows, a budget) stay in the tables.
-    """
-    made = {run["name"] for run in runs}
-    others = {s.name for s in SWEEPS if s.budget or s.importance_rows or s.spread or s.general_text == "real"}
-    sweeps = [sweep for sweep in SWEEPS if sweep.name in made - others]
-    methods = list(dict.fromkeys(sweep.name.split(" + ")[0] for sweep in sweeps))
-    colours = colormaps["tab10" if len(methods) <= 10 else "tab20"]
-    tasks = tasks_of(runs)
-    num_rows = -(-len(tasks) // _PANELS_IN_A_ROW)
-    num_columns = -(-len(tasks) // num_rows)
-    figure = Figure(figsize=(5.2 * num_columns, 4.2 * num_rows + 0.8), layout="constrained")
-    panels = figure.subplots(num_rows, num_columns, squeeze=False)
-    for panel in panels.flat[len(tasks) :]:
-        panel.set_axis_off()
-    for task, panel in zip(tasks, panels.flat, strict=False):
-        of_task = [run for run in runs if run["task"] == task]
-        drawn: list[Point] = []
-        for sweep in sweeps:
-            for curve in map(useful_points, curves_of(of_task, sweep.name, "rise")):
-                drawn += curve
-                style = "s--" if sweep.replay else "D-." if sweep.share else "^:" if sweep.divergence else "o-"
-                panel.plot(
-                    [point.learned for point in curve],
-                    [point.lost for point in curve],
-                    style,
-                    markersize=5,
-                    color=colours(methods.index(sweep.name.split(" + ")[0])),
-                    label=sweep.name,
-                )
-        panel.axhline(0, color="grey", linewidth=0.8)
-        panel.set_title(task)
-        panel.set_xlabel("loss on held-out answers after training (nats per token; better: left)")
-        panel.set_yscale("symlog", linthresh=0.05)
-        learned = sorted(point.learned for point in drawn)
-        widest = learned[int(0.9 * (len(learned) - 1))]
-        margin = 0.05 * (widest - learned[0]) or 0.01
-        panel.set_xlim(learned[0] - margin, widest + margin)
-        panel.set_ylim(min(0.0, *(point.lost for point in drawn)) - 0.004, 1.5)
-    for row in panels:
-        row[0].set_ylabel("rise of the loss on texts no method saw (better: low)")
-    # A method may be missing in some panels.
-    found = {}
-    for panel in panels.flat:
-        handles, labels = panel.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    shown = [sweep.name for sweep in sweeps if sweep.name in found]
-    figure.legend([found[name] for name in shown], shown, loc="outside lower center", ncols=4, fontsize=8)
-    return figure
 
 
 if __name__ == "__main__":
