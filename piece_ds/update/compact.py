@@ -22,6 +22,7 @@ from piece_ds.update.decay import SelectedDecay
 from piece_ds.update.gradients import GradientCollection
 from piece_ds.update.step_scale import StepScale
 from piece_ds.zero.checkpoints import install_checkpoints
+from piece_ds.zero.discarded import on_discard
 from piece_ds.zero.engine_end import EngineEnd
 from piece_ds.zero.scaled_update import ScaledUpdate, scale_selected
 from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
@@ -86,6 +87,7 @@ class CompactUpdate:
             *self.watch.install(),
             self._adapter.bypass_reduction(),
             self._adapter.around_step(self._before_step, self._after_step),
+            on_discard(engine, self._grad.zero_),
             *decay.install(engine.basic_optimizer),
             *install_checkpoints(engine, self._saving, self._loading, self._after_load, save_full, PARAMETER_NAME),
         ]
@@ -291,10 +293,7 @@ class CompactUpdate:
         return torch.cat(parts)
 
     def _surroundings(self) -> Tensor:
-        """Return the fingerprint of every weight that is not selected. A collective.
-
-        It is computed once, since these weights do not change in training.
-        """
+        """Return the fingerprint of every weight that is not selected, computed once. A collective."""
         if self._fingerprint is None:
             self._fingerprint = weights_fingerprint(self._engine.module, self.mask)
         return self._fingerprint
