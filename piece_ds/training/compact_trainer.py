@@ -1,5 +1,6 @@
 """Prepare a transformers Trainer for compact mode: its model, and checkpoints without a second copy of it."""
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -11,10 +12,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
-from piece_ds.state.selected_values import selected_values
+from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 from piece_ds.update.attach import prepare_compact
 from piece_ds.zero.sequence_parallel import sequence_size
 from piece_ds.zero.supported import require_trainable
+
+logger = logging.getLogger(__name__)
 
 
 def engine_of(trainer: Trainer) -> Any:
@@ -51,7 +54,7 @@ def prepare_trainer(
         save_full: the trainer's checkpoints hold the whole model, not only what training changes.
         unit: what the mask selects, as in estimate_mask().
     Returns:
-        A function that lets the trainer write whole checkpoints again, for after training.
+        A function that takes what was changed off the trainer: it writes whole checkpoints again.
     Raises:
         UserError: the trainer has an optimizer already.
     """
@@ -66,9 +69,31 @@ def prepare_trainer(
         )
     decays = trainer.get_decay_parameter_names(model)
     prepare_compact(model, num_selected=count(model), decays=decays, unit=unit)
+
+    # The values' group has the decay, and `decays` says which of them it acts on. A trainer that chooses by names would
+    # give them none.
+    trainer.get_decay_parameter_names = lambda model: [*decays, PARAMETER_NAME]
+    _say_own_optimizer(trainer)
     if not save_full:
         trainer.save_model = _outside_checkpoints(trainer.save_model)
-    return lambda: trainer.__dict__.pop("save_model", None)
+
+    def undo() -> None:
+        trainer.__dict__.pop("get_decay_parameter_names", None)
+        trainer.__dict__.pop("save_model", None)
+
+    return undo
+
+
+def _say_own_optimizer(trainer: Trainer) -> None:
+    """Warn of a trainer that makes its own groups of parameters: it will find one parameter for all selected values."""
+    method = getattr(type(trainer), "create_optimizer", None)
+    if method is not None and method.__module__.partition(".")[0] not in ("transformers", "trl", "piece_ds"):
+        logger.warning(
+            "%s makes its optimizer itself: in compact mode it finds one parameter of all selected values, %r, so "
+            "rates or decays that it gives by a weight's name or layer have no effect; update_mode='masked' keeps them",
+            type(trainer).__name__,
+            PARAMETER_NAME,
+        )
 
 
 def _outside_checkpoints(save_model: Callable[..., None]) -> Callable[..., None]:
