@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,11 +54,11 @@ CASES |= {name: {"peft_type": "LORA", "target_modules": PROJECTIONS, **more} for
 IDS = torch.arange(24).view(2, 12)
 
 
-def small_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def small_model(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(11)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2)).to(dtype)
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, tie_word_embeddings=tied)).to(dtype)
 
 
 def written(folder: Path, content: Any) -> BaselineArguments:
@@ -128,6 +129,20 @@ def test_weights_are_merged_in_fp32_and_rounded_once_to_the_models_dtype(tmp_pat
     a, b = (getattr(layer, f"lora_{x}")["default"].weight.float() for x in "AB")
     want = layer.base_layer.weight.float() + layer.scaling["default"] * (b @ a)
     torch.testing.assert_close(merged[f"{name}.weight"].float(), want, rtol=2**-8, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_merge_takes_tied_weights_under_one_name_and_names_a_weight_that_is_not_there(tmp_path: Path) -> None:
+    method = AnyPeft(written(tmp_path, CASES["LORA"]))
+    model = trained_(method.adapt(small_model(tied=True), 1, None))
+    state = state_of(model)
+    assert sum("lm_head" in name or "embed_tokens" in name for name in state) == 1
+    merged = merged_model(model, state, method.config)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    gone = next(name for name in state if "q_proj" in name)
+    del state[gone]
+    with pytest.raises(RuntimeError, match=re.escape(f"{gone!r} is not where PEFT expects it")):
+        merged_model(model, state, method.config)
 
 
 def test_a_file_in_yaml_or_as_peft_wrote_it_is_read(tmp_path: Path) -> None:

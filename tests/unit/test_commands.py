@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 import piece_ds
 from piece_ds.__main__ import main
-from piece_ds.cli.commands import LAUNCHED, launched_command
+from piece_ds.cli.commands import LAUNCHED, launched_command, run_launched
 from piece_ds.cli.main import _parser
 from piece_ds.cli.notebook import _as_flag, _task_flags
 from piece_ds.config.deepspeed_configs import FOLDER, config_names, config_path, with_config_paths
@@ -134,6 +134,15 @@ def test_tasks_of_a_call_may_be_files_names_or_rows(tmp_path: Path) -> None:
         _task_flags({"x": {"test": rows}}, tmp_path / "out")
     with pytest.raises(UserError, match=r"model is a dict, expected a folder or a Hub id"):
         piece_ds.train({}, given, tmp_path / "out")
+
+
+def test_print_config_prints_the_settings_of_the_other_flags_and_starts_no_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("piece_ds.cli.commands.run_command", lambda main, argv: main(argv))
+    run_launched("train", ["--seed", "7", "train", "--print_config", "--output_dir", "train"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["seed"], printed["output_dir"]) == (7, "train")
 
 
 @pytest.mark.slow

@@ -275,6 +275,24 @@ def test_the_variable_that_a_library_fails_at_is_named(monkeypatch: pytest.Monke
         assert exit_code(fail, []) == code
 
 
+def test_rank_0_says_at_once_what_other_ranks_say_only_if_it_has_not_ended_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for error, line in ((UserError("banana"), "error: banana\n"), (MachineError("no disk"), "error: no disk\n")):
+
+        def fail(argv: list[str], error: Exception = error) -> None:
+            raise error
+
+        for rank in range(3):
+            waits.clear()
+            monkeypatch.setenv("RANK", str(rank))
+            exit_code(fail, [])
+            assert capsys.readouterr().err == line
+            assert bool(waits) == (rank > 0)
+
+
 def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, kind in (("code: -98, name: EADDRINUSE", UserError), ("connection reset", DistNetworkError)):
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from piece_ds.config.arguments import DataArguments
 from piece_ds.data.files import load_rows, read_data_file
 from piece_ds.data.formats import parse_columns
 from piece_ds.data.held_out import hold_out
+from piece_ds.data.readers import read_rows
 from piece_ds.data.tasks import Task, load_task_stream
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.runtime.errors import UserError
@@ -260,6 +262,26 @@ def test_a_column_named_twice_is_refused_in_every_kind_of_file(tmp_path: Path) -
     for name, column in {"a.csv": "prompt", "a.parquet": "answer", "b.parquet": "role"}.items():
         with pytest.raises(UserError, match=f"{column}' (twice|stands twice)"):
             load_rows(str(tmp_path / name))
+
+
+def test_white_space_around_the_parts_of_a_list_means_nothing_and_anything_else_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for text in ("[1,[2]]", "[1,[2]]\n", "\r\n [ 1 ,\n\t[2] ]  \n", json.dumps([1, [2]], indent=4) + "\n\n"):
+        path.write_text(text)
+        assert list(read_rows(path)) == [1, [2]], text
+    for text in ("", " \n", "[]", "[ ]\n"):
+        path.write_text(text)
+        assert list(read_rows(path)) == [], text
+    for text, line, reason in (
+        ("[1\n2]", 2, "expected , or ] after a row"),
+        ("[1,\n\n]", 3, "comma before the end of the list"),
+        ("[1]\n]", 2, "text after the list"),
+        ("[1", 1, "expected , or ] after a row"),
+        ("\n1", 2, "expected a list of rows"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"rows\.json line {line}: malformed JSON \({re.escape(reason)}\)"):
+            list(read_rows(path))
 
 
 def test_mixed_formats_are_refused(tmp_path: Path) -> None:
