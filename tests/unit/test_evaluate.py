@@ -13,9 +13,10 @@ from piece_ds.data.tasks import Task
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.evaluation import evaluate
 from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
-from piece_ds.evaluation.generate import Generated
+from piece_ds.evaluation.generate import Decoding, Generated
 
 SHORT, LONG = 3, 40
+MODEL, ROWS = object(), 2  # of a forward pass
 
 
 def make_task(name: str, prompts: list[str], answers: list[str], references: list[list[str]]) -> Task:
@@ -54,18 +55,38 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[str], int]]:
     found: dict[str, tuple[list[str], int]] = {}
 
     def answer(
-        model: Any, prompts: Any, tokenizer: PreTrainedTokenizerFast, most: int, *others: Any, **named: Any
+        model: Any,
+        prompts: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        most: int,
+        batch_size: int,
+        device: str,
+        decoding: Decoding,
+        **named: Any,
     ) -> Generated:
+        assert (model, batch_size, device, decoding.seed) == (MODEL, ROWS, "cpu", 1)
         task = named["description"].removeprefix("answers to ")
         found[task] = [tokenizer.decode(prompt) for prompt in prompts], most
         return Generated(OUTPUTS[task], num_tokens=10 * len(prompts), seconds=2.0)
 
     losses = {id(task.test): float(place) for place, task in enumerate(TASKS, 1)}
+
+    def loss(model: Any, rows: Any, collate: Any, batch_size: int, device: str) -> SimpleNamespace:
+        assert (model, batch_size, device) == (MODEL, ROWS, "cpu")
+        assert set(collate([{"input_ids": [1], "labels": [1]}])) >= {"input_ids", "labels"}
+        return SimpleNamespace(mean=losses.get(id(rows), 9.0))
+
+    def benchmarks(
+        model: Any, tokenizer: Any, batch_size: int, settings: Any, device: str, folder: Path
+    ) -> dict[str, float]:
+        assert (model, batch_size, device, settings.data.max_new_tokens) == (MODEL, ROWS, "cpu", SHORT)
+        assert isinstance(tokenizer, PreTrainedTokenizerFast)
+        assert folder.is_dir()
+        return {"law": 0.5}
+
     monkeypatch.setattr(evaluate, "generate_texts", answer)
-    monkeypatch.setattr(
-        evaluate, "evaluate_loss", lambda model, rows, *others: SimpleNamespace(mean=losses.get(id(rows), 9.0))
-    )
-    monkeypatch.setattr(evaluate, "run_benchmarks", lambda *others: {"law": 0.5})
+    monkeypatch.setattr(evaluate, "evaluate_loss", loss)
+    monkeypatch.setattr(evaluate, "run_benchmarks", benchmarks)
     return found
 
 
@@ -75,7 +96,7 @@ def run(tmp_path: Path, scoring: str) -> EvalResult:
         data=SimpleNamespace(max_new_tokens=SHORT),
     )
     general = datasets.Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]})
-    return evaluate_tasks(None, make_tokenizer(64), TASKS, SCORERS, general, 2, settings, "cpu", tmp_path)
+    return evaluate_tasks(MODEL, make_tokenizer(64), TASKS, SCORERS, general, ROWS, settings, "cpu", tmp_path)
 
 
 def test_each_task_has_its_own_loss_score_and_predictions(

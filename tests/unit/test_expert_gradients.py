@@ -150,6 +150,29 @@ def test_a_use_outside_the_products_counts_and_is_said(caplog: pytest.LogCapture
     )
 
 
+def test_only_all_experts_or_a_single_one_are_told_as_a_part_of_the_stack() -> None:
+    """A product with any other view falls back to the whole gradient."""
+    module = nn.Module()
+    module.stack = nn.Parameter(torch.randn(4, 5, 6))
+    stack, index = module.stack, torch.arange(9)
+    one = SampledExperts(module, "stack", SelectedWeights(stack, index), torch.zeros(9), collect_dense)
+    for stored, flip in ((True, False), (False, True)):
+        for expert, view in ((None, stack), *((number, stack[number]) for number in range(4))):
+            assert one._find(view.transpose(-1, -2) if flip else view) == (expert, stored)
+    for other in (
+        stack[:2],
+        stack[1:],
+        stack[::2],
+        stack[1:2],
+        stack[0, :2],
+        stack[0, :, 1:],
+        stack.view(-1),
+        stack * 1,
+    ):
+        assert one._find(other) is None
+    one.remove()
+
+
 def test_bf16_rows_and_gradients() -> None:
     model = make_moe("gpt-oss").to(torch.bfloat16)
     batches = make_micro_batches()[:2]
