@@ -66,6 +66,17 @@ def test_loss_and_gradients_are_those_of_the_models_own_forward() -> None:
     assert {family: error for family in FEW if (error := error_of(family)) > 2e-5} == {}
 
 
+def test_a_head_that_trains_alone_gets_its_whole_gradient() -> None:
+    """Then nothing before the head needs one."""
+    model, inputs = make("llama"), batch()
+    model.requires_grad_(False).get_output_embeddings().requires_grad_(True)
+    plain = loss_and_gradients(model, **inputs)
+    assert install_chunked_loss(model, 3)
+    chunked = loss_and_gradients(model, **inputs)
+    assert list(plain[1]) == list(chunked[1]) == ["lm_head.weight"]
+    torch.testing.assert_close(chunked[1]["lm_head.weight"], plain[1]["lm_head.weight"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_every_family_that_is_proven_is() -> None:
     assert {family: error for family in sorted(PROVEN) if (error := error_of(family)) > 2e-5} == {}

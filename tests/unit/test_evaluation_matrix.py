@@ -30,6 +30,7 @@ def test_backward_transfer_is_the_change_since_each_task_was_learned() -> None:
 
 def test_authors_backward_transfer_leaves_out_the_last_task_and_counts_its_zero_term() -> None:
     assert ACCURACY.backward_transfer_authors() == pytest.approx(((0.5 - 0.8) + 0.0) / 2)
+    assert Measure(after=AFTER[:2]).backward_transfer_authors() == 0.0  # two tasks: that term alone
 
 
 def test_forgetting_is_measured_from_the_best_earlier_stage() -> None:

@@ -167,16 +167,17 @@ def test_a_live_model_is_scaled_and_the_whole_task_kept_beside_it(budget: float,
         assert found[half] == {"before": apart + 1.0, "after": after, "unscaled": apart + 3.0}
 
 
+@pytest.mark.parametrize(("num_rows", "rows_together"), [(64, 2), (96, 3), (960, 3), (12, 1)])
 def test_a_budget_searches_on_one_half_of_the_text_and_tells_of_the_other(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    num_rows: int, rows_together: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Losses of the halves are 2 + alpha and 7 + 4 alpha; the first one's batches rise unequally."""
     alphas: list[float] = []
-    judged = datasets.Dataset.from_list([{"row": row} for row in range(64)])
+    judged = datasets.Dataset.from_list([{"row": row} for row in range(num_rows)])
 
     def measured(engine: Any, rows: Any, collate: Any, batch_size: int, device: Any) -> LossResult:
         assert (engine.name, collate, device) == ("an engine", "a collator", "a device")
-        assert batch_size == 2  # at least 16 batches, though 3 rows would fit
+        assert batch_size == rows_together  # at least 16 batches, though 3 rows would fit
         alpha = alphas[-1]
         if 1 in rows["row"]:
             return LossResult(10 * (7 + 4 * alpha), 10)
@@ -232,6 +233,20 @@ def test_a_task_without_a_mask_is_scaled_in_every_trained_weight_and_back_to_the
             want = (before.double() + alpha * (after.double() - before.double())).to(dtype)
             assert torch.equal(model.weight, after if alpha == 1 else before if alpha == 0 else want)
             assert torch.equal(model.bias, bias)
+
+
+def test_scaling_a_task_drops_zero_3s_second_copy_of_what_it_has_changed() -> None:
+    """Hierarchical partitioning gathers from that copy, and would train and judge the weights of before."""
+    model, task = trained()
+    dense = DenseChange(model, ["weight"])
+    dense.end()
+    masked = masked_change(SimpleNamespace(module=model), task.mask, task.previous, read_selected(model, task.mask))
+    param: Any = model.weight
+    for change in (dense, masked):
+        for alpha in (0.5, 1.0):
+            param.ds_secondary_tensor = torch.zeros(12)
+            change.set_(alpha)
+            assert param.ds_secondary_tensor is None
 
 
 def test_weights_that_the_engine_rounds_after_the_copy_are_scaled_in_its_dtype() -> None:

@@ -458,6 +458,7 @@ def test_mixtures_are_those_that_were_published(
     assert experts < shape.together < 1.02 * experts
     terms = {t.name: t.size for t in memory_terms(shape, Setting(world=64))}
     assert terms["gathered parameters, at most"] == 2 * max(10**9, shape.together)
+    assert terms["rows of experts"] == 2 * 2048 * 8 * (2 * config["hidden_size"] + 3 * config["moe_intermediate_size"])
     # Below 16 M elements a matrix's gradient is not sampled in bf16: of Qwen3 all, of DeepSeek-V3 that of down_proj.
     widest = 2 if config["model_type"] == "qwen3_moe" else 1
     assert terms["a gradient formed whole"] == 2 * experts * widest // 3
