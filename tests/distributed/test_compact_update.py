@@ -16,14 +16,13 @@ from support.compact_cases import (
     RESUMED,
     WHOLE,
 )
+from support.errors_of_weights import largest_error, mean_error
 from support.jobs import result_of
 from support.update_cases import BF16_EXACT, CASES, NUM_SELECTED, NUM_STEPS, OVERFLOW, selection
 from support.update_tiers import update_results
 from torch import Tensor
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-# Largest |compact - masked| / largest update: sums in another order, or reduced in low precision by DeepSpeed.
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.1}
 
 
 def tiers(names: Iterable[str], fast: set[str]) -> list[Any]:
@@ -59,12 +58,6 @@ def assert_only_selected_moved(before: dict[str, Tensor], after: dict[str, Tenso
     assert sum(p.numel() for p in moved.values()) > 0.9 * sum(i.numel() for i in index.values())
 
 
-def largest_difference(got: dict[str, Tensor], want: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """Relative to the largest update."""
-    update = max(float((want[n].float() - start[n].float()).abs().max()) for n in want)
-    return max(float((want[n].float() - got[n].float()).abs().max()) for n in want) / update
-
-
 @pytest.mark.parametrize("name", EVERY_CASE)
 def test_no_unselected_weight_moves(job: Any, name: str) -> None:
     got = result(job, name)
@@ -95,7 +88,10 @@ def test_bf16_equals_masked_mode_bit_for_bit_where_deepspeed_accumulates_in_fp32
 @pytest.mark.parametrize("name", tiers([name for name in CASES if name not in BF16_EXACT], FAST))
 def test_weights_equal_those_of_masked_mode(job: Any, name: str) -> None:
     got, want = result(job, name), masked(job, name)
-    assert largest_difference(got["final"], want["final"], got["initial"]) < TOLERANCE[CASES[name].setup.dtype]
+    if CASES[name].setup.dtype == "fp32":
+        assert largest_error(got["final"], want["final"], got["initial"]) < 1e-4  # sums in another order
+    else:
+        assert mean_error(got["final"], want["final"], got["initial"]) < 0.02  # reduced in 16 bits
 
 
 @pytest.mark.parametrize("name", EVERY_CASE)
@@ -131,7 +127,7 @@ def test_one_engine_scores_and_trains_as_two_engines_in_masked_mode(job: Any, na
     if name.startswith("bf16"):
         assert differing(got["final"], want["final"]) == {}
     else:
-        assert largest_difference(got["final"], want["final"], got["initial"]) < 1e-4
+        assert largest_error(got["final"], want["final"], got["initial"]) < 1e-4
 
 
 SAMPLED_EVERYWHERE = [
@@ -153,7 +149,10 @@ def test_sampled_gradients_train_what_dense_gradients_train(job: Any, name: str,
     )
     in_bf16 = name.startswith("bf16")
     assert got["norms"] == pytest.approx(want["norms"], rel=0.01 if in_bf16 else 1e-5)
-    assert largest_difference(got["final"], want["final"], got["initial"]) < (0.3 if in_bf16 else 1e-4)
+    if in_bf16:
+        assert mean_error(got["final"], want["final"], got["initial"]) < 0.02
+    else:
+        assert largest_error(got["final"], want["final"], got["initial"]) < 1e-4
     assert got["leftover"] in ([], ["piece_values.values"])
     assert got["requires_grad"]
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from support.engines import FP32_ACCUMULATION, Setup
-from support.models import make_micro_batches, make_model
+from support.engines import DTYPES, FP32_ACCUMULATION, Setup
+from support.models import cast_parameters, make_micro_batches, make_model
 
 NUM_STEPS, ACCUMULATION, CLIP, LEARNING_RATE, WEIGHT = 3, 2, 0.5, 1e-2, 3.0
 
@@ -37,18 +37,38 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-3, weight_decay=0.0)
 
 
-def train_with_penalty(num_ranks: int) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights after training with WEIGHT / 2 * sum of F (w - w0)^2 in the loss, and norms before clipping; fp32."""
-    model = make_model("llama")
+def train_with_penalty(num_ranks: int, setup: Setup = SETUPS["stage0"]) -> tuple[dict[str, Tensor], list[float]]:
+    """Train plainly with WEIGHT / 2 * sum of F (w - w0)^2, its gradient added; return weights, and norms before clip.
+
+    Weights are the fp32 masters, which begin as the weights in the setup's dtype. The model computes in that dtype;
+    gradients are added up and the term is made in fp32, as DeepSpeed does but at stage 0.
+    """
+    model = cast_parameters(cast_parameters(make_model("llama"), DTYPES[setup.dtype]), torch.float32)
     optimizer = make_optimizer(model)
-    start = {name: param.detach().clone() for name, param in model.named_parameters()}
+    masters = dict(model.named_parameters())
+    start = {name: master.detach().clone() for name, master in masters.items()}
+    computing = cast_parameters(make_model("llama"), DTYPES[setup.dtype])
+    if setup.stage == 0 and setup.dtype != "fp32":
+        _step_without_gradient(optimizer)
     norms = []
     for step in range(NUM_STEPS):
-        optimizer.zero_grad()
+        for name, param in computing.named_parameters():
+            param.data = masters[name].detach().to(param.dtype)
+            masters[name].grad = WEIGHT * fisher_of(name, param.shape) * (masters[name].detach() - start[name])
         batches = batches_of(step, num_ranks)
-        loss = torch.stack([model(**batch).loss for batch in batches]).mean()
-        penalty = sum((fisher_of(n, p.shape) * (p - start[n]) ** 2).sum() for n, p in model.named_parameters())
-        (loss + WEIGHT / 2 * penalty).backward()
+        for batch in batches:
+            computing.zero_grad()
+            computing(**batch).loss.backward()
+            for name, param in computing.named_parameters():
+                masters[name].grad += param.grad.float() / len(batches)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
-    return {name: param.detach().reshape(-1) for name, param in model.named_parameters()}, norms
+    return {name: master.detach().reshape(-1) for name, master in masters.items()}, norms
+
+
+def _step_without_gradient(optimizer: torch.optim.Optimizer) -> None:
+    """Step as DeepSpeed's wrapper of stage 0 in 16 bits does when it is built: Adam counts one step more from then."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.zeros_like(param)
+    optimizer.step()
