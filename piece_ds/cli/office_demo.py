@@ -28,6 +28,7 @@ from piece_ds.report.results import RunResults
 from piece_ds.report.table import print_grids
 from piece_ds.runtime.distributed import broadcast_object, is_main, world_size
 from piece_ds.runtime.files import write_whole
+from piece_ds.runtime.processor import bf16_is_slow
 from piece_ds.training.run_folder import RunFolder
 
 MODEL = "smollm2-135m"
@@ -175,6 +176,7 @@ def _common_flags(paths: OfficePaths, model: str, recipe: OfficeRecipe, folder: 
         "lr_scheduler_type": "linear",
         "adam_beta2": recipe.adam_beta2,
         "save_model": "never",
+        **({"dtype": "float32"} if bf16_is_slow() else {}),
     }
 
 

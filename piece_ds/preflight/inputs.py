@@ -54,6 +54,7 @@ from piece_ds.preflight.general_text import (
 from piece_ds.preflight.rows_fit import check_prompts_fit, check_rows_fit
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.process import start_distributed
+from piece_ds.runtime.processor import bf16_is_slow
 from piece_ds.training.claim import Claim
 from piece_ds.training.reporters import StreamReporters
 
@@ -219,9 +220,19 @@ def with_precision(settings: Settings, dtype: torch.dtype) -> tuple[Settings, to
     """
     arguments = settings.training_arguments()
     if arguments.bf16 or arguments.fp16:
+        _say_slow(torch.bfloat16 if arguments.bf16 else torch.float16)
         return settings, torch.bfloat16 if arguments.bf16 else torch.float16
     flag = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if flag is None:
         return settings, torch.float32
     logger.warning("the model's files are %s: training with --%s", str(dtype).removeprefix("torch."), flag)
+    _say_slow(dtype)
     return settings.with_flags(**{flag: True}), dtype
+
+
+def _say_slow(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and bf16_is_slow():
+        logger.warning(
+            "this processor has no AVX-512, so bf16 is several times slower here than fp32: --dtype float32 without "
+            "--bf16 is faster, with twice the memory for weights, and deltas that go on an fp32 copy of the model"
+        )
