@@ -3,6 +3,8 @@
 python bench/continual/real/run.py [--trace FOLDER] [--model smollm2-135m] [--tasks T,T] [--seeds 1,2] [--hours H]
 
 A finished run is a row of results/runs.csv and is not made again. grid.py holds every setting and was written first.
+Runs are in bf16. A processor that multiplies it slowly trains in fp32, and counts as another device: its rows are in
+results/runs-cpu-fp32.csv.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from piece_ds.models.pretrained import model_source
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_text
 from piece_ds.runtime.process import run_command
+from piece_ds.runtime.processor import bf16_is_slow
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -141,7 +144,7 @@ def one_run(
         "delta_scale": results.forgetting[setting.task]["delta_scale"] if setting.sweep.budget else None,
     }
     facts = {
-        "device": device_name(),
+        "device": device_name() + ("-fp32" if bf16_is_slow() else ""),
         "torch": torch.__version__,
         "commit": commit_of(),
         "date": date.today().isoformat(),
@@ -156,7 +159,7 @@ def flags_of(
     sweep = setting.sweep
     flags = {
         "deepspeed": ROOT / "ds_configs" / "zero0.json",
-        "bf16": True,
+        **({"dtype": "float32"} if bf16_is_slow() else {"bf16": True}),
         "model_name_or_path": model,
         "task_dir": task_dir,
         "tasks": setting.task,
@@ -222,8 +225,8 @@ def write_task(task: str, options: argparse.Namespace, recipe: Recipe) -> Path:
 
 
 def load(folder: Path) -> AutoModelForCausalLM:
-    """Return the model of a folder, in bf16, on the device that runs train on."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    """Return the model of a folder, in the dtype of runs, on the device that they train on."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if bf16_is_slow() else torch.bfloat16)
     return model.to(get_accelerator().current_device_name())
 
 
@@ -254,7 +257,8 @@ def options_of(argv: list[str], description: str | None, also: dict[str, dict[st
     options = parser.parse_args(argv)
     # Runs and statistics of two models must not meet in one file.
     name = Path(options.model).name
-    options.runs_file = options.runs_file or results_folder(name) / "runs.csv"
+    in_fp32 = "-cpu-fp32" if bf16_is_slow() else ""
+    options.runs_file = options.runs_file or results_folder(name) / f"runs{in_fp32}.csv"
     options.cache = options.cache or ROOT / "runs" / ("study" if name == FIRST_MODEL else f"study-{name}")
     if not options.trace.is_dir():
         raise UserError(f"--trace {options.trace}: no such folder; expected TRACE's tasks, TASK/train.json each")
