@@ -144,7 +144,7 @@ def one_run(
         "delta_scale": results.forgetting[setting.task]["delta_scale"] if setting.sweep.budget else None,
     }
     facts = {
-        "device": device_name() + ("-fp32" if bf16_is_slow() else ""),
+        "device": device_of_runs(),
         "torch": torch.__version__,
         "commit": commit_of(),
         "date": date.today().isoformat(),
@@ -228,6 +228,11 @@ def load(folder: Path) -> AutoModelForCausalLM:
     """Return the model of a folder, in the dtype of runs, on the device that they train on."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if bf16_is_slow() else torch.bfloat16)
     return model.to(get_accelerator().current_device_name())
+
+
+def device_of_runs() -> str:
+    """Return the device's name in the rows of runs; in fp32 it is another one."""
+    return device_name() + ("-fp32" if bf16_is_slow() else "")
 
 
 def results_folder(model: str) -> Path:

@@ -22,10 +22,10 @@ import torch
 
 from bench.continual.real.grid import SWEEPS, Setting, Sweep
 from bench.continual.real.recipe import SMOKE, Recipe
-from bench.continual.real.run import RESULTS, ROOT, flags_of, judged_before, load, write_task
+from bench.continual.real.run import RESULTS, ROOT, device_of_runs, flags_of, judged_before, load, write_task
 from bench.continual.real.runs import Record, add_run, read_runs
 from bench.continual.real.texts import Judge, Judged
-from bench.record import commit_of, device_name
+from bench.record import commit_of
 from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings
 from piece_ds.evaluation.matrix import Measure
@@ -121,7 +121,7 @@ def one_run(
     figures["delta_bytes"] = sum(path.stat().st_size for path in folder.root.glob("0*-*/delta.safetensors"))
     figures["seconds"] = seconds
     shutil.rmtree(scratch)
-    facts = {"device": device_name(), "torch": torch.__version__, "commit": commit_of()}
+    facts = {"device": device_of_runs(), "torch": torch.__version__, "commit": commit_of()}
     head = dict(zip(("name", "task", "rate", "seed"), setting.key, strict=True))
     cells = {name: "" if value is None else f"{value:.6g}" for name, value in figures.items()}
     return {**head, **cells, **facts, "date": date.today().isoformat()}
