@@ -58,7 +58,14 @@ def test_only_what_is_asked_for_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Any] = []
     monkeypatch.setattr(humaneval, "check_humaneval", lambda: checked.append("humaneval"))
     monkeypatch.setattr(benchmarks, "check_harness", lambda *asked: checked.append(asked))
-    monkeypatch.setattr(benchmarks, "run_harness", lambda *asked: {"arc": 0.25, "asked": asked[2:5]})
+
+    def harness(
+        model: str, tokenizer: Any, tasks: list[str], path: str, limit: int, batch_size: int, device: str
+    ) -> dict[str, Any]:
+        assert (model, tokenizer, batch_size, device) == ("model", rest[0], 5, "cpu")
+        return {"arc": 0.25, "asked": (tasks, path, limit)}
+
+    monkeypatch.setattr(benchmarks, "run_harness", harness)
     asked: Any = SimpleNamespace(humaneval=False, lm_eval_tasks=[], lm_eval_path="p", lm_eval_limit=9)
     settings: Any = SimpleNamespace(evaluation=asked)
     rest: Any = (make_tokenizer(64), 5, settings, "cpu", Path())

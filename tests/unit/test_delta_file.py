@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from piece_ds.checkpoint.delta_file import load_previous, save_delta
+from piece_ds.deltas.patch import require_free
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
@@ -110,3 +111,15 @@ def test_previous_values_of_another_mask_are_refused(task: tuple) -> None:
     with pytest.raises(UserError, match="is missing"):
         load_previous(path.with_name("gone"), mask)
     assert np.isfinite(sum(p.float().sum().item() for p in model.parameters()))
+
+
+def test_a_delta_may_go_where_no_folder_is_yet_and_nowhere_that_is_taken(tmp_path: Path) -> None:
+    for _ in range(2):  # the second time the folders are there
+        require_free(tmp_path / "a" / "b" / "new")
+    (tmp_path / "a" / "file").touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "nowhere")
+    for taken in ("b", "file", "link"):
+        with pytest.raises(UserError, match="exists already"):
+            require_free(tmp_path / "a" / taken)
+    with pytest.raises(UserError, match="cannot be written"):
+        require_free(tmp_path / "a" / "file" / "below" / "new")

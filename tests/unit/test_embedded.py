@@ -5,11 +5,14 @@ import re
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from piece_ds.cli import demo
+from piece_ds.config.settings import parse
 from piece_ds.demo.corpus import MIN_FILE_BYTES, SKIPPED_FOLDERS, draw_text_rows, source_files, split_files
 from piece_ds.demo.recipe import EmbeddedRecipe
 from piece_ds.demo.tasks import NUMBER_SKILLS, SKILLS, WORD_SKILLS, draw_rows
@@ -188,3 +191,27 @@ def test_pieces_of_text_begin_with_a_line_and_come_from_every_file(tmp_path: Pat
 def test_corpus_refuses_an_installation_without_sources(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="0 Python sources"):
         source_files(tmp_path)
+
+
+def test_the_small_model_is_used_where_it_is_asked_for_and_where_none_can_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+
+    def fails(model: str) -> None:
+        fetched.append(model)
+        raise demo.NotFetched("no index")
+
+    def small(settings: Any, folder: Any, seed: int) -> list[Any]:
+        assert (settings.flag("seed"), folder.root, seed) == ("9", tmp_path / "out", 9)
+        return ["runs"]
+
+    monkeypatch.setattr(demo, "start_distributed", lambda seconds: None)
+    monkeypatch.setattr(demo, "check_kernels", lambda method, arguments: None)
+    monkeypatch.setattr(demo, "fetch", fails)
+    monkeypatch.setattr(demo, "_run_small", small)
+    flags = ["--output_dir", str(tmp_path / "out"), "--seed", "9", "--report_to", "none"]
+    for more, tries in ((["--model_name_or_path", demo.EMBEDDED], 0), ([], 1)):
+        runs, folder, comparison = demo.run_embedded(parse([*flags, *more]))
+        assert (runs, folder.root, comparison) == (["runs"], tmp_path / "out", None)
+        assert len(fetched) == tries

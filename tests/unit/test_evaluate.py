@@ -9,6 +9,7 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from piece_ds.cli import evaluate as command
 from piece_ds.data.tasks import Task
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.evaluation import evaluate
@@ -136,3 +137,44 @@ def test_speed_is_that_of_generation_alone(tmp_path: Path, asked: dict[str, tupl
         "generated_tokens_per_second": 15.0,
     }
     assert EvalResult({}, {}, None, seconds=10.0).cost == {"evaluate_seconds": 10.0}
+
+
+def test_the_command_writes_the_answers_beside_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = SimpleNamespace(per_device_eval_batch_size=ROWS, device="cpu")
+    settings: Any = SimpleNamespace(model=SimpleNamespace(loss_chunk_tokens=0), shown=lambda: {"seed": 3})
+    inputs = SimpleNamespace(
+        settings=settings,
+        arguments=arguments,
+        output_file=tmp_path / "mine.json",
+        dtype="fp32",
+        config="config",
+        tokenizer="tokenizer",
+        tasks=TASKS[:1],
+        scorers={"letters": "letter", "why": "text"},
+        general="general",
+    )
+    found = EvalResult({"letters": 2.0}, {"letters": 0.5, "why": 0.25}, 1.5, 9.0, {}, {"law": 0.5}, 30, 3.0)
+
+    def evaluated(model: Any, tokenizer: str, tasks: Any, **options: Any) -> EvalResult:
+        assert (model, tokenizer, tasks) == (MODEL, "tokenizer", TASKS[:1])
+        assert options == {
+            "scorers": inputs.scorers,
+            "general": "general",
+            "batch_size": ROWS,
+            "settings": settings,
+            "device": "cpu",
+            "folder": tmp_path / "mine-predictions",
+        }
+        return found
+
+    monkeypatch.setattr(command, "preflight", lambda settings, kind: inputs)
+    monkeypatch.setattr(command, "load_model", lambda model, dtype: "loaded")
+    monkeypatch.setattr(command, "install_chunked_loss", lambda model, tokens: None)
+    monkeypatch.setattr(command, "inference_model", lambda model, arguments: MODEL)
+    monkeypatch.setattr(command, "reads_images", lambda config: True)
+    monkeypatch.setattr(command, "evaluate_tasks", evaluated)
+    assert command.evaluate(settings)[0] is found
+    written = json.loads((tmp_path / "mine.json").read_text())
+    assert (written["loss"], written["score"], written["general_loss"]) == (found.loss, found.score, 1.5)
+    assert written["accuracy"] == {"letters": 0.5, "why": None}
+    assert (written["ability"], written["settings"]) == ({"law": 0.5}, {"seed": 3})

@@ -232,6 +232,11 @@ def test_overlaps_have_no_diagonal_and_begin_at_nothing(drawn: list[Figure]) -> 
     assert texts(axes) == {(1, 0): "0.25", (0, 1): "0.25"}
     assert axes.images[0].get_clim() == (0.0, 0.25)
     assert ticks(axes.xaxis) == ticks(axes.yaxis) == ["a", "b"]
+    # Of many tasks, whose numbers would touch, the colours have a scale instead.
+    many = heat_maps.MAX_CELLS_WITH_TEXT + 1
+    overlap_heat_map([[0.5] * many] * many, [str(place) for place in range(many)], "title")
+    cells_of_many, scale = drawn[1].axes
+    assert (texts(cells_of_many), scale.get_ylabel()) == ({}, "Jaccard index")
 
 
 def test_the_frontier_has_lines_seeds_labels_and_axes_turned_to_better(drawn: list[Figure]) -> None:
