@@ -155,7 +155,8 @@ class PieceCallback(TrainerCallback):
         engine = engine_of(self.trainer)
         self.general.check(engine)
         is_resumed = state.global_step > 0
-        if self.config.update_mode == "compact" and selected_values(engine.module) is None:
+        is_left = self.config.update_mode == "compact" and selected_values(engine.module) is None
+        if self.mask is not None or is_left:
             raise UserError("PieceCallback serves one train(): for another one make another Trainer and callback")
 
         # Select, or read the mask that the run began with.

@@ -13,15 +13,22 @@ logger = logging.getLogger(__name__)
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raise UserError for a trainer without DeepSpeed or with an adapter; warn of weights that will be rounded.
+    """Raise UserError for a trainer that no mask can be attached to; warn of weights that will be rounded.
 
-    Without this the first would end after the data has been prepared, and the second inside DeepSpeed.
+    Without this, one without DeepSpeed would end after the data has been prepared, one with an adapter inside
+    DeepSpeed, and one that begins anew would have weights changed outside its second mask.
     """
     if not getattr(trainer, "is_deepspeed_enabled", True):
         raise UserError(
             "PieceCallback expected a trainer with DeepSpeed, got one without: make its arguments with "
             'deepspeed="ds_configs/zero2.json" or another DeepSpeed file or dict, or start the script by accelerate '
             "launch with a DeepSpeed configuration"
+        )
+    if getattr(trainer.args, "auto_find_batch_size", False):
+        raise UserError(
+            "PieceCallback serves one training, and auto_find_batch_size begins another one in a new engine when "
+            "memory runs out, with weights that the first has changed: choose per_device_train_batch_size (piece_ds "
+            "plan says what fits)"
         )
     model = trainer.model
     if model is None:

@@ -67,6 +67,15 @@ def test_trainers_without_deepspeed_or_with_an_adapter_are_refused_at_once(tmp_p
         assert [name for name, _ in model.named_parameters()] == names
 
 
+def test_a_trainer_that_may_begin_anew_is_refused(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], auto_find_batch_size=True)
+    trainer = Trainer(model=make_model("llama"), args=arguments)
+    trainer.is_deepspeed_enabled = True
+    for mode in ("masked", "compact"):
+        with pytest.raises(UserError, match=r"auto_find_batch_size begins another one .* per_device_train_batch_size"):
+            PieceCallback(trainer, update_mode=mode)
+
+
 def test_one_callback_serves_one_training_of_one_trainer(tmp_path: Path) -> None:
     """Others are refused with what to make in their place."""
     trainer = Trainer(model=make_model("llama"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
