@@ -20,6 +20,8 @@ from piece_ds.update.masked import MaskedUpdate
 from piece_ds.update.step_scale import StepScale
 from piece_ds.zero.supported import require_engine
 
+_ATTACHED = "_piece_ds_update"  # on an engine: the update that was attached to it last
+
 
 def attach(
     engine: Any,
@@ -46,16 +48,32 @@ def attach(
     Returns:
         The update in force. Its detach() removes it.
     Raises:
-        UserError: the engine uses a feature or an optimizer with which this has not been proven to be exact. In compact
-            mode also: a mask of another size, an optimizer that holds other parameters.
+        UserError: the engine uses a feature or an optimizer with which this has not been proven to be exact, has a mask
+            already, or has trained other weights, whose moments would move them on. In compact mode also: a mask of
+            another size, an optimizer that holds other parameters.
     Cost per step: masked: one pass over the reduced gradient, and 8 bytes per selected element that this rank updates.
     compact: an fp32 all-reduce of K numbers, an all-gather of K values under ZeRO-3, and about 16 bytes per selected
     element on every rank, whatever the model's size.
     """
     require_engine(engine)
+    before: MaskedUpdate | CompactUpdate | None = vars(engine).get(_ATTACHED)
+    if before is not None and before._remove:  # not detached
+        raise UserError(
+            "a mask is attached to this engine already, and only what both select would train: detach() that one, and "
+            "make a new engine of the model for every mask"
+        )
+    if isinstance(before, CompactUpdate):
+        raise UserError(
+            "the engine has left compact mode by detach() and cannot train any more: call prepare_compact() and "
+            "deepspeed.initialize() again"
+        )
+    update: MaskedUpdate | CompactUpdate
     if selected_values(engine.module) is not None:
-        return CompactUpdate(engine, mask, save_full, selected_gradient, step_scale)
-    return MaskedUpdate(engine, mask, step_scale)
+        update = CompactUpdate(engine, mask, save_full, selected_gradient, step_scale)
+    else:
+        update = MaskedUpdate(engine, mask, step_scale)
+    setattr(engine, _ATTACHED, update)
+    return update
 
 
 def prepare_compact(

@@ -2,13 +2,19 @@
 
 from typing import Any
 
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.mask import Mask
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.update.step_scale import StepScale
 from piece_ds.zero.even_gradients import even_out_gradients
 from piece_ds.zero.partial_gradients import refuse_parts
 from piece_ds.zero.scaled_update import scale_selected
-from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
+from piece_ds.zero.selected_state import (
+    SelectedState,
+    count_moments_elsewhere,
+    read_selected_state,
+    write_selected_state_,
+)
 from piece_ds.zero.step_watch import StepWatch
 from piece_ds.zero.supported import adapter_for, require_trainable
 from piece_ds.zero.weights import SelectedWeights, forget_secondary
@@ -30,6 +36,12 @@ class MaskedUpdate:
         whole = mask.whole()
         if engine.global_steps == 0:  # else masters and moments are those of a checkpoint
             adapter.prepare()
+
+        elif (num_elsewhere := count_moments_elsewhere(adapter, whole)) > 0:
+            raise UserError(
+                f"the engine's optimizer has moments of {num_elsewhere} weights that the mask does not select, from "
+                "steps without this mask: AdamW would go on moving them. Make a new engine of the model for every mask"
+            )
 
         # Find the selection in this rank's gradients and masters.
         adapter.bind(whole)

@@ -68,6 +68,28 @@ def read_selected_state(adapter: Adapter, index: dict[str, Tensor]) -> SelectedS
     return SelectedState(tensors, step, _counters(adapter.engine))
 
 
+def count_moments_elsewhere(adapter: Adapter, index: dict[str, Tensor]) -> int:
+    """Return how many elements outside a selection have moments, so that AdamW moves them without a gradient.
+
+    A collective. At stage 0 every rank counts all of them.
+
+    Args:
+        adapter, index: as in read_selected_state().
+    Cost: one pass over the moments of this rank.
+    """
+    starts, _ = _starts(index)
+    found = 0
+    for master, pieces in adapter.masters():
+        moment = adapter.engine.basic_optimizer.state.get(master, {}).get(MOMENTS[0])
+        if moment is not None:
+            flat = moment.view(-1)
+            selected = sum(
+                int(flat[place.to(flat.device)].count_nonzero()) for place, _ in _places(pieces, index, starts)
+            )
+            found += int(flat.count_nonzero()) - selected
+    return int(all_reduce_sum_(torch.tensor([found], device=collective_device())))
+
+
 def write_selected_state_(adapter: Adapter, index: dict[str, Tensor], state: SelectedState) -> None:
     """Set masters, moments and counters of this rank. The model's weights are not written.
 
