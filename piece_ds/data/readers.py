@@ -74,6 +74,14 @@ def _malformed(path: Path, text: str, index: int, reason: str) -> UserError:
 ROWS_PER_BATCH = 1000  # rows held as Python objects at once while a Parquet file is read
 
 
+# What files that are no UTF-8 often are, by their first bytes.
+_OTHER_CONTENT = {
+    b"\xff\xfe": "UTF-16; re-encode the file",
+    b"\xfe\xff": "UTF-16; re-encode the file",
+    b"\x1f\x8b": "a file that gzip has packed; unpack it",
+}
+
+
 def read_rows(path: Path) -> Iterator[Any]:
     """Yield the rows of path in file order, as the file writes them. Nothing is checked except that the format parses.
 
@@ -86,6 +94,10 @@ def read_rows(path: Path) -> Iterator[Any]:
         # Text is decoded while it is read, so the error can come from any row.
         yield from READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
+        with path.open("rb") as file:
+            head = file.read(2)
+        if head in _OTHER_CONTENT:
+            raise UserError(f"{path}: expected UTF-8 text, got {_OTHER_CONTENT[head]}") from None
         line = _first_undecodable_line(path)
         raise UserError(f"{path} line {line}: expected UTF-8 text ({error.reason}); re-encode the file") from None
 
@@ -111,6 +123,11 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(line.strip(WHITESPACE), object_pairs_hook=_once_each)
                 except (ValueError, RecursionError) as error:
+                    if isinstance(error, json.JSONDecodeError) and error.pos >= len(line.strip(WHITESPACE)):
+                        raise UserError(
+                            f"{path} line {number}: malformed JSON (it does not end on its line); write one row a line, "
+                            "or one list of rows in [ ]"
+                        ) from None
                     reason = _reason(error)
                     raise UserError(
                         f"{path} line {number}: malformed JSON ({reason}); fix or remove the line"

@@ -187,3 +187,25 @@ def test_hub_name_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch
     ) as refusal:
         load_rows("someone/numbers")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'{\n  "data": [{"prompt": "a", "answer": "b"}]\n}\n',
+            r"line 1: malformed JSON \(it does not end on its line\)",
+        ),
+        (
+            b'{"prompt": "a", "answer": "b"}\n{"prompt": "a",\n "answer": "b"}\n',
+            r"line 2: malformed JSON \(it does not end on",
+        ),
+        ('{"prompt": "a", "answer": "b"}'.encode("utf-16"), "got UTF-16; re-encode the file"),
+        (b"\x1f\x8b\x08\x00\x00\xff", "gzip has packed; unpack it"),
+    ],
+)
+def test_common_files_of_another_kind_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_rows(str(path))
