@@ -28,6 +28,9 @@ def write_model(folder: Path, scale: float, num_files: int = 2) -> Path:
             f"layers.{number}.norm.weight": torch.full((48,), 100.0),
             f"layers.{number}.experts": experts.bfloat16(),
             f"patches.{number}.weight": torch.full((8, 3, 4, 4), 100.0),
+            f"convolution.{number}.weight": torch.full((48, 1, 4), 100.0),
+            f"gate.{number}.weight": torch.full((1, 48), 100.0),
+            f"scale.{number}": torch.full((48, 1), 100.0),
             f"embed.{number}.weight": torch.full((WORDS, 48), 100.0),
             f"packed.{number}.weight": torch.full((64, 48), 100, dtype=torch.uint8),
         }
