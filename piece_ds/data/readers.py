@@ -125,8 +125,8 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                 except (ValueError, RecursionError) as error:
                     if isinstance(error, json.JSONDecodeError) and error.pos >= len(line.strip(WHITESPACE)):
                         raise UserError(
-                            f"{path} line {number}: malformed JSON (it does not end on its line); write one row a line, "
-                            "or one list of rows in [ ]"
+                            f"{path} line {number}: malformed JSON (it does not end on its line); write one row a "
+                            "line, or one list of rows in [ ]"
                         ) from None
                     reason = _reason(error)
                     raise UserError(

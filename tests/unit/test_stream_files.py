@@ -194,11 +194,11 @@ def test_hub_name_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch
     [
         (
             b'{\n  "data": [{"prompt": "a", "answer": "b"}]\n}\n',
-            r"line 1: malformed JSON \(it does not end on its line\)",
+            r"line 1: malformed JSON \(it does not end",
         ),
         (
             b'{"prompt": "a", "answer": "b"}\n{"prompt": "a",\n "answer": "b"}\n',
-            r"line 2: malformed JSON \(it does not end on",
+            r"line 2: malformed JSON \(it does",
         ),
         ('{"prompt": "a", "answer": "b"}'.encode("utf-16"), "got UTF-16; re-encode the file"),
         (b"\x1f\x8b\x08\x00\x00\xff", "gzip has packed; unpack it"),
