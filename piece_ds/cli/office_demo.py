@@ -5,6 +5,7 @@ learn about as much. The difference is what each does to the rest of the model: 
 seen.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -18,7 +19,7 @@ from piece_ds.cli.run import train
 from piece_ds.config.settings import Settings
 from piece_ds.data.general_text import SELF
 from piece_ds.deltas import compose, open_delta
-from piece_ds.demo.office.recipe import CPU_RECIPE, OfficeRecipe
+from piece_ds.demo.office.recipe import CPU_RECIPE, SLOW_CPU_RECIPE, OfficeRecipe
 from piece_ds.demo.office.write import OfficePaths, write_office
 from piece_ds.evaluation.predictions import read_predictions
 from piece_ds.models.pretrained import model_source
@@ -30,6 +31,8 @@ from piece_ds.runtime.distributed import broadcast_object, is_main, world_size
 from piece_ds.runtime.files import write_whole
 from piece_ds.runtime.processor import bf16_is_slow
 from piece_ds.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 MODEL = "smollm2-135m"
 # Longer answers are truncated in the examples shown, so that each stays on one line.
@@ -110,9 +113,8 @@ def run_office(
         folder: free, or of the run to resume.
         recipe: the settings; None means the defaults, on a CPU with fewer tasks, rows and contenders.
     """
-    # Write the data, and choose who takes part: on a CPU what takes ten minutes on two cores.
-    on_cpu = get_accelerator().device_name() == "cpu"
-    recipe = recipe or (CPU_RECIPE if on_cpu else OfficeRecipe())
+    # Write the data, and choose who takes part.
+    recipe = recipe or _recipe_here()
     seed = settings.training_arguments().seed
     paths = _write(folder.root / "material", seed, model, recipe)
     common = _common_flags(paths, model, recipe, folder)
@@ -129,6 +131,20 @@ def run_office(
             results = train(settings.rebuilt({**common, **own}))[0]
         runs.append(replace(results, name=contender.name))
     return Comparison(runs, [folder.root / contender.folder for contender in chosen], recipe.tasks)
+
+
+def _recipe_here() -> OfficeRecipe:
+    """Return the settings for this machine: on a CPU what takes ten minutes on two cores."""
+    if bf16_is_slow():
+        if is_main():
+            logger.warning(
+                "this processor has no AVX-512 and multiplies bf16 slowly: fp32, %d task and %d steps; elsewhere %d "
+                "tasks of %d steps",
+                *(len(SLOW_CPU_RECIPE.tasks), SLOW_CPU_RECIPE.task_steps),
+                *(len(CPU_RECIPE.tasks), CPU_RECIPE.task_steps),
+            )
+        return SLOW_CPU_RECIPE
+    return CPU_RECIPE if get_accelerator().device_name() == "cpu" else OfficeRecipe()
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -103,6 +103,7 @@ FAST = {
     "fp16-stage2-overflow-scaled",
 }
 FAST_WHOLE = {
+    "one-weight-stage3",
     "llama-stage0",
     "columns-neox-stage2-offload",
     "bf16-qwen3-stage3",

@@ -72,3 +72,14 @@ def test_the_office_demo_trains_in_fp32_where_bf16_is_slow(
     paths = OfficePaths(task_dir=tmp_path, general_file=tmp_path / "general.jsonl")
     flags = office_demo._common_flags(paths, "smollm2-135m", OfficeRecipe(), RunFolder(tmp_path))
     assert flags.get("dtype") == ("float32" if capability == "AVX2" else None)
+
+
+@pytest.mark.parametrize(("capability", "tasks"), [("AVX2", 1), ("AVX512", 2)])
+def test_the_office_demo_is_shorter_where_bf16_is_slow_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: str, tasks: int
+) -> None:
+    processor(monkeypatch, "x86_64", capability)
+    with caplog.at_level(logging.WARNING):
+        recipe = office_demo._recipe_here()
+    assert len(recipe.tasks) == tasks
+    assert ("1 task and 16 steps; elsewhere 2 tasks of 24 steps" in caplog.text) is (tasks == 1)
