@@ -105,8 +105,8 @@ CPU_RECIPE = OfficeRecipe(
     leaves_out=("recommended without KL", "seqft + KL", "lora + KL"),
 )
 
-# A processor without AVX-512 takes three times as long, in fp32: one task, and half of the steps at a higher rate. A date
-# and its end are 11 tokens.
+# A processor without AVX-512 takes three times as long, in fp32: one task, and half of the steps at a higher rate. A
+# date and its end are 11 tokens.
 SLOW_CPU_RECIPE = replace(
     CPU_RECIPE,
     tasks=("dates",),
