@@ -86,7 +86,7 @@ def read_rows(path: Path) -> Iterator[Any]:
     """Yield the rows of path in file order, as the file writes them. Nothing is checked except that the format parses.
 
     Args:
-        path: an existing .json, .jsonl, .csv or .parquet file. Text is UTF-8, with or without a byte order mark.
+        path: an existing file of one of the kinds of READERS. Text is UTF-8, with or without a byte order mark.
     Raises:
         UserError: the text is not UTF-8, or a line does not parse; the message names the line.
     """
@@ -135,11 +135,18 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 
 
 def read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield rows under a header. Every cell is text, exactly as written."""
+    """Yield rows under a header. Every cell is text, exactly as written. Tabs split those of .tsv, commas others."""
+    is_tsv = path.suffix.lower() == ".tsv"
+    splitter = "tabs" if is_tsv else "commas"
     with _open_text(path) as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(file, delimiter="\t" if is_tsv else ",", strict=True)
         try:
             header = [name.strip() for name in reader.fieldnames or []]
+            if len(header) == 1 and not is_tsv and (";" in header[0] or "\t" in header[0]):
+                raise UserError(
+                    f"{path}: expected cells split by commas, got the header {header[0]!r}, which names one column: "
+                    "split them by commas, or by tabs in a file named .tsv"
+                )
             # A dict would keep only the last of two columns of one name.
             repeated = _first_repeated(header)
             if repeated is not None:
@@ -151,7 +158,7 @@ def read_csv(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
         except csv.Error as error:
             line = reader.line_num + 1  # it counts the lines that were read well
-            raise UserError(f"{path} line {line}: malformed CSV ({error}); quote cells that hold commas") from None
+            raise UserError(f"{path} line {line}: malformed CSV ({error}); quote cells that hold {splitter}") from None
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -171,7 +178,9 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
     ".csv": read_csv,
+    ".tsv": read_csv,
     ".parquet": read_parquet,
 }
 
@@ -179,7 +188,7 @@ READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
 def _open_text(path: Path) -> TextIO:
     """Open text with its line ends kept: a row may hold a carriage return or U+2028; only \\n ends a JSON line."""
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a long transcript
-    return path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() == ".csv" else "\n")
+    return path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() in (".csv", ".tsv") else "\n")
 
 
 def _first_undecodable_line(path: Path) -> int:

@@ -36,7 +36,6 @@ class MaskedUpdate:
         whole = mask.whole()
         if engine.global_steps == 0:  # else masters and moments are those of a checkpoint
             adapter.prepare()
-
         elif (num_elsewhere := count_moments_elsewhere(adapter, whole)) > 0:
             raise UserError(
                 f"the engine's optimizer has moments of {num_elsewhere} weights that the mask does not select, from "

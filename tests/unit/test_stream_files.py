@@ -39,6 +39,8 @@ def lines(*rows: object) -> str:
         ("no-last-newline.jsonl", lines(PAIR, PAIR).rstrip()),
         ("plain.csv", "prompt,answer\n2+2=,4\n2+2=,4\n"),
         ("crlf.csv", "prompt,answer\r\n2+2=,4\r\n2+2=,4\r\n"),
+        ("tabs.tsv", "prompt\tanswer\n2+2=\t4\n2+2=\t4\n"),
+        ("lines.ndjson", lines(PAIR, PAIR)),
         ("other-columns.csv", "id,answer, prompt\n0,4,2+2=\n1,4,2+2=\n\n"),
     ],
 )
@@ -115,6 +117,8 @@ def test_more_rows_than_one_batch_keep_their_order(tmp_path: Path) -> None:
         ("a.csv", "prompt,answer\np\n", r"row 1: answer must be text, got nothing"),
         ("a.csv", "prompt,answer\np,a,b\n", r"line 2: more cells than the header's 2"),
         ("a.csv", 'prompt,answer\n"p"q,a\n', r"line 2: malformed CSV"),
+        ("a.csv", "prompt;answer\np;a\n", r"expected cells split by commas, got the header 'prompt;answer'"),
+        ("a.csv", "prompt\tanswer\np\ta\n", r"expected cells split by commas.* in a file named \.tsv"),
         ("a.jsonl", lines(PAIR, {"prompt": "p", "answer": "  "}), r"row 2: answer is empty"),
         ("a.jsonl", lines({"prompt": 3, "answer": "a"}), r"row 1: prompt must be text, got int '3'"),
         ("a.jsonl", lines({"prompt": "p", "answer": True}), r"row 1: answer must be text, got bool"),
