@@ -74,9 +74,7 @@ CASES = {
     "statistics-of-lift": Case("--method lift --statistics_file {base}/s", r"no meaning with --method lift"),
     "budget-of-lift": Case("--method lift --budget layer", r"--budget layer has no meaning with --method lift"),
     "ewc-with-offload": Case("--method ewc --deepspeed {base}/offload.json", r"not proven with opt"),
-    "packing-attention": Case(
-        "--packing --attn_implementation flex_attention", r"--packing with --attn_implementation flex_attention is not"
-    ),
+    "packing-is-proven": Case("--packing --scorers letter=leter", r"--scorers: 'leter' is unknown"),  # it comes later
     "memory-ratio": Case("--method gem --memory_ratio 2", r"--memory_ratio must be in \(0, 1\], got 2"),
     "lora-targets": Case("--method lora --lora_rank 2", r"unknown flag --lora_rank"),
     "select-ewc": Case("--method ewc --output_file {base}/out.m", r"--method ewc has no mask", "select"),
