@@ -105,8 +105,8 @@ CPU_RECIPE = OfficeRecipe(
     leaves_out=("recommended without KL", "seqft + KL", "lora + KL"),
 )
 
-# A processor without AVX-512 takes three times as long, in fp32: one task and fewer steps take eleven minutes. A date and
-# its end are 11 tokens. With 12 steps at 3e-3 the recommended recipe answered 56 %, the others 75 %.
+# A processor without AVX-512 takes three times as long, in fp32: one task and fewer steps take eleven minutes. A date
+# and its end are 11 tokens. With 12 steps at 3e-3 the recommended recipe answered 56 %, full fine-tuning 75 %.
 SLOW_CPU_RECIPE = replace(
     CPU_RECIPE,
     tasks=("dates",),
