@@ -134,7 +134,7 @@ def run_office(
 
 
 def _recipe_here() -> OfficeRecipe:
-    """Return the settings for this machine: on a CPU what takes ten minutes on two cores."""
+    """Return the settings for this machine: on a CPU what takes some ten minutes on two cores."""
     if bf16_is_slow():
         if is_main():
             logger.warning(

@@ -111,11 +111,9 @@ def rescaled(setting: Setting, factor: float) -> Setting:
 
     An adapter begins at zero whatever the model, so its rate stays.
     """
-    return (
-        setting
-        if setting.sweep.method in ("lora", "peft")
-        else replace(setting, rate=float(f"{setting.rate * factor:.1e}"))
-    )
+    if setting.sweep.method in ("lora", "peft"):
+        return setting
+    return replace(setting, rate=float(f"{setting.rate * factor:.1e}"))
 
 
 FULL = (3e-5, 1e-4, 3e-4)
