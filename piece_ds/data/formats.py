@@ -26,6 +26,7 @@ from piece_ds.data.conversations import (
     from_sharegpt,
     system_turn,
 )
+from piece_ds.data.other_shapes import refuse_columns, refuse_keyed_rows, refuse_splits
 from piece_ds.data.rows import (
     CHAT,
     COMPLETION,
@@ -147,6 +148,7 @@ def format_of(row: Any, where: str) -> RowFormat:
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with prompt and answer, got {type_name(row)}")
+    refuse_columns(row, where)
     for form in FORMATS:
         # The same keys hold texts or messages: the value's type tells.
         is_of_messages = form.convert is not _completion_messages or isinstance(row.get("completion"), list)
@@ -172,19 +174,20 @@ def format_of(row: Any, where: str) -> RowFormat:
 
 def _refuse_other_shapes(row: dict[str, Any], where: str) -> None:
     """Raise UserError for a row that no renaming of columns would mend."""
-    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if "chosen" in row and "rejected" in row:
         raise UserError(
             f"{where}: pairs of preferences (chosen, rejected) are not trained by the commands: use TRL's DPOTrainer "
             "with PieceCallback (docs/running.md), or learn only the chosen ones (--columns answer=chosen)"
         )
-    if len(lists) == 1 and all(not isinstance(value, str) for value in row.values()):
-        if "role" in row[lists[0]][0] or "from" in row[lists[0]][0]:  # a conversation under another name
-            return
-        raise UserError(
-            f"{where}: it holds a list of {len(row[lists[0]])} rows under {lists[0]!r}; expected the rows themselves: "
-            "make a file of that list"
-        )
+    refuse_splits(row, where)
+    if all(not isinstance(value, str) for value in row.values()) or _holds_known_rows(row):
+        refuse_keyed_rows(row, where)
+
+
+def _holds_known_rows(row: dict[str, Any]) -> bool:
+    """Return whether a list in an object begins with a row of a known format."""
+    firsts = [value[0] for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return any(all(key in first for key in form.keys) for first in firsts for form in FORMATS)
 
 
 def _paired(missing: list[str], free: list[str]) -> Iterator[tuple[str, str]]:

@@ -40,7 +40,7 @@ from piece_ds.training.compact_trainer import engine_of, prepare_trainer
 from piece_ds.training.general_text import GeneralText
 from piece_ds.training.progress import selection_line
 from piece_ds.training.run_folder import PREVIOUS_NAME
-from piece_ds.training.trainer_checks import check_trainer
+from piece_ds.training.trainer_checks import check_compact, check_trainer
 from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
 from piece_ds.update.attach import attach
 from piece_ds.update.compact import CompactUpdate
@@ -142,6 +142,7 @@ class PieceCallback(TrainerCallback):
 
         # Now, because DeepSpeed makes its optimizer from the model's parameters before training begins.
         if self.config.update_mode == "compact":
+            check_compact(trainer)
             self._save_whole_again = prepare_trainer(trainer, self._count, self.config.save_full, self.config.unit)
 
     def on_train_begin(

@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.overriding import override
 from piece_ds.state.selected_values import PARAMETER_NAME, selected_values
 from piece_ds.update.attach import prepare_compact
 from piece_ds.zero.sequence_parallel import sequence_size
@@ -72,14 +73,15 @@ def prepare_trainer(
 
     # The values' group has the decay, and `decays` says which of them it acts on. A trainer that chooses by names would
     # give them none.
-    trainer.get_decay_parameter_names = lambda model: [*decays, PARAMETER_NAME]
+    changed = [override(trainer, "get_decay_parameter_names", lambda model: [*decays, PARAMETER_NAME])]
     _say_own_optimizer(trainer)
-    if not save_full:
-        trainer.save_model = _outside_checkpoints(trainer.save_model)
+    # Without the optimizer's part a checkpoint is the model that save_model() writes, and nothing else.
+    if not save_full and not trainer.args.save_only_model:
+        changed.append(override(trainer, "save_model", _outside_checkpoints(trainer.save_model)))
 
     def undo() -> None:
-        trainer.__dict__.pop("get_decay_parameter_names", None)
-        trainer.__dict__.pop("save_model", None)
+        for restore in changed:
+            restore()
 
     return undo
 

@@ -21,6 +21,7 @@ from piece_ds.models.processor import tokenizer_of
 from piece_ds.runtime.distributed import barrier, broadcast_object, is_main, rank, world_size
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_text
+from piece_ds.runtime.overriding import override
 from piece_ds.state.partition import Layout
 from piece_ds.training.base_logits import BaseLogits
 from piece_ds.training.general_loss import GeneralLoss
@@ -191,12 +192,12 @@ class GeneralText:
 
         # On the object: the trainer's class, and other trainers of it, stay as they are.
         self._own_loss = trainer.compute_loss
-        trainer.compute_loss = self._compute_loss
+        self._give_back = override(trainer, "compute_loss", self._compute_loss)
 
     def end(self) -> None:
         """Give the trainer its own loss back."""
         if self._own_loss is not None:
-            del self._trainer.compute_loss
+            self._give_back()
             self._own_loss = None
 
     def add_to_log(self, row: dict[str, Any]) -> None:

@@ -30,6 +30,11 @@ def check_trainer(trainer: Trainer) -> None:
             "memory runs out, with weights that the first has changed: choose per_device_train_batch_size (piece_ds "
             "plan says what fits)"
         )
+    if getattr(trainer, "model_init", None) is not None:
+        raise UserError(
+            "PieceCallback prepares the trainer's model when it is made, and a trainer with model_init makes another "
+            "one when training begins: give Trainer the model itself (model=...)"
+        )
     model = trainer.model
     if model is None:
         return
@@ -38,7 +43,25 @@ def check_trainer(trainer: Trainer) -> None:
             f"PieceCallback selects among the model's own weights, got {type(model).__name__}, whose adapter trains "
             "instead of them: give the trainer the model without peft_config, or after merge_and_unload()"
         )
+    adapter = next((name for name, part in model.named_modules() if type(part).__module__.startswith("peft.")), None)
+    if adapter is not None:
+        raise UserError(
+            f"PieceCallback selects among the model's own weights, and {adapter!r} of this {type(model).__name__} has "
+            "an adapter of PEFT, which trains instead of them: merge it (merge_and_unload()) or take it off first"
+        )
     _say_rounding(trainer, model)
+
+
+def check_compact(trainer: Trainer) -> None:
+    """Raise UserError for a trainer that cannot have the one parameter more that compact mode gives its model.
+
+    Without this, TRL's synchronised reference would end at its first synchronisation, in the midst of training.
+    """
+    if getattr(trainer.args, "sync_ref_model", False):
+        raise UserError(
+            "sync_ref_model pairs the parameters of the model with its reference's, and in compact mode the model has "
+            "one more: use update_mode='masked', or no sync_ref_model"
+        )
 
 
 def _say_rounding(trainer: Trainer, model: nn.Module) -> None:

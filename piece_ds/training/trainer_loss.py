@@ -61,7 +61,8 @@ def trainer_micro_batches(trainer: Trainer, batch_size: int, num_rows: int | Non
 
 def _loss_of(trainer: Trainer) -> Callable[[Any, Any], Tensor] | None:
     """Return (engine, micro-batch) -> the trainer's mean loss; None if that is the model's own."""
-    is_plain = type(trainer).compute_loss is Trainer.compute_loss
+    # A method of a subclass, or a function that somebody has set on this trainer, is another loss.
+    is_plain = getattr(trainer.compute_loss, "__func__", None) is Trainer.compute_loss
     if is_plain and trainer.compute_loss_func is None and trainer.label_smoother is None:
         return None
     generate = getattr(trainer, "_generate_and_score_completions", None)

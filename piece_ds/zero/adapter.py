@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from piece_ds import ops
+from piece_ds.runtime.overriding import override
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Adapter(ABC):
                         leave()
                 return result
 
-            engine._take_model_step = _take_model_step
+            engine._piece_ds_step_undo = override(engine, "_take_model_step", _take_model_step)
 
         # The last hook to go also takes the wrapper away.
         hooks.append(hook)
@@ -150,7 +151,7 @@ class Adapter(ABC):
             if hook in hooks:
                 hooks.remove(hook)
                 if not hooks:
-                    engine.__dict__.pop("_take_model_step", None)
+                    engine._piece_ds_step_undo()
 
         return remove
 
@@ -192,8 +193,7 @@ class Adapter(ABC):
                 note()
             original(overflow)
 
-        optimizer._update_scale = _update_scale
-        return lambda: optimizer.__dict__.pop("_update_scale", None)
+        return override(optimizer, "_update_scale", _update_scale)
 
     def check_norm(self) -> None:  # noqa: B027 - DeepSpeed looks at the norm itself at most stages
         """Check the gradient norm before a step, if DeepSpeed does not. The gradient is as it will be applied."""

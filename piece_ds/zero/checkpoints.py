@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
+
+from piece_ds.runtime.overriding import override
 
 
 def install_checkpoints(
@@ -49,12 +51,10 @@ def install_checkpoints(
             state.pop(hidden, None)
         return state
 
-    # Set on the instance, so that removal restores the class's methods.
+    # Set on the instance, so that removal restores what was there.
     wrapped = {
         "save_checkpoint": save_checkpoint,
         "load_checkpoint": load_checkpoint,
         "_zero3_consolidated_16bit_state_dict": consolidated,
     }
-    for name, function in wrapped.items():
-        setattr(engine, name, function)
-    return [partial(engine.__dict__.pop, name, None) for name in wrapped]
+    return [override(engine, name, function) for name, function in wrapped.items()]

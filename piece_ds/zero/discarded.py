@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from piece_ds.runtime.overriding import override
+
 
 def on_discard(engine: Any, discard: Callable[[], None]) -> Callable[[], None]:
     """Call discard() wherever zero_grad() would throw away gradients that DeepSpeed itself holds; return undo.
@@ -22,10 +24,13 @@ def on_discard(engine: Any, discard: Callable[[], None]) -> Callable[[], None]:
         of_optimizer(*args, **kwargs)
         discard()
 
-    engine.zero_grad, optimizer.zero_grad = engine_zero_grad, optimizer_zero_grad
+    restore = [
+        override(engine, "zero_grad", engine_zero_grad),
+        override(optimizer, "zero_grad", optimizer_zero_grad),
+    ]
 
     def undo() -> None:
-        engine.__dict__.pop("zero_grad", None)
-        optimizer.__dict__.pop("zero_grad", None)
+        for function in restore:
+            function()
 
     return undo

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from piece_ds.runtime.distributed import all_reduce_max_, collective_device
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.overriding import override
 from piece_ds.zero.supported import adapter_for
 from piece_ds.zero.undisturbed import undisturbed
 
@@ -87,10 +88,10 @@ def refuse_parts(engine: Any) -> Callable[[], None]:
     ]
     # A loop may call backward() of the loss itself, or run two forwards before two backwards.
     handles.append(model.register_forward_pre_hook(lambda *_: seen.clear()))
-    engine.backward = forgetting_backward
+    restore_backward = override(engine, "backward", forgetting_backward)
 
     def undo() -> None:
-        engine.__dict__.pop("backward", None)
+        restore_backward()
         for handle in handles:
             handle.remove()
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piece_ds.runtime.overriding import override
 from piece_ds.state.selected_values import PARAMETER_NAME
 from piece_ds.zero.adapter import Adapter, BoundGradients, Piece
 
@@ -107,8 +108,7 @@ class Stage0(Adapter):
             note()
             return original()
 
-        optimizer._skip_invalid_grad_norm = _skip_invalid_grad_norm
-        return lambda: optimizer.__dict__.pop("_skip_invalid_grad_norm", None)
+        return override(optimizer, "_skip_invalid_grad_norm", _skip_invalid_grad_norm)
 
     def _skip_bare(self) -> Callable[[], None]:
         """Skip steps of a bare torch optimizer. It gets the flag `overflow` that the engine reads on its wrappers."""

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from piece_ds.runtime.overriding import override
 from piece_ds.zero.adapter import Adapter, BoundGradients, Piece, pieces_between
 
 
@@ -113,12 +114,14 @@ class Stage12(Adapter):
 
         # Ask for the check, and leave out its pass over the gradient if there is a norm to look at.
         optimizer.check_grad_overflow = True
+        unasked = None
         if getattr(optimizer, "compute_grad_norm", True):
-            optimizer.check_overflow = lambda **kwargs: None
+            unasked = override(optimizer, "check_overflow", lambda **kwargs: None)
 
         def undo_all() -> None:
             optimizer.check_grad_overflow = False
-            optimizer.__dict__.pop("check_overflow", None)
+            if unasked is not None:
+                unasked()
             undo()
 
         return undo_all

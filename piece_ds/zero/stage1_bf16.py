@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from piece_ds.runtime.overriding import override
 from piece_ds.zero.adapter import Adapter, BoundGradients, Piece, pieces_between
 
 
@@ -81,8 +82,7 @@ class Stage1BF16(Adapter):
                 note()
             original()
 
-        optimizer.clear_hp_grads = clear_hp_grads
-        return lambda: optimizer.__dict__.pop("clear_hp_grads", None)
+        return override(optimizer, "clear_hp_grads", clear_hp_grads)
 
     def local_backward(self) -> AbstractContextManager[None]:
         return self.engine.no_sync()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piece_ds.runtime.overriding import override
 from piece_ds.state.partition import partition_of
 from piece_ds.zero.adapter import Adapter, BoundGradients, Piece
 
@@ -86,8 +87,7 @@ class Stage3(Adapter):
                 self._bound.mask_(self.name_of[id(param)], grad)
             return original(params, grads)
 
-        self.optimizer.partition_grads = partition_grads
-        return lambda: self.optimizer.__dict__.pop("partition_grads", None)
+        return override(self.optimizer, "partition_grads", partition_grads)
 
     def set_gradient(self, grad: Tensor) -> None:
         """Set this rank's chunk of the gradient, in every place where DeepSpeed will read it."""

@@ -76,6 +76,60 @@ def test_a_trainer_that_may_begin_anew_is_refused(tmp_path: Path) -> None:
             PieceCallback(trainer, update_mode=mode)
 
 
+def test_trainers_whose_model_is_not_the_one_that_trains_are_refused(tmp_path: Path) -> None:
+    """One that makes its model later, and models with an adapter inside, which no wrapper shows."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    inside = make_model("llama")
+    get_peft_model(inside, LoraConfig(target_modules=["q_proj"]))  # wraps it, and changes it
+    added = make_model("llama")
+    added.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    for given, message in (
+        ({"model_init": lambda: make_model("llama")}, r"model_init makes another one .* give Trainer the model itself"),
+        ({"model": inside}, r"'model.layers.0.self_attn.q_proj' of this LlamaForCausalLM has an adapter of PEFT"),
+        ({"model": added}, r"'model.layers.0.self_attn.q_proj' of this LlamaForCausalLM has an adapter of PEFT"),
+    ):
+        trainer = Trainer(args=arguments, **given)
+        trainer.is_deepspeed_enabled = True
+        for mode in ("masked", "compact"):
+            with pytest.raises(UserError, match=message):
+                PieceCallback(trainer, update_mode=mode)
+
+
+def test_a_reference_that_is_paired_with_the_models_parameters_is_refused_in_compact_mode(tmp_path: Path) -> None:
+    trainer = Trainer(model=make_model("llama"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    trainer.is_deepspeed_enabled = True
+    trainer.args.sync_ref_model = True
+    names = [name for name, _ in trainer.model.named_parameters()]
+    PieceCallback(trainer, update_mode="masked")
+    with pytest.raises(UserError, match=r"sync_ref_model pairs .* use update_mode='masked'"):
+        PieceCallback(trainer)
+    assert [name for name, _ in trainer.model.named_parameters()] == names
+
+
+def test_a_second_training_is_refused_in_either_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is selected or written: in masked mode the engine still trains, so nothing else would stop it."""
+    for mode in ("masked", "compact"):
+        trainer = Trainer(model=make_model("llama"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+        trainer.is_deepspeed_enabled = True
+        callback = PieceCallback(trainer, update_mode=mode)
+        callback.mask = cast(Any, object())  # as the first training has left it
+        engine = SimpleNamespace(module=trainer.model)
+        monkeypatch.setattr("piece_ds.training.callback.engine_of", lambda _, engine=engine: engine)
+        with pytest.raises(UserError, match=r"serves one train\(\): .* another Trainer and callback"):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_the_model_alone_holds_the_model(tmp_path: Path) -> None:
+    """Compact mode leaves the model to DeepSpeed's part of a checkpoint; without that part nothing would be left."""
+    for is_alone in (True, False):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_only_model=is_alone)
+        trainer = Trainer(model=make_model("llama"), args=arguments)
+        trainer.is_deepspeed_enabled = True
+        PieceCallback(trainer)
+        assert ("save_model" in vars(trainer)) == (not is_alone)
+
+
 def test_one_callback_serves_one_training_of_one_trainer(tmp_path: Path) -> None:
     """Others are refused with what to make in their place."""
     trainer = Trainer(model=make_model("llama"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))

@@ -42,6 +42,21 @@ def test_the_engines_discards_where_nothing_lies_elsewhere(stage: int, micro_ste
     assert (len(discarded), engine.calls) == (expected, 2)
 
 
+def test_what_others_had_set_before_is_there_again() -> None:
+    engine: Any = Engine(0, 2)
+    calls: list[str] = []
+    engine.zero_grad = lambda: calls.append("engine")
+    engine.optimizer.zero_grad = lambda: calls.append("optimizer")
+    undo = on_discard(engine, lambda: calls.append("discarded"))
+    engine.zero_grad()
+    engine.optimizer.zero_grad()
+    assert calls == ["engine", "discarded", "optimizer", "discarded"]
+    undo()
+    engine.zero_grad()
+    engine.optimizer.zero_grad()
+    assert calls[4:] == ["engine", "optimizer"]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_the_optimizers_always_does_and_passes_its_arguments_on(stage: int) -> None:
     engine: Any = Engine(stage, 3)

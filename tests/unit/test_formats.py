@@ -148,6 +148,25 @@ REFUSED = {
     "{}": r"nearest known format is prompt/answer",
     '{"prompt": "p", "chosen": "a", "rejected": "b"}': "pairs of preferences .* DPOTrainer .*--columns answer=chosen",
     '{"data": [{"prompt": "p", "answer": "a"}], "version": 2}': "a list of 1 rows under 'data'.*a file of that list",
+    '{"data": [{"prompt": "p", "answer": "a"}], "of": "x"}': "a list of 1 rows under 'data'.*a file of that list",
+    '{"train": [{"prompt": "p", "answer": "a"}], "test": []}': (
+        r"a data set's splits \(1 under 'train', 0 under 'test'\).*make a file of each"
+    ),
+    '{"train": [{"a": 1}, {"a": 2}], "validation": [{"a": 3}], "meta": "x"}': (
+        r"splits \(2 under 'train', 1 under 'validation'\)"
+    ),
+    '{"train": {"prompt": ["p", "q"], "answer": ["a", "b"]}}': r"a data set's splits \(2 under 'train'\)",
+    '{"prompt": ["p", "q"], "answer": ["a", "b"]}': (
+        r"it holds columns \(2 under 'prompt', 2 under 'answer'\).*one value under each name.*by rows"
+    ),
+    '{"id": [1, 2], "question": ["p", "q"], "target": ["a", "b"]}': r"it holds columns \(2 under 'id'",
+    '{"prompt": {"0": "p", "1": "q"}, "answer": {"0": "a", "1": "b"}}': r"it holds columns \(2 under 'prompt'",
+    '{"input_ids": [[1, 2], [3]], "labels": [[1, 2], [3]]}': r"it holds columns \(2 under 'input_ids'",
+    '{"messages": [[{"role": "user", "content": "x"}]]}': r"it holds columns \(1 under 'messages'\)",
+    '{"text": ["t", "u"]}': r"it holds columns \(2 under 'text'\)",
+    '{"a": {"prompt": "p", "answer": "a"}, "b": {"prompt": "p", "answer": "a"}}': "an object under each of 2 names",
+    '{"prompt": "p", "answer": ["a", "b"]}': "answer must be text",
+    '{"input_ids": [1, 2], "tokens": ["a", "b"]}': "nearest known format",
     '{"turns": [{"role": "user", "content": "x"}]}': "nearest known format is",
     '{"messages": "text"}': "messages must be a list of turns",
     '{"messages": []}': "messages must be a list of turns",

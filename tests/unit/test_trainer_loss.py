@@ -53,6 +53,15 @@ def test_a_trainers_own_loss_is_the_one_taken(tmp_path: Path) -> None:
     assert torch.equal(batches.loss_of(own.model, batches[0]), own.model(**batches[0]).logits.sum())
 
 
+def test_a_loss_set_on_one_trainer_is_the_one_taken(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, ROWS)
+    trainer.compute_loss = lambda model, inputs, **others: 2 * model(**inputs).loss
+    batches = trainer_micro_batches(trainer, 2)
+    assert batches.loss_of is not None
+    plain = trainer.model(**batches[0]).loss
+    assert torch.equal(batches.loss_of(trainer.model, batches[0]), 2 * plain)
+
+
 def test_label_smoothing_is_a_loss_of_the_trainers_own(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, ROWS)
     arguments = replace(trainer.args, label_smoothing_factor=0.25)
