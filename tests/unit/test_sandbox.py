@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,6 +20,7 @@ from support.ranks import on_ranks
 
 from piece_ds.evaluation import humaneval, sandbox
 from piece_ds.evaluation.humaneval import Problem, cut_as_authors, cut_at_next_definition, passed
+from piece_ds.evaluation.isolated import filter as kernel
 from piece_ds.evaluation.isolated import wire
 from piece_ds.evaluation.sandbox import Submission, check_sandbox, passes
 from piece_ds.runtime.errors import UserError
@@ -113,6 +116,53 @@ def test_an_endless_program_is_ended() -> None:
     with ThreadPoolExecutor(2) as pool:
         assert not any(pool.map(lambda program: gives(program, 3, timeout_seconds=1.0), loops))
     assert time.perf_counter() - begin < 60
+
+
+def test_memory_processor_time_and_files_are_limited() -> None:
+    """Each limit for good: what a program may raise it to is the same."""
+    names = ("AS", "CPU", "FSIZE", "CORE")
+    code = (
+        "import program, resource; program.set_limits(1 << 36, 100); "
+        f"print([resource.getrlimit(getattr(resource, 'RLIMIT_' + name)) for name in {names}])"
+    )
+    run = subprocess.run([sys.executable, "-B", "-c", code], cwd=Path(wire.__file__).parent, capture_output=True)
+    assert run.stdout.decode().strip() == str([(1 << 36, 1 << 36), (100, 100), (0, 0), (0, 0)]), run.stderr
+
+    # A program gets as much as it is given.
+    for limit, fits in ((1 << 29, False), (1 << 31, True)):
+        assert gives("def answer(): return len(bytes(1 << 29))", 1 << 29, memory_bytes=limit) == fits
+
+    # What judges it, and builds its answers, is limited too.
+    for given, limit in ((1 << 29, 1 << 31), (1 << 32, 1 << 32)):
+        tests = (
+            "from resource import RLIMIT_AS, RLIMIT_CPU, getrlimit\n"
+            f"assert getrlimit(RLIMIT_AS)[0] == {limit}\nassert getrlimit(RLIMIT_CPU)[0] == 37\n"
+            "def check(candidate): pass"
+        )
+        assert passes(Submission("def answer(): pass", "answer", tests), timeout_seconds=7.0, memory_bytes=given)
+
+
+def test_a_program_imports_from_where_python_does() -> None:
+    """The judge's own modules are not among what it finds."""
+    code = "import json, sys; print(json.dumps(sys.path))"
+    path = json.loads(subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, check=True).stdout)
+    assert gives("import sys\ndef answer(): return sys.path", path)
+
+
+def test_the_calls_that_are_allowed_have_the_kernels_numbers() -> None:
+    """Also for the machine that this is not."""
+    for machine, header, elf in (
+        ("x86_64", "x86_64-linux-gnu/asm/unistd_64.h", "EM_X86_64"),
+        ("aarch64", "asm-generic/unistd.h", "EM_AARCH64"),
+    ):
+        try:
+            numbers, machines = (Path("/usr/include", name).read_text() for name in (header, "linux/elf-em.h"))
+        except OSError:
+            pytest.skip(f"needs the kernel's headers, {header}")
+        found = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", numbers))
+        assert kernel._ALLOWED[machine] == {name: int(found[name]) for name in kernel._ALLOWED[machine]}
+        (number,) = re.findall(rf"#define {elf}\s+(\d+)", machines)
+        assert kernel._AUDIT_ARCH[machine] == 0xC0000000 | int(number)  # 64 bits, the low byte first
 
 
 def descendants(process: int) -> set[int]:
