@@ -15,6 +15,7 @@ from support.launches import ROOT, environment
 from torch.distributed import DistNetworkError
 
 from piece_ds.preflight.accelerate_variables import check_accelerate_variables
+from piece_ds.runtime import process
 from piece_ds.runtime.blamed_variable import why_environment
 from piece_ds.runtime.cache import cache_folder, locked, user_cache
 from piece_ds.runtime.errors import MachineError, UserError
@@ -26,7 +27,7 @@ from piece_ds.runtime.launch_environment import (
     require_plain_warnings,
     require_readable_files,
 )
-from piece_ds.runtime.process import exit_code, start_distributed
+from piece_ds.runtime.process import exit_code, run_command, start_distributed
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 DIVIDED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
@@ -303,6 +304,38 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_PORT", "29512")
         with pytest.raises(kind, match="MASTER_PORT 29512 is in use" if kind is UserError else text):
             start_distributed()
+
+
+def test_everything_is_asked_for_before_a_command_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What one of them refuses is one line, and the command itself never runs."""
+    steps = (
+        "require_readable_files", "require_plain_warnings", "one_process_environment", "require_accelerator",
+        "_own_programs_first", "set_cublas_workspace", "_quiet",
+    )  # fmt: skip
+    calls: list[Any] = []
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(process, "_leave", leave)
+    for name in ("keep_streams", *steps):
+        monkeypatch.setattr(process, name, lambda name=name: calls.append(name))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        run_command(calls.append, ["--local_rank=3", "--seed", "1", "--local-rank=3"])
+    assert calls == ["keep_streams", *steps, ["--seed", "1"]]
+
+    for name in steps:
+
+        def refuse(name: str = name) -> None:
+            raise UserError(f"{name}:\n do this")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(process, name, refuse)
+            with pytest.raises(SystemExit, match=r"^2$"):
+                run_command(lambda words: pytest.fail("it ran"), [])
+        assert capsys.readouterr().err == f"error: {name}: do this\n"
 
 
 def test_a_command_says_it_in_one_line_and_ends_with_2() -> None:
