@@ -12,6 +12,7 @@ from piece_ds.zero import stage1_bf16, stage12
 from piece_ds.zero.adapter import Adapter, Piece
 from piece_ds.zero.scaled_update import scale_selected
 from piece_ds.zero.stage1_bf16 import Stage1BF16
+from piece_ds.zero.stage3 import Stage3
 from piece_ds.zero.stage12 import Stage12
 
 NAMES, SIZES = ("a", "b", "c", "d"), (4, 3, 5, 3)  # the first two are one group, the others another
@@ -134,3 +135,21 @@ def test_weight_decay_of_every_weight_comes_before_the_scaled_step_and_is_not_sc
     optimizer.step()
     other.step()
     assert torch.equal(master, plain)
+
+
+@pytest.mark.parametrize("is_invalid", [False, True])
+def test_what_breaks_off_leaves_no_trace_in_stage_3(is_invalid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would raise at a trace that is invalid already."""
+    done: list[str] = []
+    coordinator = SimpleNamespace(
+        is_invalid_trace=lambda: is_invalid,
+        _invalidate_trace=lambda: done.append("trace"),
+        reset_step=lambda: done.append("step"),
+    )
+    adapter = object.__new__(Stage3)
+    adapter.engine = SimpleNamespace(empty_partition_cache=lambda: done.append("gathered"))
+    offload = SimpleNamespace(get_param_coordinator=lambda: coordinator)
+    adapter.optimizer = SimpleNamespace(parameter_offload=offload)
+    monkeypatch.setattr(Stage3, "forget_backward", lambda self: done.append("gradients"))
+    adapter.abandon_backward()
+    assert done == ["gathered", *([] if is_invalid else ["trace"]), "step", "gradients"]

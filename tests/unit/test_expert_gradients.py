@@ -166,6 +166,8 @@ def test_only_all_experts_or_a_single_one_are_told_as_a_part_of_the_stack() -> N
         stack[1:2],
         stack[0, :2],
         stack[0, :, 1:],
+        stack.view(20, 6)[2:7],
+        stack[None],
         stack.view(-1),
         stack * 1,
     ):

@@ -34,6 +34,12 @@ PAIRS = [
     (" . a. b . ", "a. b"),
     ("x " * 300 + "y", "y " + "x " * 250),
 ]
+# Whether an answer is in the first few tokens, by our formulas and by the authors'.
+SHORT = {
+    "letter": (True, True), "reasons": (True, False), "stance": (True, True), "number": (True, True),
+    "word": (True, True), "exact": (False, False), "text": (False, False), "simplification": (False, False),
+    "code": (False, False), "vqa": (True, True), "caption": (False, False), "loss": (True, True),
+}  # fmt: skip
 HURTING = [
     "",
     " ",
@@ -54,6 +60,12 @@ HURTING = [
     "🐈" * 50,
     "\ud800",
 ]
+
+
+def test_answers_are_generated_as_long_as_their_scorer_reads() -> None:
+    scorers = {name: get_scorer(name) for name in scorer_names()}
+    assert {name: (one.is_short, one.is_short_for_authors) for name, one in scorers.items()} == SHORT
+    assert [name for name, one in scorers.items() if one.takes_many] == ["vqa", "caption"]
 
 
 @pytest.mark.parametrize(

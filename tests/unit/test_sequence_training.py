@@ -18,6 +18,7 @@ from piece_ds.methods.registry import find_method
 from piece_ds.preflight import sequences
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.sequences import sequence_training
+from piece_ds.training.trainer import TaskTrainer
 from piece_ds.zero import sequence_attention
 from piece_ds.zero.sequence_attention import exchanging_attention, sharing_engines
 
@@ -127,3 +128,24 @@ def test_engines_get_the_groups_and_deepspeed_counts_rows_itself() -> None:
     ):
         deepspeed.initialize(model=1, config_params={"train_batch_size": 8, "gradient_clipping": 1.0})
         initialize.assert_called_once_with(model=1, config_params={"gradient_clipping": 1.0}, mpu="groups")
+
+
+def test_a_micro_batch_of_shared_rows_returns_its_own_loss() -> None:
+    """Divided by the micro-batches of a step if it is a mean, as the Trainer's own is."""
+    steps: list[tuple[Any, ...]] = []
+
+    def step(*given: Any) -> torch.Tensor:
+        steps.append(given)
+        return torch.tensor(float(len(steps)))
+
+    trainer = object.__new__(TaskTrainer)
+    trainer.losses, trainer._num_tokens = [], torch.zeros((), dtype=torch.int64)
+    trainer.sequences, trainer.current_gradient_accumulation_steps = SimpleNamespace(step=step), 4  # type: ignore[assignment]
+    model = torch.nn.Linear(1, 1).eval()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+    found = [float(trainer.training_step(model, inputs, number)) for number in (None, None, 8, 8)]
+    assert found == [1 / 4, 2 / 4, 3.0, 4.0]
+    assert [float(loss) for loss in trainer.losses] == [1.0, 2.0, 3.0, 4.0]
+    assert steps == [(trainer, model, inputs, number, None) for number in (None, None, 8, 8)]
+    assert model.training
+    assert (int(trainer.take_num_tokens()), int(trainer.take_num_tokens())) == (8, 0)

@@ -71,14 +71,15 @@ class SlowCopies(HostCopies):
 
 
 def test_gradients_are_used_in_order_each_after_its_copy_and_before_its_buffer_is_written_again() -> None:
-    copies, used = SlowCopies(), []
+    copies, used, places = SlowCopies(), [], set()
     sent = [torch.full((1 + i % 5,), float(i)) for i in range(11)]
     for number, tensor in enumerate(sent):
-        copies.put(tensor, lambda host: used.append(host.clone()))
+        copies.put(tensor, lambda host: (used.append(host.clone()), places.add(host.data_ptr())))
         assert len(used) >= number  # one may be under way
     copies.drain()
     assert len(used) == len(sent)
     assert all(torch.equal(a, b) for a, b in zip(used, sent, strict=True))
+    assert places == {buffer.data_ptr() for buffer in copies._buffers}  # in the host's memory, not where they came from
 
 
 def test_what_is_forgotten_is_not_used() -> None:
