@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -28,6 +29,8 @@ from piece_ds.methods.registry import METHODS
 from piece_ds.methods.replay import kept_rows
 from piece_ds.models.loading import freeze_ineligible
 from piece_ds.runtime.errors import UserError
+from piece_ds.state.partition import Layout
+from piece_ds.state.statistics import GradientStats
 
 
 def make_task(name: str, num_rows: int, first: int) -> Task:
@@ -95,7 +98,13 @@ def test_ewc_keeps_the_earlier_tasks_fisher_decayed(tmp_path: Path, monkeypatch:
     baseline = METHODS["ewc"].baseline(BaselineArguments(ewc_decay=0.25))
     save_statistics(tmp_path / "before" / ewc.FOLDER, replace(earlier, grad_sum=None))
     monkeypatch.setattr(ewc, "layout_of", lambda module: earlier.layout)
-    monkeypatch.setattr(ewc, "collect_statistics", lambda *args, **options: now)
+
+    def collect(engine: Any, batches: Any, needs_sum: bool, *, layout: Layout) -> GradientStats:
+        assert not needs_sum  # 4 bytes for each weight
+        assert layout is earlier.layout
+        return now
+
+    monkeypatch.setattr(ewc, "collect_statistics", collect)
     (tmp_path / "now").mkdir()
     baseline.end_task(SimpleNamespace(module=None), replace(context(1, tmp_path / "now"), previous=tmp_path / "before"))
     kept = load_statistics(tmp_path / "now" / ewc.FOLDER, earlier.layout, False, torch.device("cpu"))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from piece_ds.evaluation.self_written import MIN_TOKENS, SelfWriting, self_writt
 from piece_ds.models.fingerprint import model_digest, weights_digests
 from piece_ds.models.loading import load_config
 from piece_ds.plan.shapes import known_config
+from piece_ds.preflight import general_text as of_run
 from piece_ds.preflight.general_text import (
     check_base_logits,
     check_general_text,
@@ -145,7 +147,10 @@ def test_rows_of_every_kind_are_encoded_like_those_of_a_task(
         config = load_config(settings.model)
         check_general_text(settings, config)
         read = read_general_text(settings, TOKENIZER)
-        found[named] = read if read is not None else write_general_text(settings, TOKENIZER, torch.float32)
+        with mock.patch.object(of_run, "load_model", wraps=of_run.load_model) as load:
+            found[named] = read if read is not None else write_general_text(settings, TOKENIZER, torch.float32)
+        # One rank writes alone, so ZeRO-3 must not partition its model.
+        assert load.mock_calls == ([mock.call(settings.model, torch.float32, whole=True)] if named == "self" else [])
     assert found.pop(None) is None
     for rows in found.values():
         assert rows is not None

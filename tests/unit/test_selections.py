@@ -288,12 +288,12 @@ def dense_sums(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[dict
 
 
 @pytest.fixture
-def own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statistics without DeepSpeed, for a selection's own arithmetic."""
+def own_statistics(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Statistics without DeepSpeed, for a selection's own arithmetic; whether each pass was asked for its sum."""
+    asked: list[bool] = []
 
-    def collect(
-        engine: Engine, batches: Any, needs_sum: bool, device: Any, layout: Layout, *args: Any
-    ) -> GradientStats:
+    def collect(engine: Engine, batches: Any, needs_sum: bool, device: Any, layout: Layout) -> GradientStats:
+        asked.append(needs_sum)
         stats = empty_stats(layout, needs_sum, "cpu")
         sums = dense_sums(engine.module, list(batches))
         for info, part, offset in layout.owned():
@@ -306,11 +306,12 @@ def own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("piece_variants", "activations"):
         monkeypatch.setattr(f"piece_ds.methods.{module}.collect_statistics", collect)
+    return asked
 
 
-@pytest.mark.usefixtures("own_statistics")
 @pytest.mark.parametrize("quantile", [0.5, 0.9])
-def test_gain_and_ratio_divide_the_task_by_damped_general_text(quantile: float) -> None:
+def test_gain_and_ratio_divide_the_task_by_damped_general_text(quantile: float, own_statistics: list[bool]) -> None:
+    """Only the gain keeps the gradients' sum, 4 bytes for each weight."""
     task, text = make_micro_batches("qwen3", 6)[:3], make_micro_batches("qwen3", 6)[3:]
     for method in ("piece-gain", "piece-ratio"):
         request = replace(request_of("qwen3", method, damping_quantile=quantile), micro_batches=task)
@@ -323,6 +324,7 @@ def test_gain_and_ratio_divide_the_task_by_damped_general_text(quantile: float) 
         top = {name: (total[name] / 3) ** 2 if method == "piece-gain" else squares[name] / 3 for name in eligible}
         mask = METHODS[method].select(request)
         assert mask.method == method
+        assert own_statistics[-1] == (method == "piece-gain")
         assert chosen_by(mask, {name: top[name] / (cost[name] + d) for name in eligible}), method
 
 

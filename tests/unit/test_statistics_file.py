@@ -19,6 +19,7 @@ from piece_ds.data.collate import MicroBatches
 from piece_ds.methods.estimate import select
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
+from piece_ds.state.partition import Layout
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.training import mask_source
 
@@ -105,9 +106,12 @@ def test_statistics_of_other_weights_rows_or_batches_are_refused_or_taken_again(
     """Another revision of the model has the same names and shapes, and other rows may have the same number."""
     passes: list[int] = []
 
-    def collect(engine: Any, batches: MicroBatches, *options: Any, **others: Any) -> GradientStats:
+    def collect(
+        engine: Any, batches: MicroBatches, needs_sum: bool, device: Any, layout: Layout, *, keeper: Any
+    ) -> GradientStats:
+        assert (needs_sum, device, keeper) == (True, None, None)  # any method can use them
         passes.append(len(passes))
-        stats = empty_stats(layout_of(engine.module), True, "cpu")
+        stats = empty_stats(layout, needs_sum, "cpu")
         stats.square_sum.fill_(float(len(passes)))
         return stats
 
