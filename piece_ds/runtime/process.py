@@ -19,6 +19,7 @@ from piece_ds.runtime.blamed_variable import why_environment
 from piece_ds.runtime.compile_lock import wait_with_a_limit
 from piece_ds.runtime.deterministic import set_cublas_workspace
 from piece_ds.runtime.errors import MachineError, UserError, bad_name
+from piece_ds.runtime.garbage import freeze_imports
 from piece_ds.runtime.launch_environment import (
     complete_launch_environment,
     require_accelerator,
@@ -167,6 +168,9 @@ def start_distributed(seconds: float | None = None) -> None:
             f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use on this machine, by another job or one that "
             "has not ended yet: choose another (deepspeed --master_port, torchrun --master_port)"
         ) from error
+
+    # What a run needs is imported, and no model is there yet: the time to set the imports apart.
+    freeze_imports()
 
 
 def one_process_environment() -> None:

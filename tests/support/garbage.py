@@ -1,15 +1,11 @@
-"""Collections of garbage that leave out what imports have made: DeepSpeed asks for one with every engine."""
+"""Collections of garbage that leave out what imports have made, and no garbage with it."""
 
-import atexit
 import gc
+
+from piece_ds.runtime import garbage
 
 
 def freeze_imports() -> None:
-    """Leave everything that is there now out of all further collections, in this process and its forks.
-
-    Half a million objects of torch and its friends take 0.3 s each time.
-    """
+    """Collect once, then leave everything that is there out of all further collections, here and in forks."""
     gc.collect()
-    gc.freeze()
-    # Else Triton's bindings tell at the end of the process of all that was never freed.
-    atexit.register(gc.unfreeze)
+    garbage.freeze_imports()
