@@ -154,6 +154,7 @@ def test_model_loads_and_its_vocabulary_is_that_of_the_tokenizer(embedded: Embed
     tokenizer = AutoTokenizer.from_pretrained(embedded.model_dir)
     assert model.config.vocab_size == len(tokenizer) == 259
     assert model.dtype == torch.float32
+    assert model.num_parameters() == 361_472  # the recipe's steps and rates were chosen for this size
     generated = model.generate(**tokenizer("largest hello:", return_tensors="pt"), max_new_tokens=2, do_sample=False)
     assert generated.shape == (1, 16)
 
