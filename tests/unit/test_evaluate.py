@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import datasets
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from piece_ds.cli import evaluate as command
@@ -178,3 +180,80 @@ def test_the_command_writes_the_answers_beside_its_results(tmp_path: Path, monke
     assert (written["loss"], written["score"], written["general_loss"]) == (found.loss, found.score, 1.5)
     assert written["accuracy"] == {"letters": 0.5, "why": None}
     assert (written["ability"], written["settings"]) == ({"law": 0.5}, {"seed": 3})
+
+
+@pytest.mark.parametrize("has_images", [False, True])
+def test_the_command_prepares_the_model_as_the_flags_say(
+    has_images: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads, runs or writes takes no arguments but those that the real one takes."""
+    fakes = mock.Mock()
+    for name in ("preflight", "load_model", "install_chunked_loss", "inference_model", "reads_images", "check_rows",
+                 "evaluate_tasks", "write_json", "barrier"):  # fmt: skip
+        fakes.attach_mock(mock.create_autospec(getattr(command, name)), name)
+        monkeypatch.setattr(command, name, getattr(fakes, name))
+    given: Any = SimpleNamespace(model="as given")
+    checked: Any = SimpleNamespace(model=SimpleNamespace(loss_chunk_tokens=64), shown=dict)
+    arguments = SimpleNamespace(per_device_eval_batch_size=1, device="cpu")
+    rows, tokenizer = (
+        datasets.Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]}),
+        make_tokenizer(64),
+    )
+    tasks = [SimpleNamespace(test=rows), SimpleNamespace(test=None)]
+    fakes.preflight.return_value = SimpleNamespace(
+        settings=checked,
+        arguments=arguments,
+        output_file=tmp_path / "out.json",
+        dtype=torch.bfloat16,
+        config="config",
+        tokenizer=tokenizer,
+        tasks=tasks,
+        scorers={"a": "text"},
+        general=None,
+    )
+    fakes.reads_images.return_value = has_images
+    fakes.evaluate_tasks.return_value = EvalResult({}, {}, None, 1.0)
+    assert command.evaluate(given) == (EvalResult({}, {}, None, 1.0), {"a": "(BLEU-4 + ROUGE-L) / 2"})
+    fakes.preflight.assert_called_once_with(given, command.EVALUATE)
+    fakes.load_model.assert_called_once_with(checked.model, torch.bfloat16)
+    fakes.install_chunked_loss.assert_called_once_with(fakes.load_model.return_value, 64)
+    fakes.inference_model.assert_called_once_with(fakes.load_model.return_value, arguments)
+    fakes.reads_images.assert_called_once_with("config")
+    assert len(fakes.check_rows.mock_calls) == (not has_images)  # words alone are padded
+    for call in fakes.check_rows.mock_calls:
+        assert call.args[0] is fakes.inference_model.return_value
+        assert (list(call.args[1]), *call.args[2:]) == ([6, 7], tokenizer.pad_token_id, True)
+    fakes.barrier.assert_called_once_with()
+    fakes.inference_model.return_value.empty_partition_cache.assert_called_once_with()
+    fakes.inference_model.return_value.destroy.assert_called_once_with()
+
+
+def test_the_command_prints_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = EvalResult(
+        *({"a": 2.0, "b": 0.5}, {"a": 0.25, "b": None}, 1.5, 9.0),
+        measures={"a": {"exact_match": 0.125}},
+        ability={"law": 0.75},
+        num_tokens=30,
+        generate_seconds=3.0,
+    )
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        command, "evaluate", lambda settings: asked.append(settings) or (result, {"a": "accuracy", "b": "loss"})
+    )
+    command.main(["--model_name_or_path", "m", "--max_new_tokens", "9"])
+    assert [settings.data.max_new_tokens for settings in asked] == [9]
+    assert capsys.readouterr().out.splitlines() == [
+        "a: loss 2.0000, accuracy 25.00%, exact_match 12.50%",
+        "b: loss 0.5000",
+        "general text: loss 1.5000",
+        "law: 0.7500",
+        "generated: 30 tokens, 10 a second",
+    ]
+    command.main(["--help"])
+    assert "--max_new_tokens" in capsys.readouterr().out
+    assert len(asked) == 1
+    monkeypatch.setattr(command, "evaluate", lambda settings: (EvalResult({}, {}, None, 1.0), {}))
+    command.main(["--model_name_or_path", "m"])
+    assert capsys.readouterr().out == ""
