@@ -23,7 +23,6 @@ from piece_ds.demo.office.recipe import CPU_RECIPE, SLOW_CPU_RECIPE, OfficeRecip
 from piece_ds.demo.office.write import OfficePaths, write_office
 from piece_ds.evaluation.predictions import read_predictions
 from piece_ds.models.pretrained import model_source
-from piece_ds.report.frontier import FrontierPoint, frontier_figure
 from piece_ds.report.grids import Grid, nats, percent, signed_nats
 from piece_ds.report.results import RunResults
 from piece_ds.report.table import print_grids
@@ -232,6 +231,9 @@ def _frontier_picture(comparison: Comparison) -> bytes:
 
     It shows accuracy right after each task against the rise of the loss on general text.
     """
+    # matplotlib takes a second to import, on every rank; no other run draws this.
+    from piece_ds.report.frontier import FrontierPoint, frontier_figure
+
     summaries = [(run.name, run.matrix.summary()) for run in comparison.runs]
     points = [
         FrontierPoint(name, "", summary["score_learning"] or 0.0, (summary["general_loss_change"],))
