@@ -10,6 +10,7 @@ from piece_ds.config.piece import PieceConfig, config_of
 from piece_ds.data.collate import MicroBatches
 from piece_ds.methods.registry import find_estimator, find_method
 from piece_ds.methods.request import SelectionOptions, SelectionRequest
+from piece_ds.models.adapters import refuse_adapters
 from piece_ds.models.eligible import without
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
@@ -50,13 +51,15 @@ def estimate_mask(
     Returns:
         Mask; give it to attach().
     Raises:
-        UserError: engine is none of DeepSpeed's, the method is unknown, a setting is outside its range, a pattern of
-            exclude names nothing, or the unit has no meaning with the method.
+        UserError: engine is none of DeepSpeed's, its model has an adapter of PEFT, nothing is eligible, the method is
+            unknown, a setting is outside its range, a pattern of exclude names nothing, or the unit has no meaning with
+            the method.
         ValueError: importance_rows is given, but micro_batches are not MicroBatches, so their rows are not known.
     Cost: of collect_statistics() and select().
     """
     # What is asked for, of which parameters and rows.
     require_engine(engine)
+    refuse_adapters(engine.module, "estimate_mask()")
     config = config_of(config, settings)
     method = find_method(config.method)
     if config.unit != "element" and not method.has_units:
@@ -131,7 +134,8 @@ def select(
     Returns:
         Mask with exactly k selected elements, or at most k if rows or columns compete.
     Raises:
-        ValueError: a setting is outside its range, statistics are missing, or nothing is eligible.
+        ValueError: a setting is outside its range, or statistics are missing.
+        UserError: nothing is eligible.
     """
     config = config_of(None, {"method": method, "ratio": ratio, **settings})
     return _select(

@@ -3,6 +3,7 @@
 import logging
 import re
 
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import Layout
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,16 @@ def num_selected(layout: Layout, ratio: float) -> int:
     return min(num_to_select(ratio, layout.total), layout.num_eligible)
 
 
+def require_eligible(layout: Layout) -> None:
+    """Raise UserError if no parameter may be selected."""
+    if not layout.eligible():
+        raise UserError(
+            f"the model has no eligible parameter: each of its {len(layout.parameters)} is frozen, excluded, or left "
+            "out by the rule (the input embedding, encoders of images, routers): let some require gradients "
+            "(requires_grad_(True)), or exclude fewer"
+        )
+
+
 def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[str], int]]:
     """Return (names of the eligible parameters that compete, number of elements to select among them) per group.
 
@@ -29,12 +40,11 @@ def budget_groups(layout: Layout, ratio: float, budget: str) -> list[tuple[list[
             'tensor': one group per parameter. For the last two, the same k is shared out in proportion to eligible
             elements, and a group without a share is left out.
     Raises:
-        ValueError: nothing is eligible.
+        UserError: nothing is eligible.
     """
     # How many in all.
+    require_eligible(layout)
     eligible = layout.eligible()
-    if not eligible:
-        raise ValueError("the model has no eligible parameter: every one is frozen or the input embedding")
     k = num_selected(layout, ratio)
     if k < num_to_select(ratio, layout.total):
         logger.warning(

@@ -53,7 +53,8 @@ def select_by(
     Returns:
         Mask with exactly k selected elements; with rows or columns, with those that fit into k.
     Raises:
-        ValueError: the estimator needs statistics that are missing, or nothing is eligible.
+        ValueError: the estimator needs statistics that are missing.
+        UserError: nothing is eligible.
     Cost: one pass over the statistics, none with candidates. Up to eight if more scores tie, or share their leading
     digit, than there is room for. Room: 12 bytes for each of 4 k candidates. Only counts are communicated. One rank on
     a GPU waits for it three times: for the bound, the number of candidates, and the positions.

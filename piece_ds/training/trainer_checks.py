@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from piece_ds.models.adapters import refuse_adapters
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
 
@@ -38,17 +39,7 @@ def check_trainer(trainer: Trainer) -> None:
     model = trainer.model
     if model is None:
         return
-    if any(kind.__name__ == "PeftModel" for kind in type(model).__mro__):
-        raise UserError(
-            f"PieceCallback selects among the model's own weights, got {type(model).__name__}, whose adapter trains "
-            "instead of them: give the trainer the model without peft_config, or after merge_and_unload()"
-        )
-    adapter = next((name for name, part in model.named_modules() if type(part).__module__.startswith("peft.")), None)
-    if adapter is not None:
-        raise UserError(
-            f"PieceCallback selects among the model's own weights, and {adapter!r} of this {type(model).__name__} has "
-            "an adapter of PEFT, which trains instead of them: merge it (merge_and_unload()) or take it off first"
-        )
+    refuse_adapters(model, "PieceCallback", ", or make the trainer without peft_config")
     _say_rounding(trainer, model)
 
 

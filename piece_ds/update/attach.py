@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from piece_ds.config.piece import split_patterns
+from piece_ds.models.adapters import refuse_adapters
 from piece_ds.models.eligible import input_embedding, let_gradients_in, without
 from piece_ds.models.experts import gather_experts_whole
 from piece_ds.models.layout import layout_of
 from piece_ds.models.whole_layers import gather_layers_whole
 from piece_ds.runtime.errors import UserError
 from piece_ds.selection.budget import num_selected as num_selected_of
+from piece_ds.selection.budget import require_eligible
 from piece_ds.state.mask import Mask
 from piece_ds.state.selected_values import SelectedValues, selected_values
 from piece_ds.update.compact import CompactUpdate
@@ -49,13 +51,14 @@ def attach(
         The update in force. Its detach() removes it.
     Raises:
         UserError: the engine uses a feature or an optimizer with which this has not been proven to be exact, has a mask
-            already, or has trained other weights, whose moments would move them on. In compact mode also: a mask of
-            another size, an optimizer that holds other parameters.
+            already, or has trained other weights, whose moments would move them on; its model has an adapter of PEFT.
+            In compact mode also: a mask of another size, an optimizer that holds other parameters.
     Cost per step: masked: one pass over the reduced gradient, and 8 bytes per selected element that this rank updates.
     compact: an fp32 all-reduce of K numbers, an all-gather of K values under ZeRO-3, and about 16 bytes per selected
     element on every rank, whatever the model's size.
     """
     require_engine(engine)
+    refuse_adapters(engine.module, "attach()")
     before: MaskedUpdate | CompactUpdate | None = vars(engine).get(_ATTACHED)
     if before is not None and before._remove:  # not detached
         raise UserError(
@@ -103,7 +106,7 @@ def prepare_compact(
     Returns:
         SelectedValues, already part of model, in the dtype of its parameters; zeros until attach().
     Raises:
-        UserError: the model is prepared already.
+        UserError: the model is prepared already, has an adapter of PEFT, or nothing in it is eligible.
         ValueError: both or neither of ratio and num_selected are given, or num_selected is less than 1.
     """
     # Check the arguments.
@@ -114,13 +117,16 @@ def prepare_compact(
     if num_selected is not None and num_selected < 1:
         raise ValueError(f"num_selected must be at least 1, got {num_selected}")
 
-    # ZeRO-3 has to know before it makes its hooks.
-    gather_experts_whole(model)
+    refuse_adapters(model, "prepare_compact()")
 
     # How many values there will be.
     layout = without(layout_of(model), split_patterns(exclude))
+    require_eligible(layout)
     if num_selected is None:
         num_selected = num_selected_of(layout, float(ratio or 0.0))
+
+    # ZeRO-3 has to know before it makes its hooks.
+    gather_experts_whole(model)
 
     # The values, in the dtype of the weights that they are copied to.
     params = dict(model.named_parameters())

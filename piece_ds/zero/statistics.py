@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from piece_ds.models.adapters import refuse_adapters
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.deterministic import deterministic_algorithms, nondeterministic_operation
 from piece_ds.runtime.distributed import is_main
@@ -84,13 +85,15 @@ def collect_statistics(
         same machine gives the same bits, because on CUDA torch's deterministic algorithms are on during the pass. If an
         operation has none, a warning names it and the pass begins again without them.
     Raises:
-        UserError: the engine uses DeepSpeed features that have not been proven, or a compact update is attached.
+        UserError: the engine uses DeepSpeed features that have not been proven, its model has an adapter of PEFT, or a
+            compact update is attached.
         ValueError: there is no micro-batch.
     Cost: one forward and backward per micro-batch; 4 or 8 bytes per owned element, and two buckets of gradients.
     Source: arXiv 2511.15375, section on importance estimation.
     """
     # Refuse what has no statistics.
     require_engine(engine)
+    refuse_adapters(engine.module, "collect_statistics()")
     if len(micro_batches) == 0:
         raise ValueError("no micro-batch to take statistics of: the data is empty")
     values = selected_values(engine.module)
