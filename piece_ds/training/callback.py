@@ -39,6 +39,7 @@ from piece_ds.training.chain_writer import ChainCallback, ChainWriter
 from piece_ds.training.compact_trainer import engine_of, prepare_trainer
 from piece_ds.training.general_text import GeneralText
 from piece_ds.training.progress import selection_line
+from piece_ds.training.resume_check import check_when_resumed
 from piece_ds.training.run_folder import PREVIOUS_NAME
 from piece_ds.training.trainer_checks import check_compact, check_trainer
 from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
@@ -135,6 +136,7 @@ class PieceCallback(TrainerCallback):
         self.select_seconds: float | None = None
         self._previous: dict[str, Tensor] = {}
         self._save_whole_again: Callable[[], None] | None = None
+        check_when_resumed(trainer)
 
         # Now, because DeepSpeed makes its hooks before training begins.
         if trainer.model is not None:
