@@ -3,11 +3,13 @@
 import argparse
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from typing import Any
 
 from piece_ds.config.arguments import ModelArguments
 from piece_ds.config.recommended import HELP
 from piece_ds.models.loading import empty_model, load_config
 from piece_ds.models.pretrained import PRETRAINED, NotFetched
+from piece_ds.models.suitable import check_causal, quantized_by
 from piece_ds.plan.cards import CARDS, YES, card_verdicts
 from piece_ds.plan.memory import MOMENTS, Term, memory_terms, peak, total
 from piece_ds.plan.setting import Setting
@@ -31,9 +33,14 @@ def plan(arguments: argparse.Namespace) -> None:
         return
     if arguments.model is None:
         raise UserError(f"plan needs --model ({_expected()}) or --table")
-    shape = _shape(arguments.model)
+    config, shape = _open(arguments.model)
 
     print(printable(f"{arguments.model}: {shape.total} parameters{_of_experts(shape)}"))
+    method = quantized_by(config)
+    if method is not None:
+        print(
+            f"its files are quantized ({printable(method)}), which training refuses: the plan is of a dequantized copy"
+        )
     print(_setting_line(shape, setting))
     print(_verdict_line(shape, setting))
     faster = _faster_line(shape, setting)
@@ -86,11 +93,18 @@ def _expected() -> str:
 
 
 def _shape(name: str) -> ModelShape:
-    """Return the shape of a model by its name. Only a configuration is read, or fetched from the Hub."""
+    return _open(name)[1]
+
+
+def _open(name: str) -> tuple[Any, ModelShape]:
+    """Return configuration and shape of a model by its name. Only a configuration is read, or fetched from the Hub."""
     if name in KNOWN:
-        return shape_of(empty_model(known_config(name)))
+        return known_config(name), shape_of(empty_model(known_config(name)))
     try:
-        return shape_of(empty_model(load_config(ModelArguments(model_name_or_path=name))))
+        config = load_config(ModelArguments(model_name_or_path=name))
+        model = empty_model(config)
+        check_causal(f"--model_name_or_path {name}", config, model)
+        return config, shape_of(model)
     except NotFetched:
         raise
     except Exception as error:

@@ -36,7 +36,7 @@ def check_checkpoint(arguments: ModelArguments, config: Any) -> None:
     source = f"--model_name_or_path {arguments.model_name_or_path}"
     _check_config(source, config, arguments.trust_remote_code)
     model = empty_model(config, arguments.trust_remote_code)
-    _check_causal(source, config, model)
+    check_causal(source, config, model)
     folder = files_folder(model_source(str(arguments.model_name_or_path)))
     stored = {} if folder is None else stored_tensors(folder)
     if stored:
@@ -45,17 +45,22 @@ def check_checkpoint(arguments: ModelArguments, config: Any) -> None:
         _check_ties(source, model, stored)
 
 
+def quantized_by(config: Any) -> str | None:
+    """Return the method by which config.json says that weights are quantized, or None if they are not."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    known = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = known.get("quant_method", "an unknown method")
+    return str(getattr(method, "value", method))
+
+
 def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
     """Raise UserError if config.json describes a quantized model, an encoder-decoder, or no causal language model."""
     # Most quantized checkpoints say so here; _check_dtypes() finds the others.
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        known = quantization if isinstance(quantization, dict) else vars(quantization)
-        method = known.get("quant_method", "an unknown method")
-        raise UserError(
-            f"{source} is quantized ({getattr(method, 'value', method)}): its weights cannot be trained one by one; "
-            f"{DEQUANTIZE}"
-        )
+    method = quantized_by(config)
+    if method is not None:
+        raise UserError(f"{source} is quantized ({method}): its weights cannot be trained one by one; {DEQUANTIZE}")
     kind, name = getattr(config, "model_type", None), type(config).__name__
     if getattr(config, "is_encoder_decoder", False) and not reads_images(config):
         raise UserError(
@@ -71,7 +76,7 @@ def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
         )
 
 
-def _check_causal(source: str, config: Any, model: nn.Module) -> None:
+def check_causal(source: str, config: Any, model: nn.Module) -> None:
     """Raise UserError if config or modules tell that a token sees later ones. A forward pass checks again, later."""
     encoders = tuple(towers(model))
     # Encoders of images see everything, rightly; so do cross-attentions.

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from piece_ds.models.eligible import input_embedding
 from piece_ds.models.experts import expert_blocks, experts_of, stacked_experts
 from piece_ds.models.layout import full_shape, layout_of
+from piece_ds.runtime.errors import UserError
 from piece_ds.state.partition import Layout
 
 # Published configurations, reduced to what decides shapes.
@@ -149,6 +150,8 @@ def _expert_shape(model: nn.Module, text: Any) -> ExpertShape | None:
     number, one = max(groups)
     # A configuration that does not say so may route to all of them.
     per_token = next((getattr(text, name) for name in _PER_TOKEN if isinstance(getattr(text, name, None), int)), number)
+    if not 1 <= per_token <= number:
+        raise UserError(f"its config.json says {number} experts, of which a token would see {per_token}: mend it")
     return ExpertShape(
         number=number,
         per_token=per_token,

@@ -246,6 +246,35 @@ def test_traffic_by_hand() -> None:
     assert large_received["parameters, forward"] == 3 * 0.75 * 2 * 2 * 10**9
 
 
+def test_a_plan_says_what_training_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An encoder and a mixture that cannot be are no plan; of quantized files it is that of a dequantized copy."""
+    make_model("llama").config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    dense = json.loads(file.read_text())
+    main(["plan", "--model", str(tmp_path)])
+    plain = capsys.readouterr().out
+    assert "quantized" not in plain
+    file.write_text(json.dumps({**dense, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    main(["plan", "--model", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(1).startswith("its files are quantized (gptq), which training refuses")
+    assert lines == plain.splitlines()
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    mixture = {"model_type": "mixtral", **sizes, "num_key_value_heads": 1, "vocab_size": 99, "num_local_experts": 8}
+    cases: list[tuple[dict, str]] = [({"model_type": "bert", **sizes, "vocab_size": 99}, "makes it an encoder")]
+    cases += [({**mixture, "num_experts_per_tok": k}, f"8 experts, of which a token would see {k}") for k in (-1, 0, 9)]
+    for content, message in cases:
+        file.write_text(json.dumps(content))
+        with pytest.raises(SystemExit) as left:
+            main(["plan", "--model", str(tmp_path)])
+        printed = capsys.readouterr()
+        assert left.value.code == 2
+        assert message in printed.err
+        assert len(printed.err.splitlines()) == 1
+        assert not printed.out
+
+
 def test_a_local_folder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model("llama")
     model.config.save_pretrained(tmp_path)
