@@ -97,6 +97,16 @@ def test_the_page_shows_settings_of_two_devices_side_by_side_and_each_once_elsew
     assert "## The same setting" not in summary.summary_page(each_once(devices[:1]))
 
 
+def test_runs_in_fp32_are_held_against_runs_in_fp32_alone() -> None:
+    adapter = settings_in_order(("FOMC",), (1,), ("LoRA",))[0]
+    in_bf16, in_fp32 = [row(A, "cpu")], [row(adapter, "cpu-fp32")]
+    page = summary.summary_page(in_bf16, in_fp32=in_fp32)
+    beside, own = page.split("## Each run beside")[1].split("## Every run")[0].split("## In fp32")
+    assert "| LoRA |" not in beside.replace("| full | LoRA | full + KL |", "")
+    assert "| FOMC | 1 | LoRA |" in own
+    assert "and 1 in fp32" in page
+
+
 class FakeProcess:
     """A thread in a process's place: it says what a list has for each setting that it is sent."""
 

@@ -43,6 +43,7 @@ from piece_ds.runtime.processor import bf16_is_slow
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = Path(__file__).resolve().parent / "results"
 FIRST_MODEL = "smollm2-135m"
+FP32 = "-fp32"  # ends the name of a device that trains so
 
 
 def main(argv: list[str]) -> None:
@@ -232,7 +233,7 @@ def load(folder: Path) -> AutoModelForCausalLM:
 
 def device_of_runs() -> str:
     """Return the device's name in the rows of runs; in fp32 it is another one."""
-    return device_name() + ("-fp32" if bf16_is_slow() else "")
+    return device_name() + (FP32 if bf16_is_slow() else "")
 
 
 def results_folder(model: str) -> Path:

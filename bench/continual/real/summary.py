@@ -6,9 +6,10 @@ Writes summary.md (rise of general loss and KL at matched learning, per task; ev
 and recipes.png with those that the product advises beside what users run today.
 
 Runs of other devices stand beside the file, in runs-DEVICE.csv. Every rise is measured from the base model on the
-run's own device, so rows of all devices stand in one table. A setting made on several counts once: the row of the
-device that has made more rates of its curve, so that a curve is of one device where one has made it whole, and at equal
-numbers the row of runs.csv. All rows of such settings are in a table of their own, which says how far devices differ.
+run's own device, so rows of all devices that train in bf16 stand in one table. A setting made on several counts once:
+the row of the device that has made more rates of its curve, so that a curve is of one device where one has made it
+whole, and at equal numbers the row of runs.csv. All rows of such settings are in a table of their own, which says how
+far devices differ. Runs in fp32 have a section of their own, where they are held against each other.
 """
 
 import argparse
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from bench.continual.frontier import Point, levels, matched, useful_points, why_not
 from bench.continual.real.grid import SWEEPS, settings_in_order
 from bench.continual.real.pictures import frontier_figure, recipes_figure
-from bench.continual.real.run import FIRST_MODEL, results_folder
+from bench.continual.real.run import FIRST_MODEL, FP32, results_folder
 from bench.continual.real.runs import (
     Record,
     curves_of,
@@ -51,28 +52,40 @@ def main() -> None:
     runs_file = options.runs_file or results_folder(name) / "runs.csv"
     output = options.output or results_folder(name)
     devices = [read_runs(path) for path in files_of_devices(runs_file)]
-    runs = each_once(devices)
+    runs = each_once([of_device for of_device in devices if not _is_fp32(of_device)])
+    in_fp32 = each_once([of_device for of_device in devices if _is_fp32(of_device)])
     if not runs:
         sys.exit(f"{runs_file} has no runs: bench/continual/real/run.py makes them")
-    write_text(output / "summary.md", summary_page(runs, name, made_twice(devices)))
+    write_text(output / "summary.md", summary_page(runs, name, made_twice(devices), in_fp32))
     for picture, figure in (("frontier.png", frontier_figure(runs)), ("recipes.png", recipes_figure(runs))):
         write_whole(output / picture, partial(figure.savefig, format="png", dpi=130))
-    print(f"written to {output}: summary.md, frontier.png, recipes.png ({len(runs)} runs)")
+    print(f"written to {output}: summary.md, frontier.png, recipes.png ({len(runs)} runs, {len(in_fp32)} in fp32)")
 
 
-def summary_page(runs: list[Record], model: str = FIRST_MODEL, repeated: Sequence[list[Record]] = ()) -> str:
+def _is_fp32(runs: list[Record]) -> bool:
+    return all(run["device"].endswith(FP32) for run in runs)
+
+
+def summary_page(
+    runs: list[Record],
+    model: str = FIRST_MODEL,
+    repeated: Sequence[list[Record]] = (),
+    in_fp32: Sequence[Record] = (),
+) -> str:
     """Return the page: tables at matched learning for each task, then every run.
 
     Args:
         runs: one row a setting.
         model: the name of it.
         repeated: all rows of each setting that several devices have made.
+        in_fp32: one row a setting made in fp32.
     """
     planned = len(settings_in_order())
     seeds = sorted({run["seed"] for run in runs})
     text = [
         f"# Learned against lost, on {'SmolLM2-135M-Instruct' if model == FIRST_MODEL else model}",
-        f"{len(runs)} of the {planned} runs of the grid are made (seeds {', '.join(seeds)}); no other was started.",
+        f"{len(runs)} of the {planned} runs of the grid are made (seeds {', '.join(seeds)}), and {len(in_fp32)} in "
+        "fp32; no other was started.",
         "Learned: loss on held-out answers, nats per token. Lost: mean rise of the loss on three texts no method saw, "
         "and KL(base || tuned) on them, nats per token. Levels are shares of the way from the untrained loss to the "
         "best that any method learned. 'passed': the smallest rate had learned more already.",
@@ -99,11 +112,15 @@ def summary_page(runs: list[Record], model: str = FIRST_MODEL, repeated: Sequenc
         "that at which a method learns most are left out. 'x 3.0': so many times the run's own rise."
     )
     text.append(_beside_references(runs))
+    if in_fp32:
+        text.append("## In fp32")
+        text.append("The same, on a processor that multiplies bf16 slowly: held against runs in fp32 alone.")
+        text.append(_beside_references(list(in_fp32)))
     if repeated:
         text.append("## The same setting on several devices")
         text.append(_on_devices(repeated))
     text.append("## Every run")
-    text.append(_every_run(runs))
+    text.append(_every_run([*runs, *in_fp32]))
     return "\n\n".join(text) + "\n"
 
 
@@ -169,6 +186,7 @@ def _every_run(runs: list[Record]) -> str:
         "task": lambda run: run["task"],
         "rate": lambda run: run["rate"],
         "seed": lambda run: run["seed"],
+        "device": lambda run: run["device"],
         "learned": lambda run: f"{float(run['learned']):.3f}",
         "rise": lambda run: f"{float(run['rise']):+.3f}",
         "KL": lambda run: f"{float(run['kl']):.3f}",
