@@ -112,7 +112,7 @@ def test_the_studys_page_holds_every_run_against_full_fine_tuning_and_lora_at_eq
     def run(name: str, rate: float, learned: float, rise: float, seed: str = "1") -> dict[str, str]:
         numbers = {"rate": rate, "learned_before": 7.0, "learned": learned, "rise": rise, "kl": rise}
         values = {key: str(value) for key, value in numbers.items()}
-        return {"name": name, "task": "a", "seed": seed, "delta_bytes": "0", "seconds": "1", **values}
+        return {"name": name, "task": "a", "seed": seed, "device": "cpu", "delta_bytes": "0", "seconds": "1", **values}
 
     page = real.summary_page(
         [
