@@ -109,7 +109,7 @@ def _worker(options: argparse.Namespace, zero: str, dtype: str, methods: list[st
                 "LOCAL_RANK": "0",
                 "WORLD_SIZE": "1",
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": launcher[-1],
+                "MASTER_PORT": "0",  # a free one
             }
         try:
             done = subprocess.run(

@@ -11,18 +11,10 @@ VOCABULARY, LENGTH = 128, 32
 
 def on_one_process() -> None:
     """Tell DeepSpeed that a script started with plain python is rank 0 of 1, on the CPU if there is no GPU."""
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if "RANK" not in os.environ:
-        os.environ.update(one, MASTER_PORT=str(_free_port()))
+        # Port 0: torch takes one that is free.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_model(seed: int = 0) -> LlamaForCausalLM:

@@ -2,15 +2,18 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from piece_ds.doctor.findings import BAD, GOOD, Finding
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 TIMEOUT_SECONDS = 300.0  # a new machine compiles
 GRACE_SECONDS = 5.0  # for the others to end by themselves once one has failed
@@ -24,8 +27,9 @@ def run_self_test(num_ranks: int) -> Iterator[Finding]:
     """
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="piece-doctor-") as folder:
-        port = _free_port()
-        processes = [_start(rank, num_ranks, port, Path(folder)) for rank in range(num_ranks)]
+        # Hosted here from now on. A port that rank 0 opens after its imports can be another process's by then.
+        meeting = _meeting_place(num_ranks)
+        processes = [_start(rank, num_ranks, meeting.port, Path(folder)) for rank in range(num_ranks)]
         codes = _wait(processes, begin + TIMEOUT_SECONDS)
         result, said = Path(folder) / "result.json", _last_words(Path(folder), codes)
         found = json.loads(result.read_text()) if result.exists() else {}
@@ -47,6 +51,7 @@ def _start(rank: int, num_ranks: int, port: int, folder: Path) -> "subprocess.Po
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # every rank joins at that port, and none opens it
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
     }
@@ -57,10 +62,11 @@ def _start(rank: int, num_ranks: int, port: int, folder: Path) -> "subprocess.Po
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _meeting_place(num_ranks: int) -> "TCPStore":
+    """Return the store that the processes meet at, on a free port, for as long as it is referred to."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, num_ranks, is_master=True, wait_for_workers=False)
 
 
 def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float) -> list[int]:

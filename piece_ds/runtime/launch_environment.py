@@ -60,6 +60,10 @@ _PRECISIONS = ("", "no", "bf16", "fp16")
 # What accelerate divides: copies of the model, its states, matrices, and rows in two ways.
 _PARALLELISM = ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
 
+# Nobody else comes to a process that is alone, so that torch may take the port that is free when it listens. One that
+# is looked for before that can be another process's by then: imports take seconds.
+ANY_PORT = "0"
+
 _START = "start with deepspeed or torchrun"
 
 
@@ -80,7 +84,7 @@ def complete_launch_environment() -> None:
 
     if "RANK" not in os.environ:
         _refuse_several_without_rank()
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=ANY_PORT)
         return
 
     # A launcher has named ranks.
@@ -196,10 +200,10 @@ def _refuse_other_frameworks() -> None:
 def _complete_master(size: int) -> None:
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", _free_port())
+        os.environ.setdefault("MASTER_PORT", ANY_PORT)
     if "MASTER_ADDR" not in os.environ:
         raise UserError(f"RANK and WORLD_SIZE are set, but MASTER_ADDR is not: {_START}, or set it to rank 0's machine")
-    port = _number("MASTER_PORT", least=1)
+    port = _number("MASTER_PORT", least=0 if size == 1 else 1)
     if port > 65535:
         raise UserError(f"MASTER_PORT is {port}, expected a port of at most 65535")
     # Among several machines a name may become known later, and the processes wait for it.
@@ -255,9 +259,3 @@ def _number(name: str, least: int = 0) -> int:
     if not (text.isascii() and text.strip().isdigit() and len(text) < 12 and int(text) >= least):
         raise UserError(f"{name} is {text[:80]!r}, expected a whole number of at least {least}")
     return int(text)
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

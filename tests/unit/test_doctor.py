@@ -1,6 +1,7 @@
 """The doctor passes on a machine that works, and finds what would fail a run."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,3 +165,10 @@ def test_one_process_that_fails_is_enough_whatever_was_found_before(monkeypatch:
         monkeypatch.setattr(processes, "_last_words", lambda *_: "")
         *_, last = processes.run_self_test(2)
         assert (last.what, last.status) == ("self-test", status), codes
+
+
+def test_the_processes_of_the_self_test_meet_at_a_port_that_is_held() -> None:
+    """One that is only looked for can be another process's when rank 0 has imported what it needs."""
+    meeting = processes._meeting_place(2)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", meeting.port))

@@ -47,6 +47,7 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({**TWO, "MASTER_ADDR": ""}, "MASTER_ADDR is not"),
     ({**TWO, "MASTER_PORT": ""}, "MASTER_PORT is not"),
     ({**TWO, "MASTER_PORT": "70000"}, "at most 65535"),
+    ({**TWO, "MASTER_PORT": "0"}, "MASTER_PORT is '0', expected a whole number of at least 1"),
     ({**TWO, "LOCAL_RANK": "gpu0"}, "LOCAL_RANK is 'gpu0'"),
     ({**TWO, "LOCAL_RANK": "7"}, "LOCAL_RANK is 7, but WORLD_SIZE 2"),
     ({**TWO, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
@@ -133,7 +134,16 @@ def test_what_can_be_told_is_completed(bare: pytest.MonkeyPatch, variables: dict
     assert os.environ["LOCAL_RANK"] == local_rank
     assert 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"])
     assert os.environ["MASTER_ADDR"]
-    assert int(os.environ["MASTER_PORT"]) > 0
+    # One process leaves its port to torch: one that was free before the imports may not be when it listens.
+    alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in variables
+    assert os.environ["MASTER_PORT"] == ("0" if alone else variables["MASTER_PORT"])
+
+
+def test_a_process_alone_may_name_any_port(bare: pytest.MonkeyPatch) -> None:
+    bare.setenv("RANK", "0")
+    bare.setenv("WORLD_SIZE", "1")
+    bare.setenv("MASTER_PORT", "0")
+    complete_launch_environment()
 
 
 def test_what_accelerate_was_told_is_done_or_refused(bare: pytest.MonkeyPatch) -> None:

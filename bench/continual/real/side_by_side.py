@@ -15,7 +15,6 @@ import gc
 import multiprocessing
 import os
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -108,21 +107,21 @@ def start_worker(options: argparse.Namespace, recipe: Recipe, model: Path, numbe
     """Return a new worker. Its own output goes to a file in the cache."""
     context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
     ours, theirs = context.Pipe()
-    arguments = (theirs, options, recipe, model, number, _free_port())
+    arguments = (theirs, options, recipe, model, number)
     process = context.Process(target=work, args=arguments, name=f"worker {number}", daemon=True)
     process.start()
     theirs.close()
     return Worker(process, ours)
 
 
-def work(pipe: Connection, options: argparse.Namespace, recipe: Recipe, model: Path, number: int, port: int) -> None:
+def work(pipe: Connection, options: argparse.Namespace, recipe: Recipe, model: Path, number: int) -> None:
     """Make the runs that come through pipe, as a process of its own. See Worker."""
     log = os.open(options.cache / f"worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
 
-    # A process group of one, at a port that no other worker has.
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # A process group of one; torch takes a free port.
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     run_command(partial(_make_runs, pipe, options, recipe, model, number), [])
 
 
@@ -157,12 +156,6 @@ def _device_works() -> bool:
 
 def _scratch(options: argparse.Namespace, number: int) -> Path:
     return Path(options.scratch / f"scratch-{number}")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":
