@@ -30,8 +30,9 @@ def test_humanevals_share_and_its_file(scoring: str, tmp_path: Path, monkeypatch
     seen: list[Any] = []
 
     def generate(
-        model: Any, prompts: Any, tokenizer: Any, most: int, size: int, device: Any, how: Any, **_: Any
+        model: Any, prompts: Any, tokenizer: Any, most: int, size: int, device: Any, how: Any, *, description: str
     ) -> Any:
+        assert description == "HumanEval"
         seen.append((model, [tokenizer.decode(ids) for ids in prompts], most, size, device, how.sample, how.seed))
         return SimpleNamespace(texts=WRITTEN)
 

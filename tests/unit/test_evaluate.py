@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import datasets
 import pytest
 import torch
+from support.fakes import faked
 from transformers import PreTrainedTokenizerFast
 
 from piece_ds.cli import evaluate as command
@@ -65,10 +65,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[str], int]]:
         batch_size: int,
         device: str,
         decoding: Decoding,
-        **named: Any,
+        *,
+        description: str,
+        batch_of: Any,
     ) -> Generated:
-        assert (model, batch_size, device, decoding.seed) == (MODEL, ROWS, "cpu", 1)
-        task = named["description"].removeprefix("answers to ")
+        assert (model, batch_size, device, batch_of) == (MODEL, ROWS, "cpu", None)
+        assert decoding == Decoding(sample=True, seed=1)
+        task = description.removeprefix("answers to ")
         found[task] = [tokenizer.decode(prompt) for prompt in prompts], most
         return Generated(OUTPUTS[task], num_tokens=10 * len(prompts), seconds=2.0)
 
@@ -95,7 +98,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[str], int]]:
 
 def run(tmp_path: Path, scoring: str) -> EvalResult:
     settings: Any = SimpleNamespace(
-        evaluation=SimpleNamespace(scoring=scoring, max_new_tokens_text=LONG, sample=False, sample_seed=1),
+        evaluation=SimpleNamespace(scoring=scoring, max_new_tokens_text=LONG, sample=True, sample_seed=1),
         data=SimpleNamespace(max_new_tokens=SHORT),
     )
     general = datasets.Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]})
@@ -157,25 +160,20 @@ def test_the_command_writes_the_answers_beside_its_results(tmp_path: Path, monke
     )
     found = EvalResult({"letters": 2.0}, {"letters": 0.5, "why": 0.25}, 1.5, 9.0, {}, {"law": 0.5}, 30, 3.0)
 
-    def evaluated(model: Any, tokenizer: str, tasks: Any, **options: Any) -> EvalResult:
-        assert (model, tokenizer, tasks) == (MODEL, "tokenizer", TASKS[:1])
-        assert options == {
-            "scorers": inputs.scorers,
-            "general": "general",
-            "batch_size": ROWS,
-            "settings": settings,
-            "device": "cpu",
-            "folder": tmp_path / "mine-predictions",
-        }
-        return found
-
-    monkeypatch.setattr(command, "preflight", lambda settings, kind: inputs)
-    monkeypatch.setattr(command, "load_model", lambda model, dtype: "loaded")
-    monkeypatch.setattr(command, "install_chunked_loss", lambda model, tokens: None)
-    monkeypatch.setattr(command, "inference_model", lambda model, arguments: MODEL)
-    monkeypatch.setattr(command, "reads_images", lambda config: True)
-    monkeypatch.setattr(command, "evaluate_tasks", evaluated)
+    names = ("preflight", "load_model", "install_chunked_loss", "inference_model", "reads_images", "evaluate_tasks")
+    fakes = faked(monkeypatch, command, *names)
+    fakes.preflight.return_value, fakes.inference_model.return_value = inputs, MODEL
+    fakes.reads_images.return_value, fakes.evaluate_tasks.return_value = True, found
     assert command.evaluate(settings)[0] is found
+    fakes.evaluate_tasks.assert_called_once_with(
+        *(MODEL, "tokenizer", TASKS[:1]),
+        scorers=inputs.scorers,
+        general="general",
+        batch_size=ROWS,
+        settings=settings,
+        device="cpu",
+        folder=tmp_path / "mine-predictions",
+    )
     written = json.loads((tmp_path / "mine.json").read_text())
     assert (written["loss"], written["score"], written["general_loss"]) == (found.loss, found.score, 1.5)
     assert written["accuracy"] == {"letters": 0.5, "why": None}
@@ -187,11 +185,8 @@ def test_the_command_prepares_the_model_as_the_flags_say(
     has_images: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What reads, runs or writes takes no arguments but those that the real one takes."""
-    fakes = mock.Mock()
-    for name in ("preflight", "load_model", "install_chunked_loss", "inference_model", "reads_images", "check_rows",
-                 "evaluate_tasks", "write_json", "barrier"):  # fmt: skip
-        fakes.attach_mock(mock.create_autospec(getattr(command, name)), name)
-        monkeypatch.setattr(command, name, getattr(fakes, name))
+    names = ("preflight", "load_model", "install_chunked_loss", "inference_model", "reads_images", "check_rows")
+    fakes = faked(monkeypatch, command, *names, "evaluate_tasks", "write_json", "barrier")
     given: Any = SimpleNamespace(model="as given")
     checked: Any = SimpleNamespace(model=SimpleNamespace(loss_chunk_tokens=64), shown=dict)
     arguments = SimpleNamespace(per_device_eval_batch_size=1, device="cpu")
@@ -251,8 +246,9 @@ def test_the_command_prints_what_was_measured(
         "law: 0.7500",
         "generated: 30 tokens, 10 a second",
     ]
+    faked(monkeypatch, command, "methods_help").methods_help.return_value = "words-of-every-method"
     command.main(["--help"])
-    assert "--max_new_tokens" in capsys.readouterr().out
+    assert "words-of-every-method" in capsys.readouterr().out
     assert len(asked) == 1
     monkeypatch.setattr(command, "evaluate", lambda settings: (EvalResult({}, {}, None, 1.0), {}))
     command.main(["--model_name_or_path", "m"])

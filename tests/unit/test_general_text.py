@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.fakes import faked
 from support.launches import make_model_folder
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,8 @@ from piece_ds.data.general_text import builtin_rows, hold_out_judged, rows_of_to
 from piece_ds.data.rows import IGNORED_LABEL
 from piece_ds.data.tokenize import Encoder
 from piece_ds.demo.model import make_tokenizer
+from piece_ds.evaluation import self_written
+from piece_ds.evaluation.generate import Decoding
 from piece_ds.evaluation.self_written import MIN_TOKENS, SelfWriting, self_written_file, write_rows
 from piece_ds.models.fingerprint import model_digest, weights_digests
 from piece_ds.models.loading import load_config
@@ -87,9 +90,15 @@ def test_what_a_model_writes_follows_its_own_distribution(folder: Path) -> None:
 
 def test_rows_shorter_than_the_fewest_tokens_are_dropped_and_no_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     written = SimpleNamespace(token_ids=[[5] * (MIN_TOKENS - 2), [6] * (MIN_TOKENS - 1), [7] * MIN_TOKENS])
-    monkeypatch.setattr("piece_ds.evaluation.self_written.generate_texts", lambda *args, **kwargs: written)
-    rows = write_rows(torch.nn.Linear(1, 1), TOKENIZER, WRITING, "cpu")
-    first = TOKENIZER.bos_token_id
+    generate = faked(monkeypatch, self_written, "generate_texts").generate_texts
+    generate.return_value = written
+    model, first = torch.nn.Linear(1, 1), TOKENIZER.bos_token_id
+    rows = write_rows(model, TOKENIZER, WRITING, "cpu")
+    generate.assert_called_once_with(
+        *(model, [[first]] * WRITING.num_rows, TOKENIZER, WRITING.num_tokens - 1, WRITING.batch_size, "cpu"),
+        Decoding(sample=True, temperature=1.0, top_k=0, top_p=1.0, seed=WRITING.seed),
+        description="writing general text",
+    )
     assert rows["input_ids"][:] == [[first, *ids] for ids in written.token_ids[1:]]
 
 

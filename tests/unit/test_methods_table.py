@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fakes import faked
 from support.models import make_model
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from piece_ds.methods.method import BASELINE, SELECTION
 from piece_ds.methods.registry import METHODS, find_estimator, find_method, methods_help, names_of
 from piece_ds.models.layout import layout_of
 from piece_ds.runtime.errors import UserError
+from piece_ds.selection.candidates import LastPassFilter
 from piece_ds.selection.estimators import Estimator, Fragment
 from piece_ds.state.statistics import GradientStats, empty_stats
 
@@ -58,20 +60,25 @@ def test_every_method_says_what_it_is() -> None:
 def test_an_estimator_of_the_sum_alone_gets_its_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was an AssertionError: the pass was not asked to keep the sum."""
     register_estimator("mean-gradient", mean_gradient, needs="sum")
-    asked: dict[str, Any] = {}
+    engine, batches, layout = Engine(), list[Any](), layout_of(make_model("llama"))
+    keeper: Any = object()
 
-    def collect(engine: Engine, batches: list, **options: Any) -> GradientStats:
-        asked.update(options)
+    def collected(*_: Any, **options: Any) -> GradientStats:
         stats = empty_stats(options["layout"], options["needs_sum"], "cpu")
         assert stats.grad_sum is not None
         stats.grad_sum.copy_(torch.arange(stats.layout.num_owned) % 1009)
         return stats
 
-    monkeypatch.setattr(estimate, "collect_statistics", collect)
-    mask = estimate.estimate_mask(Engine(), [], method="mean-gradient", ratio=0.01)
-    assert asked["needs_sum"]
+    collect = faked(monkeypatch, estimate, "collect_statistics").collect_statistics
+    collect.side_effect = collected
+    settings = {"method": "mean-gradient", "ratio": 0.01, "statistics_device": "cpu"}
+    mask = estimate.estimate_mask(engine, batches, layout=layout, keeper=keeper, **settings)
+    last_pass = collect.call_args.kwargs["last_pass"]
+    collect.assert_called_once_with(
+        engine, batches, needs_sum=True, device="cpu", layout=layout, last_pass=last_pass, keeper=keeper
+    )
+    assert isinstance(last_pass, LastPassFilter)
     assert mask.method == "mean-gradient"
-    layout = layout_of(make_model("llama"))
     flat = torch.arange(layout.num_owned) % 1009
     lowest = min(
         int(flat[offset + positions].min())

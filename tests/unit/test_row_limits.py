@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from support.fakes import faked
 from support.models import make_model
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -52,11 +53,11 @@ def test_the_first_rows_make_whole_micro_batches_and_a_last_one(rows: Any) -> No
 def test_estimation_and_the_runs_source_see_only_the_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
 
-    def collect(engine: Engine, batches: MicroBatches, **options: Any) -> GradientStats:
+    def collected(engine: Engine, batches: MicroBatches, **options: Any) -> GradientStats:
         seen.append(rows_of(batches))
         return empty_stats(options["layout"], options["needs_sum"], "cpu")
 
-    monkeypatch.setattr(estimate, "collect_statistics", collect)
+    faked(monkeypatch, estimate, "collect_statistics").collect_statistics.side_effect = collected
     estimate.estimate_mask(Engine(), MicroBatches(ROWS, collate, 4), importance_rows=6)
     flags = MethodArguments(importance_rows=3)
     source = MaskSource(config=flags.config(), files=flags, task="t")

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
+from support.fakes import faked
 
 from piece_ds.cli import select
 from piece_ds.config.settings import Settings, parse
@@ -25,11 +26,7 @@ FLAGS = ["--model_name_or_path", "m", "--eligible", "*q_proj*,*up*", "--exclude"
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     """In the place of all that reads, trains or writes; they take no arguments but those that the real ones take."""
-    order = mock.Mock()
-    for name in FAKED:
-        fake = mock.create_autospec(getattr(select, name))
-        order.attach_mock(fake, name)
-        monkeypatch.setattr(select, name, fake)
+    order = faked(monkeypatch, select, *FAKED)
     order.reads_images.return_value = False
     return order
 
@@ -112,6 +109,7 @@ def test_the_command_says_how_much_was_selected(
     select.main(FLAGS)
     assert [one.model.eligible for one in asked] == ["*q_proj*,*up*"]
     assert capsys.readouterr().out == "3 of 40 elements selected (piece-f); proposed ratio: 25 %\n"
+    faked(monkeypatch, select, "methods_help").methods_help.return_value = "words-of-every-method"
     select.main(["--help"])
-    assert "piece-ratio" in capsys.readouterr().out
+    assert "words-of-every-method" in capsys.readouterr().out
     assert len(asked) == 1
