@@ -53,6 +53,7 @@ def attach(
         UserError: the engine uses a feature or an optimizer with which this has not been proven to be exact, has a mask
             already, or has trained other weights, whose moments would move them on; its model has an adapter of PEFT.
             In compact mode also: a mask of another size, an optimizer that holds other parameters.
+        UserError from engine.load_checkpoint() in masked mode: a checkpoint that was written without this mask.
     Cost per step: masked: one pass over the reduced gradient, and 8 bytes per selected element that this rank updates.
     compact: an fp32 all-reduce of K numbers, an all-gather of K values under ZeRO-3, and about 16 bytes per selected
     element on every rank, whatever the model's size.

@@ -1,8 +1,13 @@
 """Masked update mode: a hook on the engine zeroes unselected entries of the reduced gradient before the step."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
+from torch import Tensor
+
 from piece_ds.runtime.errors import UserError
+from piece_ds.runtime.overriding import override
 from piece_ds.state.mask import Mask
 from piece_ds.update.decay import SelectedDecay
 from piece_ds.update.step_scale import StepScale
@@ -36,11 +41,8 @@ class MaskedUpdate:
         whole = mask.whole()
         if engine.global_steps == 0:  # else masters and moments are those of a checkpoint
             adapter.prepare()
-        elif (num_elsewhere := count_moments_elsewhere(adapter, whole)) > 0:
-            raise UserError(
-                f"the engine's optimizer has moments of {num_elsewhere} weights that the mask does not select, from "
-                "steps without this mask: AdamW would go on moving them. Make a new engine of the model for every mask"
-            )
+        else:
+            self._refuse_moments_elsewhere(whole, "the engine's optimizer has")
 
         # Find the selection in this rank's gradients and masters.
         adapter.bind(whole)
@@ -53,13 +55,35 @@ class MaskedUpdate:
         if step_scale is not None:
             scale = scale_selected(adapter, whole, step_scale.selected(mask))
             self._remove += scale.install(engine.basic_optimizer)
-        self._remove += [refuse_parts(engine), even_out_gradients(engine)]
+        self._remove += [refuse_parts(engine), even_out_gradients(engine), self._check_checkpoints()]
 
     def detach(self) -> None:
         """Restore the engine as it was before."""
         for remove in self._remove:
             remove()
         self._remove = []
+
+    def _refuse_moments_elsewhere(self, whole: dict[str, Tensor], whose: str) -> None:
+        """Raise UserError if AdamW would move weights outside the mask. A collective, one pass over the moments."""
+        if (num_elsewhere := count_moments_elsewhere(self._adapter, whole)) > 0:
+            raise UserError(
+                f"{whose} moments of {num_elsewhere} weights that the mask does not select, from steps without this "
+                "mask: AdamW would go on moving them. Make a new engine of the model for every mask"
+            )
+
+    def _check_checkpoints(self) -> Callable[[], None]:
+        """Refuse training checkpoints that were written without this mask; return undo."""
+        load = self._engine.load_checkpoint
+
+        @wraps(load)
+        def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            result = load(*args, **kwargs)
+            # DeepSpeed returns (None, ...) if it found no checkpoint.
+            if result[0] is not None:
+                self._refuse_moments_elsewhere(self._whole, f"the checkpoint {result[0]} has")
+            return result
+
+        return override(self._engine, "load_checkpoint", load_checkpoint)
 
     def is_local_finite(self) -> bool | None:
         """Return None: DeepSpeed has added up the ranks' gradients, so a rank's own part is unknown."""

@@ -26,6 +26,19 @@ def test_a_mask_that_holds_all_that_has_moments_is_exact(results: dict[str, Any]
     assert result_of(results, f"{setup} smaller detached") == {"strays": 0}
 
 
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("first", ["none", "other"])
+def test_a_checkpoint_of_steps_without_the_mask_is_refused(results: dict[str, Any], setup: str, first: str) -> None:
+    refused = result_of(results, f"{setup} {first} loaded")["refused"]
+    assert refused.startswith("the checkpoint ")
+    assert " has moments of " in refused
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_the_masks_own_checkpoint_is_loaded_after_attach(results: dict[str, Any], setup: str) -> None:
+    assert result_of(results, f"{setup} same loaded") == {"strays": 0, "left": False}
+
+
 @pytest.mark.parametrize("setup", [*SETUPS, "compact"])
 def test_two_masks_at_once_are_refused(results: dict[str, Any], setup: str) -> None:
     assert "attached to this engine already" in result_of(results, f"{setup} other attached")["refused"]
