@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The launch scripts' commands run by themselves.
     try:
         from piece_ds.cli.commands import launched_command, run_launched
-        from piece_ds.cli.main import _parser
+        from piece_ds.cli.main import FlagError, _parser
     except Exception as error:
         _leave_if_environment(error)
         raise
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not left.code and lost_output():
             sys.exit(1)
         raise
+    except FlagError as error:
+        _say(error)
+        sys.exit(2)
     except UserError as error:
         # None of these commands has that flag of the launch scripts; a model is named by its place here.
         _say(str(error).replace("--model_name_or_path ", "model "))

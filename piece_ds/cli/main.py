@@ -16,11 +16,15 @@ _MEANING = (
 )
 
 
+class FlagError(UserError):
+    """A flag that no command has, one without its value, or a value that it does not take."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Argument parser that reports what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help)")
+        raise FlagError(f"{message} ({self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +77,7 @@ def _add_delta_commands(commands: "argparse._SubParsersAction[_Parser]") -> None
     _add_coding(compose)
     export = add("export", "A delta in another tool's layout", model=False)
     export.add_argument("--format", choices=["vllm", "peft", "piece-peft"], required=True)
-    export.add_argument("--model", metavar="MODEL_FOLDER", help="the base; needed for peft")
+    export.add_argument("--model", "--model_name_or_path", metavar="MODEL_FOLDER", help="the base; needed for peft")
     export.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
     export.add_argument("--output", metavar="PATH", required=True)
 
@@ -114,7 +118,7 @@ def _add_hub(commands: "argparse._SubParsersAction[_Parser]") -> None:
     pull.add_argument("repository", metavar="hf://USER/NAME")
     pull.add_argument("--output", metavar="FOLDER", required=True, help="nothing there yet, or an empty folder")
     pull.add_argument("--revision", help="a branch, tag or commit; default: main")
-    pull.add_argument("--model", metavar="MODEL_FOLDER", help="check also that the deltas go on this model as it is")
+    pull.add_argument("--model", "--model_name_or_path", metavar="MODEL_FOLDER", help="check also that the deltas go on this model as it is")
     pull.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
     pull.set_defaults(run="piece_ds.cli.delta_hub:pull")
 
@@ -153,7 +157,7 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
         default="change",
         help="|change|, |change| / |weight|, or by how much each lowers the loss on rows of --train_file",
     )
-    prune.add_argument("--model", metavar="MODEL_FOLDER", help="with --by loss: the base that the delta goes on")
+    prune.add_argument("--model", "--model_name_or_path", metavar="MODEL_FOLDER", help="with --by loss: the base that the delta goes on")
     prune.add_argument("--train_file", metavar="FILE", help="with --by loss: rows, as training takes them")
     prune.add_argument("--rows", type=int, default=256, help="with --by loss: the first N; default: %(default)s")
     prune.add_argument("--batch_size", type=int, default=8, help="with --by loss; default: %(default)s")
@@ -189,7 +193,7 @@ def _add_coding(command: argparse.ArgumentParser) -> None:
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.description = "Bytes per rank and traffic per optimizer step, computed from shapes; nothing is loaded."
-    plan.add_argument("--model", help="a model folder, its config.json, a Hub id, or 1.5B, 8B, 70B, 405B")
+    plan.add_argument("--model", "--model_name_or_path", help="a model folder, its config.json, a Hub id, or 1.5B, 8B, 70B, 405B")
     plan.add_argument("--world", type=int, default=1, help="ranks")
     plan.add_argument("--zero", type=int, default=3, choices=[0, 1, 2, 3], help="ZeRO stage")
     plan.add_argument("--update_mode", default="compact", choices=["compact", "masked", "full", "lora"])

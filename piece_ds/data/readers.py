@@ -108,11 +108,26 @@ def read_json(path: Path) -> Iterator[Any]:
         head = file.read(4096).lstrip(WHITESPACE)
         # Many files of JSON lines are named .json.
         if head.startswith("{"):
-            yield from read_jsonl(path)
+            file.seek(0)
+            row = _one_object(file)
+            yield from read_jsonl(path) if row is None else [row]
             return
         file.seek(0)
         text = file.read()
     yield from list_items(text, path)
+
+
+def _one_object(file: TextIO) -> dict[str, Any] | None:
+    """Return a file's only object if it is written over several lines, as indented JSON is, else None."""
+    first = next(line for line in file if line.strip(WHITESPACE))
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        try:
+            return dict(json.loads(first + file.read(), object_pairs_hook=_once_each))
+        except (ValueError, RecursionError):
+            return None
+    return None
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:

@@ -33,6 +33,8 @@ class PeftExport:
         whole_bytes: of their parameters.
         rank: SHiRA's r.
         num_padding: places of SHiRA that hold no change, since every module has r * (rows + columns).
+        unmergeable: one of whole that has no `weight` of its own, such as stacked experts, or None. The adapter
+            computes with it, but PEFT 0.21's merge_and_unload() ends in an AttributeError there.
     """
 
     num_inexact: int
@@ -40,6 +42,7 @@ class PeftExport:
     whole_bytes: int
     rank: int
     num_padding: int
+    unmergeable: str | None
 
 
 def export_peft(
@@ -71,8 +74,8 @@ def export_peft(
     if lost:
         raise UserError(
             f"a PEFT adapter holds differences of Linear weights, and other modules whole; delta {delta.path} also "
-            f"changes {lost[0]!r}, which is tied to another parameter or lies in a module beside others: use piece_ds "
-            "delta merge"
+            f"changes {lost[0]!r}, which is tied to another parameter or lies in a module beside others: --format "
+            "piece-peft holds every change, or use piece_ds delta merge"
         )
     whole = {owner[name] for name in outside}
     sparse = [name for name in delta.shapes if name in linear and owner.get(name) not in whole]
@@ -103,7 +106,8 @@ def export_peft(
     write_json(output / "adapter_config.json", _adapter_config(rank, list(changes), sorted(whole), base_model))
     places = sum(rank * sum(_shape(model, name)) for name in changes)
     padding = places - sum(change.index.numel() for change in changes.values())
-    return PeftExport(num_inexact, tuple(sorted(whole)), num_bytes, rank, padding)
+    unmergeable = next((name for name in sorted(whole) if not hasattr(model.get_submodule(name), "weight")), None)
+    return PeftExport(num_inexact, tuple(sorted(whole)), num_bytes, rank, padding, unmergeable)
 
 
 def _linear_weights(model: nn.Module) -> set[str]:

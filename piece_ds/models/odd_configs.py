@@ -15,7 +15,7 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 def refuse_odd_config(source: str, config: Any) -> None:
     """Raise UserError if config asks for what no model that trains has.
 
-    No layer or far too many of them, a dropout rate that is no probability, and outputs without a loss.
+    No layer, no token or far too many of them, a dropout rate that is no probability, and outputs without a loss.
 
     Args:
         source: what the configuration is of, for the message.
@@ -33,6 +33,8 @@ def refuse_odd_config(source: str, config: Any) -> None:
             raise UserError(f"{source}: its config.json says {name} {value:.6g}, expected a probability: mend it")
         if name in _DEPTHS and value < 1:
             raise UserError(f"{source}: its config.json asks for {name} {value:.6g}: a model has at least one layer")
+        if name == "vocab_size" and value < 1:
+            raise UserError(f"{source}: its config.json asks for {name} {value:.6g}: a model has at least one token")
         if _PARTS.search(name) and value > _MOST_PARTS:
             raise UserError(f"{source}: its config.json asks for {name} {value:.6g}, which no model has: mend it")
 

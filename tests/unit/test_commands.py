@@ -150,3 +150,10 @@ def test_print_config_prints_nothing_but_yaml(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "piece_ds", "--local_rank=0", "train", "--print_config", "--seed", "7"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert yaml.safe_load(done.stdout)["seed"] == 7
+
+
+def test_a_flag_that_a_command_lacks_is_named_as_it_was_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["delta", "list", "d", "--model_name_or_path", "m"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --model_name_or_path m (piece_ds --help)\n"

@@ -85,8 +85,11 @@ def test_peft_holds_other_modules_whole_and_gives_the_merged_models_bits(
     delta("export", run.deltas[0], "--format", "peft", "--model", run.base, "--output", tmp_path / "adapter")
     said = capsys.readouterr().out.splitlines()[-1]
     assert " 0 of " in said
+    held = re.search(r"; (\d+) (modules?) held whole, ", said)
+    assert held is not None
+    assert held[2] == ("module" if held[1] == "1" else "modules")
     # PEFT gives every module as many places as the fullest one needs: said if most of them are padding.
-    padding = re.search(r"; (\d+) places are padding, .* \(--format piece-peft has none\)$", said)
+    padding = re.search(r"; (\d+) places are padding, .* \(--format piece-peft has none\)", said)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     places = {name: tensor.numel() for name, tensor in stored.items() if name.endswith(".shira_weight")}
     changed = open_delta(run.deltas[0]).changes()
@@ -96,7 +99,9 @@ def test_peft_holds_other_modules_whole_and_gives_the_merged_models_bits(
     assert padding is not None or family in ("neox", "mixtral")
     assert module in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"]
     # PEFT 0.21 cannot put back a module without a `weight` when it merges.
-    assert_is_the_task(tmp_path, merges=family != "mixtral")
+    merges = family != "mixtral"
+    assert ("model.layers.0.mlp.experts, but cannot merge it (--format piece-peft can)" in said) is not merges
+    assert_is_the_task(tmp_path, merges)
 
 
 def test_peft_holds_a_delta_without_linear_weights(tmp_path: Path) -> None:
@@ -128,7 +133,9 @@ def test_what_peft_cannot_hold_is_refused(tmp_path: Path, capsys: pytest.Capture
         root = tmp_path / str(number)
         run = make_run(root, family, select=select, density=0.1)
         out = ["--format", "peft", "--output", root / "adapter", "--model", run.base]
-        assert message in refuse(capsys, "export", run.deltas[0], *out)
+        said = refuse(capsys, "export", run.deltas[0], *out)
+        assert message in said
+        assert "--format piece-peft holds every change" in said
         assert not (root / "adapter").exists()
     assert "needs --model" in refuse(capsys, "export", run.deltas[0], *out[:-2])
     assert "takes one delta" in refuse(capsys, "export", run.folder, *out)

@@ -429,3 +429,17 @@ def test_held_out_rows_are_drawn_by_the_seed_alone(tmp_path: Path, tokenizer: Pr
             DataArguments(train_file=path, validation_share=share)
     with pytest.raises(UserError, match="--eval_file"):
         DataArguments(train_file=path, eval_file=path, validation_share=0.5)
+
+
+def test_an_indented_object_is_the_row_that_it_would_be_on_one_line(tmp_path: Path) -> None:
+    """As json.dump(..., indent=2) writes it; indented rows after each other stay malformed."""
+    file = tmp_path / "data.json"
+    for row in ({"prompt": "p", "answer": "a"}, {"train": [{"prompt": "p", "answer": "a"}]}):
+        file.write_text("\n" + json.dumps(row, indent=2) + "\n")
+        assert list(read_rows(file)) == [row]
+    file.write_text(2 * (json.dumps(row, indent=2) + "\n"))
+    with pytest.raises(UserError, match=r"line 1: malformed JSON \(it does not end on its line\)"):
+        list(read_rows(file))
+    file.write_text('{\n"prompt": "p",\n"prompt": "q"}')
+    with pytest.raises(UserError, match="malformed JSON"):
+        list(read_rows(file))

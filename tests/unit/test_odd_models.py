@@ -43,6 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "has no attribute 'to_dict'": {"text_config": {}},
     "asks for num_hidden_layers 1e+06, which no model has": {"num_hidden_layers": 10**6},
     "asks for num_hidden_layers 0: a model has at least one layer": {"num_hidden_layers": 0},
+    "asks for vocab_size 0: a model has at least one token": {"vocab_size": 0},
     "which config.json leaves out: they belong to a larger model": {"num_hidden_layers": 1},
     "the files lack 'model.layers.2": {"num_hidden_layers": 3},
     "says return_dict false": {"return_dict": False},

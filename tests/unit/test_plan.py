@@ -288,7 +288,7 @@ def test_a_config_json_alone_is_planned(tmp_path: Path, capsys: pytest.CaptureFi
     make_model("llama").config.save_pretrained(tmp_path)
     main(["plan", "--model", str(tmp_path / "config.json")])
     whole = capsys.readouterr().out
-    main(["plan", "--model", str(tmp_path)])
+    main(["plan", "--model_name_or_path", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[1:] == whole.splitlines()[1:]
 
 
