@@ -118,7 +118,12 @@ def _add_hub(commands: "argparse._SubParsersAction[_Parser]") -> None:
     pull.add_argument("repository", metavar="hf://USER/NAME")
     pull.add_argument("--output", metavar="FOLDER", required=True, help="nothing there yet, or an empty folder")
     pull.add_argument("--revision", help="a branch, tag or commit; default: main")
-    pull.add_argument("--model", "--model_name_or_path", metavar="MODEL_FOLDER", help="check also that the deltas go on this model as it is")
+    pull.add_argument(
+        "--model",
+        "--model_name_or_path",
+        metavar="MODEL_FOLDER",
+        help="check also that the deltas go on this model as it is",
+    )
     pull.add_argument("--trust_remote_code", action="store_true", help="run the model's own Python files")
     pull.set_defaults(run="piece_ds.cli.delta_hub:pull")
 
@@ -157,7 +162,12 @@ def _add_algebra(commands: "argparse._SubParsersAction[_Parser]", add: Callable[
         default="change",
         help="|change|, |change| / |weight|, or by how much each lowers the loss on rows of --train_file",
     )
-    prune.add_argument("--model", "--model_name_or_path", metavar="MODEL_FOLDER", help="with --by loss: the base that the delta goes on")
+    prune.add_argument(
+        "--model",
+        "--model_name_or_path",
+        metavar="MODEL_FOLDER",
+        help="with --by loss: the base that the delta goes on",
+    )
     prune.add_argument("--train_file", metavar="FILE", help="with --by loss: rows, as training takes them")
     prune.add_argument("--rows", type=int, default=256, help="with --by loss: the first N; default: %(default)s")
     prune.add_argument("--batch_size", type=int, default=8, help="with --by loss; default: %(default)s")
@@ -193,7 +203,9 @@ def _add_coding(command: argparse.ArgumentParser) -> None:
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.description = "Bytes per rank and traffic per optimizer step, computed from shapes; nothing is loaded."
-    plan.add_argument("--model", "--model_name_or_path", help="a model folder, its config.json, a Hub id, or 1.5B, 8B, 70B, 405B")
+    plan.add_argument(
+        "--model", "--model_name_or_path", help="a model folder, its config.json, a Hub id, or 1.5B, 8B, 70B, 405B"
+    )
     plan.add_argument("--world", type=int, default=1, help="ranks")
     plan.add_argument("--zero", type=int, default=3, choices=[0, 1, 2, 3], help="ZeRO stage")
     plan.add_argument("--update_mode", default="compact", choices=["compact", "masked", "full", "lora"])
