@@ -107,7 +107,9 @@ def export_peft(
     places = sum(rank * sum(_shape(model, name)) for name in changes)
     padding = places - sum(change.index.numel() for change in changes.values())
     unmergeable = next((name for name in sorted(whole) if not hasattr(model.get_submodule(name), "weight")), None)
-    return PeftExport(num_inexact, tuple(sorted(whole)), num_bytes, rank, padding, unmergeable)
+    return PeftExport(
+        num_inexact, tuple(sorted(whole)), num_bytes, rank=rank, num_padding=padding, unmergeable=unmergeable
+    )
 
 
 def _linear_weights(model: nn.Module) -> set[str]:
