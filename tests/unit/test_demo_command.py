@@ -455,3 +455,11 @@ def test_one_rank_writes_the_office(main: bool, tmp_path: Path, monkeypatch: pyt
     assert from_pretrained.mock_calls == [mock.call(fakes.model_source.return_value)] * main
     assert fakes.write_office.mock_calls == [mock.call(tmp_path, 5, tokenizer, OFFICE)] * main
     fakes.broadcast_object.assert_called_once_with(fakes.write_office.return_value if main else None)
+
+
+def test_more_ranks_than_rows_of_a_step_have_one_row_each(tmp_path: Path, small: mock.Mock, office: mock.Mock) -> None:
+    small.world_size.return_value = office.world_size.return_value = 10_000
+    demo._run_small(parse([]), RunFolder(tmp_path), 5)
+    office_demo.run_office(parse([]), "some-model", RunFolder(tmp_path), OFFICE)
+    for call in (*small.train.mock_calls, *office.train.mock_calls):
+        assert call.args[0].flag("per_device_train_batch_size") == "1"
