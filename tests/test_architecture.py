@@ -172,6 +172,32 @@ PRIVATE_NAMES = {
 }
 
 
+# Functions that exchange a tensor which lies where the group's collectives reach it by other ways.
+EXCHANGED_IN_PLACE = {
+    "deltas/live_fingerprint.py:_summed",  # its callers' tensor, on the device of the engine's group
+    "evaluation/loss.py:evaluate_loss",  # sums on the device that the batches go to
+    "runtime/distributed.py:all_reduce_max_",  # the callers' tensor
+    "runtime/distributed.py:all_reduce_sum_",
+    "training/sequences.py:step",  # losses of the engine
+    "update/compact.py:_before_step",  # a gradient of the engine
+    "zero/sequence_parallel.py:sequence_loss",  # a loss of the engine
+    "zero/stage1_bf16.py:weights",  # weights of the engine
+    "zero/weights.py:read_whole",
+}
+EXCHANGES = {"all_reduce_sum_", "all_reduce_max_", "dist.all_reduce", "dist.all_gather"}
+
+
+def test_what_ranks_exchange_lies_where_their_group_reaches_it() -> None:
+    """On a CPU any place will do; NCCL takes nothing from the host, and no test of a CPU sees it."""
+    found = set()
+    for path in MODULES:
+        for function in (node for node in prose.nodes_of(path) if isinstance(node, ast.FunctionDef)):
+            called = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+            if called & EXCHANGES and "collective_device" not in called:
+                found.add(f"{path.relative_to(PACKAGE)}:{function.name}")
+    assert found == EXCHANGED_IN_PLACE
+
+
 def test_private_names_of_other_libraries_are_on_a_list() -> None:
     for file, names in prose.private_names().items():
         assert names <= PRIVATE_NAMES.get(file, set()), f"{file}: use a public name, or add it here with its reason"
