@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from piece_ds.data.chat import ChatTemplate
-from piece_ds.data.tokenize import Encoder
+from piece_ds.data.tokenize import Encoder, row_encoder
 from piece_ds.data.turn_end import turn_end_id
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.evaluation.generate import generation_config
@@ -207,6 +207,22 @@ def test_completions_and_texts_are_what_trl_makes_of_them(tokenizer: PreTrainedT
     assert encoder.completion("ab ", "cd</s>", "row") == row
     assert encoder.documents("ab")[0]["input_ids"] == tokenizer("ab</s>")["input_ids"]
     assert encoder.completion("", "cd", "row")["labels"] == tokenizer("cd</s>")["input_ids"]
+
+
+def test_in_a_template_a_completion_is_what_an_answer_is_and_its_row_is_named(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = PLAIN
+    encoder = Encoder(tokenizer, cutoff=99, chat_template=True)
+    for prompt, answer in (("what is it?", "a cat"), ("a", "b")):
+        row = encoder.pair(prompt, answer, "row")
+        assert tokenizer.decode(encoder.prompt_ids(prompt)) + f"{answer}</s>" == tokenizer.decode(row["input_ids"])
+        for columns in ({"prompt": prompt, "completion": answer}, {"prompt": prompt, "answer": answer}):
+            assert row_encoder(columns, encoder, documents=True)(columns, "row") == [row]
+    for column in ("completion", "answer"):
+        columns = {"prompt": "a", column: ""}
+        with pytest.raises(UserError, match=r"^a\.json row 3: no answer token is left after tokenization of ''"):
+            row_encoder(columns, encoder, documents=True)(columns, "a.json row 3")
 
 
 def test_a_token_over_the_border_of_prompt_and_completion_is_learned() -> None:
