@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from piece_ds.__main__ import main
 from piece_ds.deltas import apply_delta_, patch
 from piece_ds.deltas.chain_files import chain_folders
 from piece_ds.deltas.delta import find_deltas, open_delta
+from piece_ds.deltas.folder import ModelFolder, open_folder
+from piece_ds.deltas.verify import Step, file_fingerprint, verify
 from piece_ds.models.layout import layout_of
+from piece_ds.models.stored_names import stored_names
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_folder
 from piece_ds.state.mask import Mask
@@ -44,6 +48,11 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
 @pytest.fixture
 def small(tmp_path: Path) -> Run:
     return make_run(tmp_path, sharded=True)
+
+
+def model_of(root: Path) -> ModelFolder:
+    model = AutoModelForCausalLM.from_pretrained(root, dtype="auto")
+    return open_folder(root, layout_of(model), stored_names(model))
 
 
 def delta(*arguments: object) -> None:
@@ -117,6 +126,29 @@ def test_a_tied_weight_stored_under_both_names_is_changed_under_both(tmp_path: P
     assert all(torch.equal(bits_of(found[name]), bits_of(expected[name])) for name in expected)
     delta("revert", run.base, run.folder, "--in_place")
     assert sha256_of(run.base) == before
+
+
+def test_what_a_pass_says_of_each_file_is_what_is_in_it_before_and_after(run: Run) -> None:
+    """Also where a tensor is of a dtype that no delta can have: it counts in no fingerprint."""
+    base, final = model_of(run.base), model_of(run.final)
+    deltas = [open_delta(path) for path in run.deltas]
+    untouched = next(name for name in base.stored if base.parameter_of[name] not in deltas[0].shapes)
+    for odd in (None, untouched):
+        folders = [
+            replace(folder, stored={k: replace(v, dtype=None) if k == odd else v for k, v in folder.stored.items()})
+            for folder in (base, final)
+        ]
+        silent = [replace(delta, metadata=without_fingerprints(delta.metadata)) for delta in deltas]
+        found = verify(folders[0], [Step(delta) for delta in (silent if odd else deltas)])
+        for file in base.files:
+            ends = tuple(file_fingerprint(folder, file) for folder in folders)
+            assert found.files.get(file, (ends[0], ends[0])) == ends
+            assert (file in found.files) == (ends[0] != ends[1])
+        assert found.fingerprints[0] != found.fingerprints[-1]
+
+
+def without_fingerprints(metadata: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in metadata.items() if not name.endswith("fingerprint")}
 
 
 @pytest.mark.parametrize("num_done", [0, 1, 2])
