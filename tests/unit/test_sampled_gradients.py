@@ -67,3 +67,26 @@ def test_a_weight_that_is_released_before_its_recomputation_is_read_still_serves
     sampled.remove()
     assert "weight" not in vars(layer)
     assert layer.weight is kept.param
+
+
+def test_outside_backward_a_layer_saves_its_weight_itself_which_a_release_empties(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A view of it would keep every gathered weight of the model in memory until backward."""
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    layer = nn.Linear(6, 5, bias=False)
+    kept, index = ComingAndGoing(layer), torch.tensor([0, 7, 13, 29])
+    sampled = SampledGradient(layer, "weight", SelectedWeights(layer.weight, index), torch.zeros(4))
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(4, 6, requires_grad=True))
+    of_layer = [tensor for tensor in saved if tensor.shape != (4, 6)]
+    assert of_layer
+    assert all(tensor is kept.param for tensor in of_layer)
+    assert not kept.param.numel()
+    sampled.remove()
