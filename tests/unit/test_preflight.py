@@ -1,0 +1,120 @@
+"""preflight(): each check of a job gets what it checks, and what a job does not need is not checked."""
+
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+from support.fakes import faked
+
+from piece_ds.preflight import preflight as module
+from piece_ds.preflight.inputs import Inputs
+from piece_ds.preflight.preflight import EVALUATE, SELECT, TRAIN, preflight
+
+CALLED = (
+    "find_method", "_check_flags", "check_loss_chunks", "check_places", "load_inputs", "check_sources",
+    "check_trainer_arguments", "check_accelerate_variables", "_check_model_options", "check_training",
+    "check_sequences", "_num_rows", "check_accumulation", "check_own_evaluation", "check_best_step", "_num_steps",
+    "check_optimizer", "check_offload", "check_kernels", "require_rank_consistency", "_claim_of", "check_overwrite",
+    "open_reporters",
+)  # fmt: skip
+OF_EVERY_JOB = {"find_method", "_check_flags", "check_loss_chunks", "check_places", "load_inputs"}
+OF_EVERY_JOB |= {"check_trainer_arguments", "check_accelerate_variables", "require_rank_consistency"}
+
+
+def settings_of(scale: str = "none", keeps: bool = False, patience: int | None = None, accumulation: str = "") -> Any:
+    return SimpleNamespace(
+        method=SimpleNamespace(method="piece-f", step_scale=scale),
+        evaluation=SimpleNamespace(load_best_model_at_end=keeps, early_stopping_patience=patience),
+        output=SimpleNamespace(incomplete_accumulation=accumulation),
+        baseline=mock.sentinel.baseline_settings,
+        given=mock.sentinel.given,
+    )
+
+
+def prepared(patch: pytest.MonkeyPatch, checked: Any, has_mask: bool = True, baseline: Any = None) -> mock.Mock:
+    fakes = faked(patch, module, *CALLED)
+    fakes.find_method.return_value = SimpleNamespace(name="piece-f", has_mask=has_mask, baseline=baseline)
+    values: dict[str, Any] = {field.name: getattr(mock.sentinel, field.name) for field in fields(Inputs)}
+    values["settings"], values["arguments"] = checked, SimpleNamespace(report_to=["wandb"])
+    values["tasks"] = [SimpleNamespace(name=name, eval=[0] * n) for n, name in enumerate("ab", 3)]
+    fakes.load_inputs.return_value = Inputs(**{**values, "baseline": None, "claim": None, "reporters": None})
+    fakes._num_rows.return_value = {"a": 7, "b": 8}
+    fakes._num_steps.side_effect = lambda arguments, rows: 100 * rows
+    fakes._claim_of.return_value.folder.root = Path("out")
+    return fakes
+
+
+@pytest.mark.parametrize(
+    ("checked", "has_mask", "masked", "keeps_best", "smaller"),
+    [
+        (settings_of(), True, True, False, False),
+        (settings_of(), False, False, False, False),
+        (settings_of(scale="general"), False, True, False, False),
+        (settings_of(keeps=True), True, True, True, False),
+        (settings_of(patience=0), True, True, True, False),
+        (settings_of(accumulation="smaller_step"), True, True, False, True),
+    ],
+)
+def test_training_is_checked_as_the_files_and_flags_say(
+    checked: Any, has_mask: bool, masked: bool, keeps_best: bool, smaller: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baseline = None if has_mask else mock.Mock(return_value=mock.sentinel.made)
+    fakes, given = prepared(monkeypatch, checked, has_mask, baseline), settings_of()
+    found = preflight(given)
+    method, read = fakes.find_method.return_value, fakes.load_inputs.return_value
+    arguments, tasks, claim = read.arguments, read.tasks, fakes._claim_of.return_value
+    expected: dict[str, list[tuple[Any, ...]]] = {
+        "find_method": [("piece-f",)],
+        "_check_flags": [(given, TRAIN, method)],
+        "check_loss_chunks": [(given,)],
+        "check_places": [(given,)],
+        "load_inputs": [(given,)],
+        "check_sources": [(checked, 2)],
+        "check_trainer_arguments": [(arguments, checked.given, keeps_best)],
+        "check_accelerate_variables": [(arguments,)],
+        "_check_model_options": [(read,)],
+        "check_training": [(arguments, masked)],
+        "check_sequences": [(checked, arguments, read.config, tasks, method)],
+        "check_accumulation": [("a", 7, arguments, smaller), ("b", 8, arguments, smaller)],
+        "check_own_evaluation": [(arguments, {"a": 7, "b": 8}, {"a": 3, "b": 4})],
+        "check_best_step": [(checked, arguments, tasks, read.scorers)],
+        "_num_steps": [(arguments, 7), (arguments, 8)],
+        "check_optimizer": [(arguments, read.config, [700, 800], masked)],
+        "check_offload": [("piece-f", arguments)],
+        "check_kernels": [("piece-f", arguments)],
+        "check_overwrite": [(checked, Path("out"))],
+        "open_reporters": [(["wandb"], Path("out"))],
+    }
+    for name, calls in expected.items():
+        assert getattr(fakes, name).mock_calls == [mock.call(*arguments) for arguments in calls], name
+
+    # A method without a mask is made of its own settings, and what counts rows or claims the folder knows it.
+    made = None if has_mask else mock.sentinel.made
+    if baseline is not None:
+        baseline.assert_called_once_with(mock.sentinel.baseline_settings)
+    for name in ("_num_rows", "require_rank_consistency", "_claim_of"):
+        (call,) = [call for call in fakes.mock_calls if call[0] == name]
+        assert call.args[0].baseline is made
+    claim.check.assert_called_once_with()
+    assert (found.claim, found.reporters) == (claim, fakes.open_reporters.return_value)
+    assert found.baseline is made
+
+    # The folder is looked at last, when all else is known to be good.
+    order = [call[0] for call in fakes.mock_calls if call[0] in CALLED or call[0] == "_claim_of().check"]
+    assert order[-4:] == ["_claim_of", "check_overwrite", "_claim_of().check", "open_reporters"]
+
+
+@pytest.mark.parametrize(
+    ("job", "more"), [(SELECT, {"check_sources", "check_kernels"}), (EVALUATE, set())], ids=[SELECT, EVALUATE]
+)
+def test_other_jobs_are_not_asked_for_what_training_needs(
+    job: str, more: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes, given = prepared(monkeypatch, settings_of()), settings_of()
+    found = preflight(given, job)
+    assert found is fakes.load_inputs.return_value
+    assert {call[0] for call in fakes.mock_calls} == OF_EVERY_JOB | more
+    fakes._check_flags.assert_called_once_with(given, job, fakes.find_method.return_value)
