@@ -9,6 +9,7 @@ from importlib import import_module
 
 from piece_ds.runtime.blamed_variable import why_environment
 from piece_ds.runtime.errors import MachineError, UserError, bad_name
+from piece_ds.runtime.garbage import no_collections
 from piece_ds.runtime.launch_environment import require_working_folder
 from piece_ds.runtime.streams import keep_streams, lost_output
 from piece_ds.runtime.text import printable
@@ -26,20 +27,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep_streams()
 
     # The launch scripts' commands run by themselves.
-    try:
-        from piece_ds.cli.commands import launched_command, run_launched
-        from piece_ds.cli.main import FlagError, _parser
-    except Exception as error:
-        _leave_if_environment(error)
-        raise
+    with no_collections():
+        try:
+            from piece_ds.cli.commands import launched_command, run_launched
+            from piece_ds.cli.main import FlagError, _parser
+        except Exception as error:
+            _leave_if_environment(error)
+            raise
 
-    launched = launched_command(words)
-    if launched is not None:
-        run_launched(launched, words)
+        launched = launched_command(words)
+        if launched is not None:
+            run_launched(launched, words)
     try:
         arguments = _parser().parse_args(argv)
         module, function = arguments.run.split(":")
-        getattr(import_module(module), function)(arguments)
+        with no_collections():
+            command = getattr(import_module(module), function)
+        command(arguments)
     except SystemExit as left:  # after --help and --version
         if not left.code and lost_output():
             sys.exit(1)

@@ -1,5 +1,6 @@
 """Keep torch to one thread, so that sums have one order; share the tests out among pytest-xdist's workers."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from support.garbage import freeze_imports
 # The environment's own ninja, also where it is not activated: versions of ninja undo each other's builds.
 os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 torch.set_num_threads(1)
+gc.disable()  # until all is imported: a sixth of that time is collections, which find nothing
 
 # A job that several files read runs once, so these files go to one worker.
 _TOGETHER = {
@@ -24,6 +26,7 @@ _TOGETHER = {
 def pytest_collection_finish() -> None:
     """Leave what imports and collection made out of all further collections of garbage: engines ask for many."""
     freeze_imports()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,6 +4,7 @@ Imports take a job's rank six seconds, most of what many jobs take at all. Every
 that the ranks of a job differ as those of a launcher do: in what Python hashes text to, for one.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -85,6 +86,7 @@ class RankServer:
 
 def serve(writes: int) -> None:
     """Fork a rank for each line of stdin; write its process number, then its exit code. End with stdin."""
+    gc.disable()
     import accelerate
     import datasets
     import deepspeed
@@ -98,6 +100,7 @@ def serve(writes: int) -> None:
             importlib.import_module(name)
     del accelerate, datasets, deepspeed, peft, transformers, piece_ds
     freeze_imports()
+    gc.enable()
     for line in sys.stdin.buffer:
         child = os.fork()
         if child == 0:

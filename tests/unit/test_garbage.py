@@ -5,7 +5,9 @@ import subprocess
 import sys
 import weakref
 
-from piece_ds.runtime.garbage import freeze_imports
+import pytest
+
+from piece_ds.runtime.garbage import freeze_imports, no_collections
 
 
 class Node:
@@ -38,3 +40,41 @@ print(gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 20_000)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert run.stdout.split()[-2:] == ["True", "True"], run.stderr
     assert "leaked" not in run.stderr
+
+
+def test_collections_wait_for_the_end_of_the_imports() -> None:
+    """Or for the start of the run, if that comes first; a process that collects nothing itself goes on so."""
+    with pytest.raises(ValueError, match="an import"), no_collections():
+        assert not gc.isenabled()
+        with no_collections():
+            pass
+        assert not gc.isenabled()
+        raise ValueError("an import")
+    assert gc.isenabled()
+    with no_collections():
+        freeze_imports()
+        assert gc.isenabled()
+    gc.disable()
+    try:
+        with no_collections():
+            freeze_imports()
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["plan", "--help"]])
+def test_a_command_imports_without_a_collection(words: list[str]) -> None:
+    code = f"""
+import atexit, gc, sys
+events = []
+gc.callbacks.append(lambda phase, info: events.append(phase))
+atexit.register(lambda: print(len(events), file=sys.stderr))
+from piece_ds.__main__ import main
+main({words!r})
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0
+    assert run.stdout
+    assert int(run.stderr.splitlines()[-1]) < 30
