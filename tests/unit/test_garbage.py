@@ -44,12 +44,17 @@ print(gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 20_000)
 
 def test_collections_wait_for_the_end_of_the_imports() -> None:
     """Or for the start of the run, if that comes first; a process that collects nothing itself goes on so."""
-    with pytest.raises(ValueError, match="an import"), no_collections():
-        assert not gc.isenabled()
+
+    def fail() -> None:
         with no_collections():
-            pass
-        assert not gc.isenabled()
-        raise ValueError("an import")
+            assert not gc.isenabled()
+            with no_collections():
+                pass
+            assert not gc.isenabled()
+            raise ValueError("an import")
+
+    with pytest.raises(ValueError, match="an import"):
+        fail()
     assert gc.isenabled()
     with no_collections():
         freeze_imports()
