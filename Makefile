@@ -1,5 +1,5 @@
 # make train: the embedded default.   make vqa-demo: the one with images.   make docs: the pages as a site.
-# make test: the gate.   make test-fast: its tests that start no ranks.   make test-all: every test.
+# make test: the gate.   make test-fast: its tests that start no ranks and take little.   make test-all: every test.
 # make test-gpu, make bench-gpu: what needs a GPU, each in one command (GPU_ARGS=--second: the second script).
 # make dist: what a release holds, built twice, compared and checked; see release/README.md.
 # make test-faults: KILLS kills of running streams, FUZZ_SECONDS of damage for every reader of files.   make venv: set-up alone.
@@ -33,7 +33,7 @@ test: check
 	$(PYTEST)
 
 test-fast: check
-	$(PYTEST) tests/test_architecture.py tests/unit tests/ops
+	$(PYTEST) -m "not slow and not heavy" tests/test_architecture.py tests/unit tests/ops
 
 test-all: check
 	$(BIN)/python -m pytest -m "slow or not slow"

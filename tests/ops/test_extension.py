@@ -17,6 +17,8 @@ from piece_ds.ops import backends, build_specs, extension
 from piece_ds.ops.builder import BUILDERS
 from piece_ds.runtime.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 # The compiler of this machine, before a library that some test imports has named one.
 COMPILER = os.environ.get("CXX", "")
 SHOW = "from piece_ds import ops; print(ops.load('cpu'))"

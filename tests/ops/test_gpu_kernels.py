@@ -15,6 +15,8 @@ import pytest
 
 from piece_ds.ops.schema import SCHEMAS
 
+pytestmark = pytest.mark.heavy
+
 SUPPORT = Path(__file__).parents[1] / "support"
 
 

@@ -22,6 +22,8 @@ from piece_ds.preflight.checks import check_sources
 from piece_ds.runtime.errors import UserError
 from piece_ds.zero.whole_state import whole_state
 
+pytestmark = pytest.mark.heavy
+
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 # What a type needs to fit into the small model, besides its target modules.
 NEEDED: dict[str, dict[str, Any]] = {

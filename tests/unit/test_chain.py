@@ -39,6 +39,8 @@ from piece_ds.state.weights_hash import hexadecimal
 from piece_ds.training.chain_writer import ChainWriter
 from piece_ds.zero.weights import read_selected, weights_fingerprint
 
+pytestmark = pytest.mark.heavy
+
 NUM_LINKS = 4
 
 

@@ -18,6 +18,8 @@ from piece_ds.report.results import RunResults
 from piece_ds.report.style import line_styles
 from piece_ds.runtime.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -18,6 +18,8 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.state.weights_hash import bits_of
 from piece_ds.zero.weights import read_selected
 
+pytestmark = pytest.mark.heavy
+
 Capture = pytest.CaptureFixture[str]
 
 

@@ -17,6 +17,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from piece_ds.__main__ import main
 from piece_ds.models.stored_names import Part, stored_names
 
+pytestmark = pytest.mark.heavy
+
 
 def delta(*arguments: object) -> None:
     main(["delta", *map(str, arguments)])

@@ -27,6 +27,8 @@ from piece_ds.report.results import RunResults
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.statistics import GradientStats
 
+pytestmark = pytest.mark.heavy
+
 Capture = pytest.CaptureFixture[str]
 TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 REPOSITORY = "hf://user/deltas"

@@ -27,6 +27,8 @@ from piece_ds.state.mask import Mask
 from piece_ds.state.weights_hash import bits_of, hash_elements, hash_range
 from piece_ds.zero.weights import weights_fingerprint
 
+pytestmark = pytest.mark.heavy
+
 KINDS = [
     ("llama", torch.bfloat16, False),
     ("llama", torch.bfloat16, True),

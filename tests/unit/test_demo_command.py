@@ -1,6 +1,6 @@
 """The embedded default: each value of its recipes and of the user's flags reaches the run that it belongs to."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -369,15 +369,18 @@ def of_contenders(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.parametrize("leaves_out", [(), ("seqft + KL",)])
 @pytest.mark.parametrize("slow", [False, True])
-def test_every_contender_gets_the_recipe_and_its_own_flags(slow: bool, tmp_path: Path, office: mock.Mock) -> None:
+def test_every_contender_gets_the_recipe_and_its_own_flags(
+    slow: bool, leaves_out: tuple[str, ...], tmp_path: Path, office: mock.Mock
+) -> None:
+    recipe = replace(OFFICE, leaves_out=leaves_out)
     office.bf16_is_slow.return_value = slow
     settings = parse(["--seed", "9"])
-    comparison = office_demo.run_office(settings, "some-model", RunFolder(tmp_path), OFFICE)
-    office._write.assert_called_once_with(tmp_path / "material", 9, "some-model", OFFICE)
+    comparison = office_demo.run_office(settings, "some-model", RunFolder(tmp_path), recipe)
+    office._write.assert_called_once_with(tmp_path / "material", 9, "some-model", recipe)
     assert not office._recipe_here.mock_calls
-    contenders = of_contenders(tmp_path)
-    del contenders["seqft + KL"]  # the recipe leaves it out
+    contenders = {name: own for name, own in of_contenders(tmp_path).items() if name not in leaves_out}
     every = {name: None for own in contenders.values() for name in own}
     untouched = said(parse([]), every)
     for call, own in zip(office.train.mock_calls, contenders.values(), strict=True):

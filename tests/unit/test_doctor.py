@@ -21,6 +21,8 @@ from piece_ds.doctor.machine import _folder
 from piece_ds.ops import extension
 from piece_ds.ops.build_specs import BUILD_SPECS
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.slow
 def test_this_machine_passes() -> None:

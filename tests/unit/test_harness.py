@@ -15,6 +15,8 @@ from piece_ds.evaluation.harness import check_harness, run_harness
 from piece_ds.evaluation.scorers import get_scorer
 from piece_ds.runtime.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 pytest.importorskip("lm_eval")
 
 YAML = """task: tiny_choice

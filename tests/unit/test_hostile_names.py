@@ -29,6 +29,8 @@ from piece_ds.report.run_page import write_report
 from piece_ds.report.table import print_grids
 from piece_ds.runtime.text import PrintableFormatter, printable
 
+pytestmark = pytest.mark.heavy
+
 NAMES = (
     "\udc80 surrogate",
     "$5_to_$10",

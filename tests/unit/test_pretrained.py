@@ -19,6 +19,8 @@ from piece_ds.models.pretrained import PRETRAINED, NotFetched, fetch, model_sour
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import temporaries
 
+pytestmark = pytest.mark.heavy
+
 TEXT = "Hello abc, 1984 a b!"
 
 

@@ -18,6 +18,8 @@ from piece_ds.selection.candidates import LastPassFilter
 from piece_ds.selection.estimators import PIECE_S
 from piece_ds.zero.weights import read_selected
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_selection_over_ranks_equals_a_stable_sort(num_ranks: int) -> None:

@@ -22,6 +22,8 @@ from piece_ds.report.table import print_results
 from piece_ds.report.validation import kept_points, validation_grid
 from piece_ds.runtime.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

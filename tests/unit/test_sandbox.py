@@ -25,6 +25,8 @@ from piece_ds.evaluation.isolated import wire
 from piece_ds.evaluation.sandbox import Submission, check_sandbox, passes
 from piece_ds.runtime.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 CHECK = "def check(candidate):\n    assert candidate() == {expected}\n"
 
 

@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 from piece_ds.cli.commands import LAUNCHED
+
+pytestmark = pytest.mark.heavy
 
 
 def test_no_launched_command_imports_what_draws_or_scores() -> None:

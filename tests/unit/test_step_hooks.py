@@ -139,7 +139,7 @@ def test_masters_and_moments_of_a_checkpoint_are_not_made_anew(monkeypatch: pyte
     monkeypatch.setattr(masked, "adapter_for", lambda engine: adapter)
     monkeypatch.setattr(masked, "StepWatch", lambda adapter: hooks)
     monkeypatch.setattr(masked, "SelectedDecay", lambda adapter, index: hooks)
-    engine: Any = SimpleNamespace(global_steps=num_steps, basic_optimizer=None)
+    engine: Any = SimpleNamespace(global_steps=num_steps, basic_optimizer=None, load_checkpoint=nothing)
     mask: Any = SimpleNamespace(whole=dict)
     masked.MaskedUpdate(engine, mask)
     assert prepared == [True] * (num_steps == 0)

@@ -17,6 +17,8 @@ from piece_ds.data.tasks import Task, load_task_stream
 from piece_ds.demo.model import make_tokenizer
 from piece_ds.runtime.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
 FORMATS: dict[str, list[dict[str, Any]]] = {
     "pairs": [{"prompt": f"question {i}", "answer": str(i)} for i in range(1200)],

@@ -34,6 +34,8 @@ from piece_ds.training.task_begin import arguments_of
 from piece_ds.zero.config_file import check_deepspeed_config
 from piece_ds.zero.file_optimizer import compile_optimizer, file_optimizer, settle_optimizer
 
+pytestmark = pytest.mark.heavy
+
 _PLATEAU = ("--lr_scheduler_type=reduce_lr_on_plateau", "--eval_strategy=epoch", "--lr_scheduler_kwargs")
 _GREEDY = ("--lr_scheduler_type=greedy", "--eval_strategy=epoch", "--lr_scheduler_kwargs")
 _CHECKPOINTED = ("--gradient_checkpointing=true", "--gradient_checkpointing_kwargs")

@@ -25,6 +25,8 @@ from piece_ds.runtime.errors import UserError
 from piece_ds.selection.exact_sums import add_, empty_sums, means
 from piece_ds.state.statistics import GradientStats
 
+pytestmark = pytest.mark.heavy
+
 
 class Mixed(nn.Module):
     """Matrices stored both ways, vectors, a scalar and a tensor of three dimensions; nothing is ever computed."""
