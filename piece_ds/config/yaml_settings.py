@@ -38,6 +38,8 @@ def settings_yaml(settings: Settings) -> str:
 
 
 def _entry(name: str, value: Any, meaning: str | None = None) -> str:
+    if meaning:
+        meaning = meaning.replace("%%", "%")  # as argparse shows it
     line = yaml.safe_dump({name: _plain(value)}, default_flow_style=False, width=10_000, allow_unicode=True).strip()
     return f"{line}  # {meaning}" if meaning and "\n" not in line else line
 

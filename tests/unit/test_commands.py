@@ -98,6 +98,8 @@ def test_printed_settings_read_back_as_they_were(tmp_path: Path) -> None:
     settings = parse([*flags.split(), *kwargs])
     text = settings_yaml(settings)
     assert yaml.safe_load(text)["mask_ratio"] == 0.01
+    assert "mask (1 % of the weights)" in text
+    assert "%%" not in text
     (tmp_path / "run.yaml").write_text(text)
     again = parse(["--config", str(tmp_path / "run.yaml")])
     assert again.resolved() == settings.resolved()
