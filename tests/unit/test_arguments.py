@@ -11,6 +11,8 @@ from piece_ds.config.settings import OURS, load_settings, parse
 from piece_ds.methods.registry import METHODS
 from piece_ds.runtime.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 
 def write(path: Path, text: str) -> str:
     path.write_text(text)

@@ -18,6 +18,8 @@ from piece_ds.demo.recipe import EmbeddedRecipe
 from piece_ds.demo.tasks import NUMBER_SKILLS, SKILLS, WORD_SKILLS, draw_rows
 from piece_ds.demo.write import EmbeddedPaths, write_embedded
 
+pytestmark = pytest.mark.heavy
+
 SMALL = EmbeddedRecipe(num_base_rows=400, num_general_rows=40, num_train_rows=300, num_eval_rows=60, num_test_rows=60)
 
 

@@ -34,6 +34,8 @@ from piece_ds.preflight.general_text import (
 )
 from piece_ds.runtime.errors import MachineError, UserError
 
+pytestmark = pytest.mark.heavy
+
 TOKENIZER = make_tokenizer(256)
 WRITING = SelfWriting(num_rows=6, num_tokens=20, batch_size=3)
 

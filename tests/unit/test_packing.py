@@ -11,6 +11,8 @@ from piece_ds.data.collate import Collator
 from piece_ds.data.packing import PACKS, PackedCollator, check_packing
 from piece_ds.runtime.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 ROWS: list[dict[str, Any]] = [
     {"input_ids": [5, 6, 7, 8, 9, 10, 11, 12, 13], "labels": [-100, -100, 7, 8, 9, 10, 11, 12, 13]},
     {"input_ids": [20, 21, 22], "labels": [20, 21, 22], "image": None},

@@ -16,6 +16,8 @@ from piece_ds.evaluation.loss import evaluate_loss
 from piece_ds.evaluation.padding import check_rows
 from piece_ds.runtime.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 # Learned positions of several kinds, positions counted from the padding token, recurrences, convolutions, leaks.
 NAMED = [
     *("llama", "gpt2", "opt", "gpt_bigcode", "openai-gpt", "biogpt", "xglm", "ctrl", "bart", "mbart", "pegasus"),

@@ -18,6 +18,8 @@ from piece_ds import register_peft_tuner
 from piece_ds.__main__ import main
 from piece_ds.state.weights_hash import bits_of
 
+pytestmark = pytest.mark.heavy
+
 IDS = torch.arange(40).view(2, 20)
 NAMES = ("law", "support", "forms")
 

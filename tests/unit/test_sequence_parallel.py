@@ -32,6 +32,8 @@ from piece_ds.zero.sequence_parallel import (
     sequence_loss,
 )
 
+pytestmark = pytest.mark.heavy
+
 ROWS = 3
 
 

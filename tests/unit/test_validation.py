@@ -24,6 +24,8 @@ from piece_ds.config.settings import load_settings
 from piece_ds.runtime.signals import Preempted
 from piece_ds.training.trainer_callbacks import StopAtStep
 
+pytestmark = pytest.mark.heavy
+
 TASK, NUM_STEPS = "00-train", 8
 BEST = ("--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_steps", "1")
 
