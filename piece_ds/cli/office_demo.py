@@ -191,6 +191,7 @@ def _common_flags(paths: OfficePaths, model: str, recipe: OfficeRecipe, folder: 
         "lr_scheduler_type": "linear",
         "adam_beta2": recipe.adam_beta2,
         "save_model": "never",
+        "logging_steps": 4,  # else 16 or 24 steps make no curve of the training loss
         **({"dtype": "float32"} if bf16_is_slow() else {}),
     }
 

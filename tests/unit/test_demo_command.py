@@ -342,6 +342,7 @@ def of_office(folder: Path) -> dict[str, Any]:
         "lr_scheduler_type": "linear",
         "adam_beta2": OFFICE.adam_beta2,
         "save_model": "never",
+        "logging_steps": 4,
     }
 
 
