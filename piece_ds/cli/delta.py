@@ -115,18 +115,18 @@ def export_deltas(arguments: argparse.Namespace) -> None:
     done = export_peft(deltas[0], output, model, str(folder.root.absolute()), partial(_parameter, folder))
     size = sum(file.stat().st_size for file in output.iterdir())
     held = f"{counted(len(done.whole), 'module')} held whole, in {done.whole_bytes} bytes; " if done.whole else ""
-    padding = ""
+    notes = ""
     if done.num_padding > deltas[0].num_selected:
-        padding = (
+        notes = (
             f"; {done.num_padding} places are padding, since PEFT gives every module r * (rows + columns) of them, "
             f"here r = {done.rank} (--format piece-peft has none)"
         )
     if done.unmergeable:
-        padding += f"; PEFT computes with {done.unmergeable}, but cannot merge it (--format piece-peft can)"
+        notes += f"; PEFT computes with {done.unmergeable}, but cannot merge it (--format piece-peft can)"
     print(
         printable(
             f"wrote {output}: {size} bytes; {held}{done.num_inexact} of {deltas[0].num_selected} values differ in the "
-            f"last bits from the delta's when added to the base in fp32{padding}"
+            f"last bits from the delta's when added to the base in fp32{notes}"
         )
     )
 

@@ -143,11 +143,13 @@ def one_process() -> Iterator[None]:
 def free_port() -> int:
     """Return a port for a launcher that listens seconds later, when it has imported torch.
 
-    It is none of those that the kernel gives to whoever asks for any: each connection of another test takes one.
+    It is none of those that the kernel gives to whoever asks for any, if there are others: each connection of another
+    test takes one.
     """
-    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = [port for port in range(10_000, 65_536) if not first <= port <= last] or range(first, last + 1)
     while True:
-        port = random.SystemRandom().randrange(10_000, first_given)  # a test's own seed would give two the same
+        port = random.SystemRandom().choice(ports)  # a test's own seed would give two the same
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
