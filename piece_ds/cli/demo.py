@@ -96,8 +96,8 @@ def _run_small(settings: Settings, folder: RunFolder, seed: int) -> list[RunResu
     if not (base / "config.json").is_file():
         _train_base(base, paths, recipe, settings)
 
-    # Run the method that was asked for, then the baseline.
-    runs = []
+    # Run the method that was asked for, then the baseline. Both begin with the same model: it is judged once.
+    runs: list[RunResults] = []
     for method, where, rate in (
         (None, folder.root, recipe.mask_learning_rate),
         ("seqft", folder.root / "seqft", recipe.full_learning_rate),
@@ -106,7 +106,7 @@ def _run_small(settings: Settings, folder: RunFolder, seed: int) -> list[RunResu
         chosen = {"method": method, "learning_rate": rate, "output_dir": where} if method else {}
         if settings.model.model_name_or_path == EMBEDDED:
             chosen["model_name_or_path"] = base
-        runs.append(train(settings.rebuilt(recipe_flags, chosen))[0])
+        runs.append(train(settings.rebuilt(recipe_flags, chosen), compared_to=folder if runs else None)[0])
         if settings.method.method == "seqft":
             break
     return runs

@@ -119,13 +119,13 @@ def run_office(
     common = _common_flags(paths, model, recipe, folder)
     chosen = _chosen(settings, contenders(recipe, folder.root / "material"), recipe)
 
-    # Run one contender after another.
+    # Run one contender after another. All begin with the same model: it is judged once.
     runs = []
     for contender in chosen:
         where = folder.root / contender.folder
         own = {**contender.flags, "output_dir": where}
         if contender.folder:  # only the first run takes the user's own settings
-            results = train(settings.rebuilt(common, own))[0]
+            results = train(settings.rebuilt(common, own), compared_to=folder)[0]
         else:
             results = train(settings.rebuilt({**common, **own}))[0]
         runs.append(replace(results, name=contender.name))

@@ -12,9 +12,12 @@ from piece_ds.training.run_folder import RunFolder
 from piece_ds.training.stream import run_stream
 
 
-def train(settings: Settings) -> tuple[RunResults, RunFolder]:
+def train(settings: Settings, compared_to: RunFolder | None = None) -> tuple[RunResults, RunFolder]:
     """Check everything that can be checked without the weights, then run the stream.
 
+    Args:
+        settings: of the run.
+        compared_to: finished run of the same base model, tasks and evaluation: the base model is not judged again.
     Returns:
         The results and the run's folder.
     Raises:
@@ -38,6 +41,7 @@ def train(settings: Settings) -> tuple[RunResults, RunFolder]:
         baseline=inputs.baseline,
         general_importance=inputs.general_importance,
         judged=inputs.judged,
+        compared_to=compared_to,
     )
     remote = remote_of_run(inputs.arguments, settings.method.method)
     with deterministic_run(inputs.settings.output.deterministic):

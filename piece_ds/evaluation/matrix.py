@@ -183,6 +183,15 @@ class ResultMatrix:
             general_loss_before=general_loss,
         )
 
+    def with_before_of(self, other: "ResultMatrix") -> "ResultMatrix":
+        """Return this matrix with the row before any task of another one of the same tasks."""
+        return replace(
+            self,
+            score=replace(self.score, before=other.score.before),
+            loss=replace(self.loss, before=other.loss.before),
+            general_loss_before=other.general_loss_before,
+        )
+
     def with_row(
         self, score: Mapping[str, float | None], loss: Mapping[str, float | None], general_loss: float | None = None
     ) -> "ResultMatrix":

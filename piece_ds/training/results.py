@@ -3,6 +3,7 @@
 It is written whole after the evaluation before any task, and again after every task.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,22 @@ def with_before(results: RunResults, scores: EvalResult) -> RunResults:
     """Return results with the row before any task."""
     matrix = results.matrix.with_before(scores.score, scores.loss, scores.general_loss)
     return _with_details(replace(results, matrix=matrix), "before", scores)
+
+
+def with_before_of(results: RunResults, other: RunResults) -> RunResults:
+    """Return results with the row before any task of another run, which has judged the same model on the same rows."""
+    assert (results.tasks, results.rows) == (other.tasks, other.rows)
+    assert is_judged_before(other)
+    return replace(
+        results,
+        matrix=results.matrix.with_before_of(other.matrix),
+        measures={**results.measures, **_only_before(other.measures)},
+        ability={**results.ability, **_only_before(other.ability)},
+    )
+
+
+def _only_before(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {moment: values for moment, values in found.items() if moment == "before"}
 
 
 def with_task(

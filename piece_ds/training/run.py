@@ -45,6 +45,8 @@ class Stream:
         baseline: the method, if it is one without a mask.
         general_importance: text that stands for general ability in training, or None.
         judged: text that --forgetting_budget judges on, which nothing else uses; None without it.
+        compared_to: finished run of the same base model, tasks and evaluation, whose row before any task is this run's
+            too; None means to judge the base model.
     """
 
     settings: Settings
@@ -60,6 +62,7 @@ class Stream:
     baseline: Baseline | None = None
     general_importance: datasets.Dataset | None = None
     judged: datasets.Dataset | None = None
+    compared_to: RunFolder | None = None
 
     @property
     def folder(self) -> RunFolder:

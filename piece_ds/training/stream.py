@@ -23,7 +23,7 @@ from piece_ds.evaluation.chunked_loss import install_chunked_loss
 from piece_ds.evaluation.evaluate import EvalResult, evaluate_tasks
 from piece_ds.models.layout import layout_of
 from piece_ds.models.loading import freeze_ineligible, load_model
-from piece_ds.report.results import RunResults
+from piece_ds.report.results import RunResults, read_results
 from piece_ds.runtime.distributed import barrier, is_main
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.rank_status import report_status
@@ -36,6 +36,7 @@ from piece_ds.training.results import (
     num_steps_before,
     open_results,
     with_before,
+    with_before_of,
     with_divergence,
     with_forgetting,
     with_overlaps,
@@ -54,7 +55,7 @@ from piece_ds.training.run import (
     mask_source_of,
     validation_of,
 )
-from piece_ds.training.run_folder import LOGITS_FOLDER, clear_half_written, forget_resumption, written_bytes
+from piece_ds.training.run_folder import LOGITS_FOLDER, RunFolder, clear_half_written, forget_resumption, written_bytes
 from piece_ds.training.task import train_task
 from piece_ds.zero.finite_weights import refuse_nonfinite
 
@@ -166,7 +167,10 @@ def _run_task(stream: Stream, model: nn.Module, index: int, results: RunResults,
 
     def before(engine: Any) -> None:
         nonlocal results
-        results = with_before(results, _evaluate(stream, engine, stream.tasks, "before"))
+        if stream.compared_to is None:
+            results = with_before(results, _evaluate(stream, engine, stream.tasks, "before"))
+        else:
+            results = _taken_over(stream, results, stream.compared_to)
         divergence.begin(engine)
         write_results(results, stream.folder.results_file)
         stream.reporters.log_results(results)
@@ -227,6 +231,17 @@ def _evaluate(stream: Stream, engine: Any, tasks: list[Task], moment: str) -> Ev
     shown = scores_line(found.score, found.loss, found.general_loss)
     logger.warning("evaluation, %s: %s (%s)", moment, shown, duration(found.seconds))
     return found
+
+
+def _taken_over(stream: Stream, results: RunResults, other: RunFolder) -> RunResults:
+    """Return results with another run's row before any task, and copy what the base model answered. A collective."""
+    answers = other.predictions("before")
+    if is_main() and answers.is_dir():
+        shutil.copytree(answers, stream.folder.predictions("before"), dirs_exist_ok=True)
+    results = with_before_of(results, read_results(other.results_file))
+    logger.warning("evaluation, before: that of %s, of the same base model", other.root)
+    barrier()
+    return results
 
 
 def _tidy(stream: Stream, index: int) -> None:

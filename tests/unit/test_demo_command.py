@@ -148,7 +148,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     fakes = faked(monkeypatch, demo, "_write", "_train_base", "train", "world_size", "barrier", "is_main")
     fakes.world_size.return_value, fakes.is_main.return_value = RANKS, True
     fakes._write.return_value = paths_in(tmp_path / "written")
-    fakes.train.side_effect = lambda settings: (f"run {fakes.train.call_count}", "folder")
+    fakes.train.side_effect = lambda settings, compared_to: (f"run {fakes.train.call_count}", "folder")
     monkeypatch.setattr(demo, "EmbeddedRecipe", lambda: RECIPE)
     return fakes
 
@@ -191,6 +191,8 @@ def test_the_recipe_reaches_both_runs_each_with_its_method_rate_and_folder(
     ):
         expected = texts({**of_stream(tmp_path), **own, "seed": 9})
         assert said(call.args[0], expected) == expected
+        # The base model is judged by the first of them alone.
+        assert call.kwargs == {"compared_to": None if own["output_dir"] == tmp_path else RunFolder(tmp_path)}
 
 
 def test_the_users_flags_win_over_the_recipe_and_lose_to_what_makes_the_other_run_another(
@@ -320,7 +322,7 @@ def office(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     fakes.world_size.return_value, fakes.bf16_is_slow.return_value = RANKS, False
     fakes._write.return_value = OfficePaths(tmp_path / "written" / "tasks", tmp_path / "written" / "general.jsonl")
     matrix: Any = object()
-    fakes.train.side_effect = lambda settings: (
+    fakes.train.side_effect = lambda settings, compared_to=None: (
         RunResults(f"run {fakes.train.call_count}", settings.method.method, 0.5, matrix),
         "folder",
     )
@@ -387,6 +389,8 @@ def test_every_contender_gets_the_recipe_and_its_own_flags(
     for call, own in zip(office.train.mock_calls, contenders.values(), strict=True):
         expected = {**untouched, **texts({**of_office(tmp_path), **own, "dtype": "float32" if slow else "auto"})}
         assert said(call.args[0], expected) == expected
+        # The base model is judged by the first of them alone.
+        assert call.kwargs == ({} if own["output_dir"] == tmp_path else {"compared_to": RunFolder(tmp_path)})
     assert [run.name for run in comparison.runs] == list(contenders)
     assert [run.method for run in comparison.runs] == [own["method"] for own in contenders.values()]
     assert comparison.folders == [own["output_dir"] for own in contenders.values()]

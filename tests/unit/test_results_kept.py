@@ -1,5 +1,6 @@
 """results.json grows task by task: ratios, costs, notes and divergences of a run as they come."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from piece_ds.training.results import (
     num_steps_before,
     open_results,
     with_before,
+    with_before_of,
     with_divergence,
     with_task,
     with_validation,
@@ -76,6 +78,25 @@ def test_a_run_grows_task_by_task(tmp_path: Path) -> None:
     assert results.matrix.loss.before == (3.0, None)
     # Without a mask there is none to count.
     assert with_task(opened(tmp_path), "a", judged(1.0), cost={}, index=None, numel=NUMEL, log=[]).masks == {}
+
+
+def test_a_compared_run_takes_over_the_row_before_any_task_alone(tmp_path: Path) -> None:
+    of_base = EvalResult(
+        score={"a": 0.25, "b": 0.75}, loss={"a": 3.0, "b": 4.0}, general_loss=2.5, seconds=1.0,
+        measures={"a": {"f1": 0.5}}, ability={"arc": 0.375},
+    )  # fmt: skip
+    judged_run = with_before(opened(tmp_path), of_base)
+    other = with_task(judged_run, "a", judged(2.0), cost={}, index=None, numel=NUMEL, log=[{"step": 1}])
+    other = replace(
+        other, measures={**other.measures, "after a": {"a": {"f1": 1.0}}}, ability={**other.ability, "x": {}}
+    )
+    assert with_before_of(opened(tmp_path), other) == judged_run
+
+    # Another stream, or a run that judged nothing, is no base to stand on.
+    with pytest.raises(AssertionError):
+        with_before_of(replace(opened(tmp_path), rows={"a": 3, "b": 4}), other)
+    with pytest.raises(AssertionError):
+        with_before_of(opened(tmp_path), opened(tmp_path))
 
 
 def test_only_rows_that_chose_a_step_and_judge_it_make_a_note(tmp_path: Path) -> None:

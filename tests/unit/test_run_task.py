@@ -32,6 +32,7 @@ def stream_of(folder: Path, baseline: Any = None, save_model: str = "every", tra
         folder=RunFolder(folder),
         model_folder=lambda index: RunFolder(folder).model(index, TASKS[index]),
         baseline=baseline,
+        compared_to=None,
         reporters=mock.Mock(),
         claim=mock.MagicMock(),
         **more,
@@ -153,6 +154,40 @@ def test_the_base_model_is_judged_and_written_down_before_the_first_task(tmp_pat
     fakes.with_before.assert_called_once_with("results", fakes._evaluate.return_value)
     assert fakes.divergence_of.return_value.mock_calls[0] == mock.call.begin(engine)
     assert fakes.with_task.call_args.args[0] == judged
+
+
+@pytest.mark.parametrize("main", [False, True])
+@pytest.mark.parametrize("has_answers", [False, True])
+def test_the_base_model_is_not_judged_again_where_another_run_has_judged_it(
+    has_answers: bool, main: bool, tmp_path: Path, fakes: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = faked(monkeypatch, module, "is_main", "barrier", "read_results", "with_before_of")
+    more.is_main.return_value, more.with_before_of.return_value = main, "as before"
+    stream, engine, other = stream_of(tmp_path / "own"), mock.Mock(), RunFolder(tmp_path / "other")
+    stream.compared_to = other
+    answers = {"first.jsonl": "what it said"} if has_answers else {}
+    for name, text in answers.items():
+        other.predictions("before").mkdir(parents=True)
+        (other.predictions("before") / name).write_text(text)
+    fakes.is_judged_before.return_value = False
+    written: list[Any] = []
+
+    def train(**given: Any) -> Any:
+        given["evaluate_before"](engine)
+        written.append(fakes.write_results.mock_calls[:])
+        given["evaluate_after"](engine)
+        return fakes.train_task.return_value
+
+    fakes.train_task.side_effect = train
+    module._run_task(stream, mock.Mock(), 0, "results", False)  # type: ignore[arg-type]
+    more.read_results.assert_called_once_with(other.results_file)
+    more.with_before_of.assert_called_once_with("results", more.read_results.return_value)
+    assert written == [[mock.call("as before", stream.folder.results_file)]]
+    assert fakes._evaluate.mock_calls == [mock.call(stream, engine, stream.tasks[:1], "00-first")]
+    assert fakes.divergence_of.return_value.mock_calls[0] == mock.call.begin(engine)
+    copied = stream.folder.predictions("before")
+    assert {path.name: path.read_text() for path in copied.glob("*")} == (answers if main else {})
+    more.barrier.assert_called_once_with()
 
 
 def test_an_evaluation_is_of_the_tasks_and_moment_asked_for(

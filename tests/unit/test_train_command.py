@@ -45,16 +45,20 @@ def value_at(inputs: Inputs, path: str) -> Any:
     return found
 
 
-def test_every_field_of_the_stream_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other", [None, RunFolder(Path("other"))])
+def test_every_field_of_the_stream_is_what_was_checked(
+    other: RunFolder | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fakes = faked(monkeypatch, run, *REAL)
     given: Any = SimpleNamespace(method=SimpleNamespace(method="piece-f"))
     inputs = fakes.preflight.return_value = checked_inputs(tmp_path)
     fakes.remote_of_run.return_value = None
     fakes.deterministic_run.return_value = mock.MagicMock()
-    results, folder = run.train(given)
+    results, folder = run.train(given, other)
     assert (results, folder.root) == (fakes.run_stream.return_value, tmp_path)
     ((stream,), _) = fakes.run_stream.call_args
-    assert {field.name for field in fields(Stream)} == set(FROM)
+    assert {field.name for field in fields(Stream)} == {*FROM, "compared_to"}
+    assert stream.compared_to is other
     for name, path in FROM.items():
         assert getattr(stream, name) is value_at(inputs, path), name
 
