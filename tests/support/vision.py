@@ -3,6 +3,7 @@
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -107,8 +108,16 @@ def image_of(index: int) -> Image.Image:
 def vision_micro_batches(family: str, num: int) -> list[dict[str, Tensor]]:
     """Micro-batches of two rows as training makes them: images as files, through the project's own collator."""
     processor = make_processor(family)
-    folder = Path(tempfile.mkdtemp())
-    prompt, rows = ImagePrompt(processor), []
+    prompt = ImagePrompt(processor)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _rows_with_images(prompt, processor, Path(folder))
+        collate = make_collator(processor)
+        return [collate(rows[2 * b : 2 * b + 2]) for b in range(num)]
+
+
+def _rows_with_images(prompt: ImagePrompt, processor: Any, folder: Path) -> list[dict[str, Any]]:
+    """Rows of the questions; their images are written into folder."""
+    rows = []
     for index, (question, answer, size) in enumerate(QUESTIONS):
         text = prompt.text(question, with_image=size is not None)
         ids, reply = prompt.ids(text), _ids(processor, answer)
@@ -125,8 +134,7 @@ def vision_micro_batches(family: str, num: int) -> list[dict[str, Tensor]]:
                 "where": f"row {index}",
             }
         )
-    collate = make_collator(processor)
-    return [collate(rows[2 * b : 2 * b + 2]) for b in range(num)]
+    return rows
 
 
 def plain_micro_batches(family: str, num: int) -> list[dict[str, Tensor]]:
