@@ -30,7 +30,17 @@ def test_the_comparison_ends_with_its_table_and_answers_in_words(tmp_path: Path)
         summary = json.loads((folder / "results.json").read_text())["matrix"]["summary"]
         assert f"{summary['general_loss_change']:+.3f}" in rows[name]
         assert f"{100 * summary['score_learning']:.1f} %" in rows[name]
+
+    # The base model is judged once, and every run has what it was found to do.
+    assert run.stderr.count("evaluation, before: dates") == 1
+    before = [
+        json.loads((folder / "results.json").read_text())["matrix"]["loss"]["before"] for folder in folders.values()
+    ]
+    assert None not in before[0]
+    assert before == [before[0]] * 6
     for task in ("dates", "orders", "queries"):
+        answers_before = {(folder / "predictions/before" / f"{task}.jsonl").read_text() for folder in folders.values()}
+        assert len(answers_before) == 1
         rows_of_task = json.loads((out / "material" / "tasks" / task / "test.json").read_text())
         assert rows_of_task[0]["answer"] in answers
     (written,) = (tmp_path / "cache" / "general_text").glob("self-*.jsonl")

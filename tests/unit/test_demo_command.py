@@ -17,6 +17,8 @@ from piece_ds.demo.office.recipe import CPU_RECIPE, SLOW_CPU_RECIPE, OfficeRecip
 from piece_ds.demo.office.write import OfficePaths
 from piece_ds.demo.recipe import EmbeddedRecipe
 from piece_ds.demo.write import EmbeddedPaths
+from piece_ds.evaluation.matrix import ResultMatrix
+from piece_ds.evaluation.predictions import write_predictions
 from piece_ds.report.results import RunResults
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.run_folder import RunFolder
@@ -471,3 +473,128 @@ def test_more_ranks_than_rows_of_a_step_have_one_row_each(tmp_path: Path, small:
     office_demo.run_office(parse([]), "some-model", RunFolder(tmp_path), OFFICE)
     for call in (*small.train.mock_calls, *office.train.mock_calls):
         assert call.args[0].flag("per_device_train_batch_size") == "1"
+
+
+# What the comparison shows.
+
+
+def run_of(name: str, before: float, after: float, kl: float | None, score: tuple[float, float]) -> RunResults:
+    """Two tasks of which the first is forgotten in part; the general loss goes from before to after."""
+    matrix = ResultMatrix(("orders", "queries"), ("accuracy", "accuracy"))
+    matrix = matrix.with_before({"orders": 0.0, "queries": 0.0}, {"orders": 3.0, "queries": 4.0}, before)
+    matrix = matrix.with_row({"orders": score[0]}, {"orders": 1.0}, before + 7.0)
+    matrix = matrix.with_row({"orders": score[1], "queries": score[0]}, {"orders": 1.5, "queries": 2.0}, after)
+    divergence = {"after queries": {} if kl is None else {"general text": kl}}
+    return RunResults(name, "piece-s", 0.5, matrix, divergence=divergence)
+
+
+def compared(folder: Path) -> Comparison:
+    runs = [run_of("recommended", 3.0, 3.0125, 0.004, (0.75, 0.5)), run_of("seqft", 3.0, 2.875, None, (1.0, 0.25))]
+    folders = [folder, folder / "seqft"]
+    for number, size in enumerate((100_000, 300_000)):
+        delta = folder / f"0{number}-{OFFICE.tasks[number]}" / "delta.safetensors"
+        delta.parent.mkdir(parents=True)
+        delta.write_bytes(bytes(size))
+    return Comparison(runs, folders, OFFICE.tasks)
+
+
+def test_the_table_says_what_was_learned_kept_and_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = faked(monkeypatch, office_demo, "_packed_bytes")
+    fakes._packed_bytes.side_effect = lambda path: path.stat().st_size // 4
+    grid = office_demo.frontier_grid(compared(tmp_path))
+    table = [dict(zip(grid.header, row, strict=True)) for row in grid.rows]
+    assert table == [
+        {
+            "run": "recommended",
+            "learned": "75.0 %",
+            "kept to the end": "62.5 %",
+            "general loss": "+0.013",
+            "general KL": "0.004",
+            "delta of a task": "0.2 MB",
+            "packed": "0.1 MB",
+        },
+        {
+            "run": "seqft",
+            "learned": "100.0 %",
+            "kept to the end": "62.5 %",
+            "general loss": "-0.125",
+            "general KL": "-",
+            "delta of a task": "-",
+            "packed": "-",
+        },
+    ]
+
+
+def test_a_delta_is_packed_in_its_smallest_coding_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = faked(monkeypatch, office_demo, "open_delta", "compose")
+    written: list[Path] = []
+
+    def write(deltas: Any, output: Path, with_previous: bool = True, coding: str = "plain") -> None:
+        assert (deltas, with_previous, coding) == ([fakes.open_delta.return_value], True, "smallest")
+        output.write_bytes(bytes(77))
+        written.append(output)
+
+    fakes.compose.side_effect = write
+    assert office_demo._packed_bytes(tmp_path / "delta.safetensors") == 77
+    fakes.open_delta.assert_called_once_with(tmp_path / "delta.safetensors")
+    assert not written[0].parent.exists()
+
+
+@pytest.mark.parametrize("main", [False, True])
+def test_the_comparison_is_shown_by_one_rank(
+    main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("is_main", "frontier_grid", "print_grids", "_frontier_picture", "answers_before_and_after")
+    fakes, comparison = faked(monkeypatch, office_demo, *names), compared(tmp_path)
+    fakes.is_main.return_value, fakes._frontier_picture.return_value = main, b"a picture"
+    fakes.answers_before_and_after.return_value = ["what it said", "what it says"]
+    picture = tmp_path / "figures" / "frontier.png"
+    picture.parent.mkdir()
+    office_demo.print_comparison(comparison)
+    shown = capsys.readouterr().out
+    if not main:
+        assert (shown, [path.name for path in picture.parent.iterdir()]) == ("", [])
+        assert [call[0] for call in fakes.mock_calls] == ["is_main"]
+        return
+    assert picture.read_bytes() == b"a picture"
+    assert shown == f"figure: {picture}\n\nwhat it said\nwhat it says\n"
+    fakes.print_grids.assert_called_once_with([fakes.frontier_grid.return_value])
+    fakes.frontier_grid.assert_called_once_with(comparison)
+    fakes._frontier_picture.assert_called_once_with(comparison)
+    fakes.answers_before_and_after.assert_called_once_with("recommended", RunFolder(tmp_path), OFFICE.tasks)
+
+
+def test_the_picture_has_a_point_of_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from piece_ds.report import frontier
+
+    fakes = faked(monkeypatch, frontier, "frontier_figure")
+    assert office_demo._frontier_picture(compared(tmp_path)) is fakes.frontier_figure.return_value
+    ((points, *labels), more) = fakes.frontier_figure.call_args
+    assert [(point.method, point.learned, [round(kept, 9) for kept in point.kept]) for point in points] == [
+        ("recommended", 0.75, [0.0125]),
+        ("seqft", 1.0, [-0.125]),
+    ]
+    assert labels == ["learned", ["change of general loss (nats)"]]
+    assert more == {"y_are_losses": [True]}
+
+
+def test_the_first_row_of_each_task_is_shown_before_and_after(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for moment, said_then in (("before", "I am not\nsure " * 20), ("01-queries", "SELECT 1")):
+        for task in OFFICE.tasks:
+            path = folder.predictions(moment) / f"{task}.jsonl"
+            write_predictions(path, [f"{task}?\nnow:", "another?"], ["gold", "other"], [said_then, "of another"])
+    lines = office_demo.answers_before_and_after("recommended", folder, OFFICE.tasks)
+    long = ("I am not sure " * 20)[: office_demo.SHOWN_CHARACTERS] + " ..."
+    expected = ["What the model answers, before the stream and after all of it (recommended):"]
+    for task in OFFICE.tasks:
+        expected += ["", f"  {task}?\n  now:", f"    before  {long}", "    after   SELECT 1", "    right   gold"]
+    assert lines == expected
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_an_answer_is_cut_only_where_it_is_longer_than_a_line(more: int) -> None:
+    text = "x" * (office_demo.SHOWN_CHARACTERS + more)
+    assert office_demo._shown(f" {text}\n") == (f"{text[:-1]} ..." if more else text)

@@ -118,3 +118,51 @@ def test_other_jobs_are_not_asked_for_what_training_needs(
     assert found is fakes.load_inputs.return_value
     assert {call[0] for call in fakes.mock_calls} == OF_EVERY_JOB | more
     fakes._check_flags.assert_called_once_with(given, job, fakes.find_method.return_value)
+
+
+# What a run's folder is claimed with.
+
+
+@pytest.mark.parametrize(("stage", "baseline"), [(0, False), (3, False), (3, True)])
+@pytest.mark.parametrize("decides", [False, True])
+def test_the_claim_compares_what_decides_the_results_and_writes_down_the_rest(
+    decides: bool, stage: int, baseline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = faked(monkeypatch, module, "decides_weights", "resumes_from", "world_size")
+    fakes.decides_weights.return_value, fakes.world_size.return_value = decides, 3
+    names = (*module.DECISIVE, *module.OF_BEST_STEP)
+    arguments: Any = SimpleNamespace(
+        **{name: SimpleNamespace(value=f"the {name}") if n % 2 else n for n, name in enumerate(names)},
+        output_dir=str(tmp_path / "out"),
+        gradient_accumulation_steps=5,
+        hf_deepspeed_config=SimpleNamespace(
+            config="the DeepSpeed configuration", get_value={"zero_optimization.stage": stage}.get
+        ),
+        to_dict=lambda: {"every": "argument"},
+    )
+    settings: Any = SimpleNamespace(
+        resolved=lambda: {"MethodArguments": {"method": "piece-s"}},
+        output=SimpleNamespace(overwrite_output_dir=mock.sentinel.overwrite),
+    )
+    given: Any = SimpleNamespace(
+        settings=settings, arguments=arguments, baseline=mock.Mock(spec=module.Baseline) if baseline else None
+    )
+    claim = module._claim_of(given)
+    compared = names if decides else module.DECISIVE
+    decisive = {name: f"the {name}" if n % 2 else n for n, name in enumerate(names) if name in compared}
+    sharding = {"world_size": 3, "zero_stage": stage}
+    assert claim.configuration == {
+        "MethodArguments": {"method": "piece-s"},
+        "TrainingArguments": {**decisive, "gradient_accumulation_steps * ranks": 15},
+        **(sharding if baseline else {}),  # a masked run resumes on any number of ranks
+    }
+    assert claim.also == {
+        "all_training_arguments": {"every": "argument"},
+        "deepspeed": "the DeepSpeed configuration",
+        **sharding,
+    }
+    assert claim.folder.root == tmp_path / "out"
+    assert (claim.resume, claim.overwrite) == (fakes.resumes_from.return_value, mock.sentinel.overwrite)
+    assert not (tmp_path / "out").exists()
+    fakes.decides_weights.assert_called_once_with(settings, arguments)
+    fakes.resumes_from.assert_called_once_with(arguments)
