@@ -11,13 +11,20 @@ from rich.text import Text
 
 from piece_ds.doctor.findings import BAD, GOOD, Finding
 from piece_ds.doctor.machine import examine
+from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.text import printable
 
 _COLOURS = {GOOD: "green", BAD: "bold red"}
 
 
 def doctor(arguments: argparse.Namespace) -> None:
-    """Print the findings. Exit with code 1 if one of them would make a run fail."""
+    """Print the findings. Exit with code 1 if one of them would make a run fail.
+
+    Raises:
+        UserError: --ranks is no number of processes.
+    """
+    if arguments.ranks < 1:
+        raise UserError(f"--ranks must be at least 1, got {arguments.ranks}")
     findings = list(examine(arguments.folder, arguments.ranks))
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))

@@ -34,8 +34,9 @@ def examine(folder: str, num_ranks: int) -> Iterator[Finding]:
     found = versions()
     yield Finding("versions", GOOD, ", ".join(f"{name} {value}" for name, value in found.items() if name != "device"))
     yield _gpus()
-    yield from _programs()
-    yield from _backends()
+    served = list(_backends())
+    yield from _programs(all(finding.status == GOOD for finding in served))
+    yield from served
     yield _deepspeed_ops()
     yield _locks()
     temporary = tempfile.gettempdir()
@@ -54,13 +55,15 @@ def _gpus() -> Finding:
     return Finding("GPUs", GOOD, f"{shown}; CUDA {torch.version.cuda}")
 
 
-def _programs() -> Iterator[Finding]:
-    # Without the programs that compile, a package that brings its kernels compiled works all the same.
-    is_prebuilt = prebuilt("cuda" if torch.cuda.is_available() else "cpu") is not None
-    missing = NOTE if is_prebuilt else BAD
+def _programs(is_served: bool) -> Iterator[Finding]:
+    # Ops that load need no compiler: they came compiled, were compiled here before, or are those of torch alone.
+    missing = NOTE if is_served else BAD
     compiler = compiler_version()
-    advice = "install g++, name one in CXX, or set PIECE_DS_BACKEND=reference"
-    without = "none: the kernels came compiled with the package" if is_prebuilt else f"none: {advice}"
+    without = "none: install g++, name one in CXX, or set PIECE_DS_BACKEND=reference"
+    if prebuilt("cuda" if torch.cuda.is_available() else "cpu") is not None:
+        without = "none: the kernels came compiled with the package"
+    elif is_served:
+        without = "none: the ops that runs would use here work without one"
     yield Finding("C++ compiler", GOOD if compiler else missing, compiler or without)
     has_ninja = bool(shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}"))
     yield Finding("ninja", GOOD if has_ninja else missing, "found" if has_ninja else "none: pip install ninja")
@@ -107,8 +110,7 @@ def _locks() -> Finding:
 
 
 def _is_built(builder: object) -> bool:
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
-    return any(Path(folder).glob(f"**/{builder.NAME}.so"))  # type: ignore[attr-defined]
+    return any(Path(_kernel_folder()).glob(f"**/{builder.NAME}.so"))  # type: ignore[attr-defined]
 
 
 def _folder(what: str, place: Path) -> Finding:
@@ -142,6 +144,8 @@ def _kernel_folder() -> str:
 def _tried(function: Callable[[], str]) -> tuple[bool, str]:
     try:
         return True, function()
+    except UserError as error:
+        return False, " ".join(str(error).split())
     except Exception as error:  # any failure is a finding
         return False, " ".join(f"{type(error).__name__}: {error}".split())[:300]
 

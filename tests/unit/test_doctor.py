@@ -20,6 +20,7 @@ from piece_ds.doctor.findings import BAD, GOOD, NOTE, Finding
 from piece_ds.doctor.machine import _folder
 from piece_ds.ops import extension
 from piece_ds.ops.build_specs import BUILD_SPECS
+from piece_ds.runtime.errors import UserError
 
 pytestmark = pytest.mark.heavy
 
@@ -137,17 +138,48 @@ def test_each_place_of_a_run_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
     assert [f"folder for {place}" for place in ("output", "temporary files", "compiled kernels")] == what[-3:]
 
 
-def test_a_machine_without_compiler_passes_if_the_kernels_came_with_the_package(
+def test_a_machine_without_compiler_passes_if_the_ops_load_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """They came compiled, were compiled before, or are torch's alone (PIECE_DS_BACKEND=reference)."""
     monkeypatch.setattr(machine, "compiler_version", lambda: "")
+    monkeypatch.setattr(machine.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(machine, "run_self_test", lambda num_ranks: iter(()))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    for found, status in ((tmp_path / "piece_ds_cpu.abi3.so", NOTE), (None, BAD)):
-        monkeypatch.setattr(machine, "prebuilt", lambda device, found=found: found)
-        findings = {finding.what: finding for finding in machine._programs()}
-        assert findings["C++ compiler"].status == status
-        assert ("came compiled" in findings["C++ compiler"].found) == (status == NOTE)
+
+    def fail(device: str) -> str:
+        raise UserError("cannot be built")
+
+    for loads, shipped, status, words in (
+        (lambda device: "cpp", tmp_path / "piece_ds_cpu.abi3.so", NOTE, "came compiled with the package"),
+        (lambda device: "reference", None, NOTE, "work without one"),
+        (fail, None, BAD, "PIECE_DS_BACKEND=reference"),
+    ):
+        monkeypatch.setattr(machine.backends, "load", loads)
+        monkeypatch.setattr(machine, "prebuilt", lambda device, shipped=shipped: shipped)
+        findings = {finding.what: finding for finding in machine.examine(str(tmp_path), 1)}
+        assert findings["C++ compiler"].status == findings["ninja"].status == status
+        assert words in findings["C++ compiler"].found
         assert machine._deepspeed_ops().status == NOTE  # those need the compiler all the same
+        assert findings["piece_ds ops on cpu"].found.startswith("cannot be built") == (status == BAD)  # in plain words
+
+
+def test_deepspeeds_ops_are_looked_for_where_torch_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "compiler_version", lambda: "")
+    assert machine._deepspeed_ops().status == NOTE
+    (tmp_path / "torch_extensions" / "py311_cpu" / "cpu_adam").mkdir(parents=True)
+    (tmp_path / "torch_extensions" / "py311_cpu" / "cpu_adam" / "cpu_adam.so").touch()
+    assert machine._deepspeed_ops().status == GOOD
+
+
+@pytest.mark.parametrize("ranks", [0, -1])
+def test_a_self_test_of_no_processes_is_refused(ranks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["doctor", "--ranks", str(ranks)])
+    assert leave.value.code == 2
+    assert capsys.readouterr().err == f"error: --ranks must be at least 1, got {ranks}\n"
 
 
 def test_the_library_of_the_package_is_found_by_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
