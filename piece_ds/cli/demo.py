@@ -96,18 +96,20 @@ def _run_small(settings: Settings, folder: RunFolder, seed: int) -> list[RunResu
     if not (base / "config.json").is_file():
         _train_base(base, paths, recipe, settings)
 
-    # Run the method that was asked for, then the baseline. Both begin with the same model: it is judged once.
+    # Run the method that was asked for, then the baseline, which takes nothing that was said of the method. Both begin
+    # with the same model: it is judged once.
     runs: list[RunResults] = []
     for method, where, rate in (
         (None, folder.root, recipe.mask_learning_rate),
         ("seqft", folder.root / "seqft", recipe.full_learning_rate),
     ):
         recipe_flags = {**_stream_flags(paths, recipe, base), "learning_rate": rate, "output_dir": where}
-        chosen = {"method": method, "learning_rate": rate, "output_dir": where} if method else {}
+        chosen: dict[str, Any] = {"method": method, "output_dir": where} if method else {}
         if settings.model.model_name_or_path == EMBEDDED:
             chosen["model_name_or_path"] = base
-        runs.append(train(settings.rebuilt(recipe_flags, chosen), compared_to=folder if runs else None)[0])
-        if settings.method.method == "seqft":
+        own = settings.without_method() if method else settings
+        runs.append(train(own.rebuilt(recipe_flags, chosen), compared_to=folder if runs else None)[0])
+        if settings.method.method == "seqft" and settings.method.recipe is None:  # it is the baseline
             break
     return runs
 

@@ -6,6 +6,7 @@ seen.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -16,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoTokenizer
 
 from piece_ds.cli.run import train
-from piece_ds.config.settings import Settings
+from piece_ds.config.settings import OF_METHOD, Settings
 from piece_ds.data.general_text import SELF
 from piece_ds.deltas import compose, open_delta
 from piece_ds.demo.office.recipe import CPU_RECIPE, SLOW_CPU_RECIPE, OfficeRecipe
@@ -104,10 +105,10 @@ def run_office(
     folder: RunFolder,
     recipe: OfficeRecipe | None = None,
 ) -> Comparison:
-    """Run every contender over the stream; with --method, only the user's own method and seqft.
+    """Run every contender over the stream; with --method or --recipe, only the user's own and seqft.
 
     Args:
-        settings: the user's, which win over the recipe's.
+        settings: the user's, which win over the recipe's. What they say of the method is for the first run alone.
         model: name or folder of the pretrained model.
         folder: free, or of the run to resume.
         recipe: the settings; None means the defaults, on a CPU with fewer tasks, rows and contenders.
@@ -124,9 +125,9 @@ def run_office(
     for contender in chosen:
         where = folder.root / contender.folder
         own = {**contender.flags, "output_dir": where}
-        if contender.folder:  # only the first run takes the user's own settings
-            results = train(settings.rebuilt(common, own), compared_to=folder)[0]
-        else:
+        if contender.folder:
+            results = train(settings.without_method().rebuilt(common, own), compared_to=folder)[0]
+        else:  # the user's own method and rate win
             results = train(settings.rebuilt({**common, **own}))[0]
         runs.append(replace(results, name=contender.name))
     return Comparison(runs, [folder.root / contender.folder for contender in chosen], recipe.tasks)
@@ -158,13 +159,22 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def _chosen(settings: Settings, known: list[Contender], recipe: OfficeRecipe) -> list[Contender]:
-    """Return all contenders; with --method, only the user's own method and seqft."""
-    own = settings.method.method
+    """Return all contenders; with --method or --recipe, only the user's own and seqft."""
+    own, named = settings.method.method, settings.method.recipe
     if "method" not in settings.given:
-        return known
-    # A known method keeps its tuned rate; another one gets that of full fine-tuning.
+        # A name in the table must not promise what the user has changed.
+        first = known[0]
+        return [replace(first, name=f"{first.name}, changed"), *known[1:]] if settings.given & OF_METHOD else known
+
+    # A known method keeps its tuned rate; another one gets that of full fine-tuning. A recipe has its own.
     flags = next((c.flags for c in known if c.flags["method"] == own), {"learning_rate": recipe.full_learning_rate})
-    return [Contender(own, "", flags), *(c for c in known if c.name == "seqft" != own)]
+    mine = Contender(own, "", flags) if named is None else Contender(f"recipe {named}", "", _beside_recipe(flags))
+    return [mine, *(c for c in known if c.name == "seqft" != mine.name)]
+
+
+def _beside_recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of a contender that do not belong to its method: a recipe says all of it."""
+    return {name: value for name, value in flags.items() if name not in OF_METHOD or name == "general_statistics"}
 
 
 def _write(material: Path, seed: int, model: str, recipe: OfficeRecipe) -> OfficePaths:

@@ -5,6 +5,7 @@ trained like a user's own.
 """
 
 from pathlib import Path
+from typing import Any
 
 from piece_ds.cli.run import train
 from piece_ds.config.defaults import timeout_seconds
@@ -78,7 +79,9 @@ def _train_base(settings: Settings, material: Path, family: str) -> None:
         "learning_rate": BASE_RATE,
         "output_dir": material / family / "base",
     }
-    train(_with_recipe(settings, flags))
+    # What the user says of the method, and of what it may select, is for the tasks.
+    fixed = {name: flags[name] for name in ("method", "eligible")}
+    train(_with_recipe(settings.without_method(), flags, fixed))
 
 
 def _train_tasks(settings: Settings, material: Path, family: str, output: Path) -> tuple[RunResults, RunFolder]:
@@ -96,8 +99,8 @@ def _train_tasks(settings: Settings, material: Path, family: str, output: Path) 
     return train(_with_recipe(settings, flags))
 
 
-def _with_recipe(settings: Settings, flags: dict) -> Settings:
-    """Return the recipe's flags, overridden by the user's, overridden by what must differ between base and tasks."""
+def _with_recipe(settings: Settings, flags: dict[str, Any], fixed: dict[str, Any] | None = None) -> Settings:
+    """Return the recipe's flags, overridden by the user's, overridden by the folder and by what is fixed."""
     shared = {
         "per_device_train_batch_size": max(1, BATCH_SIZE // world_size()),
         "per_device_eval_batch_size": 64,
@@ -106,4 +109,4 @@ def _with_recipe(settings: Settings, flags: dict) -> Settings:
         "warmup_steps": 20,
         "adam_beta2": 0.95,
     }
-    return settings.rebuilt({**shared, **flags}, {"output_dir": flags["output_dir"]})
+    return settings.rebuilt({**shared, **flags}, {"output_dir": flags["output_dir"], **(fixed or {})})

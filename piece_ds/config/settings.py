@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from transformers import TrainingArguments
@@ -19,13 +19,19 @@ from piece_ds.config.defaults import machine_defaults
 from piece_ds.config.foreign_keys import hint, unknown_keys
 from piece_ds.config.method_arguments import BaselineArguments, MethodArguments
 from piece_ds.config.output_arguments import EvaluationArguments, OutputArguments
-from piece_ds.config.parser import OneLineParser, make_parser, training_arguments_of
+from piece_ds.config.parser import make_parser, training_arguments_of
 from piece_ds.config.ranges import require_countable
-from piece_ds.config.recommended import HELP, refuse_method_beside, settings_of
-from piece_ds.config.yaml_file import flags_of, read_yaml
+from piece_ds.config.recommended import HELP, settings_of
+from piece_ds.config.source import Source, flag_name, source_of
+from piece_ds.config.yaml_file import flags_of
 from piece_ds.runtime.errors import UserError
 
 OURS = (ModelArguments, DataArguments, MethodArguments, OutputArguments, EvaluationArguments, BaselineArguments)
+# What makes a method, with the text that stands for general ability and the rate that it was tuned at.
+OF_METHOD = frozenset(f.name for cls in (MethodArguments, BaselineArguments) for f in fields(cls)) | {
+    "general_text",
+    "learning_rate",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Settings:
     baseline: BaselineArguments
     flags: tuple[str, ...]
     given: frozenset[str]
-    source: "_Source"
+    source: Source
 
     def training_arguments(self, **overrides: Any) -> TrainingArguments:
         """Return a fresh TrainingArguments with overrides in place of the flags' values.
@@ -70,7 +76,7 @@ class Settings:
     @property
     def recipe_rate(self) -> float | None:
         """The learning rate that a recipe sets; None without one, or if the user sets the rate."""
-        rate: float | None = settings_of(_recipe_of(self.source)).get("learning_rate")
+        rate: float | None = settings_of(self.source.recipe).get("learning_rate")
         return None if "learning_rate" in self.source.names else rate
 
     def with_flags(self, **flags: Any) -> "Settings":
@@ -91,6 +97,14 @@ class Settings:
         # New defaults win over old ones, and overrides over the command line.
         filled = replace(source, command=source.command + above, defaults={**source.defaults, **defaults})
         return _build(filled, self.given | set(overrides or {}))
+
+    def without_method(self) -> "Settings":
+        """Return the settings of the same command line and YAML file without what they say of the method.
+
+        Whoever compares a user's method with another one gives that one its own.
+        """
+        source = self.source.without(OF_METHOD)
+        return _build(source, self.given - OF_METHOD)
 
     def resolved(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values, for run.json."""
@@ -113,20 +127,6 @@ class Settings:
         return self.model, self.data, self.method, self.output, self.evaluation, self.baseline
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The command line without --config, the content of that file, and values for what neither gives."""
-
-    command: tuple[str, ...]
-    config: Mapping[str, Any]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the flags on the command line and of the keys in the file."""
-        return frozenset({_flag_name(a) for a in self.command if a.startswith("--")} | set(self.config))
-
-
 def load_settings(argv: list[str]) -> Settings:
     """Read the command line and the YAML file that it names, once, with the defaults of this machine.
 
@@ -135,7 +135,7 @@ def load_settings(argv: list[str]) -> Settings:
     Raises:
         UserError: see parse().
     """
-    source = _source_of(argv)
+    source = source_of(argv)
     return _build(replace(source, defaults=machine_defaults(source.names)), source.names)
 
 
@@ -149,18 +149,11 @@ def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Setting
         UserError: a flag or key is unknown (the nearest is named), or a value has the wrong type or range.
     """
     # Without this machine's defaults: the caller gives them.
-    source = _source_of(argv)
+    source = source_of(argv)
     return _build(replace(source, defaults=defaults or {}), source.names)
 
 
-def _source_of(argv: list[str]) -> _Source:
-    command, config = _take_config(argv)
-    source = _Source(tuple(command), config)
-    refuse_method_beside(_recipe_of(source), source.names)
-    return source
-
-
-def _build(source: _Source, given: frozenset[str]) -> Settings:
+def _build(source: Source, given: frozenset[str]) -> Settings:
     # Check names first: a misspelt key would be taken for a flag's missing value.
     known = _known_flags()
     unknown = [name for name in source.config if name not in known]
@@ -169,7 +162,7 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
     _refuse_lists(source.config)
 
     # The parser lets the last of a repeated flag win: defaults, then the recipe, then YAML, then the command line.
-    recipe = settings_of(_recipe_of(source))
+    recipe = settings_of(source.recipe)
     given = given | set(recipe)
     filled = {**source.defaults, **recipe, **source.config}
     flags = [item for name, value in filled.items() for item in flags_of(name, value)] + list(source.command)
@@ -180,8 +173,8 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
     ours = make_parser(*OURS)
     *parsed, rest = ours.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     for item in rest:
-        if item.startswith("--") and _flag_name(item) not in known:
-            raise UserError(f"unknown flag {item.split('=')[0]}.{hint(_flag_name(item), known)}")
+        if item.startswith("--") and flag_name(item) not in known:
+            raise UserError(f"unknown flag {item.split('=')[0]}.{hint(flag_name(item), known)}")
     for part in parsed[: len(OURS)]:
         require_countable(part)
     model, data, method, output, evaluation, baseline = parsed[: len(OURS)]
@@ -196,14 +189,6 @@ def _build(source: _Source, given: frozenset[str]) -> Settings:
         given=given,
         source=source,
     )
-
-
-def _recipe_of(source: _Source) -> str | None:
-    """Return the recipe that is asked for: the last on the command line, else the YAML file's."""
-    parser = OneLineParser([], allow_abbrev=False, add_help=False)
-    parser.add_argument("--recipe", default=source.config.get("recipe"))
-    recipe = parser.parse_known_args(list(source.command))[0].recipe
-    return None if recipe is None else str(recipe)
 
 
 def print_help(meanings: Mapping[str, str]) -> None:
@@ -244,10 +229,6 @@ def _known_flags() -> list[str]:
     return [field.name for cls in (*OURS, TrainingArguments) for field in fields(cls) if field.init]
 
 
-def _flag_name(item: str) -> str:
-    return item.split("=")[0].removeprefix("--").replace("-", "_")
-
-
 def _refuse_lists(config: Mapping[str, Any]) -> None:
     """Raise UserError for a list where a flag takes one value."""
     one_value = {
@@ -268,26 +249,3 @@ def _refuse_no_text(flags: list[str]) -> None:
         except UnicodeEncodeError:
             shown = ascii(item)[:80]
             raise UserError(f"{ascii(name)[1:-1][:80]}: {shown} is no UTF-8 text, as run.json is: rename it") from None
-
-
-def _take_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return argv without --config FILE, and the content of FILE.
-
-    Raises:
-        UserError: FILE is missing, or no YAML mapping.
-    """
-    # Take the flag out.
-    rest, path = [], None
-    items = iter(argv)
-    for item in items:
-        if item == "--config":
-            path = next(items, None)
-            if path is None:
-                raise UserError("--config expects a YAML file")
-        elif item.startswith("--config="):
-            path = item.split("=", 1)[1]
-        else:
-            rest.append(item)
-
-    # Read the file.
-    return rest, {} if path is None else read_yaml(path)

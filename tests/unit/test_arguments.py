@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from piece_ds.cli import evaluate, select, train
-from piece_ds.config import settings as settings_module
+from piece_ds.config import source as source_module
 from piece_ds.config.settings import OURS, load_settings, parse
 from piece_ds.methods.registry import METHODS
 from piece_ds.runtime.errors import UserError
@@ -167,8 +167,8 @@ def test_asking_for_checkpoints_every_n_steps_turns_them_on(tmp_path: Path) -> N
 
 def test_the_yaml_file_is_read_once_whatever_is_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    whole = settings_module._take_config
-    monkeypatch.setattr(settings_module, "_take_config", lambda argv: reads.append(argv) or whole(argv))
+    whole = source_module._take_config
+    monkeypatch.setattr(source_module, "_take_config", lambda argv: reads.append(argv) or whole(argv))
     config = write(tmp_path / "run.yaml", "seed: 7\nmask_ratio: 0.2")
     settings = load_settings(["--config", config, "--budget", "layer"])
     (tmp_path / "run.yaml").unlink()
@@ -178,6 +178,24 @@ def test_the_yaml_file_is_read_once_whatever_is_made_of_it(tmp_path: Path, monke
     assert (again.flag("seed"), again.flag("max_steps"), again.flag("save_strategy")) == ("7", "9", "no")
     assert again.given == {"seed", "mask_ratio", "budget", "method"}
     assert again.rebuilt({}, {}).flag("max_steps") == "9"
+
+
+def test_settings_without_the_method_keep_all_else(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("lora_r: 4\nmax_steps: 7\ngeneral_text: self\n")
+    flags = ["--config", str(config), "--recipe=mask", "--save_full", "--mask_ratio", "0.5", "--learning_rate", "1e-3"]
+    settings = parse(
+        [*flags, "--seed", "3", "--general-kl=2", "--tasks", "a,b", "--task_dir", "d"],
+        {"update_mode": "masked", "bf16": True},
+    )
+    plain = settings.without_method()
+    assert (plain.method, plain.baseline) == (parse([]).method, parse([]).baseline)
+    assert (plain.data.general_text, plain.flag("learning_rate"), plain.recipe_rate) == (None, None, None)
+    assert (plain.data.tasks, plain.output.save_full) == ("a,b", True)
+    assert (plain.flag("max_steps"), plain.flag("seed"), plain.flag("bf16")) == ("7", "3", "True")
+    assert plain.given == {"max_steps", "save_full", "seed", "tasks", "task_dir"}
+    assert plain.rebuilt({}, {}).given == plain.given
+    assert settings.method.recipe == "mask"  # as it was
 
 
 def test_help_lists_the_table_of_methods(capsys: pytest.CaptureFixture[str]) -> None:

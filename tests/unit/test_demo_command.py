@@ -12,7 +12,7 @@ from support.fakes import faked
 
 from piece_ds.cli import demo, office_demo
 from piece_ds.cli.office_demo import Comparison, Contender
-from piece_ds.config.settings import Settings, parse
+from piece_ds.config.settings import OF_METHOD, Settings, parse
 from piece_ds.demo.office.recipe import CPU_RECIPE, SLOW_CPU_RECIPE, OfficeRecipe
 from piece_ds.demo.office.write import OfficePaths
 from piece_ds.demo.recipe import EmbeddedRecipe
@@ -206,7 +206,22 @@ def test_the_users_flags_win_over_the_recipe_and_lose_to_what_makes_the_other_ru
     first, second = (call.args[0] for call in small.train.mock_calls)
     assert said(first, own) == own
     rate, folder = str(RECIPE.full_learning_rate), str(tmp_path / "seqft")
-    assert said(second, own) == {**own, "learning_rate": rate, "output_dir": folder}
+    assert said(second, own) == {
+        "learning_rate": rate,
+        "output_dir": folder,
+        "mask_ratio": str(RECIPE.mask_ratio),  # of the method that the user did not change
+        "max_steps": "3",
+    }
+
+
+@pytest.mark.parametrize("name", ["mask", "full"])
+def test_a_recipe_is_compared_with_plain_fine_tuning(name: str, tmp_path: Path, small: mock.Mock) -> None:
+    demo._run_small(parse(["--recipe", name]), RunFolder(tmp_path), 5)
+    first, second = (call.args[0] for call in small.train.mock_calls)
+    of_method = ("recipe", "method", "step_scale", "general_kl", "general_text")
+    assert said(first, of_method) == said(parse(["--recipe", name]), of_method)
+    assert said(second, of_method) == said(parse(["--method", "seqft"]), of_method)
+    assert said(second, ["learning_rate"]) == {"learning_rate": str(RECIPE.full_learning_rate)}
 
 
 def test_full_fine_tuning_alone_has_nothing_to_compare(tmp_path: Path, small: mock.Mock) -> None:
@@ -404,15 +419,31 @@ def test_only_the_first_contender_takes_the_users_own_flags_in_place_of_its_own(
 ) -> None:
     own = {"learning_rate": "0.25", "max_steps": "3", "general_kl": "0.75", "mask_ratio": "0.125"}
     settings = parse([word for name, value in own.items() for word in (f"--{name}", value)])
-    office_demo.run_office(settings, "some-model", RunFolder(tmp_path), OFFICE)
+    comparison = office_demo.run_office(settings, "some-model", RunFolder(tmp_path), OFFICE)
     first, without, seqft, *_ = (said(call.args[0], own) for call in office.train.mock_calls)
     assert first == own
+    assert [run.name for run in comparison.runs][:3] == ["recommended, changed", "recommended without KL", "seqft"]
     assert without == {
-        **own,
+        "max_steps": "3",
+        "general_kl": "0.0",
         "mask_ratio": str(OFFICE.mask_ratio),
         "learning_rate": str(OFFICE.mask_learning_rate),
     }
-    assert seqft == {**own, "learning_rate": str(OFFICE.full_learning_rate)}
+    untouched = said(parse([]), ["general_kl", "mask_ratio"])
+    assert seqft == {"max_steps": "3", "learning_rate": str(OFFICE.full_learning_rate), **untouched}
+
+
+@pytest.mark.parametrize("name", ["mask", "full", "paper"])
+def test_a_recipe_runs_as_it_is_beside_plain_fine_tuning(name: str, tmp_path: Path, office: mock.Mock) -> None:
+    settings = parse(["--recipe", name])
+    comparison = office_demo.run_office(settings, "some-model", RunFolder(tmp_path), OFFICE)
+    assert [run.name for run in comparison.runs] == [f"recipe {name}", "seqft"]
+    first, second = (call.args[0] for call in office.train.mock_calls)
+    of_method = OF_METHOD - {"importance_batch_size", "general_statistics"}
+    assert said(first, of_method) == said(settings, of_method)
+    assert first.recipe_rate == settings.recipe_rate  # goes by the size of the model's weights
+    plain = parse(["--method", "seqft", "--learning_rate", str(OFFICE.full_learning_rate)])
+    assert said(second, of_method) == said(plain, of_method)
 
 
 @pytest.mark.parametrize(
