@@ -66,11 +66,16 @@ def _loss_of(trainer: Trainer) -> Callable[[Any, Any], Tensor] | None:
     if is_plain and trainer.compute_loss_func is None and trainer.label_smoother is None:
         return None
     generate = getattr(trainer, "_generate_and_score_completions", None)
+    generated: tuple[Any, Any] = (None, None)  # the last micro-batch of prompts, and its completions
 
     def loss_of(engine: Any, batch: Any) -> Tensor:
+        nonlocal generated
         if generate is not None:
-            # A generating trainer makes completions now, as many a prompt as in a step.
-            batch = generate([row for row in batch for _ in range(trainer.num_generations)])
+            # A generating trainer makes completions now, as many a prompt as in a step. They are drawn once: the pass
+            # takes the loss of its first micro-batch twice, and a loss that differs is refused as a random one.
+            if generated[0] is not batch:
+                generated = batch, generate([row for row in batch for _ in range(trainer.num_generations)])
+            batch = copy.copy(generated[1])
         # `* 1.0`: DeepSpeed 0.19 would divide the very tensor that forward returned by the accumulation steps.
         loss: Tensor = trainer.compute_loss(engine, batch) * 1.0
         return loss

@@ -126,7 +126,8 @@ def make_trainer(kind: str, folder: Path) -> Any:
         return trl.DPOTrainer(ref_model=reference, args=arguments, train_dataset=of_list(PREFERENCES), **shared)
     if kind == "reward":
         return trl.RewardTrainer(args=trl.RewardConfig(**common), train_dataset=of_list(PREFERENCES), **shared)
-    arguments = trl.GRPOConfig(**common, num_generations=2, max_completion_length=6)
+    # Long enough for some to end before others: at equal lengths the loss of a group is 0, whatever was drawn.
+    arguments = trl.GRPOConfig(**common, num_generations=2, max_completion_length=64)
     return trl.GRPOTrainer(args=arguments, reward_funcs=length_reward, train_dataset=of_list(PROMPTS), **shared)
 
 

@@ -74,6 +74,32 @@ def test_label_smoothing_is_a_loss_of_the_trainers_own(tmp_path: Path) -> None:
     torch.testing.assert_close(batches.loss_of(smoothing.model, batches[0]), wanted)
 
 
+def test_completions_of_a_micro_batch_are_drawn_once(tmp_path: Path) -> None:
+    """The pass asks twice for the loss of its first micro-batch: other completions would be taken for a random loss."""
+    calls: list[int] = []
+
+    class Generating(Trainer):
+        num_generations = 2
+
+        def _generate_and_score_completions(self, prompts: list[Any]) -> dict[str, Any]:
+            calls.append(len(prompts))
+            return {"input_ids": torch.randint(0, 9, (len(prompts), 5))}
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return inputs.pop("input_ids").float().mean()
+
+    trainer = trainer_of(tmp_path, ROWS, Generating)
+    trainer.data_collator = list  # as TRL's: prompts stay rows
+    batches = trainer_micro_batches(trainer, 2)
+    assert batches.loss_of is not None
+    first, second = batches[0], batches[1]
+    losses = [batches.loss_of(trainer.model, batch) for batch in (first, first, second, second, first)]
+    assert calls == [4, 4, 4]
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3]
+    assert len({float(loss) for loss in losses}) == 3
+
+
 def test_rows_without_a_length_are_refused(tmp_path: Path) -> None:
     """Nor can they be sharded without an index."""
 
