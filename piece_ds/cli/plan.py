@@ -9,7 +9,7 @@ from piece_ds.config.arguments import ModelArguments
 from piece_ds.config.recommended import HELP
 from piece_ds.models.loading import empty_model, load_config
 from piece_ds.models.pretrained import PRETRAINED, NotFetched
-from piece_ds.models.suitable import check_causal, quantized_by
+from piece_ds.models.suitable import check_causal, check_heads, check_kind, quantized_by
 from piece_ds.plan.cards import CARDS, YES, card_verdicts
 from piece_ds.plan.memory import MOMENTS, Term, memory_terms, peak, total
 from piece_ds.plan.setting import Setting
@@ -102,8 +102,10 @@ def _open(name: str) -> tuple[Any, ModelShape]:
         return known_config(name), shape_of(empty_model(known_config(name)))
     try:
         config = load_config(ModelArguments(model_name_or_path=name))
+        check_kind(f"--model_name_or_path {name}", config)
         model = empty_model(config)
         check_causal(f"--model_name_or_path {name}", config, model)
+        check_heads(f"--model_name_or_path {name}", model)
         return config, shape_of(model)
     except NotFetched:
         raise

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from piece_ds.checkpoint.delta_parts import CODINGS, write_parts
 from piece_ds.deltas.delta import Change, Delta
+from piece_ds.deltas.record import refuse_again
 from piece_ds.runtime.errors import UserError
 
 
@@ -29,8 +30,8 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
 
     # Check that each delta continues where the one before ended.
     first, last = deltas[0], deltas[-1]
-    for before, after in pairwise(deltas):
-        _check_consecutive(before, after)
+    for number, (before, after) in enumerate(pairwise(deltas)):
+        _check_consecutive(before, after, deltas[: number + 1])
     shapes = _common_shapes(deltas)
     names = list(shapes)
     keep_previous = with_previous and all(delta.reversible for delta in deltas)
@@ -62,7 +63,7 @@ def compose(deltas: Sequence[Delta], output: Path | str, with_previous: bool = T
     write_parts(output, parts, {name: prod(shapes[name]) for name in names}, metadata, coding)
 
 
-def _check_consecutive(before: Delta, after: Delta) -> None:
+def _check_consecutive(before: Delta, after: Delta, given: Sequence[Delta]) -> None:
     if before.metadata.get("model_fingerprint") != after.metadata.get("model_fingerprint"):
         raise UserError(f"deltas {before.path} and {after.path} are of different models")
     if None in (before.result_fingerprint, after.base_fingerprint):
@@ -71,6 +72,7 @@ def _check_consecutive(before: Delta, after: Delta) -> None:
             "nothing can show that it belongs to this stack"
         )
     if before.result_fingerprint != after.base_fingerprint:
+        refuse_again(after, given)
         raise UserError(
             f"delta {after.path} does not follow {before.path}: it was made on weights "
             f"{after.base_fingerprint}, that one leaves {before.result_fingerprint}; give consecutive "

@@ -75,11 +75,12 @@ class Record:
         """Return the record after `removed` are reverted, last first, and `added` are applied.
 
         Raises:
-            UserError: a delta to revert is not on top, or a delta to apply is there already.
+            UserError: a delta to revert is not on top, a delta to apply is there already, or one is given twice.
         """
         applied = list(self.applied)
         # A folder without a record (a plain copy) may hold deltas all the same: verify() decides then.
-        for delta in removed if applied else ():
+        for number, delta in enumerate(removed if applied else ()):
+            refuse_again(delta, removed[:number])
             top = applied.pop() if applied else None
             if top is None or _identity(top) != _identity(entry_of(delta)):
                 raise UserError(
@@ -87,16 +88,26 @@ class Record:
                     f"{top.delta if top else 'none'}; revert in the reverse of the order of applying"
                 )
         known = {_identity(entry) for entry in applied}
-        for delta in added:
+        for number, delta in enumerate(added):
             entry = entry_of(delta)
             # Weights may come back to where they were: the same change then follows on its own undoing.
             end = applied[-1].result_fingerprint if applied else None
             continues = end is not None and end == entry.base_fingerprint
             if _identity(entry) in known and not continues:
+                refuse_again(delta, added[:number])
                 raise UserError(f"delta {delta.path} is applied already in {root}: leave it out")
             known.add(_identity(entry))
             applied.append(entry)
         return Record(tuple(applied))
+
+
+def refuse_again(delta: Delta, before: Sequence[Delta]) -> None:
+    """Raise UserError if a delta is among those that are given before it."""
+    again = _identity(entry_of(delta))
+    same = next((other for other in before if _identity(entry_of(other)) == again), None)
+    if same is not None:
+        copied = "" if same.path == delta.path else f" (as {same.path} too)"
+        raise UserError(f"delta {delta.path} is given twice{copied}: leave one out")
 
 
 def _identity(entry: Entry) -> tuple[str, str | None] | Entry:

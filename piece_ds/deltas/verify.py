@@ -13,6 +13,7 @@ import torch
 from piece_ds.checkpoint.metadata import model_fingerprint
 from piece_ds.deltas.delta import Delta
 from piece_ds.deltas.folder import ModelFolder, map_bits
+from piece_ds.deltas.record import refuse_again
 from piece_ds.models.stored_names import Part
 from piece_ds.runtime.errors import UserError
 from piece_ds.state.weights_hash import bits_of, hash_elements, hexadecimal
@@ -122,9 +123,10 @@ def verify(folder: ModelFolder, steps: Sequence[Step]) -> Verified:
             verified.files[file] = hexadecimal(before), hexadecimal(after)
 
     # Compare what each step found with what it expects, in order.
-    for step, count in zip(steps, counts, strict=True):
+    for number, (step, count) in enumerate(zip(steps, counts, strict=True)):
         verified.fingerprints.append(hexadecimal(total))
-        _check_weights(folder, step, count, verified.fingerprints[-1])
+        earlier = [other.delta for other in steps[:number] if other.undo == step.undo]
+        _check_weights(folder, step, count, verified.fingerprints[-1], earlier)
         total += count.change
     verified.fingerprints.append(hexadecimal(total))
     return verified
@@ -247,12 +249,14 @@ def _check_kind(folder: ModelFolder, step: Step) -> None:
         )
 
 
-def _check_weights(folder: ModelFolder, step: Step, count: _Count, fingerprint: str) -> None:
+def _check_weights(folder: ModelFolder, step: Step, count: _Count, fingerprint: str, before: Sequence[Delta]) -> None:
+    """Raise UserError unless the weights that a step finds are those it expects, after the deltas before it."""
     path, verb = step.delta.path, "reverted" if step.undo else "applied"
     selected = step.delta.num_selected
     fits = step.before in (None, fingerprint)
     if not count.num_other and fits:
         return
+    refuse_again(step.delta, before)
     if count.num_done >= selected and not fits:  # tied weights may be stored, and counted, twice
         raise UserError(
             f"delta {path} is {verb} already in {folder.root}, or the weights around it differ from those "

@@ -31,7 +31,7 @@ from piece_ds.models.experts import gather_experts_whole, router_names
 from piece_ds.models.fingerprint import files_folder
 from piece_ds.models.layout import layout_of
 from piece_ds.models.model_settings import check_attention, make_saveable_
-from piece_ds.models.odd_configs import first_words, refuse_odd_config
+from piece_ds.models.odd_configs import first_words, missing_folder, refuse_odd_config
 from piece_ds.models.pretrained import model_source
 from piece_ds.models.processor import Processing, load_processor
 from piece_ds.models.token_ids import has_tokenizer_files
@@ -50,9 +50,8 @@ def load_config(arguments: ModelArguments) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
     except Exception as error:  # what a configuration's class raises for values of the wrong kind is its own matter
-        raise UserError(
-            f"--model_name_or_path {source}: no model can be loaded from there ({first_words(error)})"
-        ) from error
+        reason = missing_folder(source) or first_words(error)
+        raise UserError(f"--model_name_or_path {source}: no model can be loaded from there ({reason})") from error
     refuse_odd_config(f"--model_name_or_path {source}", config)
     return config
 

@@ -1,7 +1,11 @@
 """Handle a config.json that no model was made with: what a library says of it, and sizes that would never end."""
 
+import os
 import re
 from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from piece_ds.runtime.errors import UserError
 
@@ -48,6 +52,34 @@ def _numbers(content: dict[str, Any]) -> list[tuple[str, float]]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found.append((str(name), float(value)))
     return found
+
+
+def missing_folder(source: str) -> str | None:
+    """Return what is not there of a source that transformers could not open; None if it may be the Hub's matter.
+
+    A Hub id has at most one slash, and few signs: anything else was meant as a path, of which the Hub says nothing.
+    """
+    if os.path.isdir(source):
+        if os.path.exists(os.path.join(source, "config.json")):
+            return None
+        if os.path.exists(os.path.join(source, "adapter_config.json")):
+            return "the folder holds a PEFT adapter alone: give its base model, or merge the adapter into it"
+        return "the folder holds no config.json"
+    if os.path.exists(source):
+        return None
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return "there is no such folder"
+    if source.endswith(".json"):
+        return "there is no such file"
+    # As good as an id, but it begins with a folder that is here.
+    first, slash, _ = source.partition("/")
+    return (
+        "there is no such folder, nor such a model on the Hub or in its cache"
+        if slash and os.path.isdir(first)
+        else None
+    )
 
 
 def first_words(error: BaseException) -> str:

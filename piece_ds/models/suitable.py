@@ -37,6 +37,7 @@ def check_checkpoint(arguments: ModelArguments, config: Any) -> None:
     _check_config(source, config, arguments.trust_remote_code)
     model = empty_model(config, arguments.trust_remote_code)
     check_causal(source, config, model)
+    check_heads(source, model)
     folder = files_folder(model_source(str(arguments.model_name_or_path)))
     stored = {} if folder is None else stored_tensors(folder)
     if stored:
@@ -56,11 +57,16 @@ def quantized_by(config: Any) -> str | None:
 
 
 def _check_config(source: str, config: Any, trust_remote_code: bool) -> None:
-    """Raise UserError if config.json describes a quantized model, an encoder-decoder, or no causal language model."""
+    """Raise UserError if config.json describes a quantized model, or none that check_kind() takes."""
     # Most quantized checkpoints say so here; _check_dtypes() finds the others.
     method = quantized_by(config)
     if method is not None:
         raise UserError(f"{source} is quantized ({method}): its weights cannot be trained one by one; {DEQUANTIZE}")
+    check_kind(source, config, trust_remote_code)
+
+
+def check_kind(source: str, config: Any, trust_remote_code: bool = False) -> None:
+    """Raise UserError if config.json describes an encoder-decoder, or no causal language model."""
     kind, name = getattr(config, "model_type", None), type(config).__name__
     if getattr(config, "is_encoder_decoder", False) and not reads_images(config):
         raise UserError(
@@ -93,6 +99,27 @@ def check_causal(source: str, config: Any, model: nn.Module) -> None:
             f"{source}: {type(model).__name__} would see the answers that it shall learn: its config.json makes it an "
             "encoder (is_decoder or causal is false); give a decoder, or set is_decoder if it was trained as one"
         )
+
+
+def check_heads(source: str, model: nn.Module) -> None:
+    """Raise UserError if attention shares keys and values among heads in a way that leaves some without.
+
+    transformers builds such a model, and its first forward pass ends in an error about shapes.
+    """
+    for name, module in model.named_modules():
+        values, output = getattr(module, "v_proj", None), getattr(module, "o_proj", None)
+        groups = getattr(module, "num_key_value_groups", None)
+        if not (isinstance(groups, int) and isinstance(values, nn.Linear) and isinstance(output, nn.Linear)):
+            continue
+        if values.out_features * groups != output.in_features:
+            settings = getattr(module, "config", None)
+            said = " and ".join(
+                f"{key} {getattr(settings, key, 'unknown')}" for key in ("num_attention_heads", "num_key_value_heads")
+            )
+            raise UserError(
+                f"{source}: its config.json says {said}: {name} cannot share its keys and values evenly among the "
+                "heads; give key heads that divide the heads"
+            )
 
 
 def _check_dtypes(source: str, stored: dict[str, StoredTensor]) -> None:

@@ -105,7 +105,9 @@ CASES = {
         "--gradient_accumulation_steps 4 --max_steps -1",
         r"6 rows make 6 micro-batches .* on 1 rank|6 rows make 3 micro-batches .* 2 ranks",
     ),
-    "model-missing": Case("--model_name_or_path {base}/gone", r"gone: no model can be loaded from there"),
+    "model-missing": Case(
+        "--model_name_or_path {base}/gone", r"gone: no model can be loaded from there \(there is no such folder\)"
+    ),
     "model-without-tokenizer": Case("--model_name_or_path {base}/silent", r"silent: the folder holds no tokenizer"),
     "model-without-weights": Case("--model_name_or_path {base}/light", r"light: the folder holds no weights"),
     "model-config-broken": Case("--model_name_or_path {base}/odd", r"odd: no model can be loaded from there"),

@@ -117,7 +117,7 @@ Capture = pytest.CaptureFixture[str]
         ([1], "give the base it was trained on and the deltas before it, in task order"),
         ([1, 0], "give the base it was trained on and the deltas before it, in task order"),
         ([0, 2], "give the base it was trained on and the deltas before it, in task order"),
-        ([0, 0], "is applied already"),
+        ([0, 0], "is given twice: leave one out"),
     ],
 )
 def test_deltas_out_of_order(
@@ -132,6 +132,20 @@ def test_a_delta_that_is_applied_already(run: Run, capsys: Capture, tmp_path: Pa
     refused(capsys, tmp_path, "is applied already", "apply", run.base, run.deltas[0], "--in_place")
     (run.base / "piece_ds.json").unlink()
     refused(capsys, tmp_path, "is applied already", "apply", run.base, run.deltas[0], "--in_place")
+
+
+def test_a_delta_given_twice_is_said_to_be_whatever_the_command(run: Run, capsys: Capture, tmp_path: Path) -> None:
+    """Not that the model has it, which it has not; by another path too."""
+    first, copied, out = run.deltas[0], tmp_path / "copied.safetensors", tmp_path / "out.safetensors"
+    shutil.copyfile(first, copied)
+    for again, said in ((first, "is given twice: leave one out"), (copied, f"is given twice (as {first} too)")):
+        refused(capsys, tmp_path, said, "compose", first, again, "--output", out)
+        refused(capsys, tmp_path, said, "merge", run.base, first, again, "--output", tmp_path / "merged")
+    main(["delta", "apply", str(run.base), str(run.folder), "--in_place"])
+    last = run.deltas[-1]
+    refused(capsys, tmp_path, "is given twice", "revert", run.base, last, last, "--in_place")
+    (run.base / "piece_ds.json").unlink()
+    refused(capsys, tmp_path, "is given twice", "revert", run.base, last, last, "--in_place")
 
 
 def test_reverting_another_than_the_last(run: Run, capsys: Capture, tmp_path: Path) -> None:

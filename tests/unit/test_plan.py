@@ -275,6 +275,56 @@ def test_a_plan_says_what_training_refuses(tmp_path: Path, capsys: pytest.Captur
         assert not printed.out
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{base}/gone", "there is no such folder"),
+        ("./gone", "there is no such folder"),
+        ("~/gone", "there is no such folder"),
+        ("a/b/c", "there is no such folder"),
+        ("gone.json", "there is no such file"),
+        ("runs/gone", "there is no such folder, nor such a model on the Hub"),
+        ("runs", "the folder holds no config.json"),
+        ("adapter", "the folder holds a PEFT adapter alone"),
+    ],
+)
+def test_what_is_not_there_is_not_told_as_a_hub_id(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--model", name.format(base=tmp_path)])
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert f"no model can be loaded from there ({message}" in said
+    assert "Repo id" not in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("heads", "keys"), [(4, 3), (4, 8), (6, 4)])
+def test_key_heads_that_do_not_divide_the_heads_are_refused(
+    heads: int, keys: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 48, "head_dim": 8, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+    config = {"model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": keys, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert f"num_attention_heads {heads} and num_key_value_heads {keys}" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_an_encoder_decoder_is_refused_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", str(tmp_path)])
+    assert "is an encoder-decoder (T5Config)" in capsys.readouterr().err
+
+
 def test_a_local_folder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model("llama")
     model.config.save_pretrained(tmp_path)
