@@ -11,7 +11,14 @@ from piece_ds.runtime.process import run_command, start_distributed
 from piece_ds.training.run_folder import RunFolder
 
 TINY = OfficeRecipe(
-    num_train_rows=8, num_test_rows=3, num_general_rows=3, general_tokens=64, task_steps=2, task_batch_size=4
+    num_train_rows=8,
+    num_test_rows=3,
+    num_general_rows=3,
+    general_tokens=64,
+    task_steps=2,
+    task_batch_size=4,
+    importance_rows=8,
+    max_new_tokens=6,
 )
 
 
