@@ -18,8 +18,8 @@ from typing import Any
 
 from support.garbage import freeze_imports
 
-# What ZeRO-3 and the scores of a run import when they are first used: two seconds a rank.
-_LATE = ("deepspeed.runtime.zero.muon.muon_optimizer", "rouge_score.rouge_scorer")
+# What ZeRO-3, the scores and the figures of a run import when they are first used: three seconds a rank.
+_LATE = ("deepspeed.runtime.zero.muon.muon_optimizer", "rouge_score.rouge_scorer", "piece_ds.report.style")
 
 # A server answers for the first time when it has imported; a busy machine takes long over that.
 _IMPORT_SECONDS = 600
