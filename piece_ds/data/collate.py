@@ -35,10 +35,14 @@ class MicroBatches:
         return -(-len(self.rows) // self.batch_size)
 
     def __getitem__(self, b: int) -> Any:
+        begin = b * self.batch_size
+        return self.collate([self.rows[i] for i in range(begin, begin + self.num_rows(b))])
+
+    def num_rows(self, b: int) -> int:
+        """Return how many rows micro-batch b has."""
         if not 0 <= b < len(self):
             raise IndexError(b)
-        stop = min((b + 1) * self.batch_size, len(self.rows))
-        return self.collate([self.rows[i] for i in range(b * self.batch_size, stop)])
+        return min(self.batch_size, len(self.rows) - b * self.batch_size)
 
     def first(self, num_rows: int) -> "MicroBatches":
         """Return the micro-batches of the first num_rows rows only."""

@@ -12,7 +12,7 @@ class MicroBatchSource(Protocol):
 
     It may have an attribute `loss_of`, called with the engine and a micro-batch. It returns the mean loss to
     differentiate. Without it, that loss is engine(**micro_batch).loss. With it, a micro-batch holds whatever loss_of
-    takes.
+    takes. A method `num_rows`, called with b, says how many rows micro-batch b has.
     """
 
     def __len__(self) -> int: ...
@@ -25,6 +25,22 @@ def loss_of(source: MicroBatchSource, engine: Any, batch: Any) -> Tensor:
     own = getattr(source, "loss_of", None)
     loss: Tensor = engine(**batch).loss if own is None else own(engine, batch)
     return loss
+
+
+def rounds_of(source: MicroBatchSource, begin: int, num_shards: int) -> list[range]:
+    """Return the micro-batches of each round, from micro-batch begin on: at most num_shards, one a shard.
+
+    A loss of the source's own may gather each row's figures from all ranks, as TRL's trainers do for their logs. That
+    needs as many rows on each, so a shorter micro-batch, which is the last one, then has a round of its own.
+    """
+    num_all, count = len(source), getattr(source, "num_rows", None)
+    rounds = [range(first, min(first + num_shards, num_all)) for first in range(begin, num_all, num_shards)]
+    if getattr(source, "loss_of", None) is None or count is None or not rounds:
+        return rounds
+    last = rounds[-1]
+    if len(last) > 1 and count(last[-1]) != count(last[0]):
+        rounds[-1:] = [last[:-1], last[-1:]]
+    return rounds
 
 
 class BatchFeed:

@@ -1,9 +1,9 @@
 """Run the statistics pass: sums of micro-batch gradients and of their squares, sharded, under any ZeRO stage.
 
-Rank b mod W computes micro-batch b without reduction; with sequence parallelism a group of ranks does, and the sum of
-their gradients is that of the micro-batch. A gradient goes to the owners of its elements as soon as
-backward has finished a bucket of parameters, and is freed. Owners add in micro-batch order. The engine is left as it
-was: no step, no gradient, no random number drawn, no mode changed.
+Rank b mod W computes micro-batch b without reduction (for an exception see rounds_of()); with sequence parallelism a
+group of ranks does, and the sum of their gradients is that of the micro-batch. A gradient goes to the owners of its
+elements as soon as backward has finished a bucket of parameters, and is freed. Owners add in micro-batch order. The
+engine is left as it was: no step, no gradient, no random number drawn, no mode changed.
 """
 
 import logging
@@ -25,7 +25,7 @@ from piece_ds.state.partition import Layout
 from piece_ds.state.selected_values import selected_values
 from piece_ds.state.statistics import GradientStats, empty_stats
 from piece_ds.zero.adapter import Adapter
-from piece_ds.zero.batch_feed import BatchFeed, MicroBatchSource, loss_of
+from piece_ds.zero.batch_feed import BatchFeed, MicroBatchSource, loss_of, rounds_of
 from piece_ds.zero.nonfinite_counts import NonfiniteCounts
 from piece_ds.zero.partial_gradients import may_come_in_parts
 from piece_ds.zero.random_draws import DrawWatch, any_rank, refuse_random_loss
@@ -169,9 +169,9 @@ def _pass(
     loss_scale = FP16_LOSS_SCALE if engine.fp16_enabled() else 1.0
     where = sequence_group(engine)
     receiver = GradientReceiver(engine, stats, nonfinite, 1.0 / loss_scale, BUCKET_ELEMENTS, where.size)
-    rounds = range(stats.num_micro_batches, len(micro_batches), where.num_shards)
+    rounds = rounds_of(micro_batches, stats.num_micro_batches, where.num_shards)
     # ZeRO-3 gathers together: a rank without a micro-batch repeats one, and nobody adds its gradient.
-    numbers = [first + where.shard if first + where.shard < len(micro_batches) else first for first in rounds]
+    numbers = [taken[where.shard] if where.shard < len(taken) else taken[0] for taken in rounds]
     whole, micro_batches = micro_batches, micro_batches if where.size == 1 else SequenceShards(micro_batches, engine)
     feed = BatchFeed(micro_batches, numbers, engine.device)
 
@@ -185,14 +185,14 @@ def _pass(
     with undisturbed(engine), receiver.hooks(), adapter.local_backward():
         if isinstance(micro_batches, SequenceShards) and numbers:
             prove_parts(engine, proof_rows(whole[numbers[0]]), micro_batches)
-        for first in progress_bar(rounds, description, unit="round"):
-            report_status(f"{description}, from micro-batch {first}")
+        for taken in progress_bar(rounds, description, unit="round"):
+            report_status(f"{description}, from micro-batch {taken.start}")
             batch = feed.take()
-            if last_pass is not None and 0 < first == rounds[-1]:
+            if last_pass is not None and taken.start > 0 and taken == rounds[-1]:
                 last_pass.begin(stats)
                 receiver.last_pass = last_pass
-            receiver.begin_round(num_valid=min(where.num_shards, len(micro_batches) - first))
-            watch = DrawWatch(engine.device) if first == rounds[0] else None
+            receiver.begin_round(num_valid=len(taken))
+            watch = DrawWatch(engine.device) if taken == rounds[0] else None
             loss = loss_of(micro_batches, engine, batch)
             drew = watch is not None and any_rank(watch.drew())
             feed.read_ahead()
@@ -207,8 +207,8 @@ def _pass(
                 loss = again
             backward(loss)
             receiver.end_round()
-            nonfinite.end_round(first)
-            stats.num_micro_batches = min(first + where.num_shards, len(micro_batches))
+            nonfinite.end_round(taken.start)
+            stats.num_micro_batches = taken.stop
             if keeper is not None and keeper.is_due(stats.num_micro_batches):
                 stats.num_nonfinite = num_before + nonfinite.total()
                 keeper.keep(stats)
@@ -222,16 +222,17 @@ def _pass(
             logger.warning(
                 "%d gradient entries were NaN or infinite and counted as 0%s",
                 stats.num_nonfinite,
-                _shown(stats.first_nonfinite, where),
+                _shown(stats.first_nonfinite, rounds, where),
             )
     return stats
 
 
-def _shown(first: tuple[int, str] | None, where: SequenceGroup) -> str:
+def _shown(first: tuple[int, str] | None, rounds: list[range], where: SequenceGroup) -> str:
     if first is None:
         return " (all of them before the pass was interrupted)"
     b, name = first
-    return f": the first in {name}, from micro-batch {b} (counted from 0) on rank {b % where.num_shards * where.size}"
+    shard = next(taken.index(b) for taken in rounds if b in taken)
+    return f": the first in {name}, from micro-batch {b} (counted from 0) on rank {shard * where.size}"
 
 
 def _engine_loss_scale(engine: Any) -> float:

@@ -1,4 +1,4 @@
-"""TRL's trainers with PieceCallback, from a script that no launcher started: masked and compact."""
+"""TRL's trainers with PieceCallback, from a script that no launcher started or on two ranks: masked and compact."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from support.launches import ROOT
+from support.launches import ROOT, free_port
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,9 +45,10 @@ def started(*command: str, cwd: Path | None = None) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def run(kind: str, mode: str, folder: Path) -> dict[str, Any]:
+def run(kind: str, mode: str, folder: Path, stage: int = 2, num_ranks: int = 1) -> dict[str, Any]:
     folder.mkdir(parents=True)
-    started("-m", "support.trl_job", kind, mode, str(folder))
+    launcher = ["torch.distributed.run", "--nproc_per_node", str(num_ranks), "--master_port", str(free_port()), "-m"]
+    started("-m", *(launcher if num_ranks > 1 else []), "support.trl_job", kind, mode, str(folder), str(stage))
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
 
@@ -65,6 +66,21 @@ def test_only_selected_weights_move_and_the_delta_holds_them(kind: str, mode: st
     assert all(set(indices[name]) <= set(found["index"][name]) for name in indices)
     moved = sum(int((delta[f"{name}.values"] != delta[f"{name}.previous"]).sum()) for name in indices)
     assert moved == found["inside"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "stage"),
+    [("dpo", "masked", 2), ("dpo", "compact", 3), ("reward", "compact", 2), ("grpo", "masked", 3)],
+)
+def test_on_two_ranks_too_where_micro_batches_of_importance_are_not_all_equal(
+    kind: str, mode: str, stage: int, tmp_path: Path
+) -> None:
+    """TRL gathers the rows' figures for its log: beside a shorter micro-batch on another rank, that ended the run."""
+    found = run(kind, mode, tmp_path / "two", stage, num_ranks=2)
+    assert found["outside"] == 0
+    assert found["inside"] > 0
+    if kind != "grpo":  # whose completions are drawn on every rank
+        assert found["index"] == run(kind, mode, tmp_path / "one")["index"]
 
 
 def test_importance_is_that_of_the_loss_that_is_trained(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A script as a TRL user writes it, started with plain python: one trainer with PieceCallback, two steps."""
+"""A script as a TRL user writes it, started with plain python or by a launcher: a trainer, two steps."""
 
 import copy
 import json
@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import deepspeed
 import torch
 import trl
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from piece_ds import PieceCallback
 from piece_ds.demo.model import make_tokenizer, model_config
+from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
 
 TEMPLATE = (
@@ -25,8 +28,9 @@ CHAT = [
     for i in range(8)
 ]
 PAIRS = [{"prompt": f"say {i}: ", "completion": f"it is {i}"} for i in range(8)]
-PREFERENCES = [{"prompt": f"say {i}: ", "chosen": f"it is {i}", "rejected": "no"} for i in range(8)]
-PROMPTS = [{"prompt": f"say {i}: "} for i in range(8)]
+# Seven: of micro-batches of two rows, the last one is shorter than the one that another rank has at that time.
+PREFERENCES = [{"prompt": f"say {i}: ", "chosen": "it is " + i * f"{i}", "rejected": "no"} for i in range(7)]
+PROMPTS = [{"prompt": f"say {i}: "} for i in range(7)]
 
 GENERAL: dict[str, Any] = {
     "method": "piece-ratio",
@@ -69,9 +73,10 @@ COMMON: dict[str, Any] = {
 
 
 def main() -> None:
-    kind, mode, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    kind, mode, folder, stage = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int((*sys.argv, "2")[4])
+    COMMON["deepspeed"]["zero_optimization"]["stage"] = stage
     trainer = make_trainer(kind, folder)
-    before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+    before = whole_weights(trainer.model)
     options = GENERAL if mode == "general" else {"update_mode": mode}
     try:
         callback = PieceCallback(trainer, ratio=0.01, importance_batch_size=2, **options)
@@ -83,16 +88,24 @@ def main() -> None:
     assert callback.mask is not None
     index = callback.mask.whole()
     inside = outside = 0
-    for name, param in trainer.model.named_parameters():
+    for name, param in whole_weights(trainer.model).items():
         if name in before:  # compact mode has one parameter more
-            moved = (param.detach() != before[name]).reshape(-1)
+            moved = (param != before[name]).reshape(-1)
             selected = torch.zeros_like(moved)
             selected[index.get(name, torch.empty(0, dtype=torch.int64)).long()] = True
             inside, outside = inside + int((moved & selected).sum()), outside + int((moved & ~selected).sum())
     positions = {name: where.tolist() for name, where in index.items() if len(where)}
+    if not is_main():
+        return
     (folder / "found.json").write_text(
         json.dumps({"inside": inside, "outside": outside, "index": positions, "log": trainer.state.log_history})
     )
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters: ZeRO-3 has parts of them on every rank. A collective."""
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
 def make_chat_tokenizer() -> Any:

@@ -12,7 +12,9 @@ from support.ranks import on_ranks
 from support.statistics_cases import Case, oracle_of
 from torch import Tensor
 
+from piece_ds.data.collate import MicroBatches
 from piece_ds.state.statistics import GradientStats
+from piece_ds.zero.batch_feed import rounds_of
 from piece_ds.zero.statistics import collect_statistics
 
 # Seven micro-batches, so that one rank repeats one; two of them give NaN.
@@ -67,3 +69,22 @@ def test_a_pass_that_goes_on_gives_the_bits_of_one_that_was_not_broken_off_and_c
             for start, own in (ranks[which][name] for ranks in found):
                 want = values[start : start + own.size]
                 assert np.allclose(own, want, rtol=1e-4, atol=1e-5 * np.abs(values).max(initial=0)), name
+
+
+def test_a_shorter_micro_batch_has_a_round_of_its_own_under_a_loss_that_may_gather_rows() -> None:
+    """A trainer's loss may gather figures of rows, so all ranks of a round need as many rows."""
+
+    def rounds(num_rows: int, num_ranks: int, begin: int = 0, has_loss: bool = True) -> list[list[int]]:
+        own = (lambda engine, batch: engine(batch)) if has_loss else None
+        return [list(r) for r in rounds_of(MicroBatches(range(num_rows), list, 2, own), begin, num_ranks)]
+
+    assert rounds(8, 2) == [[0, 1], [2, 3]]
+    assert rounds(7, 2) == [[0, 1], [2], [3]]
+    assert rounds(7, 2, has_loss=False) == [[0, 1], [2, 3]]
+    assert rounds(7, 2, begin=2) == [[2], [3]]
+    assert rounds(7, 2, begin=3) == [[3]]
+    assert rounds(9, 2) == [[0, 1], [2, 3], [4]]
+    assert rounds(9, 3) == [[0, 1, 2], [3], [4]]
+    assert rounds(1, 4) == [[0]]
+    assert rounds(7, 2, begin=4) == []
+    assert [list(r) for r in rounds_of([{}] * 3, 0, 2)] == [[0, 1], [2]]
