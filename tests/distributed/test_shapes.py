@@ -1,4 +1,4 @@
-"""Recurrent, hybrid, shared, frozen, resized and encoder-decoder models: masks and steps are those of plain torch."""
+"""Models of every kind but the plain decoder: masks and steps are those of plain torch."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ FAST = (
     "shared-block-stage3",
     "added-rows-tied-stage3",
     "t5-stage0",
+    "whisper-stage3",
     "tiled-mlp-stage2",
     "tiled-loss-stage2",
 )

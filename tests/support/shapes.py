@@ -1,4 +1,4 @@
-"""Models that are no plain decoder: recurrent and hybrid ones, and decoders that somebody has rebuilt."""
+"""Models that are no plain decoder: recurrent and hybrid ones, rebuilt decoders, and those of other_kinds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,7 @@ from support import tiled
 from support.causal_classes import VOCAB, tiny_model
 from support.models import make_model
 from support.moe import frozen_routers, make_moe
+from support.other_kinds import OTHER_KINDS, make_other, other_batches
 
 # Recurrent and hybrid families, with everything that is no linear layer: A_log, D, dt_bias, conv1d, gates, RG-LRU.
 RECURRENT = (
@@ -172,12 +173,15 @@ REBUILT: dict[str, Callable[[], nn.Module]] = {
 ADDED_ROWS = dict.fromkeys(("added-rows", "added-rows-tied"), "model.embed_tokens.weight[97:]")
 FIRST_ADDED = 97
 
-SHAPES = (*RECURRENT, *REBUILT)
+SHAPES = (*RECURRENT, *REBUILT, *OTHER_KINDS)
 
 
 def make_shape(name: str) -> nn.Module:
     """The model of that name, in training mode without dropout, the same at every call."""
-    model = REBUILT[name]() if name in REBUILT else tiny_model(name, **_DENSE.get(name, {})).train()
+    if name in OTHER_KINDS:
+        model = make_other(name)
+    else:
+        model = REBUILT[name]() if name in REBUILT else tiny_model(name, **_DENSE.get(name, {})).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -190,6 +194,8 @@ def make_shape(name: str) -> nn.Module:
 
 def shape_batches(shape: str, num: int) -> list[dict[str, Tensor]]:
     """Micro-batches of two rows and different lengths, without padding: how models pad is tested elsewhere."""
+    if shape in OTHER_KINDS:
+        return other_batches(shape, num)
     generator = torch.Generator().manual_seed(6)
     batches = []
     for b in range(num):
@@ -202,8 +208,11 @@ def shape_batches(shape: str, num: int) -> list[dict[str, Tensor]]:
     return batches
 
 
-def embedding_of(model: nn.Module) -> str:
-    """The name of the input embedding, which may not be selected."""
-    weight = model.get_input_embeddings().weight
+def embedding_of(model: nn.Module) -> str | None:
+    """The name of the input embedding, which may not be selected; None of a model that reads no tokens."""
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return None
     (name,) = (name for name, param in model.named_parameters() if param is weight)
     return name
