@@ -74,7 +74,8 @@ def _loss_of(trainer: Trainer) -> Callable[[Any, Any], Tensor] | None:
             # A generating trainer makes completions now, as many a prompt as in a step. They are drawn once: the pass
             # takes the loss of its first micro-batch twice, and a loss that differs is refused as a random one.
             if generated[0] is not batch:
-                generated = batch, generate([row for row in batch for _ in range(trainer.num_generations)])
+                count = getattr(trainer, "num_generations", 1)  # TRL's DistillationTrainer makes one a prompt
+                generated = batch, generate([row for row in batch for _ in range(count)])
             batch = copy.copy(generated[1])
         # `* 1.0`: DeepSpeed 0.19 would divide the very tensor that forward returned by the accumulation steps.
         loss: Tensor = trainer.compute_loss(engine, batch) * 1.0

@@ -100,6 +100,23 @@ def test_completions_of_a_micro_batch_are_drawn_once(tmp_path: Path) -> None:
     assert len({float(loss) for loss in losses}) == 3
 
 
+def test_a_trainer_that_does_not_say_how_many_completions_makes_one_a_prompt(tmp_path: Path) -> None:
+    """TRL's DistillationTrainer has no num_generations."""
+
+    class Generating(Trainer):
+        def _generate_and_score_completions(self, prompts: list[Any]) -> dict[str, Any]:
+            return {"input_ids": torch.full((len(prompts), 5), 2)}
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return inputs["input_ids"].float().sum()
+
+    trainer = trainer_of(tmp_path, ROWS, Generating)
+    trainer.data_collator = list
+    batches = trainer_micro_batches(trainer, 2)
+    assert batches.loss_of is not None
+    assert float(batches.loss_of(trainer.model, batches[0])) == 2 * 5 * 2
+
+
 def test_rows_without_a_length_are_refused(tmp_path: Path) -> None:
     """Nor can they be sharded without an index."""
 
