@@ -25,8 +25,9 @@ vqa-demo: $(VENV)/.ready
 	rm -rf runs/vqa
 	$(LAUNCH) launch/vqa_demo.py --deepspeed ds_configs/zero2.json --output_dir runs/vqa
 
-# Two tests at a time where there are two cores; a single thread each: small tensors gain nothing by more.
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 4 ? 4 : n)))
+# One test more at a time than there are cores, since ranks wait for each other; a single thread each: small tensors gain
+# nothing by more.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 3 ? 4 : n + 1)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test: check
