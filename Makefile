@@ -27,7 +27,7 @@ vqa-demo: $(VENV)/.ready
 
 # One test more at a time than there are cores, since ranks wait for each other; a single thread each: small tensors gain
 # nothing by more.
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 3 ? 4 : n + 1)))
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1); echo $$((n > 3 ? 4 : n + 1)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test: check
