@@ -15,11 +15,13 @@ from piece_ds.doctor.processes import run_self_test
 from piece_ds.ops import backends
 from piece_ds.ops.build_specs import compiler_version
 from piece_ds.ops.extension import prebuilt
+from piece_ds.runtime.cache import cache_folder
 from piece_ds.runtime.compile_lock import abandoned_locks
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.versions import versions
 
-_DEEPSPEED_OPTIMIZERS = ("cpu_adam", "fused_adam")  # that a DeepSpeed file may name
+# DeepSpeed's extensions that runs load: the optimizers that its file may name, and on a CPU its collectives.
+_DEEPSPEED_EXTENSIONS = ("cpu_adam", "fused_adam", "deepspeed_shm_comm")
 _LITTLE_SPACE = 1 << 30  # room for a compiled kernel, a mask and a delta of an 8B model
 
 
@@ -43,7 +45,12 @@ def examine(folder: str, num_ranks: int) -> Iterator[Finding]:
     places = {"output": folder, "temporary files": temporary, "compiled kernels": _kernel_folder()}
     for what, place in places.items():
         yield _folder(f"folder for {what}", Path(place))
-    yield from run_self_test(num_ranks)
+    yield from _model_folders()
+    if any(finding.status == BAD for finding in served):
+        # Every process of it would end with that message, as a run would.
+        yield Finding("self-test", BAD, "not tried: piece_ds ops must load first (see above)")
+    else:
+        yield from run_self_test(num_ranks)
 
 
 def _gpus() -> Finding:
@@ -104,7 +111,7 @@ def _locks() -> Finding:
     found = list(abandoned_locks(Path(_kernel_folder())))
     if not found:
         return Finding("compilations", GOOD, "none was left unfinished")
-    is_needed = any(lock.parent.name in _DEEPSPEED_OPTIMIZERS for lock, _ in found)
+    is_needed = any(lock.parent.name in _DEEPSPEED_EXTENSIONS for lock, _ in found)
     shown = "; ".join(f"{lock} {reason}: remove it" for lock, reason in found)
     return Finding("compilations", BAD if is_needed else NOTE, shown)
 
@@ -130,6 +137,17 @@ def _folder(what: str, place: Path) -> Finding:
     if not works:
         return Finding(what, BAD, f"{place} cannot be written: {found}")
     return Finding(what, NOTE if shutil.disk_usage(_existing(place)).free < _LITTLE_SPACE else GOOD, found)
+
+
+def _model_folders() -> Iterator[Finding]:
+    """Look at the folders that models are fetched to. A run on a folder of the user's own needs neither."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for what, find in (("the Hub's models", lambda: HF_HUB_CACHE), ("piece_ds' cache", lambda: str(cache_folder()))):
+        works, place = _tried(find)
+        found = _folder(f"folder for {what}", Path(place)) if works else Finding(f"folder for {what}", BAD, place)
+        hint = "name another in HF_HOME" if what == "the Hub's models" else "name another in PIECE_DS_CACHE"
+        yield Finding(found.what, NOTE, f"{found.found}; {hint}") if found.status == BAD else found
 
 
 def _existing(place: Path) -> Path:

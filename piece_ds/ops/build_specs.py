@@ -72,19 +72,24 @@ def _digest(parts: list[str]) -> str:
 
 
 def compiler_version() -> str:
-    """Return command and version of the C++ compiler; empty if there is none."""
-    command = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(command[0]) is None:
+    """Return command and version of the C++ compiler; empty if there is none that can say its version."""
+    try:
+        command = shlex.split(os.environ.get("CXX") or "c++")
+        if not command or shutil.which(command[0]) is None:
+            return ""
+        answer = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    except (ValueError, OSError):  # a quotation mark too many, a file that is no program
         return ""
-    output = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    return f"{shlex.join(command)} {output.partition(chr(10))[0]}"
+    # torch asks the same question, and gives up where it fails.
+    return f"{shlex.join(command)} {answer.stdout.partition(chr(10))[0]}" if answer.returncode == 0 else ""
 
 
 def require_compiler() -> None:
     """Raise UserError if there is no C++ compiler."""
     if not compiler_version():
+        named = os.environ.get("CXX") or "c++"
         raise UserError(
-            f"piece_ds compiles its kernels on first use and found no C++ compiler {os.environ.get('CXX') or 'c++'!r}: "
-            "install one (g++ of Debian and Ubuntu, gcc-c++ of Fedora), name one in CXX, or set "
-            "PIECE_DS_BACKEND=reference for the slow pure torch kernels"
+            f"piece_ds compiles its kernels on first use and found no C++ compiler {named!r} that works: install one "
+            "(g++ of Debian and Ubuntu, gcc-c++ of Fedora), name one in CXX, or set PIECE_DS_BACKEND=reference for the "
+            "slow pure torch kernels"
         )

@@ -178,6 +178,17 @@ def test_another_torch_or_compiler_has_another_library(monkeypatch: pytest.Monke
     assert extension.compiler_version() != compiler
 
 
+@pytest.mark.parametrize("named", ["no-such-compiler", "false", "g++ 'unclosed", " ", "{text}"])
+def test_whatever_cannot_compile_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"\x00no program")
+    text.chmod(0o755)
+    monkeypatch.setenv("CXX", named.format(text=text))
+    assert build_specs.compiler_version() == ""
+    with pytest.raises(UserError, match=r"no C\+\+ compiler .* that works: install one"):
+        build_specs.require_compiler()
+
+
 def test_importing_builds_nothing(python: Start, tmp_path: Path) -> None:
     result(python("import piece_ds.ops, piece_ds.training.stream", TORCH_EXTENSIONS_DIR=str(tmp_path)))
     assert not list(tmp_path.iterdir())

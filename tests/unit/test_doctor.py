@@ -135,7 +135,34 @@ def test_a_finding_that_fails_is_exit_code_1(
 def test_each_place_of_a_run_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "run_self_test", lambda num_ranks: iter(()))
     what = [finding.what for finding in machine.examine(".", 2)]
-    assert [f"folder for {place}" for place in ("output", "temporary files", "compiled kernels")] == what[-3:]
+    places = "output", "temporary files", "compiled kernels", "the Hub's models", "piece_ds' cache"
+    assert [f"folder for {place}" for place in places] == what[-5:]
+
+
+def test_a_folder_for_models_that_cannot_be_written_is_a_note_that_says_what_names_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    monkeypatch.setenv("PIECE_DS_CACHE", "~nobody-has-this-name/cache")
+    hub, own = machine._model_folders()
+    assert hub.status == own.status == NOTE
+    assert "cannot be written" in hub.found
+    assert "HF_HOME" in hub.found
+    assert "has no home" in own.found
+    assert "PIECE_DS_CACHE" in own.found
+
+
+def test_ops_that_do_not_load_are_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(device: str) -> str:
+        raise UserError("cannot be built")
+
+    monkeypatch.setattr(machine, "run_self_test", lambda num_ranks: pytest.fail("every process would say it again"))
+    monkeypatch.setattr(machine.backends, "load", fail)
+    findings = list(machine.examine(str(tmp_path), 1))
+    assert sum("cannot be built" in finding.found for finding in findings) == 1
+    assert findings[-1].status == BAD
+    assert findings[-1].found.startswith("not tried")
 
 
 def test_a_machine_without_compiler_passes_if_the_ops_load_all_the_same(
