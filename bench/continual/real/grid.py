@@ -41,6 +41,9 @@ Questions, each answered by the table at matched learning (results/summary.md), 
     paper's other score, the ratio at the paper's 0.1 %, its rows in place of single weights, the largest weights, and
     OFT, each at rates around those of its nearest neighbour above. Added after 189 runs.
 
+14. Can the mask be chosen after training? All weights train, and only the largest changes, or those that lower the
+    loss on the task most, stay. pruned.py has the settings. Added after 216 runs.
+
 Rates span, for each method, from little learning to the point where it stops learning more. A run that is not made
 for want of time is missing in results/runs.csv, and summary.py counts it.
 """

@@ -35,10 +35,12 @@ from bench.record import commit_of, device_name
 from piece_ds.cli.run import train
 from piece_ds.config.settings import load_settings
 from piece_ds.models.pretrained import model_source
+from piece_ds.report.results import RunResults
 from piece_ds.runtime.errors import UserError
 from piece_ds.runtime.files import write_text
 from piece_ds.runtime.process import run_command
 from piece_ds.runtime.processor import bf16_is_slow
+from piece_ds.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -120,11 +122,7 @@ def one_run(
         scratch: of the run's files, which are removed; None means a folder of the cache.
     """
     scratch = scratch or options.cache / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    task_dir = write_task(setting.task, options, recipe)
-    begin = time.perf_counter()
-    results, folder = train(load_settings(flags_of(setting, recipe, options, model, task_dir, scratch)))
-    seconds = time.perf_counter() - begin
+    results, folder, seconds = train_setting(setting, recipe, options, model, scratch)
     tuned = judge.measure(load(folder.model(0, setting.task)))
     delta = sum(path.stat().st_size for path in folder.root.glob("00-*/delta.safetensors"))
     shutil.rmtree(scratch)
@@ -151,6 +149,17 @@ def one_run(
         "date": date.today().isoformat(),
     }
     return {**head, **{name: "" if v is None else f"{v:.6g}" for name, v in figures.items()}, **facts}
+
+
+def train_setting(
+    setting: Setting, recipe: Recipe, options: argparse.Namespace, model: Path, scratch: Path
+) -> tuple[RunResults, RunFolder, float]:
+    """Train one setting in an empty folder; return its results, its files and the seconds taken. See one_run()."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    task_dir = write_task(setting.task, options, recipe)
+    begin = time.perf_counter()
+    results, folder = train(load_settings(flags_of(setting, recipe, options, model, task_dir, scratch)))
+    return results, folder, time.perf_counter() - begin
 
 
 def flags_of(
