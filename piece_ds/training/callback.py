@@ -41,7 +41,7 @@ from piece_ds.training.general_text import GeneralText
 from piece_ds.training.progress import selection_line
 from piece_ds.training.resume_check import check_when_resumed
 from piece_ds.training.run_folder import PREVIOUS_NAME
-from piece_ds.training.trainer_checks import check_compact, check_trainer
+from piece_ds.training.trainer_checks import check_compact, check_importance, check_trainer
 from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
 from piece_ds.update.attach import attach
 from piece_ds.update.compact import CompactUpdate
@@ -124,6 +124,8 @@ class PieceCallback(TrainerCallback):
         general_kl = own_kl if general_kl is None else general_kl
         _say_rate(recipe, chosen.pop("learning_rate", None), trainer)
         self.config = config_of(config, {**chosen, **settings})
+        if mask_file is None:
+            check_importance(trainer, self.config.method)
         self.general = GeneralText(trainer, self.config, general_text, general_replay, general_kl, share=general_share)
         if delta_every is not None and delta_every < 1:
             raise UserError(f"delta_every must be a positive number of steps, got {delta_every}")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from piece_ds.methods.registry import find_method
 from piece_ds.models.adapters import refuse_adapters
 from piece_ds.runtime.distributed import is_main
 from piece_ds.runtime.errors import UserError
@@ -41,6 +42,38 @@ def check_trainer(trainer: Trainer) -> None:
         return
     refuse_adapters(model, "PieceCallback", ", or make the trainer without peft_config")
     _say_rounding(trainer, model)
+
+
+def check_importance(trainer: Trainer, method: str) -> None:
+    """Raise UserError for a trainer of TRL whose loss cannot be taken of its rows before training.
+
+    Without this, the pass over the data would give the trainer's prompts to its model, and end in its error.
+    """
+    estimator = find_method(method).estimator
+    if estimator is not None and not estimator.needs_statistics:
+        return
+    # What only a step of its own knows: batches that it makes while it trains, or the loss.
+    own = [name for name in ("_prepare_inputs", "_inner_training_loop", "training_step") if _is_trls(trainer, name)]
+    if hasattr(trainer, "_generate_and_score_completions"):  # which makes a batch of any rows
+        own = [name for name in own if name != "_prepare_inputs"]
+    if not has_plain_loss(trainer):
+        own = [name for name in own if name != "training_step"]
+    if own:
+        raise UserError(
+            f"PieceCallback takes importance of the trainer's loss on its rows before training, and "
+            f"{type(trainer).__name__} makes its batches or its loss only while it trains ({own[0]}): give "
+            "mask_file=, a mask that piece_ds select or another trainer has made, or method='magnitude' or 'random'"
+        )
+
+
+def has_plain_loss(trainer: Trainer) -> bool:
+    """Return whether compute_loss is transformers' own: no subclass has another, nor has somebody set one on it."""
+    return getattr(trainer.compute_loss, "__func__", None) is Trainer.compute_loss
+
+
+def _is_trls(trainer: Trainer, name: str) -> bool:
+    method = getattr(type(trainer), name, None)
+    return getattr(method, "__module__", "").partition(".")[0] == "trl"
 
 
 def check_compact(trainer: Trainer) -> None:

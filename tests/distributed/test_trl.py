@@ -53,12 +53,22 @@ def run(kind: str, mode: str, folder: Path, stage: int = 2, num_ranks: int = 1) 
     return found
 
 
-@pytest.mark.parametrize("mode", ["masked", "compact"])
-@pytest.mark.parametrize("kind", ["assistant-only", "completion-only", "packing", "dpo", "reward", "grpo"])
+BOTH_MODES = ["assistant-only", "completion-only", "packing", "dpo", "reward", "grpo"]
+MASKED = ["kto", "rloo", "distillation", "padding-free", "dft", "dpo:ipo+sigmoid_norm", "grpo:batch", "orpo", "gmpo"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [*((kind, mode) for kind in BOTH_MODES for mode in ("masked", "compact")), *((kind, "masked") for kind in MASKED)],
+)
 def test_only_selected_weights_move_and_the_delta_holds_them(kind: str, mode: str, tmp_path: Path) -> None:
+    """And the sums that chose them are plain torch's, of the trainer's own loss on the model alone."""
     found = run(kind, mode, tmp_path / "out")
     assert found["outside"] == 0
     assert found["inside"] > 0
+    assert sum(len(where) for where in found["index"].values()) == found["wanted"]
+    assert found["size"] > 0
+    assert found["error"] < 1e-5
     delta = load_file(tmp_path / "out" / "delta.safetensors")
     indices = {
         name.removesuffix(".indices"): value.tolist() for name, value in delta.items() if name.endswith(".indices")
@@ -70,17 +80,45 @@ def test_only_selected_weights_move_and_the_delta_holds_them(kind: str, mode: st
 
 @pytest.mark.parametrize(
     ("kind", "mode", "stage"),
-    [("dpo", "masked", 2), ("dpo", "compact", 3), ("reward", "compact", 2), ("grpo", "masked", 3)],
+    [
+        ("dpo", "masked", 2),
+        ("dpo", "compact", 3),
+        ("dpo:precompute", "compact", 2),
+        ("dpo:ipo+sigmoid_norm", "compact", 2),
+        ("reward", "compact", 2),
+        ("padding-free", "compact", 2),
+        ("kto", "masked", 2),
+        ("kto", "compact", 3),
+        ("rloo", "masked", 2),
+        ("distillation", "compact", 2),
+        ("grpo", "masked", 3),
+        ("grpo", "compact", 2),
+        ("grpo:batch", "compact", 3),
+    ],
 )
 def test_on_two_ranks_too_where_micro_batches_of_importance_are_not_all_equal(
     kind: str, mode: str, stage: int, tmp_path: Path
 ) -> None:
-    """TRL gathers the rows' figures for its log: beside a shorter micro-batch on another rank, that ended the run."""
+    """The mask is one rank's, whatever the loss gathers: KTO a mean over ranks, GRPO a number of tokens, or rewards.
+
+    So are the completions that it is taken of.
+    """
     found = run(kind, mode, tmp_path / "two", stage, num_ranks=2)
     assert found["outside"] == 0
     assert found["inside"] > 0
-    if kind != "grpo":  # whose completions are drawn on every rank
-        assert found["index"] == run(kind, mode, tmp_path / "one")["index"]
+    assert found["index"] == run(kind, mode, tmp_path / "one", min(stage, 2))["index"]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_a_method_that_reads_activations_reads_those_of_the_trainers_loss(kind: str, tmp_path: Path) -> None:
+    found = run(kind, "migu", tmp_path / "out")
+    assert found["outside"] == 0
+    assert found["inside"] > 0
+
+
+@pytest.mark.parametrize("kind", ["online_dpo", "a2po"])
+def test_a_trainer_whose_loss_only_its_own_step_knows_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    assert "give mask_file" in run(kind, "masked", tmp_path / "out")["refused"]
 
 
 def test_importance_is_that_of_the_loss_that_is_trained(tmp_path: Path) -> None:

@@ -205,6 +205,24 @@ def test_migus_magnitudes_are_mean_shares_of_the_l1_norm(family: str) -> None:
         torch.testing.assert_close(values, want[name], rtol=1e-6, atol=1e-9)
 
 
+def test_migu_reads_what_a_trainers_own_loss_is_differentiated_by() -> None:
+    """Its micro-batches may be prompts in a list; the model may see other rows in between, without gradients."""
+    request = request_of("llama", "migu")
+    plain = request.micro_batches
+
+    class OwnLoss(list[Any]):
+        def loss_of(self, engine: Any, batch: Any) -> Tensor:
+            (number,) = batch
+            with torch.no_grad():
+                engine(**plain[0])
+            return engine(**plain[number]).loss
+
+    weights = linear_weights(request.model)
+    own = output_magnitudes(request.engine, OwnLoss([number] for number in range(len(plain))), weights)
+    for name, values in output_magnitudes(request.engine, plain, weights).items():
+        assert torch.equal(own[name], values)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_migu_selects_the_weights_of_the_largest_outputs(family: str) -> None:
     request = request_of(family, "migu", 0.1)

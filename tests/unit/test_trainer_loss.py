@@ -1,5 +1,6 @@
 """A trainer's micro-batches for the statistics pass: its own collator, columns and loss, and its notes as they were."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,21 +8,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, gather, gather_object
 from support.models import make_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from piece_ds.runtime.errors import UserError
 from piece_ds.training.epoch_order import EpochOrder
+from piece_ds.training.trainer_checks import check_importance
 from piece_ds.training.trainer_loss import notes_kept, trainer_micro_batches
+from piece_ds.zero.random_draws import DrawWatch
 
 ROWS = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "note": 3}] * 5
 
 
-def trainer_of(folder: Path, rows: Any, kind: type[Trainer] = Trainer, max_steps: int = -1, **options: Any) -> Trainer:
-    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], max_steps=max_steps)
+def trainer_of(
+    folder: Path, rows: Any, kind: type[Trainer] = Trainer, max_steps: int = -1, seed: int = 42, **options: Any
+) -> Trainer:
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], max_steps=max_steps, seed=seed)
     model = make_model("llama")
     return kind(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator, **options)
 
@@ -72,6 +80,53 @@ def test_label_smoothing_is_a_loss_of_the_trainers_own(tmp_path: Path) -> None:
     likely = log_probs.gather(-1, batches[0]["labels"][:, 1:, None]).mean()
     wanted = -(0.75 * likely + 0.25 * log_probs.mean())
     torch.testing.assert_close(batches.loss_of(smoothing.model, batches[0]), wanted)
+    batch = batches[0]  # twice of the same, as the pass may: the Trainer takes the labels out of what it is given
+    assert torch.equal(batches.loss_of(smoothing.model, batch), batches.loss_of(smoothing.model, batch))
+
+
+def test_what_a_trainer_makes_of_its_batches_before_the_loss_is_made_here_too(tmp_path: Path) -> None:
+    class Preparing(Trainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            inputs = super()._prepare_inputs(inputs)
+            labels = inputs.pop("labels")
+            return {**inputs, "labels": labels.masked_fill(labels == 6, -100)}
+
+    trainer = trainer_of(tmp_path, ROWS, Preparing)
+    batches = trainer_micro_batches(trainer, 2)
+    assert batches.loss_of is not None
+    batch = batches[0]
+    wanted = trainer.model(input_ids=batch["input_ids"], labels=batch["labels"].masked_fill(batch["labels"] == 6, -100))
+    for _ in range(2):
+        assert torch.equal(batches.loss_of(trainer.model, batch), wanted.loss)
+
+
+def test_a_trainer_of_trl_that_makes_batches_or_loss_while_it_trains_is_refused(tmp_path: Path) -> None:
+    """By where its methods are from: a script's own step or preparation of batches is no harm."""
+
+    def kind_of(module: str, **methods: Any) -> type[Trainer]:
+        def method(self: Any, *args: Any, **options: Any) -> None: ...
+
+        method.__module__ = module
+        return type("Some", (Trainer,), {name: method if own is None else own for name, own in methods.items()})
+
+    def loss(self: Any, *args: Any, **options: Any) -> Tensor:
+        return torch.zeros(())
+
+    for methods in (
+        {"training_step": None},
+        {"_prepare_inputs": None, "compute_loss": loss},
+        {"_inner_training_loop": None},
+    ):
+        trainer = trainer_of(tmp_path, ROWS, kind_of("trl.trainer.some", **methods))
+        with pytest.raises(UserError, match=f"Some makes its batches .* while it trains .{name}.*mask_file"):
+            check_importance(trainer, "piece-s")
+        check_importance(trainer, "magnitude")
+        check_importance(trainer_of(tmp_path, ROWS, kind_of("mine", **methods)), "piece-s")
+    for methods in (
+        {"training_step": None, "compute_loss": loss},
+        {"_prepare_inputs": None, "compute_loss": loss, "_generate_and_score_completions": loss},
+    ):
+        check_importance(trainer_of(tmp_path, ROWS, kind_of("trl.trainer.some", **methods)), "piece-s")
 
 
 def test_completions_of_a_micro_batch_are_drawn_once(tmp_path: Path) -> None:
@@ -96,8 +151,68 @@ def test_completions_of_a_micro_batch_are_drawn_once(tmp_path: Path) -> None:
     losses = [batches.loss_of(trainer.model, batch) for batch in (first, first, second, second, first)]
     assert calls == [4, 4, 4]
     assert losses[0] == losses[1]
-    assert losses[2] == losses[3]
-    assert len({float(loss) for loss in losses}) == 3
+    assert losses[2] == losses[3] != losses[0]
+    assert losses[4] == losses[0]  # the same completions again: the micro-batch decides, whoever takes it
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_micro_batch_alone(tmp_path: Path) -> None:
+    """Not on what was drawn before, by this rank or for another micro-batch; and it leaves no trace."""
+
+    class Generating(Trainer):
+        def _generate_and_score_completions(self, prompts: list[Any]) -> dict[str, Any]:
+            drawn = torch.rand(len(prompts)) + random.random() + float(np.random.rand())
+            return {"input_ids": drawn}
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return inputs["input_ids"].mean()
+
+    def losses(order: list[int], seed: int) -> dict[int, float]:
+        trainer = trainer_of(tmp_path, ROWS, Generating, seed=seed)
+        trainer.data_collator = list
+        batches = trainer_micro_batches(trainer, 2)
+        assert batches.loss_of is not None
+        torch.manual_seed(len(order))
+        random.seed(len(order))
+        watch = DrawWatch("cpu")
+        found = {b: float(batches.loss_of(trainer.model, batches[b])) for b in order}
+        assert not watch.drew()
+        return found
+
+    whole = losses([0, 1, 2], seed=3)
+    assert losses([2, 0], seed=3) == {2: whole[2], 0: whole[0]}
+    assert len({*whole.values(), *losses([0, 1, 2], seed=4).values()}) == 6
+
+
+class Gathering(Trainer):
+    """What TRL's losses do: KTO takes the mean of a figure over all ranks, GRPO its own rows of all ranks' rewards."""
+
+    num_generations = 1
+
+    def _generate_and_score_completions(self, prompts: list[Any]) -> dict[str, Any]:
+        all_rewards = gather(torch.arange(1.0, 1 + len(prompts)))
+        own = slice(self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts))
+        return {"rewards": all_rewards[own], "total": self.accelerator.gather(all_rewards.sum()).sum()}
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        mean = self.accelerator.reduce(self.accelerator.gather_for_metrics(inputs["rewards"].mean()).mean())
+        assert gather_object(["text"]) == ["text"]
+        return mean * inputs["total"] / self.accelerator.num_processes
+
+
+def test_a_loss_holds_nothing_of_other_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no group here: whatever is gathered from another rank fails."""
+    trainer = trainer_of(tmp_path, ROWS, Gathering)
+    trainer.data_collator = list
+    batches = trainer_micro_batches(trainer, 2)
+    assert batches.loss_of is not None
+    settings = {"num_processes": 2, "process_index": 1, "distributed_type": DistributedType.MULTI_CPU}
+    for state in (PartialState._shared_state, AcceleratorState._shared_state):
+        for name, value in settings.items():
+            monkeypatch.setitem(state, name, value)
+    assert [float(batches.loss_of(trainer.model, batches[b])) for b in range(3)] == [1.5 * 3, 1.5 * 3, 1.0]
+    for state in (PartialState._shared_state, AcceleratorState._shared_state):
+        assert {name: state[name] for name in settings} == settings
+    assert trainer.accelerator.num_processes == 2
 
 
 def test_a_trainer_that_does_not_say_how_many_completions_makes_one_a_prompt(tmp_path: Path) -> None:
@@ -150,10 +265,13 @@ def test_a_stream_gives_its_first_rows_and_is_read_no_further(tmp_path: Path) ->
 def test_notes_are_as_they_were(tmp_path: Path) -> None:
     trainer: Any = trainer_of(tmp_path, ROWS)
     trainer._metrics = {"train": {"entropy": [1.0]}}
+    trainer.entropy_coef, trainer._entropy_window_stats, trainer._step = 0.5, None, 3
     with notes_kept(trainer):
         trainer._metrics["train"]["entropy"].append(2.0)
+        trainer.entropy_coef, trainer._entropy_window_stats, trainer._step = 0.6, torch.ones(2), 4
         assert trainer.current_gradient_accumulation_steps == 1
     assert trainer._metrics == {"train": {"entropy": [1.0]}}
+    assert (trainer.entropy_coef, trainer._entropy_window_stats, trainer._step) == (0.5, None, 3)
     assert not hasattr(trainer, "current_gradient_accumulation_steps")
 
 
