@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from piece_ds import PieceCallback
 from piece_ds.demo.model import make_tokenizer, model_config
 from piece_ds.methods import estimate
-from piece_ds.runtime.distributed import is_main, world_size
+from piece_ds.runtime.distributed import barrier, is_main, world_size
 from piece_ds.runtime.errors import UserError
 
 TEMPLATE = (
@@ -211,18 +211,19 @@ def make_trainer(kind: str, folder: Path) -> Any:
     name, _, option = kind.partition(":")
     options: dict[str, Any]
     if name == "dpo":
-        options = {"loss_type": option.split("+")} if option else {}
-        shared["ref_model"] = copy.deepcopy(model)
-        if option == "precompute":
-            # Every rank keeps what it maps of rows from a list in a folder of its own, where TRL looks for rank 0's.
-            options = {"precompute_ref_log_probs": True}
-            shared["ref_model"], preferences = None, of_file(PREFERENCES, folder)
-        return trl.DPOTrainer(args=trl.DPOConfig(**common, **options), train_dataset=preferences, **shared)
+        is_precomputed = option == "precompute"
+        options = {"precompute_ref_log_probs": True} if is_precomputed else {"loss_type": option.split("+")}
+        arguments = trl.DPOConfig(**common, **(options if option else {}))
+        if is_precomputed:
+            # What a rank maps of rows from a list it keeps in a folder of its own, where TRL looks for rank 0's file.
+            preferences = of_file(PREFERENCES, folder)
+        shared["ref_model"] = None if is_precomputed else copy.deepcopy(model)
+        return trl.DPOTrainer(args=arguments, train_dataset=preferences, **shared)
     if name == "reward":
         return trl.RewardTrainer(args=trl.RewardConfig(**common), train_dataset=preferences, **shared)
     if name == "kto":
         options = {"loss_type": option} if option else {}
-        reference = moved_copy(model)  # else KL and the log ratios are all 0
+        reference = moved_copy(model, 0.3)  # worse than the model: else its KL, which is no less than 0, would be 0
         arguments = trl.KTOConfig(**common, **options)
         return trl.KTOTrainer(ref_model=reference, args=arguments, train_dataset=unpaired, **shared)
     if name == "distillation":
@@ -247,21 +248,21 @@ def make_trainer(kind: str, folder: Path) -> Any:
 
 
 def of_file(rows: list[dict[str, Any]], folder: Path) -> Any:
+    """Rows that all ranks read from one file, which is there once ranks know of each other."""
     path = folder / "rows.jsonl"
     if is_main():
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    barrier()
     return datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(folder / "cache"))
 
 
-def moved_copy(model: nn.Module) -> Any:
+def moved_copy(model: nn.Module, deviation: float = 0.02) -> Any:
     """A copy with other weights: a reference or a teacher of its own."""
     generator = torch.Generator().manual_seed(1)
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for param in moved.parameters():
-            param += 0.02 * torch.randn(param.shape, generator=generator)
+            param += deviation * torch.randn(param.shape, generator=generator)
     return moved
 
 

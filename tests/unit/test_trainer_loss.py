@@ -112,13 +112,15 @@ def test_a_trainer_of_trl_that_makes_batches_or_loss_while_it_trains_is_refused(
     def loss(self: Any, *args: Any, **options: Any) -> Tensor:
         return torch.zeros(())
 
-    for methods in (
+    refused: tuple[dict[str, Any], ...] = (
         {"training_step": None},
         {"_prepare_inputs": None, "compute_loss": loss},
         {"_inner_training_loop": None},
-    ):
+    )
+    for methods in refused:
+        wanted = f"Some makes its batches .* while it trains .{next(iter(methods))}.*mask_file"
         trainer = trainer_of(tmp_path, ROWS, kind_of("trl.trainer.some", **methods))
-        with pytest.raises(UserError, match=f"Some makes its batches .* while it trains .{name}.*mask_file"):
+        with pytest.raises(UserError, match=wanted):
             check_importance(trainer, "piece-s")
         check_importance(trainer, "magnitude")
         check_importance(trainer_of(tmp_path, ROWS, kind_of("mine", **methods)), "piece-s")
