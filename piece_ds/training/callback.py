@@ -60,10 +60,11 @@ without_mpi()
 class PieceCallback(TrainerCallback):
     """Select weights when training begins, train only them, and write mask and delta.safetensors to OUTPUT_DIR.
 
-    Importance is that of the trainer's own loss over its own batches. TRL's SFTTrainer, DPOTrainer, RewardTrainer and
-    GRPOTrainer work as transformers' Trainer does; general text needs a model that predicts tokens, so no
-    RewardTrainer's. A run resumed from a checkpoint uses the mask that it began with, from the same file.
-    previous.safetensors, which its delta needs, lies beside it, and so do general text's statistics and base logits.
+    Importance is that of the trainer's own loss over its own batches. TRL's SFTTrainer, DPOTrainer, RewardTrainer,
+    KTOTrainer, GRPOTrainer, RLOOTrainer and DistillationTrainer work as transformers' Trainer does; general text needs
+    a model that predicts tokens, so no RewardTrainer's. A run resumed from a checkpoint uses the mask that it began
+    with, from the same file. previous.safetensors, which its delta needs, lies beside it, and so do general text's
+    statistics and base logits.
 
     Attributes:
         config: settings of the method.
@@ -113,8 +114,9 @@ class PieceCallback(TrainerCallback):
             settings: fields of PieceConfig by name, in place of config's: method="piece-s", ratio=0.001,
                 update_mode="masked", exclude="*norm*", importance_rows=1000 ...
         Raises:
-            UserError: the trainer has no DeepSpeed or an adapter, a setting is outside its range, general text is
-                missing or of no use, or compact mode is asked of a trainer that already has an optimizer.
+            UserError: the trainer has no DeepSpeed or an adapter, or makes its loss only while it trains and no mask is
+                given, a setting is outside its range, general text is missing or of no use, or compact mode is asked of
+                a trainer that already has an optimizer.
         """
         check_trainer(trainer)
         self.trainer = trainer

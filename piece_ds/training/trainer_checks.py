@@ -56,7 +56,7 @@ def check_importance(trainer: Trainer, method: str) -> None:
     own = [name for name in ("_prepare_inputs", "_inner_training_loop", "training_step") if _is_trls(trainer, name)]
     if hasattr(trainer, "_generate_and_score_completions"):  # which makes a batch of any rows
         own = [name for name in own if name != "_prepare_inputs"]
-    if not has_plain_loss(trainer):
+    if "training_step" in own and not has_plain_loss(trainer):
         own = [name for name in own if name != "training_step"]
     if own:
         raise UserError(

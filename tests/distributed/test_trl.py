@@ -106,7 +106,8 @@ def test_on_two_ranks_too_where_micro_batches_of_importance_are_not_all_equal(
     found = run(kind, mode, tmp_path / "two", stage, num_ranks=2)
     assert found["outside"] == 0
     assert found["inside"] > 0
-    assert found["index"] == run(kind, mode, tmp_path / "one", min(stage, 2))["index"]
+    alone = kind.removesuffix(":precompute")  # which needs a launcher
+    assert found["index"] == run(alone, mode, tmp_path / "one")["index"]
 
 
 @pytest.mark.parametrize("kind", ["dpo", "grpo"])
