@@ -8,33 +8,32 @@ importance that is summed over micro-batches would depend on which of them the r
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate import Accelerator
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import set_seed
 
 
 @contextmanager
-def lone_rank() -> Iterator[None]:
+def lone_rank(accelerator: Accelerator) -> Iterator[None]:
     """Let accelerate know of no other rank inside: what is gathered is this rank's own, and so is its place in it.
 
     DeepSpeed and torch.distributed know all ranks as before: ZeRO-3 goes on gathering weights.
     """
-    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    changed = {"num_processes": 1, "process_index": 0}
-    for state, settings in (
-        (PartialState._shared_state, {**changed, "distributed_type": DistributedType.NO}),
-        (AcceleratorState._shared_state, changed),
-    ):
-        kept.append((state, {name: state[name] for name in (*changed, "distributed_type") if name in state}))
-        state.update({name: value for name, value in settings.items() if name in state})
+    # What gathers asks the one, an accelerator says what the other holds.
+    states = vars(PartialState()), vars(accelerator.state)
+    names = ("num_processes", "process_index", "distributed_type")
+    kept = [{name: state[name] for name in names} for state in states]
+    for state in states:
+        state.update(num_processes=1, process_index=0)
+    states[0]["distributed_type"] = DistributedType.NO
     try:
         yield
     finally:
-        for state, values in kept:
+        for state, values in zip(states, kept, strict=True):
             state.update(values)
 
 

@@ -107,7 +107,7 @@ def _loss(trainer: Trainer, engine: Any, batch: Any) -> Tensor:
 def _alone(trainer: Any) -> Any:
     """Return a context in which a trainer's loss holds nothing of other ranks' rows."""
     # vLLM's ranks make completions together.
-    return nullcontext() if getattr(trainer, "use_vllm", False) else lone_rank()
+    return nullcontext() if getattr(trainer, "use_vllm", False) else lone_rank(trainer.accelerator)
 
 
 @contextmanager
