@@ -167,6 +167,8 @@ PRIVATE_NAMES = {
     "piece_ds/update/gradients.py": {"torch._C", "torch._C._current_graph_task_id"},
     # Whether the running backward goes on to a leaf: torch's own hooks for several gradients ask the same.
     "piece_ds/update/sampled_backward.py": {"torch._C", "torch._C._will_engine_execute_node"},
+    # Whether a script's trainer makes something of its batches before the loss: this is where transformers lets it.
+    "piece_ds/training/trainer_loss.py": {"transformers.Trainer._prepare_inputs"},
     # Ranks say where they are through the store that torch.distributed has open already.
     "piece_ds/runtime/rank_status.py": {"torch.distributed.distributed_c10d._get_default_store"},
 }
