@@ -123,7 +123,8 @@ class SampledGradient:
         handles = [
             module.register_forward_pre_hook(self._hide, prepend=True),
             *([module.register_forward_pre_hook(self._keep)] if is_partitioned(selected.param) else []),
-            module.register_forward_hook(self._watch, with_kwargs=True),
+            # Before all other hooks, which may return another output: the formula is that of the layer's own.
+            module.register_forward_hook(self._watch, with_kwargs=True, prepend=True),
             module.register_forward_hook(self._show, prepend=True, always_call=True),
         ]
         stop = collect_dense(selected, out_K, self._note_use)
@@ -171,7 +172,9 @@ class _Identity(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, anchor: Tensor, input: Tensor, add: Add) -> Tensor:
         ctx.save_for_backward(input)  # not a closure: activation checkpointing has to see it
         ctx.add = add
-        return output.view_as(output)
+        # The same memory, but no view to autograd, which would refuse `+=` or an in-place activation after the layer.
+        # No layer here saves its output for its own backward, so writing there is harmless.
+        return output.data
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:

@@ -1,5 +1,6 @@
 """A sampled gradient counts in the backwards in which a dense one would, and in no other."""
 
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -66,3 +67,51 @@ def test_a_second_derivative_is_refused_not_half_of_it() -> None:
     with pytest.raises(UserError, match="selected_gradient='dense'"):
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     collection.close()
+
+
+class InPlace(nn.Module):
+    """Change what it is given."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._change(x)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
+@pytest.mark.parametrize("change", [torch.tanh_, torch.relu_, lambda x: x.mul_(2).add_(1)])
+def test_what_follows_a_layer_may_change_its_output_in_place(
+    change: Callable[[Tensor], Tensor], shape: tuple[int, ...], checkpointed: bool
+) -> None:
+    found = {}
+    for gradient in ("dense", "auto"):
+        model, names = linear()
+        model[1] = InPlace(change)
+        model.append(InPlace(change))
+        total, _ = collecting(model, names, gradient)
+        x = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
+        out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        out.square().sum().backward()
+        found[gradient] = total
+    assert found["dense"].count_nonzero() > 0
+    torch.testing.assert_close(found["auto"], found["dense"])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("hook", [lambda _, __, out: 2 * out, lambda _, __, out: out.tanh(), lambda _, __, out: None])
+def test_hooks_of_the_user_may_return_another_output(hook: Callable[..., Tensor | None], when: str) -> None:
+    """As steering of activations does. The formula is of the layer's own output, whoever's hooks came first."""
+    found = {}
+    for gradient in ("dense", "auto"):
+        model, names = linear()
+        if when == "before":
+            model[2].register_forward_hook(hook)
+        total, _ = collecting(model, names, gradient)
+        if when == "after":
+            model[2].register_forward_hook(hook)
+        model(torch.linspace(-1, 1, 10).view(2, 5)).square().sum().backward()
+        found[gradient] = total
+    torch.testing.assert_close(found["auto"], found["dense"])
