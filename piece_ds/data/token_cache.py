@@ -25,7 +25,7 @@ from piece_ds.data.files import Source
 from piece_ds.data.rows import TOKENS
 from piece_ds.data.token_cache_key import key_of
 from piece_ds.data.tokenize import Encoder
-from piece_ds.runtime.cache import cache_folder, locked
+from piece_ds.runtime.cache import CacheRefused, cache_folder, locked
 from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.runtime.files import write_folder, write_json
 from piece_ds.runtime.schema import read_json
@@ -78,7 +78,7 @@ def encode_once(
                 logger.warning("%s is tokenized again: what the cache held in %s is damaged", source.name, folder)
                 shutil.rmtree(folder)
             return _write_and_read(folder, source, digest, encoder, limit)
-    except MachineError as error:
+    except (CacheRefused, MachineError) as error:
         logger.warning("%s is tokenized in memory: %s", source.name, error)
         return encode_in_memory(source, encoder, limit)
 

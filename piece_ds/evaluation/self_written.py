@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from piece_ds.data.general_text import rows_of_tokens
 from piece_ds.evaluation.generate import Decoding, generate_texts
-from piece_ds.runtime.cache import cache_folder
+from piece_ds.runtime.cache import cache_folder, made
 from piece_ds.runtime.distributed import all_gather_objects, is_main
 from piece_ds.runtime.files import write_text
 
@@ -95,9 +95,12 @@ def self_written_file(
         device: as in write_rows().
     Returns:
         A JSONL file of rows of input_ids and labels, which every flag for a data file accepts.
+    Raises:
+        CacheRefused: the cache cannot be written by this user.
     """
     path = self_written_path(digest, writing)
     if not all(all_gather_objects(path.is_file())):
+        made(path.parent)  # before the minutes that writing takes
         if is_main():
             logger.warning("the base model writes %d rows of general text into %s", writing.num_rows, path)
         rows = write_rows(open_model(), tokenizer, writing, device)

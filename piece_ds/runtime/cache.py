@@ -1,5 +1,6 @@
 """The user's cache folder, and a lock for what several processes may want to put there at once."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -7,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from piece_ds.runtime.errors import MachineError, UserError
+
+_FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+class CacheRefused(UserError):
+    """The cache folder is one that this user cannot write: another one must be named."""
 
 
 def cache_folder() -> Path:
@@ -32,6 +39,27 @@ def _with_home(folder: str) -> Path:
     return Path(found)
 
 
+def made(folder: Path) -> Path:
+    """Return a folder of the cache, made if it is not there.
+
+    Raises:
+        CacheRefused: it is no folder, or this user cannot write there.
+        MachineError: the disk is full or broken.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return folder
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError | MachineError:
+    kind = MachineError if error.errno in _FULL_OR_BROKEN else CacheRefused
+    return kind(f"the cache folder {folder} cannot be written ({error}): name another one with PIECE_DS_CACHE")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of path inside: no other process that sees the file system has it.
@@ -40,16 +68,14 @@ def locked(path: Path) -> Iterator[None]:
     ranks that have not met yet. The lock is a file beside path, which stays.
 
     Raises:
-        MachineError: the folder cannot be written, or its file system has no locks.
+        CacheRefused: the folder is none, or cannot be written by this user.
+        MachineError: the disk is full or broken, or its file system has no locks.
     """
-    lock = path.with_name(f"{path.name}.lock")
+    lock = made(path.parent) / f"{path.name}.lock"
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         handle = open(lock, "a")  # noqa: SIM115
     except OSError as error:
-        raise MachineError(
-            f"the cache folder {lock.parent} cannot be written ({error}): name another one with PIECE_DS_CACHE"
-        ) from error
+        raise _cannot_write(lock.parent, error) from error
     # Closing the file frees the lock.
     with handle:
         try:

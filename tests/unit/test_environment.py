@@ -17,7 +17,7 @@ from torch.distributed import DistNetworkError
 from piece_ds.preflight.accelerate_variables import check_accelerate_variables
 from piece_ds.runtime import process
 from piece_ds.runtime.blamed_variable import why_environment
-from piece_ds.runtime.cache import cache_folder, locked, user_cache
+from piece_ds.runtime.cache import cache_folder, locked, made, user_cache
 from piece_ds.runtime.errors import MachineError, UserError
 from piece_ds.runtime.folder_lock import FolderLock
 from piece_ds.runtime.launch_environment import (
@@ -233,6 +233,25 @@ def test_a_cache_that_cannot_be_locked_is_said(monkeypatch: pytest.MonkeyPatch, 
     lock = FolderLock(tmp_path)
     assert lock.take()
     assert not lock.is_held
+
+
+def test_a_cache_that_is_no_folder_is_the_users_to_name_and_a_full_disk_is_the_machines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "models"):
+        with pytest.raises(UserError, match=r"cannot be written .*: name another one with PIECE_DS_CACHE"):
+            made(folder)
+        with pytest.raises(UserError, match="PIECE_DS_CACHE"), locked(folder / "x"):
+            pass
+    assert made(tmp_path / "new" / "models").is_dir()
+
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", fill)
+    with pytest.raises(MachineError, match="No space left"):
+        made(tmp_path / "more")
 
 
 def test_an_accelerator_that_is_unknown_or_not_there_is_refused(bare: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,10 @@ def test_the_text_is_written_once_for_each_base_model_and_reads_like_any_file(
     for writing in others:
         assert self_written_file(digest, lambda: open_model(folder), TOKENIZER, writing, "cpu") != path
     assert self_written_file("another model", lambda: open_model(folder), TOKENIZER, WRITING, "cpu") != path
+    # A cache that cannot hold it is said before the model writes.
+    monkeypatch.setenv("PIECE_DS_CACHE", str(path))
+    with pytest.raises(UserError, match="PIECE_DS_CACHE"):
+        self_written_file(digest, lambda: pytest.fail("the model was opened"), TOKENIZER, WRITING, "cpu")
 
 
 def test_a_model_is_told_by_its_files(folder: Path, tmp_path: Path) -> None:
