@@ -129,6 +129,18 @@ def test_a_template_that_always_begins_another_answer_is_refused(tokenizer: PreT
         assert tokenizer.decode([label for label in row["labels"] if label != -100]).endswith("yo you</s>")
 
 
+def test_what_ends_a_conversation_is_learned_where_the_template_writes_its_prompt_only_when_asked(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Here the prompt and the end of a conversation are the same text; and no answer comes before a first one."""
+    last = "{% if loop.last and m.role == 'assistant' %}##{% endif %}"
+    turns = "{% for m in messages %}{% if m.role == 'user' %}Q: {% else %}##{% endif %}{{ m.content }}" + last
+    template = "{{ messages[0].role[:0] }}" + turns + "{% endfor %}{% if add_generation_prompt %}##{% endif %}"
+    for messages, expected in ((ONE, "yo you##"), (ONE[1:], "##yo you##")):
+        row = ChatTemplate(tokenizer, template).encode(messages, "row 1")
+        assert tokenizer.decode([label for label in row["labels"] if label != -100]).endswith(expected)
+
+
 def test_what_a_row_says_is_in_the_conversation_once(tokenizer: PreTrainedTokenizerFast) -> None:
     no_system = "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
     with pytest.raises(UserError, match="leaves out what turn 1 says, the system's"):

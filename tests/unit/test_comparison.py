@@ -13,6 +13,7 @@ from piece_ds.evaluation.matrix import ResultMatrix
 from piece_ds.report.comparison_figures import _along_lines, comparison_figures
 from piece_ds.report.comparison_page import write_comparison
 from piece_ds.report.comparison_table import comparison_grids
+from piece_ds.report.grids import ABSENT
 from piece_ds.report.groups import group_runs
 from piece_ds.report.results import RunResults
 from piece_ds.report.style import line_styles
@@ -129,6 +130,26 @@ def test_runs_of_another_ratio_or_as_far_as_another_task_stand_alone() -> None:
         "2 of 2",
     ]
     assert [dict(zip(grid.header, row, strict=True))["trained"] for row in grid.rows] == ["0.1 %", "0.1 %", "1 %"]
+
+
+def test_a_column_stays_if_any_run_has_a_value_and_goes_if_none_has() -> None:
+    """One run judged general text and knows its peak, the others do not."""
+    whole = make_run(seed=0, learning_rate=1e-3)
+    costs: dict[str, Any] = {"a": {"train_seconds": 2.0}}
+    bare = make_run(method="random", seed=0, learning_rate=None)
+    bare = replace(bare, matrix=replace(bare.matrix, general_loss=(), general_loss_before=None), cost=costs)
+    rest = ("general loss before", "general loss after", "peak memory", "written")
+    for other, kept, missing in (
+        (whole, ("learning_rate", *rest), ABSENT),
+        (replace(bare, name="second", method="lora"), (), None),
+    ):
+        for runs in ((bare, other), (other, bare)):
+            grid = comparison_grids(group_runs(named(*runs)))[0]
+            assert [name for name in grid.header if name in ("learning_rate", *rest)] == list(kept)
+            (row,) = [dict(zip(grid.header, row, strict=True)) for row in grid.rows if row[0] == "random 0.1 %"]
+            assert [row.get(name) for name in ("learning_rate", *rest)] == [missing] * 5
+            assert (row["learned"], row["time"]) == ("50.0 %", "2.0 s")
+            assert grid.num_text_columns == 1 + len(kept[:1])  # names, and the rate where there is one
 
 
 def test_the_same_seed_twice_is_no_repetition() -> None:

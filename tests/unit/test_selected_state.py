@@ -8,7 +8,7 @@ from support.ranks import on_ranks
 from torch import Tensor, nn
 
 from piece_ds.zero.adapter import Piece
-from piece_ds.zero.selected_state import SelectedState, read_selected_state, write_selected_state_
+from piece_ds.zero.selected_state import MOMENTS, SelectedState, read_selected_state, write_selected_state_
 
 INDEX = {"a": torch.tensor([1, 4]), "b": torch.tensor([0, 3])}
 COUNTERS = {"global_steps": 3, "global_samples": 24, "micro_steps": 6, "skipped_steps": 1}
@@ -75,6 +75,21 @@ def test_a_state_goes_on_in_another_sharding_as_in_its_own() -> None:
         second.step(number)
     ends = [read_selected_state(adapter, INDEX) for adapter in (first, second)]
     assert ends[0].step == ends[1].step == 5
+    for name, values in ends[0].tensors.items():
+        assert torch.equal(values, ends[1].tensors[name]), name
+
+
+def test_a_state_without_a_step_yet_goes_on_as_its_own() -> None:
+    """All steps so far overflowed, say: moments of 0 steps, of which a first step is the first."""
+    first, second = Adapter(TOGETHER), Adapter(CUT)
+    state = read_selected_state(first, INDEX)  # type: ignore[arg-type]
+    assert state.step == 0
+    assert not any(state.tensors[name].any() for name in MOMENTS)
+    write_selected_state_(second, INDEX, state)  # type: ignore[arg-type]
+    for adapter in (first, second):
+        adapter.step(0)
+    ends = [read_selected_state(adapter, INDEX) for adapter in (first, second)]  # type: ignore[arg-type]
+    assert ends[0].step == ends[1].step == 1
     for name, values in ends[0].tensors.items():
         assert torch.equal(values, ends[1].tensors[name]), name
 
