@@ -34,8 +34,10 @@ def settings_of(scale: str = "none", keeps: bool = False, patience: int | None =
     )
 
 
-def prepared(patch: pytest.MonkeyPatch, checked: Any, has_mask: bool = True, baseline: Any = None) -> mock.Mock:
-    fakes = faked(patch, module, *CALLED)
+def prepared(
+    patch: pytest.MonkeyPatch, checked: Any, has_mask: bool = True, baseline: Any = None, real: tuple[str, ...] = ()
+) -> mock.Mock:
+    fakes = faked(patch, module, *(name for name in CALLED if name not in real))
     fakes.find_method.return_value = SimpleNamespace(name="piece-f", has_mask=has_mask, baseline=baseline)
     values: dict[str, Any] = {field.name: getattr(mock.sentinel, field.name) for field in fields(Inputs)}
     values["settings"], values["arguments"] = checked, SimpleNamespace(report_to=["wandb"])
@@ -105,6 +107,75 @@ def test_training_is_checked_as_the_files_and_flags_say(
     # The folder is looked at last, when all else is known to be good.
     order = [call[0] for call in fakes.mock_calls if call[0] in CALLED or call[0] == "_claim_of().check"]
     assert order[-4:] == ["_claim_of", "check_overwrite", "_claim_of().check", "open_reporters"]
+
+
+@pytest.mark.parametrize(
+    ("more", "rows", "expected"),
+    [
+        # 2 ranks of 2 rows make 4 rows a round, 3 rounds a step, 2.5 epochs.
+        ({}, (24, 25), [5, 8]),
+        ({}, (1, 12), [3, 3]),
+        ({"gradient_accumulation_steps": 1}, (4, 5), [3, 5]),
+        ({"num_train_epochs": 1.0}, (24, 36), [2, 3]),
+        ({"max_steps": 1}, (24, 25), [1, 1]),
+        ({"max_steps": 9}, (1, 2), [9, 9]),
+    ],
+)
+@pytest.mark.parametrize("counts", ["rows", "packs", "baseline"])
+def test_steps_are_those_of_the_rows_or_packs_that_a_task_trains_on(
+    counts: str, more: dict[str, Any], rows: tuple[int, int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baseline, checked = mock.Mock(), settings_of()
+    checked.data = SimpleNamespace(pack_tokens=77 if counts == "packs" else None)
+    fakes = prepared(monkeypatch, checked, False, baseline if counts != "rows" else None, ("_num_rows", "_num_steps"))
+    size, packing = (
+        faked(monkeypatch, module, "world_size").world_size,
+        faked(monkeypatch, module, "pack_rows", "packs_per_step"),
+    )
+    size.return_value = 2
+    arguments = fakes.load_inputs.return_value.arguments
+    vars(arguments).update(
+        per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=2.5, max_steps=-1
+    )
+    vars(arguments).update(more)
+    tasks = fakes.load_inputs.return_value.tasks
+    for task, count in zip(tasks, rows, strict=True):
+        task.train = [0] * (count if counts == "rows" else 1000)
+    packing.pack_rows.side_effect = [[0] * count for count in rows]
+    baseline.return_value.num_rows.side_effect = list(rows)
+
+    preflight(settings_of())
+    assert [call.args[1] for call in fakes.check_accumulation.mock_calls] == list(rows)
+    assert fakes.check_own_evaluation.mock_calls[0].args[1] == dict(zip("ab", rows, strict=True))
+    assert fakes.check_optimizer.mock_calls[0].args[2] == expected
+
+    # Packs are made as training makes them; a baseline knows the tasks before, whose rows it may replay.
+    multiple = packing.packs_per_step.return_value
+    packed = [mock.call(task.name, task.train, 77, multiple) for task in tasks]
+    assert packing.pack_rows.mock_calls == (packed if counts == "packs" else [])
+    assert packing.packs_per_step.mock_calls == ([mock.call(arguments)] if counts == "packs" else [])
+    counted = [mock.call(tasks[0], []), mock.call(tasks[1], [tasks[0]])]
+    assert baseline.return_value.num_rows.mock_calls == (counted if counts == "baseline" else [])
+
+
+def test_options_that_need_something_of_the_model_are_checked_against_its_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked = settings_of()
+    checked.model = SimpleNamespace(trust_remote_code=mock.sentinel.trusted)
+    fakes = prepared(monkeypatch, checked, real=("_check_model_options",))
+    names = ("check_activation_checkpointing", "check_label_smoothing", "check_lengths", "empty_model")
+    checks = faked(monkeypatch, module, *names)
+    preflight(settings_of())
+    read = fakes.load_inputs.return_value
+    make_model = checks.check_activation_checkpointing.call_args.args[1]
+    assert checks.mock_calls == [
+        mock.call.check_activation_checkpointing(read.arguments, make_model),
+        mock.call.check_label_smoothing(checked, read.arguments, make_model),
+        mock.call.check_lengths(read.arguments, read.tasks, read.tokenizer),
+    ]
+    assert make_model() is checks.empty_model.return_value  # made only where a check asks
+    checks.empty_model.assert_called_once_with(read.config, mock.sentinel.trusted)
 
 
 @pytest.mark.parametrize(
