@@ -8,7 +8,13 @@ from support.ranks import on_ranks
 from torch import Tensor, nn
 
 from piece_ds.zero.adapter import Piece
-from piece_ds.zero.selected_state import MOMENTS, SelectedState, read_selected_state, write_selected_state_
+from piece_ds.zero.selected_state import (
+    MOMENTS,
+    SelectedState,
+    count_moments_elsewhere,
+    read_selected_state,
+    write_selected_state_,
+)
 
 INDEX = {"a": torch.tensor([1, 4]), "b": torch.tensor([0, 3])}
 COUNTERS = {"global_steps": 3, "global_samples": 24, "micro_steps": 6, "skipped_steps": 1}
@@ -43,10 +49,10 @@ class Adapter:
     def masters(self) -> list[tuple[Tensor, list[Piece]]]:
         return list(self.found)  # type: ignore[arg-type]
 
-    def step(self, number: int) -> None:
-        """Step with a gradient of the selected elements alone."""
+    def step(self, number: int, where: dict[str, Tensor] = INDEX) -> None:
+        """Step with a gradient of some elements alone."""
         grads = {name: torch.zeros(numel) for name, numel in (("a", 6), ("b", 5))}
-        for name, index in INDEX.items():
+        for name, index in where.items():
             grads[name][index] = torch.sin(index + number + 1.0)
         for master, pieces in self.found:
             master.grad = torch.zeros_like(master)
@@ -67,6 +73,10 @@ def test_a_state_goes_on_in_another_sharding_as_in_its_own() -> None:
     first, second = trained(), Adapter(CUT)
     state = read_selected_state(first, INDEX)
     assert state.step == 3
+    # In this sharding a begins at 0 of the one master and b at 8: a[1], a[4], b[0], b[3].
+    ((master, _),) = first.found
+    kept = {"values": master, **{name: first.engine.basic_optimizer.state[master][name] for name in MOMENTS}}
+    assert all(torch.equal(state.tensors[name], whole[torch.tensor([1, 4, 8, 11])]) for name, whole in kept.items())
     write_selected_state_(second, INDEX, state)  # type: ignore[arg-type]
     assert {name: getattr(second.engine, name) for name in COUNTERS} == COUNTERS
     assert vars(second.engine.optimizer.loss_scaler) == SCALER
@@ -104,3 +114,42 @@ def test_what_several_ranks_hold_is_read_once() -> None:
     for found in on_ranks(2, work):
         assert (found.step, found.counters) == (alone.step, alone.counters)
         assert all(torch.equal(values, alone.tensors[name]) for name, values in found.tensors.items())
+
+
+def test_moments_of_weights_outside_a_selection_are_counted_on_every_rank_that_holds_them() -> None:
+    """Of 6 and 5 elements with moments 2 each are selected; padding has none, nor have masters before a step."""
+    everything = {"a": torch.arange(6), "b": torch.arange(5)}
+    for sharding in (TOGETHER, CUT):
+        adapter: Any = Adapter(sharding)
+        assert count_moments_elsewhere(adapter, INDEX) == 0
+        adapter.step(0)
+        assert count_moments_elsewhere(adapter, INDEX) == 0
+        assert count_moments_elsewhere(adapter, {"a": INDEX["a"][:1]}) == 3
+        adapter.step(1, everything)
+        assert count_moments_elsewhere(adapter, INDEX) == 11 - 4
+        assert count_moments_elsewhere(adapter, {"b": INDEX["b"]}) == 11 - 2
+        assert count_moments_elsewhere(adapter, everything) == 0
+        assert on_ranks(2, lambda adapter=adapter: count_moments_elsewhere(adapter, INDEX)) == [14, 14]
+
+
+def test_steps_that_an_optimizer_counts_in_its_groups_are_read_and_set_there() -> None:
+    """DeepSpeed's FusedAdam, whose state holds moments alone. Groups that had no gradient are behind."""
+
+    class Fused:
+        def __init__(self, steps: list[int], state: dict[Tensor, dict[str, Any]]) -> None:
+            self.param_groups: list[dict[str, Any]] = [*({"step": step} for step in steps), {"lr": 0.1}]
+            self.state = state
+
+    first, second = trained(), Adapter(CUT)
+    moments = {m: {name: s[name] for name in MOMENTS} for m, s in first.engine.basic_optimizer.state.items()}
+    for steps, expected in (([4, 5], 5), ([5, 4], 5), ([0], 0), ([], 0)):
+        first.engine.basic_optimizer = Fused(steps, moments)
+        assert read_selected_state(first, INDEX).step == expected, steps
+    first.engine.basic_optimizer, second.engine.basic_optimizer = Fused([7, 6], moments), Fused([0, 1], {})
+    state = read_selected_state(first, INDEX)
+    write_selected_state_(second, INDEX, state)  # type: ignore[arg-type]
+    assert second.engine.basic_optimizer.param_groups == [{"step": 7}, {"step": 7}, {"lr": 0.1}]
+    kept = [second.engine.basic_optimizer.state[master]["step"] for master, _ in second.found]
+    assert kept == [7] * len(CUT)
+    assert not any(isinstance(step, Tensor) for step in kept)  # as DeepSpeed's optimizers have it
+    assert read_selected_state(second, INDEX).step == 7  # type: ignore[arg-type]
