@@ -7,6 +7,7 @@ import pytest
 
 from piece_ds.cli import evaluate, select, train
 from piece_ds.config import source as source_module
+from piece_ds.config.parser import make_parser
 from piece_ds.config.settings import OURS, load_settings, parse
 from piece_ds.methods.registry import METHODS
 from piece_ds.runtime.errors import UserError
@@ -287,3 +288,13 @@ def test_a_configuration_file_that_cannot_be_opened_is_refused(tmp_path: Path) -
     for path in (str(tmp_path), "x" * 5000, "a\0b"):
         with pytest.raises(UserError, match="no such file"):
             parse(["--config", path])
+
+
+def test_a_refusal_is_cut_only_where_it_is_longer_than_it_may_be() -> None:
+    """From its middle: the flag stands at the beginning, the reason at the end."""
+    for length in (599, 600):
+        text = "a" * 300 + "b" * (length - 300)
+        with pytest.raises(UserError, match=f"^{text}$"):
+            make_parser().error(text)
+    with pytest.raises(UserError, match=r"^a{300} \.\.\. b{300}$"):
+        make_parser().error("a" * 300 + "cc" + "b" * 300)
