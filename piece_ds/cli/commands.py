@@ -5,8 +5,6 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from typing import NoReturn
 
-from piece_ds.runtime.process import run_command
-
 PRINT_CONFIG = "--print_config"
 
 # command -> (module of its main(argv), what it does)
@@ -30,6 +28,9 @@ def launched_command(words: list[str]) -> str | None:
 
 def run_launched(command: str, words: list[str]) -> NoReturn:
     """Run a command of LAUNCHED as a program, with the rest of its command line, and exit."""
+    # Imports torch, which the help of all other commands does without.
+    from piece_ds.runtime.process import run_command
+
     rest = list(words)
     # Only the first occurrence is the command; a value of a flag may be the same word.
     rest.remove(command)

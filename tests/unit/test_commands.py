@@ -141,7 +141,7 @@ def test_tasks_of_a_call_may_be_files_names_or_rows(tmp_path: Path) -> None:
 def test_print_config_prints_the_settings_of_the_other_flags_and_starts_no_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("piece_ds.cli.commands.run_command", lambda main, argv: main(argv))
+    monkeypatch.setattr("piece_ds.runtime.process.run_command", lambda main, argv: main(argv))
     run_launched("train", ["--seed", "7", "train", "--print_config", "--output_dir", "train"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["seed"], printed["output_dir"]) == (7, "train")

@@ -22,3 +22,19 @@ print("late:", *sorted({{"matplotlib", "rouge_score", "nltk", "sacrebleu", "gguf
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert run.stdout.splitlines()[-1] == "late:"  # DeepSpeed prints before
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["delta", "scale", "--help"], ["plan", "--help"]])
+def test_help_and_version_need_no_torch(words: list[str]) -> None:
+    """It takes a second or several to import, and they are asked for often."""
+    code = f"""
+import sys
+from piece_ds.__main__ import main
+try:
+    main({words!r})
+finally:
+    print("late:", *sorted({{"torch", "transformers", "deepspeed"}} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "late:"
