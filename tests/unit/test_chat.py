@@ -123,10 +123,30 @@ def test_a_template_that_always_begins_another_answer_is_refused(tokenizer: PreT
     """Its generation prompt stands behind the last answer too, and would be learned as what ends it."""
     with pytest.raises(UserError, match=r"row 1: .*begins another answer \('assistant>'\), asked or not"):
         ChatTemplate(tokenizer, ALWAYS).encode(ONE, "row 1")
+    ended = "{% if messages[-1].role == 'assistant' %}{{ eos_token }}{% endif %}"
+    with pytest.raises(UserError, match=r"row 1: .*begins another answer \('assistant>'\), asked or not"):
+        ChatTemplate(tokenizer, ALWAYS + ended).encode(ONE, "row 1")
     asked = ALWAYS.replace("<assistant>", "{% if add_generation_prompt %}<assistant>{% endif %}")
     for template in (asked, PLAIN, "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"):
         row = ChatTemplate(tokenizer, template).encode(ONE, "row 1")
         assert tokenizer.decode([label for label in row["labels"] if label != -100]).endswith("yo you</s>")
+
+
+def test_an_earlier_turn_that_is_no_longer_what_it_was_as_the_last_is_refused(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Another end, or another beginning: neither is found where the shorter conversation has it."""
+    for answer in (
+        "{{ m.content }}{{ '!' if loop.last else '|' }}",
+        "{{ '' if loop.last else '(old) ' }}{{ m.content }}",
+        "{{ '' if loop.last else '(old) ' }}{{ m.content }}{{ '!' if loop.last else '|' }}",
+    ):
+        turn = "{% if m.role == 'assistant' %}" + answer + "{% else %}[user]{{ m.content }}[assistant]{% endif %}"
+        template = ChatTemplate(tokenizer, "{% for m in messages %}" + turn + "{% endfor %}")
+        with pytest.raises(UserError, match=r"^row 1: the chat template rewrites what stands before or in turn 2 "):
+            template.encode(TWO, "row 1")
+        learned = [label for label in template.encode(ONE, "row 1")["labels"] if label != -100]
+        assert tokenizer.decode(learned).startswith("yo you")
 
 
 def test_what_ends_a_conversation_is_learned_where_the_template_writes_its_prompt_only_when_asked(
