@@ -152,6 +152,44 @@ def test_a_column_stays_if_any_run_has_a_value_and_goes_if_none_has() -> None:
             assert grid.num_text_columns == 1 + len(kept[:1])  # names, and the rate where there is one
 
 
+def test_more_settings_than_fit_have_a_table_of_their_own_which_a_number_links() -> None:
+    """Four stay beside the results. Of five, each is a row where there are four runs, and all are one cell of more."""
+    four = {name: [1, 2] for name in ("alpha", "beta", "delta", "gamma")}
+    for names, num_runs in ((list(four), 2), ([*four, "zeta"], 4), ([*four, "zeta"], 5)):
+        runs = [make_run(0.5, seed=0, **dict.fromkeys(names, index)) for index in range(num_runs)]
+        grids = comparison_grids(group_runs(named(*runs)))
+        methods = grids[0]
+        assert (methods.title, methods.header[0]) == ("Methods", "run")
+        assert all(len(row) == len(methods.header) for row in methods.rows)
+        if len(names) == 4:
+            assert len(grids) == 1
+            assert (methods.header[1:6], methods.num_text_columns) == ((*names, "learned"), 5)
+            assert [row[:6] for row in methods.rows] == [("piece-s 0.1 %", *[str(n)] * 4, "50.0 %") for n in range(2)]
+            continue
+        labels = [f"{number}. piece-s 0.1 %" for number in range(1, num_runs + 1)]
+        assert (methods.header[1], methods.num_text_columns) == ("learned", 1)
+        assert [row[0] for row in methods.rows] == labels
+        (other,) = grids[1:]
+        assert other.title == "What the runs differ in"
+        if num_runs == 4:
+            assert (other.header, other.num_text_columns) == (("setting", *labels), 5)
+            assert list(other.rows) == [(name, "0", "1", "2", "3") for name in names]
+        else:
+            assert (other.header, other.num_text_columns) == (("run", "settings"), 2)
+            cells = ["; ".join(f"{name} {index}" for name in names) for index in range(5)]
+            assert list(other.rows) == list(zip(labels, cells, strict=True))
+
+
+def test_seeds_are_counted_where_any_run_has_several() -> None:
+    for order in (1, -1):
+        runs = [make_run(seed=0), make_run(seed=1), make_run(method="random", seed=0)][::order]
+        grid = comparison_grids(group_runs(named(*runs)))[0]
+        assert {row[0]: row[grid.header.index("seeds")] for row in grid.rows} == {
+            "piece-s 0.1 %": "2",
+            "random 0.1 %": "1",
+        }
+
+
 def test_the_same_seed_twice_is_no_repetition() -> None:
     groups = group_runs(named(make_run(0.4, seed=3), make_run(0.6, seed=3), make_run(0.6, seed=3)))
     assert [group.label for group in groups] == [f"piece-s 0.1 % (runs/{index})" for index in range(3)]
