@@ -104,6 +104,21 @@ def test_a_state_without_a_step_yet_goes_on_as_its_own() -> None:
         assert torch.equal(values, ends[1].tensors[name]), name
 
 
+def test_moments_are_fp32_where_the_masters_are_bf16() -> None:
+    """DeepSpeed's bf16 optimizer keeps them so; torch's AdamW makes them in the master's dtype if they are missing."""
+    state = read_selected_state(trained(), INDEX)
+    target: Any = Adapter(CUT)
+    for master, _ in target.found:
+        master.data = master.data.bfloat16()
+    write_selected_state_(target, INDEX, state)
+    kept = [target.engine.basic_optimizer.state[master] for master, _ in target.found]
+    assert all(moments[name].dtype == torch.float32 for moments in kept for name in MOMENTS)
+    assert all(master.dtype == torch.bfloat16 for master, _ in target.found)
+    again = read_selected_state(target, INDEX)
+    for name in MOMENTS:
+        assert torch.equal(again.tensors[name], state.tensors[name])
+
+
 def test_what_several_ranks_hold_is_read_once() -> None:
     """At stage 0 every rank has everything: the state is that of one, not their sum."""
     alone = read_selected_state(trained(), INDEX)
