@@ -212,6 +212,13 @@ def test_runs_of_losses_alone_are_compared_by_loss() -> None:
     assert row == {"run": "x", "loss learned": "2.000", "loss OP": "2.000"}
 
 
+def test_a_change_of_loss_has_a_sign_and_three_places() -> None:
+    matrix = ResultMatrix(("a", "b"), ("loss", "loss")).with_row({}, {"a": 2.0}, 1.0)
+    for at_the_end, shown in ((2.25, "+0.250"), (1.5, "-0.500")):
+        row = row_of(RunResults("x", "seqft", 1.0, matrix.with_row({}, {"a": at_the_end, "b": 1.0}, 1.0)))
+        assert row["loss BWT"] == shown
+
+
 def test_members_of_a_family_share_a_colour_and_no_two_runs_look_alike() -> None:
     found = line_styles(["a", "a", "b"])
     assert found[0].color == found[1].color != found[2].color
