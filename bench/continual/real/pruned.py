@@ -31,13 +31,14 @@ from transformers import AutoTokenizer
 from bench.continual.real.grid import SWEEPS, Setting
 from bench.continual.real.recipe import SMOKE, Recipe
 from bench.continual.real.run import (
-    RESULTS,
     device_of_runs,
     flags_of,
+    for_model,
     judged_before,
     load,
     model_folder,
     options_of,
+    results_folder,
     train_setting,
     write_task,
 )
@@ -47,9 +48,9 @@ from bench.record import commit_of
 from piece_ds.config.settings import load_settings
 from piece_ds.data.image_collate import make_collator
 from piece_ds.data.tasks import load_task_stream
-from piece_ds.deltas.delta import Delta, open_delta
+from piece_ds.deltas.delta import open_delta
 from piece_ds.deltas.difference import diff_folders
-from piece_ds.deltas.folder import ModelFolder, open_folder
+from piece_ds.deltas.folder import open_folder
 from piece_ds.deltas.live import apply_delta_
 from piece_ds.deltas.loss_effect import loss_effects
 from piece_ds.deltas.scale import keep_largest
@@ -73,8 +74,9 @@ CRITERIA = ("change", "loss")
 def main(argv: list[str]) -> None:
     """Train each setting whose rows are not there yet, and judge what is left of it at every share."""
     hours = {"type": float, "default": 1e6, "help": "begin no run after so many hours"}
-    options = options_of(argv, __doc__, {"--hours": hours})
-    runs_file = options.runs_file if options.smoke else RESULTS / "pruned.csv"
+    kept_in = {"type": Path, "help": "default: results/pruned.csv; of another model, results/NAME"}
+    options = options_of(argv, __doc__, {"--hours": hours, "--pruned_file": kept_in})
+    runs_file = options.pruned_file or results_folder(Path(options.model).name) / "pruned.csv"
     recipe = SMOKE if options.smoke else Recipe()
     deadline = time.monotonic() + 3600 * options.hours
     options.cache.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def main(argv: list[str]) -> None:
     sweeps = {sweep.name: sweep for sweep in SWEEPS}
     done = {tuple(run[name] for name in COLUMNS) for run in read_runs(runs_file)}
     for name, task, rate in SETTINGS:
-        setting = Setting(sweeps[name], task, rate, 1)
+        (setting,) = for_model([Setting(sweeps[name], task, rate, 1)], options.model)
         names = [f"{name}: {kept}" for kept in _all_kept()]
         if all((kept, *setting.key[1:]) in done for kept in names):
             continue
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> None:
             facts = {"device": device_of_runs(), "commit": commit_of(), "date": date.today().isoformat()}
             key = dict(zip(COLUMNS, (f"{name}: {kept}", *setting.key[1:]), strict=True))
             add_run(runs_file, {**key, **{what: f"{value:.6g}" for what, value in figures.items()}, **facts})
-            print(f"{name}, {task}, {rate:g}, {kept}: {figures}", flush=True)
+            print(f"{key}: {figures}", flush=True)
 
 
 def _all_kept() -> list[str]:
@@ -114,7 +116,8 @@ def _judged_shares(
     base.save_pretrained(base_folder)
     parts = layout_of(base), stored_names(base)
     first, second = open_folder(base_folder, *parts), open_folder(folder.model(0, setting.task), *parts)
-    whole = _difference(first, second, scratch / "whole.safetensors")
+    diff_folders(first, second, scratch / "whole.safetensors")
+    whole = open_delta(scratch / "whole.safetensors")
     total = sum(param.numel() for param in base.parameters())
 
     # How much each change lowers the loss on the rows that it was trained on.
@@ -153,11 +156,6 @@ def _judged_shares(
             keep_largest(whole, min(1.0, share * total / whole.num_selected), scores[by], path)
             yield f"{share:g} by {by}", judged(path)
     shutil.rmtree(scratch)
-
-
-def _difference(first: ModelFolder, second: ModelFolder, output: Path) -> Delta:
-    diff_folders(first, second, output)
-    return open_delta(output)
 
 
 if __name__ == "__main__":
