@@ -143,11 +143,15 @@ def _model_folders() -> Iterator[Finding]:
     """Look at the folders that models are fetched to. A run on a folder of the user's own needs neither."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for what, find in (("the Hub's models", lambda: HF_HUB_CACHE), ("piece_ds' cache", lambda: str(cache_folder()))):
+    places: tuple[tuple[str, str, Callable[[], str]], ...] = (
+        ("the Hub's models", "HF_HOME", lambda: HF_HUB_CACHE),
+        ("piece_ds' cache", "PIECE_DS_CACHE", lambda: str(cache_folder())),
+    )
+    for what, variable, find in places:
         works, place = _tried(find)
         found = _folder(f"folder for {what}", Path(place)) if works else Finding(f"folder for {what}", BAD, place)
-        hint = "name another in HF_HOME" if what == "the Hub's models" else "name another in PIECE_DS_CACHE"
-        yield Finding(found.what, NOTE, f"{found.found}; {hint}") if found.status == BAD else found
+        is_bad = found.status == BAD
+        yield Finding(found.what, NOTE, f"{found.found}; name another in {variable}") if is_bad else found
 
 
 def _existing(place: Path) -> Path:
